@@ -1,0 +1,34 @@
+# From a clean clone with python3 and a C++ compiler: `make demo` makes a video, `make test` checks everything.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/pip install --constraint constraints.txt
+# The install is editable, so only what is compiled or declared calls for another one.
+BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
+PROMPT ?= a red ball rolls over green grass
+
+.PHONY: demo test clean
+
+demo: .venv/.installed
+	mkdir -p demo
+	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 --out demo/video.mp4 --device cpu --stages 2
+
+test: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: $(BUILD_INPUTS) | $(BIN)/pip
+	$(PIP_INSTALL) -e .
+	touch $@
+
+.venv/.installed-dev: $(BUILD_INPUTS) | $(BIN)/pip
+	$(PIP_INSTALL) -e '.[dev]'
+	touch .venv/.installed $@
+
+clean:
+	rm -rf .venv build dist demo *.egg-info dualparal/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,69 @@
+#include "qk_norm_rope.h"
+
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+
+#include "rows.h"
+
+namespace dualparal {
+
+void qk_norm_rope_cpu(const QkNormRopeParams& p, int threads) {
+    const int64_t inner = p.heads * p.head_dim;
+    const int64_t half = p.head_dim / 2;
+    const int64_t size = element_size(p.dtype);
+    for_rows(p.rows, 3 * inner, inner, threads, [&](int64_t row, float* scratch) {
+        const char* from = static_cast<const char*>(p.qkv) + row * 3 * inner * size;
+        const auto part = [&](const char* source, const float* weight, void* to) {
+            load_row(p.dtype, source, inner, scratch);
+            const float mean_square = sum_of_squares(scratch, 0.0f, inner) / float(inner);
+            normalise(scratch, 0.0f, 1.0f / std::sqrt(mean_square + p.eps), weight, nullptr, inner);
+            rotate_pairs(scratch, p.cos + row * half, p.sin + row * half, p.heads, half);
+            store_row(p.dtype, scratch, inner, to);
+        };
+        part(from, p.norm_q, static_cast<char*>(p.q) + row * inner * size);
+        part(from + inner * size, p.norm_k, static_cast<char*>(p.k) + row * p.k_stride * size);
+        std::memcpy(static_cast<char*>(p.v) + row * p.v_stride * size, from + 2 * inner * size, size_t(inner * size));
+    });
+}
+
+static void qk_norm_rope(uintptr_t qkv, uintptr_t norm_q, uintptr_t norm_k, uintptr_t cos, uintptr_t sin, uintptr_t q,
+                         uintptr_t k, uintptr_t v, int64_t rows, int64_t heads, int64_t head_dim, int64_t k_stride,
+                         int64_t v_stride, double eps, int dtype, int device, uintptr_t stream, int threads) {
+    check_where({device, stream, threads});
+    DP_CHECK(heads >= 1 && heads < (1 << 20), "heads=", heads, ": 1 to 2^20 - 1 expected");
+    DP_CHECK(head_dim >= 2 && head_dim < (1 << 20) && head_dim % 2 == 0, "head_dim=", head_dim,
+             ": an even number of 2 or more expected, a rotation takes pairs");
+    const int64_t inner = heads * head_dim;
+    check_sizes(rows, inner);
+    check_eps(eps);
+    // A single row has no distance to a next one.
+    DP_CHECK(rows <= 1 || k_stride >= inner, "k_out's row stride ", k_stride, " is less than its row of ", inner);
+    DP_CHECK(rows <= 1 || v_stride >= inner, "v_out's row stride ", v_stride, " is less than its row of ", inner);
+    check_pointer("qkv", qkv, rows);
+    check_pointer("norm_q", norm_q, rows);
+    check_pointer("norm_k", norm_k, rows);
+    check_pointer("cos", cos, rows);
+    check_pointer("sin", sin, rows);
+    check_pointer("q", q, rows);
+    check_pointer("k_out", k, rows);
+    check_pointer("v_out", v, rows);
+    const QkNormRopeParams p{as<const void>(qkv), as<const float>(norm_q), as<const float>(norm_k), as<const float>(cos),
+                             as<const float>(sin), as<void>(q), as<void>(k), as<void>(v), rows, heads, head_dim, k_stride,
+                             v_stride, float(eps), to_dtype(dtype)};
+    if (rows == 0) return;
+#ifdef DUALPARAL_WITH_CUDA
+    if (device >= 0) return qk_norm_rope_cuda(p, device, stream);
+#endif
+    qk_norm_rope_cpu(p, threads);
+}
+
+void register_qk_norm_rope(pybind11::module_& m) {
+    namespace py = pybind11;
+    using namespace py::literals;
+    m.def("qk_norm_rope", &qk_norm_rope, py::kw_only(), "qkv"_a, "norm_q"_a, "norm_k"_a, "cos"_a, "sin"_a, "q"_a, "k"_a,
+          "v"_a, "rows"_a, "heads"_a, "head_dim"_a, "k_stride"_a, "v_stride"_a, "eps"_a, "dtype"_a, "device"_a, "stream"_a,
+          "threads"_a, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace dualparal

@@ -1,0 +1,36 @@
+"""dualparal: long video from a stock video diffusion transformer, split over GPUs, frames as it runs.
+
+Names are loaded when they are first used, so that importing the package needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dualparal.config import BlockConfig, VideoConfig
+    from dualparal.engine import Chunk, Engine, EngineOutput
+    from dualparal.schedule import Schedule
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "BlockConfig": "config",
+    "Chunk": "engine",
+    "Engine": "engine",
+    "EngineOutput": "engine",
+    "Schedule": "schedule",
+    "VideoConfig": "config",
+}
+__all__ = ["BlockConfig", "Chunk", "Engine", "EngineOutput", "Schedule", "VideoConfig", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(f"dualparal.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'dualparal' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,672 @@
+"""The public engine: a model, cut into stages, that makes one long video of blocks in flight.
+
+It checks a request, loads what this rank owns, builds the schedule, the stages and the edges between them, and
+walks the schedule while finished blocks are decoded beside it. The one file that knows everybody.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import dualparal
+from dualparal.config import BlockConfig, Layout, OutputType, VideoConfig, split_layers
+from dualparal.decode import StreamingDecoder, to_output
+from dualparal.executor import LatentQueue, StageExecutor, StepCallback, run_together
+from dualparal.features import FeatureStore
+from dualparal.handshake import handshake
+from dualparal.loading import LoadedPipeline, ModelFiles, ModelSource, resolve_model
+from dualparal.mesh import Mesh, in_distributed_run
+from dualparal.models.base import Grid, Slice
+from dualparal.noise import BlockNoise
+from dualparal.sampler import Sampler
+from dualparal.schedule import Schedule, Unit
+from dualparal.stage import Stage
+from dualparal.text import PromptEncoder, Prompts
+from dualparal.trace import RankStats, RunStats
+from dualparal.transport import (
+    Edge,
+    LocalEdge,
+    PromptChannel,
+    ReceiveEdge,
+    SendEdge,
+    make_groups,
+    warm_up,
+)
+
+logger = logging.getLogger("dualparal")
+
+HANDSHAKE_SECONDS = 60.0
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_runs = count()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a video is. Totals are None while it is endless."""
+
+    blocks: int
+    frames: int
+    total_blocks: int | None
+    total_frames: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One finished block.
+
+    Attributes:
+        block: its index.
+        start_frame: index of its first pixel frame in the video.
+        frames: as ``output_type`` says, without a batch axis: "np" float32 [F, H, W, 3] in [0, 1], "pt"
+            [F, 3, H, W] in [0, 1], "pil" a list; None for "latent".
+        latents: [1, C, f, h, w] float32, on the engine's device.
+    """
+
+    block: int
+    start_frame: int
+    frames: Any
+    latents: torch.Tensor
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class EngineOutput:
+    """``frames`` as WanPipeline returns them, with a batch axis of one; None on ranks other than 0."""
+
+    frames: Any
+    stats: RunStats | None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A checked request: everything but the embeddings is known."""
+
+    video: VideoConfig
+    layout: Layout
+    grid: Grid
+    sampler: Sampler
+    prompts: dict[int, str]  # first block -> text
+    negative_prompt: str | None
+    embeds: torch.Tensor | None
+    latents: torch.Tensor | None
+    callback: Any
+
+
+class Engine:
+    """Makes long videos from a stock Wan text-to-video model. Build one with ``from_pretrained``.
+
+    In one process it runs ``stages`` stages in turn; in a distributed run (torchrun, ``dualparal generate``) every
+    rank builds the same engine, makes the same calls and owns one stage, and rank 0 gets the video.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        blocks: BlockConfig,
+        stages: int,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        depth: int = 2,
+        report: Callable[..., None] | None = None,
+    ) -> None:
+        self.source = source
+        self.blocks = blocks
+        self.num_stages = stages
+        self.mesh = mesh
+        self.dtype = dtype
+        self.depth = depth
+        self.report = report
+        self.layers = split_layers(source.spec.num_layers, stages)
+        self.scheduler: Any = source.load_scheduler()  # diffusers' name; assign another one as in diffusers
+        self.stats: RunStats | None = None
+        self._encoder = PromptEncoder(lambda: source.load_text_encoder(mesh.device, dtype), mesh.device)
+        self._slices: dict[int, list[Slice]] = {}
+        self._vae: Any = None
+        self._groups: list[Any] | None = None
+        self._prompts: Prompts | None = None
+        self._negative_prompt: str | None = None
+        self._video: VideoConfig | None = None
+        self._interrupted = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | Any,
+        *,
+        frames_per_block: int = 8,
+        context_frames: int = 4,
+        context: str = "cached",
+        stages: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        depth: int = 2,
+        report: Callable[..., None] | None = None,
+    ) -> Engine:
+        """An engine for a model. Weights are read at the first request, and then only this rank's.
+
+        Args:
+            model: a directory in diffusers format, a hub id, or a loaded WanPipeline.
+            frames_per_block: B, latent frames per block (Num_B in the paper).
+            context_frames: C, latent frames lent by each neighbour (half of the paper's Num_C).
+            context: "cached", "prior" or "paper": where a block's view of its neighbours comes from.
+            stages: into how many runs of layers the model is cut. Default: the number of ranks.
+            device: default "cuda" where there is one, else "cpu".
+            dtype: of the transformer; default bfloat16 on CUDA, float32 on the CPU. The VAE runs in float32.
+            depth: messages that fit between two stages.
+            report: called with (phase, block=, step=, stage=) before every action; for supervisors.
+
+        Raises:
+            ValueError: bad values, or a model that is not supported (``ModelError``), before weights are read.
+        """
+        blocks = BlockConfig(frames_per_block, context_frames, context)  # type: ignore[arg-type]
+        if not isinstance(depth, int) or depth < 1:
+            raise ValueError(f"depth={depth!r}: at least one message must fit between two stages; 2 lets transfers "
+                             "overlap compute")
+        source: ModelSource
+        if isinstance(model, (str, Path)):
+            source = resolve_model(model)
+        else:
+            source = LoadedPipeline(model)
+        kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if kind.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda' but torch sees no GPU; use device='cpu', or install a CUDA build of torch")
+        if isinstance(dtype, str):
+            if dtype not in _DTYPES:
+                raise ValueError(f"dtype={dtype!r} is not supported; use one of {', '.join(_DTYPES)}")
+            dtype = _DTYPES[dtype]
+        dtype = dtype or (torch.bfloat16 if kind.type == "cuda" else torch.float32)
+        if in_distributed_run():
+            world = dist.get_world_size() if dist.is_initialized() else None
+            mesh = Mesh.join(kind.type)
+            if stages is not None and stages != mesh.world_size:
+                raise ValueError(f"stages={stages} with {world or mesh.world_size} ranks: in a distributed run every "
+                                 f"rank owns one stage; leave stages out or start {stages} ranks")
+            stages = mesh.world_size
+        else:
+            mesh = Mesh.local(kind)
+            stages = 1 if stages is None else stages
+        split_layers(source.spec.num_layers, stages)
+        if isinstance(source, ModelFiles):
+            source.check_weights()
+        return cls(source, blocks, stages, mesh, dtype, depth, report)
+
+    # Requests -----------------------------------------------------------------------------------------------
+
+    def __call__(self, prompt: str | Mapping[int, str] | None = None, **kwargs: Any) -> EngineOutput:
+        """The whole video at once. Arguments as ``stream``, with ``num_frames`` 81 by default, and ``return_dict``.
+
+        ``output_type`` "np", "pt", "pil" or "latent" as in diffusers: ``frames`` is [1, F, H, W, 3],
+        [1, F, 3, H, W], a list of one list, or latents [1, C, L, h, w].
+        """
+        return_dict = kwargs.pop("return_dict", True)
+        if kwargs.get("num_frames", 81) is None:
+            raise ValueError("num_frames=None is an endless video: use engine.stream(...)")
+        chunks = list(self.stream(prompt, **kwargs))
+        frames: Any = None
+        if chunks:
+            kind = kwargs.get("output_type", "np")
+            if kind == "latent":
+                frames = torch.cat([chunk.latents for chunk in chunks], dim=2)
+            elif kind == "pil":
+                frames = [[image for chunk in chunks for image in chunk.frames]]
+            elif kind == "pt":
+                frames = torch.cat([chunk.frames for chunk in chunks]).unsqueeze(0)
+            else:
+                import numpy as np
+
+                frames = np.concatenate([chunk.frames for chunk in chunks])[None]
+        return EngineOutput(frames, self.stats) if return_dict else (frames,)  # type: ignore[return-value]
+
+    def stream(
+        self,
+        prompt: str | Mapping[int, str] | None = None,
+        negative_prompt: str | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int | None = 81,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        guidance_scale_2: float | None = None,
+        generator: torch.Generator | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: OutputType = "np",
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        max_sequence_length: int = 512,
+        *,
+        seed: int | None = None,
+    ) -> Iterator[Chunk]:
+        """Yields every block as soon as it is finished. The request is checked before this returns.
+
+        Arguments and meanings are ``WanPipeline.__call__``'s, and besides:
+
+        Args:
+            prompt: a text, or {first frame: text}: blocks from that frame on take it.
+            num_frames: None for an endless video; stop by closing the iterator or calling ``interrupt``.
+            seed: of the noise (default 0); or give a ``generator``, from which one is drawn.
+            latents: initial noise [1, C, L, h, w] instead of the seed's.
+            callback_on_step_end: called on rank 0 as (engine, step, timestep, {"latents", "block"}) after every
+                step of every block; a returned dict's "latents" replace them.
+
+        Raises:
+            ValueError: a request that cannot be run; names the value, the rule and the way out.
+        """
+        if seed is not None and generator is not None:
+            raise ValueError("seed and generator were both given; use one of them")
+        if generator is not None:
+            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device).item())
+        video = VideoConfig(
+            height, width, num_frames, num_inference_steps, float(guidance_scale), guidance_scale_2, seed or 0,
+            output_type, max_sequence_length,
+        )
+        request = self._check(video, prompt, negative_prompt, latents, prompt_embeds, negative_prompt_embeds)
+        return self._run(replace(request, callback=callback_on_step_end))
+
+    def set_prompt(self, prompt: str, negative_prompt: str | None = None) -> int:
+        """Changes the prompt while a video runs: blocks in flight keep theirs, new ones take this. Rank 0 only.
+
+        negative_prompt None keeps the current one. Returns the first block that takes the new prompt.
+        """
+        if self._prompts is None or self._video is None:
+            raise RuntimeError("set_prompt: no video is running; give the prompt to stream()")
+        embeds = self._encoder.encode(
+            prompt, negative_prompt or self._negative_prompt, self._video.guidance, self._video.max_sequence_length
+        )
+        return self._prompts.change(embeds)
+
+    def interrupt(self) -> None:
+        """Ends the running video after the unit under way; finished blocks are still given out. Signal-safe."""
+        self._interrupted = True
+
+    # Checks -------------------------------------------------------------------------------------------------
+
+    def _check(
+        self,
+        video: VideoConfig,
+        prompt: str | Mapping[int, str] | None,
+        negative_prompt: str | None,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+    ) -> _Request:
+        spec, vae = self.source.spec, self.source.vae_config
+        spatial = int(vae.get("scale_factor_spatial", 8))
+        video.check_size(spatial * spec.patch_size[1], spatial * spec.patch_size[2])
+        if video.guidance_scale_2 is not None and spec.num_experts == 1:
+            raise ValueError(f"guidance_scale_2={video.guidance_scale_2}: this model has a single transformer; "
+                             "only Wan2.2 models with two take a second scale")
+        layout = Layout(self.blocks, video.num_latents(int(vae.get("scale_factor_temporal", 4))))
+        grid = spec.grid(video.height, video.width, spatial)
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds, and not both")
+        if prompt is not None and not isinstance(prompt, (str, Mapping)):
+            raise ValueError(f"prompt is a {type(prompt).__name__}; use a text, or {{first frame: text}}; one engine "
+                             "makes one video at a time")
+        texts = {0: prompt} if isinstance(prompt, str) else dict(prompt or {})
+        prompts = {self._block_at(layout, frame): text for frame, text in sorted(texts.items())}
+        if prompt is not None and 0 not in prompts:
+            raise ValueError("prompt has no text for frame 0")
+        return _Request(
+            video,
+            layout,
+            grid,
+            Sampler(self.scheduler, video.num_inference_steps, self.mesh.device),
+            prompts,
+            negative_prompt,
+            self._check_embeds(video, prompt_embeds, negative_prompt_embeds),
+            self._check_latents(layout, grid, latents),
+            None,
+        )
+
+    def _block_at(self, layout: Layout, frame: int) -> int:
+        """The block that holds pixel frame ``frame``."""
+        if not isinstance(frame, int) or frame < 0:
+            raise ValueError(f"prompt for frame {frame!r}: frames are counted from 0")
+        factor = int(self.source.vae_config.get("scale_factor_temporal", 4))
+        latent = (frame + factor - 1) // factor
+        block = 0
+        while layout.start(block + 1) <= latent:
+            block += 1
+        return block
+
+    def _check_embeds(
+        self, video: VideoConfig, positive: torch.Tensor | None, negative: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if positive is None:
+            if negative is not None:
+                raise ValueError("negative_prompt_embeds without prompt_embeds")
+            return None
+        rows = [positive]
+        if video.guidance:
+            if negative is None:
+                raise ValueError("prompt_embeds with guidance needs negative_prompt_embeds too; or guidance_scale=1")
+            rows.append(negative)
+        for name, row in zip(("prompt_embeds", "negative_prompt_embeds"), rows, strict=False):
+            if row.ndim != 3 or row.shape[0] != 1 or row.shape[2] != self.source.spec.text_dim:
+                raise ValueError(f"{name} has shape {tuple(row.shape)}; use [1, tokens, {self.source.spec.text_dim}]")
+        if len({row.shape[1] for row in rows}) != 1:
+            raise ValueError(f"prompt_embeds and negative_prompt_embeds have {rows[0].shape[1]} and "
+                             f"{rows[1].shape[1]} tokens; pad them to one length")
+        return torch.cat(rows)
+
+    def _check_latents(self, layout: Layout, grid: Grid, latents: torch.Tensor | None) -> torch.Tensor | None:
+        if latents is None:
+            return None
+        channels = self.source.spec.in_channels
+        lengths = sorted({n for n in (layout.num_latents, layout.padded_latents) if n is not None})
+        shapes = [(1, channels, length, grid.height, grid.width) for length in lengths]
+        if layout.num_latents is None:
+            raise ValueError("latents were given for an endless video; they need num_frames")
+        if tuple(latents.shape) not in shapes:
+            raise ValueError(f"latents have shape {list(latents.shape)}; this request needs "
+                             + " or ".join(str(list(shape)) for shape in shapes))
+        if not torch.isfinite(latents).all():
+            raise ValueError("latents hold NaN or infinity")
+        return latents
+
+    # A run --------------------------------------------------------------------------------------------------
+
+    def _run(self, request: _Request) -> Iterator[Chunk]:
+        self._interrupted = False
+        schedule = self._schedule(request)
+        self._meet(request, schedule)
+        if self.mesh.rank == 0:
+            self._prompts = Prompts(self._encode(request))
+            self._negative_prompt, self._video = request.negative_prompt, request.video
+        self._load()
+        lane = _DecodeLane(self, request) if self.mesh.rank == 0 else None
+        executors = self._executors(request, schedule, lane)
+        started = time.perf_counter()
+        stopping = True
+        try:
+            for _ in run_together(executors):
+                if lane is not None:
+                    yield from lane.ready()
+                if self._interrupted and lane is not None:
+                    break
+            else:
+                stopping = False
+            if stopping:
+                executors[0].stop()
+                stopping = False
+            if lane is not None:
+                yield from lane.drain()
+                self._finish(executors, lane, time.perf_counter() - started)
+            else:
+                self._finish(executors, None, time.perf_counter() - started)
+        except GeneratorExit:
+            if stopping:
+                executors[0].stop()
+            self._finish(executors, lane, time.perf_counter() - started)
+            raise
+        finally:
+            if lane is not None:
+                lane.close()
+            self._prompts = self._video = None
+
+    def _schedule(self, request: _Request) -> Schedule:
+        return Schedule(
+            num_stages=self.num_stages,
+            num_steps=len(request.sampler),
+            num_blocks=request.layout.num_blocks,
+            context=self.blocks.context,
+            context_frames=self.blocks.context_frames,
+            guidance=request.video.guidance,
+            decode=request.video.output_type != "latent",
+            depth=self.depth,
+        )
+
+    def _meet(self, request: _Request, schedule: Schedule) -> None:
+        """All ranks of a distributed run compare what they are about to do, before any tensor travels."""
+        if not self.mesh.distributed:
+            return
+        import diffusers
+
+        info = {
+            "dualparal": dualparal.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "world_size": self.mesh.world_size,
+            "device": self.mesh.device.type,
+            "dtype": str(self.dtype),
+            "weights": self.source.fingerprint,
+            "sampler": type(self.scheduler).__name__,
+            "schedule": asdict(schedule),
+            "video": {k: v for k, v in asdict(request.video).items() if k != "output_type"},
+            "frames_per_block": self.blocks.frames_per_block,
+        }
+        store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
+        handshake(store, self.mesh.rank, self.mesh.world_size, info, HANDSHAKE_SECONDS)
+        if self._groups is None:
+            self._groups = make_groups(self.mesh.world_size)
+            warm_up(self._groups, self.mesh.rank, self.mesh.device)
+
+    def _encode(self, request: _Request) -> dict[int, torch.Tensor]:
+        if request.embeds is not None:
+            return {0: request.embeds}
+        video = request.video
+        embeds = {
+            block: self._encoder.encode(text, request.negative_prompt, video.guidance, video.max_sequence_length)
+            for block, text in request.prompts.items()
+        }
+        self._encoder.free()
+        return embeds
+
+    def _owned_stages(self) -> list[int]:
+        return [self.mesh.rank] if self.mesh.distributed else list(range(self.num_stages))
+
+    def _load(self) -> None:
+        for index in self._owned_stages():
+            if index not in self._slices:
+                self._slices[index] = self.source.load_slices(self.layers[index], self.dtype, self.mesh.device)
+
+    def vae(self) -> Any:
+        """The VAE, loaded at first use."""
+        if self._vae is None:
+            self._vae = self.source.load_vae(self.mesh.device)
+        return self._vae
+
+    def _executors(self, request: _Request, schedule: Schedule, lane: _DecodeLane | None) -> list[StageExecutor]:
+        layout, grid, spec = request.layout, request.grid, self.source.spec
+        owned = self._owned_stages()
+        edges = self._edges(schedule, request) if self.num_stages > 1 else {}
+        # Ranks other than 0 have not seen the prompt: shape and dtype of the embeddings follow from the request.
+        tokens = request.video.max_sequence_length if request.embeds is None else request.embeds.shape[1]
+        channel = PromptChannel(
+            (schedule.branches, tokens, spec.text_dim), self.dtype, self.mesh.rank, self.mesh.world_size,
+            local_readers=self.num_stages - 1,
+        )
+        experts = [
+            spec.expert(float(t), request.sampler.num_train_timesteps) for t in request.sampler.timesteps
+        ]
+        window = max(layout.window_frames(0), layout.window_frames(1) if layout.num_blocks != 1 else 0)
+        lent = self.blocks.context_frames * grid.tokens
+        slots = {side: schedule.slots(side) for side in ("head", "tail")}
+        result = []
+        for index in owned:
+            slices = self._slices[index]
+            store = None
+            if any(slots.values()):
+                store = FeatureStore(
+                    slices[0].num_layers, slots, schedule.branches, lent, spec.inner_dim, self.dtype, self.mesh.device
+                )
+            stage = Stage(
+                slices, experts, request.sampler.timesteps, store, grid, window * grid.tokens, lent,
+                first=index == 0, last=index == self.num_stages - 1,
+            )
+            queue = self._queue(request, schedule, experts) if index == 0 else None
+            result.append(
+                StageExecutor(
+                    schedule, layout, index, stage,
+                    edges.get((index - 1) % self.num_stages), edges.get(index), channel, queue,
+                    on_emit=lane.emit if lane else None, on_decode=lane.decode if lane else None,
+                    report=self._reporter(index),
+                )
+            )
+        return result
+
+    def _reporter(self, index: int) -> Callable[[str, Unit], None] | None:
+        if self.report is None:
+            return None
+        report = self.report
+
+        def tell(phase: str, unit: Unit) -> None:
+            report("wait_recv" if phase == "recv" else "wait_send" if phase == "send" else phase,
+                   stage=index, block=unit.block, step=unit.step)
+
+        return tell
+
+    def _edges(self, schedule: Schedule, request: _Request) -> dict[int, Any]:
+        """Edge k leads from stage k to stage k + 1, the last back to stage 0. In a distributed run: two of them."""
+        layout, grid, n = request.layout, request.grid, self.num_stages
+        frames = max(layout.window_frames(0), layout.window_frames(1) if layout.num_blocks != 1 else 0)
+        own = layout.frames(0)  # block 0 is the largest
+        hidden = frames * grid.tokens * self.source.spec.inner_dim
+        velocity = own * self.source.spec.in_channels * grid.height * grid.width
+        sizes = [hidden] * (n - 1) + [velocity]
+        names = [f"edge {k} -> {(k + 1) % n}" for k in range(n)]
+        device = self.mesh.device
+        if not self.mesh.distributed:
+            return {k: LocalEdge(names[k], sizes[k], self.depth, self.dtype, device) for k in range(n)}
+        rank, groups = self.mesh.rank, self._groups
+        assert groups is not None
+        before, after = (rank - 1) % n, (rank + 1) % n
+        messages = schedule.num_units
+        edges: dict[int, Edge] = {
+            rank: SendEdge(names[rank], after, groups[rank], sizes[rank], self.depth, messages, self.dtype, device),
+            before: ReceiveEdge(
+                names[before], before, groups[before], sizes[before], self.depth, messages, self.dtype, device
+            ),
+        }
+        return edges
+
+    def _queue(self, request: _Request, schedule: Schedule, experts: list[int]) -> LatentQueue:
+        video, grid = request.video, request.grid
+        assert self._prompts is not None
+        scales = (video.guidance_scale, video.guidance_scale if video.guidance_scale_2 is None
+                  else video.guidance_scale_2)
+        noise = BlockNoise(
+            request.layout, (self.source.spec.in_channels, grid.height, grid.width), video.seed, request.latents
+        )
+        callback: StepCallback | None = None
+        if request.callback is not None:
+            user = request.callback
+
+            def callback(block: int, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+                result = user(self, step, timestep, {"latents": latents, "block": block}) or {}
+                replaced: torch.Tensor = result.get("latents", latents)
+                return replaced
+
+        return LatentQueue(
+            schedule, request.layout, request.sampler, noise, self._prompts.of, self._prompts.embeds,
+            [scales[e] for e in experts], self.mesh.device, callback,
+        )
+
+    def _finish(self, executors: list[StageExecutor], lane: _DecodeLane | None, seconds: float) -> None:
+        """Collects what the run cost on every rank. Collective in a distributed run."""
+        own = RankStats.of([executor.clock for executor in executors], self.mesh.device)
+        ranks = [own]
+        if self.mesh.distributed:
+            rows = [torch.zeros(4, dtype=torch.float64) for _ in range(self.mesh.world_size)]
+            dist.all_gather(rows, torch.tensor(own.to_list(), dtype=torch.float64))
+            ranks = [RankStats.from_list(row.tolist()) for row in rows]
+        done = lane.progress if lane is not None else Progress(0, 0, None, None, seconds)
+        first = lane.first_chunk if lane is not None else None
+        self.stats = RunStats(done.blocks, done.frames, seconds, first, tuple(ranks))
+
+
+class _DecodeLane:
+    """Finished blocks on their way out: decoded on a thread beside the stages, at most two at a time."""
+
+    BOUND = 2
+
+    def __init__(self, engine: Engine, request: _Request) -> None:
+        self.layout = request.layout
+        self.output_type = request.video.output_type
+        self.total_frames = request.video.num_frames
+        self.factor = int(engine.source.vae_config.get("scale_factor_temporal", 4))
+        self.started = time.perf_counter()
+        self.first_chunk: float | None = None
+        self.progress = Progress(0, 0, self.layout.num_blocks, self.total_frames, 0.0)
+        self._latents: dict[int, torch.Tensor] = {}
+        self._done: deque[tuple[int, torch.Tensor, Any]] = deque()
+        self._pending: deque[tuple[int, torch.Tensor, Future[Any]]] = deque()
+        self._pool: ThreadPoolExecutor | None = None
+        self._stream: Any = None
+        if self.output_type != "latent":
+            self._decoder = StreamingDecoder(engine.vae())
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="dualparal-decode")
+            if engine.mesh.device.type == "cuda":
+                self._stream = torch.cuda.Stream(engine.mesh.device)
+
+    def emit(self, block: int, latents: torch.Tensor) -> None:
+        kept = latents[:, :, : self.layout.kept_frames(block)]
+        if self.output_type == "latent":
+            self._done.append((block, kept, None))
+        else:
+            self._latents[block] = kept
+
+    def decode(self, block: int) -> None:
+        """Starts decoding; waits when two blocks are already waiting to be decoded or read."""
+        assert self._pool is not None
+        while len(self._pending) >= self.BOUND:
+            self._take()
+        latents = self._latents.pop(block)
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending.append((block, latents, self._pool.submit(self._decode, latents, ready)))
+
+    def _decode(self, latents: torch.Tensor, ready: Any) -> Any:
+        if self._stream is None:
+            return to_output(self._decoder.push(latents), self.output_type)  # type: ignore[call-overload]
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            frames = to_output(self._decoder.push(latents), self.output_type)  # type: ignore[call-overload]
+            self._stream.synchronize()
+            return frames
+
+    def _take(self) -> None:
+        block, latents, future = self._pending.popleft()
+        self._done.append((block, latents, future.result()))
+
+    def ready(self) -> Iterator[Chunk]:
+        """Chunks that are finished, without waiting."""
+        while self._pending and self._pending[0][2].done():
+            self._take()
+        while self._done:
+            yield self._chunk(*self._done.popleft())
+
+    def drain(self) -> Iterator[Chunk]:
+        """All chunks that are still to come."""
+        while self._pending:
+            self._take()
+            yield from self.ready()
+        yield from self.ready()
+
+    def _chunk(self, block: int, latents: torch.Tensor, frames: Any) -> Chunk:
+        start = self.progress.frames
+        made = self.factor * latents.shape[2] - (self.factor - 1 if block == 0 else 0)
+        seconds = time.perf_counter() - self.started
+        if self.first_chunk is None:
+            self.first_chunk = seconds
+        self.progress = Progress(block + 1, start + made, self.layout.num_blocks, self.total_frames, seconds)
+        return Chunk(block, start, frames, latents, self.progress)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,307 @@
+"""Walks the actions of one stage: a short branch per action, no cleverness about ranks.
+
+``StageExecutor`` runs a stage; ``LatentQueue`` is what stage 0 owns besides: the latents of the blocks in flight,
+their samplers, and the updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dualparal.config import Layout
+from dualparal.kernels.combine_guidance import combine_guidance
+from dualparal.sampler import BlockSampler, Sampler
+from dualparal.schedule import Action, Op, Schedule, Unit
+from dualparal.stage import Stage
+from dualparal.trace import BusyClock
+from dualparal.transport import Edge, Header, Kind, PromptChannel, TransportError
+
+StepCallback = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+Report = Callable[[str, Unit], None]
+
+
+class NonFiniteError(ArithmeticError):
+    """NaN or infinity in latents; names block and step."""
+
+
+class Stopped(Exception):
+    """The stage before has stopped."""
+
+
+class LatentQueue:
+    """Latents and sampler states of the blocks in flight. Owned by stage 0.
+
+    Args:
+        noise: block -> initial latents [1, C, F, H, W], float32.
+        prompt_of: block -> id of its prompt, asked once, when the block enters.
+        embeds_of: id of a prompt -> its embeddings [branches, sequence, text_dim].
+        guidance_scales: one per step.
+        callback: (block, step, timestep, latents) -> latents, after every update.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        layout: Layout,
+        sampler: Sampler,
+        noise: Callable[[int], torch.Tensor],
+        prompt_of: Callable[[int], int],
+        embeds_of: Callable[[int], torch.Tensor],
+        guidance_scales: Sequence[float],
+        device: torch.device,
+        callback: StepCallback | None = None,
+    ) -> None:
+        self.schedule = schedule
+        self.layout = layout
+        self.sampler = sampler
+        self.noise = noise
+        self.prompt_of = prompt_of
+        self.embeds_of = embeds_of
+        self.guidance_scales = guidance_scales
+        self.device = device
+        self.callback = callback
+        self._latents: dict[int, torch.Tensor] = {}
+        self._states: dict[int, BlockSampler] = {}
+        self._prompts: dict[int, int] = {}
+        self._velocity: dict[Unit, torch.Tensor] = {}
+
+    def prompt(self, unit: Unit) -> int:
+        """The prompt of the unit's block; a block enters with its first unit."""
+        if unit.block not in self._prompts:
+            self._prompts[unit.block] = self.prompt_of(unit.block)
+            self._latents[unit.block] = self.noise(unit.block).to(self.device)
+            self._states[unit.block] = self.sampler.start()
+        return self._prompts[unit.block]
+
+    def window(self, unit: Unit) -> torch.Tensor:
+        """What the model is fed: [1, C, F, H, W], for ``paper`` with the end of the block before in front."""
+        own = self._latents[unit.block]
+        fed = self.layout.fed_context(unit.block)
+        if not fed:
+            return own
+        return torch.cat([self._latents[unit.block - 1][:, :, -fed:], own], dim=2)
+
+    def velocity_shape(self, unit: Unit) -> torch.Size:
+        return self._latents[unit.block].shape
+
+    def take(self, unit: Unit, velocity: torch.Tensor) -> None:
+        """Keeps a branch's velocity until the update."""
+        self._velocity[unit] = velocity
+
+    def update(self, block: int, step: int) -> None:
+        """One sampler step from the velocities of the block's branches."""
+        velocity = [self._velocity.pop(Unit(block, step, b)) for b in range(self.schedule.branches)]
+        guided = combine_guidance(*velocity, self.guidance_scales[step]) if len(velocity) == 2 else velocity[0]
+        latents = self._states[block].step(guided, step, self._latents[block])
+        if self.callback is not None:
+            latents = self.callback(block, step, self.sampler.timesteps[step], latents)
+        self._latents[block] = latents
+
+    def emit(self, block: int) -> torch.Tensor:
+        """The block's final latents. Its successor may still read them, its predecessor is forgotten.
+
+        Raises:
+            NonFiniteError: they hold NaN or infinity.
+        """
+        del self._states[block]
+        self._latents.pop(block - 1, None)
+        self._prompts.pop(block - 1, None)
+        latents = self._latents[block]
+        if not torch.isfinite(latents).all():
+            raise NonFiniteError(f"the latents of block {block} hold NaN or infinity; it is not given out")
+        return latents
+
+
+class StageExecutor:
+    """One stage of a schedule.
+
+    Args:
+        inbound, outbound: edges from the stage before and to the one after; None with a single stage.
+        queue: stage 0 only.
+        on_emit, on_decode: stage 0 only, called with (block, latents) and (block).
+        report: called with a phase and the unit before every action.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        layout: Layout,
+        index: int,
+        stage: Stage,
+        inbound: Edge | None,
+        outbound: Edge | None,
+        prompts: PromptChannel,
+        queue: LatentQueue | None = None,
+        on_emit: Callable[[int, torch.Tensor], None] | None = None,
+        on_decode: Callable[[int], None] | None = None,
+        report: Report | None = None,
+    ) -> None:
+        self.schedule = schedule
+        self.layout = layout
+        self.index = index
+        self.stage = stage
+        self.inbound, self.outbound = inbound, outbound
+        self.prompts = prompts
+        self.queue = queue
+        self.on_emit, self.on_decode = on_emit, on_decode
+        self.report = report or (lambda phase, unit: None)
+        self.clock = BusyClock(stage.timesteps.device)
+        self.under_way = 0  # stage 0: units sent and not yet back
+        self._hidden: torch.Tensor | None = None
+        self._prompt = 0
+        self._prompt_of_block: dict[int, int] = {}
+        self._handlers: dict[Op, Callable[[Unit], None]] = {
+            Op.RECV: self._receive_velocity if queue else self._receive_hidden,
+            Op.RUN: self._run_first if queue else self._run_later,
+            Op.SEND: self._send,
+            Op.UPDATE: self._update,
+            Op.EMIT: self._emit,
+            Op.DECODE: self._decode,
+        }
+
+    def steps(self) -> Iterator[bool]:
+        """Performs the actions one by one. Yields True after each, False while the next one has to wait."""
+        for action in self.schedule.actions(self.index):
+            while not self._ready(action):
+                yield False
+            self.report(action.op.value, action.unit)
+            try:
+                self._handlers[action.op](action.unit)
+            except Stopped:
+                return
+            yield True
+        self._finish()
+
+    def stop(self) -> None:
+        """Stage 0: ends the run early on all stages. What is under way is taken and thrown away."""
+        if self.inbound is None or self.outbound is None:
+            return
+        while self.under_way:
+            self.inbound.receive()
+            self.inbound.release()
+            self.under_way -= 1
+        self.outbound.stop()
+        self.inbound.stop()
+        self._finish()
+
+    def _finish(self) -> None:
+        if self.outbound is not None:
+            self.outbound.finish()
+        self.prompts.finish()
+
+    def _ready(self, action: Action) -> bool:
+        if action.op is Op.RECV:
+            assert self.inbound is not None
+            return self.inbound.can_receive()
+        if action.op is Op.SEND:
+            assert self.outbound is not None
+            return self.outbound.can_send()
+        return True
+
+    def _receive(self, unit: Unit) -> tuple[Header, torch.Tensor]:
+        assert self.inbound is not None
+        header, tensor = self.inbound.receive()
+        if header.kind is Kind.STOP:
+            self.inbound.stop()
+            if self.outbound is not None:
+                self.outbound.stop()
+            self._finish()
+            raise Stopped
+        if header.unit != unit:
+            raise TransportError(f"{self.inbound.name}: {header} arrives where the schedule says {unit}")
+        return header, tensor
+
+    def _receive_hidden(self, unit: Unit) -> None:
+        header, tensor = self._receive(unit)
+        self._hidden = tensor.view(-1, self.stage.inner_dim)
+        self._prompt = header.prompt
+        if not self.stage.knows_prompt(header.prompt):
+            self.stage.add_prompt(header.prompt, self.prompts.fetch(header.prompt))
+
+    def _receive_velocity(self, unit: Unit) -> None:
+        assert self.queue is not None and self.inbound is not None
+        _, tensor = self._receive(unit)
+        shape = self.queue.velocity_shape(unit)
+        self.queue.take(unit, tensor[: shape.numel()].view(shape).clone())
+        self.inbound.release()
+        self.under_way -= 1
+
+    def _run_first(self, unit: Unit) -> None:
+        assert self.queue is not None
+        self._prompt = self.queue.prompt(unit)
+        if not self.stage.knows_prompt(self._prompt):
+            embeds = self.queue.embeds_of(self._prompt)
+            self.stage.add_prompt(self._prompt, embeds)
+            if self.schedule.num_stages > 1:
+                self.prompts.publish(self._prompt, embeds)
+        result = self._run(self.queue.window(unit), unit)
+        if self.schedule.num_stages == 1:
+            self.queue.take(unit, result)
+        else:
+            self._hidden = result
+
+    def _run_later(self, unit: Unit) -> None:
+        assert self._hidden is not None and self.inbound is not None
+        self._hidden = self._run(self._hidden, unit)
+        self.inbound.release()
+
+    def _run(self, hidden: torch.Tensor, unit: Unit) -> torch.Tensor:
+        if unit.block not in self._prompt_of_block:
+            self._admit(unit.block)
+        with self.clock:
+            return self.stage.run(
+                hidden,
+                unit,
+                prompt=self._prompt,
+                window=(self.layout.window_start(unit.block), self.layout.window_frames(unit.block)),
+                fed_context=self.layout.fed_context(unit.block),
+                reads=self.schedule.reads(unit),
+                writes=self.schedule.writes(unit),
+            )
+
+    def _admit(self, block: int) -> None:
+        """A block enters; prompts that only blocks long gone have used are forgotten."""
+        self._prompt_of_block[block] = self._prompt
+        for old in [b for b in self._prompt_of_block if b <= block - self.schedule.num_steps]:
+            del self._prompt_of_block[old]
+        self.stage.drop_prompts(before=min(self._prompt_of_block.values()))
+
+    def _send(self, unit: Unit) -> None:
+        assert self._hidden is not None and self.outbound is not None
+        self.outbound.send(Header(Kind.UNIT, unit, self._prompt), self._hidden)
+        self._hidden = None
+        self.under_way += 1
+
+    def _update(self, unit: Unit) -> None:
+        assert self.queue is not None
+        self.queue.update(unit.block, unit.step)
+
+    def _emit(self, unit: Unit) -> None:
+        assert self.queue is not None and self.on_emit is not None
+        self.on_emit(unit.block, self.queue.emit(unit.block))
+
+    def _decode(self, unit: Unit) -> None:
+        assert self.on_decode is not None
+        self.on_decode(unit.block)
+
+
+def run_together(executors: Sequence[StageExecutor]) -> Iterator[None]:
+    """Runs several stages in one process, each as far as it gets, in turn. Yields after every action."""
+    running: list[Any] = [executor.steps() for executor in executors]
+    while any(running):
+        moved = False
+        for index, steps in enumerate(running):
+            while steps is not None:
+                result = next(steps, None)
+                if result is None:
+                    running[index] = steps = None
+                    moved = True
+                elif result:
+                    moved = True
+                    yield
+                else:
+                    break
+        assert moved, "no stage can go on; the validator should have found this schedule"

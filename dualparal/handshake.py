@@ -1,0 +1,105 @@
+"""Ranks compare notes before the first tensor moves: versions, configuration, weights.
+
+A difference found here is one sentence; found later it is a hang or a wrong picture. It works on any store
+with torch.distributed's `set`, `get` and `check`, and need not know what the fields mean.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+_POLL_SECONDS = 0.01
+# How long a rank that found a difference stays, so that the others can read it too: it may host the store.
+_LINGER_SECONDS = 2.0
+_ABSENT = "absent"
+
+
+class Store(Protocol):
+    """The part of torch.distributed.Store that is used."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def check(self, keys: list[str], /) -> bool: ...
+
+
+def handshake(
+    store: Store, rank: int, world_size: int, info: Mapping[str, Any], timeout: float = 30.0
+) -> None:
+    """Returns once every rank has published the same `info`; all ranks call it, once per store.
+
+    Args:
+        store: where the ranks meet. For a second handshake on one store, wrap it in a PrefixStore.
+        rank: this rank.
+        world_size: how many ranks this rank believes there are; compared like a field.
+        info: JSON values, nested as you like.
+        timeout: seconds to wait for the slowest rank.
+
+    Raises:
+        ValueError: the ranks disagree; names every field and its value on each rank, in the same words.
+        TimeoutError: a rank did not report in time; names it.
+    """
+    store.set(_key("info", rank), json.dumps({"world_size": world_size, **info}, sort_keys=True))
+    reports = _collect(store, world_size, timeout)
+    differences = _differences(reports)
+    if not differences:
+        return
+    store.set(_key("read", rank), "1")
+    _wait_for(store, [_key("read", r) for r in reports], min(timeout, _LINGER_SECONDS))
+    raise ValueError("ranks disagree: " + "; ".join(differences))
+
+
+def _key(kind: str, rank: int) -> str:
+    return f"dualparal/handshake/{kind}/{rank}"
+
+
+def _collect(store: Store, world_size: int, timeout: float) -> dict[int, dict[str, Any]]:
+    deadline = time.monotonic() + timeout
+    reports: dict[int, dict[str, Any]] = {}
+    expected = world_size
+    while True:
+        for r in range(expected):
+            if r not in reports and store.check([_key("info", r)]):
+                reports[r] = json.loads(store.get(_key("info", r)))
+        # Where the ranks disagree on their number, only those of the smallest count are sure to exist.
+        expected = min([expected, *(report["world_size"] for report in reports.values())])
+        missing = [r for r in range(expected) if r not in reports]
+        if not missing:
+            return {r: reports[r] for r in range(expected)}
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank(s) {missing} did not report within {timeout:g} s")
+        time.sleep(_POLL_SECONDS)
+
+
+def _wait_for(store: Store, keys: list[str], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _differences(reports: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    flat = {r: dict(_flatten(report)) for r, report in reports.items()}
+    names = sorted({name for fields in flat.values() for name in fields})
+    by_name = {name: {r: fields.get(name, _ABSENT) for r, fields in flat.items()} for name in names}
+    return [f"{name}: {_values(values)}" for name, values in by_name.items() if len(set(values.values())) > 1]
+
+
+def _flatten(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
+    """Leaves of nested objects as ("args.height", "480"); a list is one leaf."""
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _flatten(item, f"{path}.{name}" if path else name)
+    else:
+        yield path, json.dumps(value, sort_keys=True)
+
+
+def _values(by_rank: Mapping[int, str]) -> str:
+    """'rank 0, 2 = "2.13.0", rank 1 = "2.12.1"': ranks that agree share one entry."""
+    ranks: dict[str, list[int]] = {}
+    for r, value in sorted(by_rank.items()):
+        ranks.setdefault(value, []).append(r)
+    return ", ".join(f"rank {', '.join(map(str, group))} = {value}" for value, group in ranks.items())

@@ -1,0 +1,203 @@
+"""A rank's line to the process that started it: heartbeat, progress, errors, and the order to stop or die.
+
+This is the child side; `supervisor` is the parent's. It imports no torch, because the first tick has to leave
+before the slow imports begin. It does not know what a phase means, nor who is to blame when something breaks.
+
+Lines are JSON objects over the pipe ``DUALPARAL_STATUS_FD``: ``{"tick": 1}``, a phase (``phase``, and where:
+``stage``, ``block``, ``step``), free messages, ``error``, ``done``. On ``DUALPARAL_LIFE_FD`` the parent may
+write ``stop``; the end of that pipe means that the parent is gone, and then the rank dies too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+STATUS_FD = "DUALPARAL_STATUS_FD"
+LIFE_FD = "DUALPARAL_LIFE_FD"
+RENDEZVOUS = "DUALPARAL_RENDEZVOUS"
+STOP = b"stop\n"
+TICK_SECONDS = 0.3
+
+_TICK = b'{"tick":1}\n'
+# A write this small goes into a pipe whole or not at all, so a full pipe never leaves half a line behind.
+_LINE_LIMIT = select.PIPE_BUF
+# Phases go out at once while credit lasts. A burst matters more than a steady rate: a short wait is followed
+# at once by the long run we want to hear about. What exceeds it goes out with the next tick, newest only.
+_PHASE_BURST = 64.0
+_PHASES_PER_SECOND = 500.0
+_PR_SET_PDEATHSIG = 1
+
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
+
+
+class Heartbeat:
+    """Tells the parent that this rank lives, where it is, and how it ended.
+
+    With no parent (`status_fd` None: torchrun, a notebook, one process) every method is there and does
+    nothing. Methods may be called from any thread.
+
+    Attributes:
+        stop_requested: set when the parent asks the rank to stop at the next block boundary.
+    """
+
+    def __init__(self, status_fd: int | None = None, life_fd: int | None = None) -> None:
+        self.stop_requested = threading.Event()
+        self._fd = status_fd
+        # Re-entrant: a signal handler may report an error while the same thread is inside phase().
+        self._lock = threading.RLock()
+        self._where: dict[str, Any] = {}
+        self._unsent = False
+        self._credit = _PHASE_BURST
+        self._credit_at = time.monotonic()
+        if status_fd is None or life_fd is None:
+            return
+        # A rank's own children must hold neither end.
+        os.set_inheritable(status_fd, False)
+        os.set_inheritable(life_fd, False)
+        os.set_blocking(status_fd, False)
+        self._write(_TICK)
+        threading.Thread(target=self._watch, args=(life_fd,), name="dualparal-heartbeat", daemon=True).start()
+
+    @classmethod
+    def from_env(cls) -> Heartbeat:
+        """The line to the parent named by the environment, or one that does nothing.
+
+        Call it once, first thing, and pass the object on: it takes the two variables out of the environment,
+        so that a program started by this rank does not mistake its own descriptors for ours.
+        """
+        status, life = os.environ.pop(STATUS_FD, None), os.environ.pop(LIFE_FD, None)
+        if status is None or life is None:
+            return cls()
+        _die_with_parent()
+        return cls(int(status), int(life))
+
+    def phase(self, name: str, **where: Any) -> None:
+        """Says what the rank does from now on, and where: ``stage``, ``block``, ``step``.
+
+        Cheap enough for every unit. A name that starts with "wait" means waiting for another rank: the parent
+        does not count that time against this one.
+        """
+        if self._fd is None:
+            return
+        where["phase"] = name
+        with self._lock:
+            self._where = where
+            now = time.monotonic()
+            earned = (now - self._credit_at) * _PHASES_PER_SECOND
+            self._credit = min(_PHASE_BURST, self._credit + earned)
+            self._credit_at = now
+            self._unsent = self._credit < 1.0 or not self._write(_line(where))
+            if not self._unsent:
+                self._credit -= 1.0
+
+    def message(self, **fields: Any) -> None:
+        """Passes fields on to the parent's ``on_message``. Dropped when the pipe is full: send totals."""
+        if self._fd is not None:
+            self._write(_line(fields))
+
+    def error(self, error: BaseException | str, peer: bool = False, exit_code: int | None = None) -> None:
+        """Reports why this rank ends. Never dropped.
+
+        Args:
+            error: the exception, or a text. Long texts are cut. Keep prompts out: it ends in ``error.json``.
+            peer: true if another rank went away, so that this is a consequence and not the cause.
+            exit_code: what the whole run should exit with, if it is not the usual "a rank failed".
+        """
+        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        # Clocks are the machine's: `at` orders the reports of several ranks whatever order they are read in.
+        fields = {**self._where, "error": text, "peer": peer, "at": time.monotonic()}
+        if exit_code is not None:
+            fields["exit_code"] = exit_code
+        self._write_surely(_line(fields))
+
+    def done(self) -> None:
+        """Reports that this rank's work is finished and on disk. Never dropped; a good run's last call."""
+        self._write_surely(_line({"done": True}))
+
+    def _write(self, line: bytes) -> bool:
+        """Writes one line or nothing; false if the pipe is full."""
+        if self._fd is None:
+            return True
+        try:
+            os.write(self._fd, line)
+        except BlockingIOError:
+            return False
+        except OSError:
+            # The parent is gone; the watching thread knows what to do about that.
+            self._fd = None
+        return True
+
+    def _write_surely(self, line: bytes) -> None:
+        while not self._write(line):
+            time.sleep(0.01)
+
+    def _watch(self, life_fd: int) -> None:
+        """Ticks, and listens on the life pipe between two ticks."""
+        poller = select.poll()
+        poller.register(life_fd, select.POLLIN)
+        heard = b""
+        while True:
+            if poller.poll(TICK_SECONDS * 1000):
+                data = os.read(life_fd, 256)
+                if not data:
+                    _kill_self()
+                heard = (heard + data)[-256:]
+                if STOP in heard:
+                    self.stop_requested.set()
+                    heard = b""
+            else:
+                self._write(_TICK)
+                self._send_late_phase()
+
+    def _send_late_phase(self) -> None:
+        # Not waiting for the lock keeps the tick honest: this thread must never hang on the rank's own work.
+        if self._unsent and self._lock.acquire(blocking=False):
+            try:
+                self._unsent = not self._write(_line(self._where))
+            finally:
+                self._lock.release()
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    """One JSON line of less than `_LINE_LIMIT` bytes; the longest texts are cut until it fits."""
+    line = _to_json(fields).encode("utf-8", "replace") + b"\n"
+    while len(line) >= _LINE_LIMIT:
+        key = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], str) else 0)
+        text = fields[key]
+        if not isinstance(text, str) or len(text) < 16:
+            names = sorted(fields)
+            raise ValueError(
+                f"a message of {len(line)} bytes, fields {names}: use less than {_LINE_LIMIT} bytes"
+            )
+        fields = {**fields, key: text[: len(text) * 3 // 4 - 3] + "..."}
+        line = _to_json(fields).encode("utf-8", "replace") + b"\n"
+    return line
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to kill this process when its parent dies, also while it is stopped or holds the GIL.
+
+    The signal follows the parent's thread, not its process. That is safe here, since the thread that starts
+    the ranks stays in the supervisor until they are gone. Elsewhere the life pipe does the work alone.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def _kill_self() -> None:
+    """Ends this process, and its children where it leads a group. At once: the main thread may be stuck."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,361 @@
+"""Reads a diffusers-format Wan pipeline: facts from its JSON, and of its weights only what a rank owns.
+
+Safetensors only: no pickle, no code from model folders, no class outside the list below. Names and shapes of all
+tensors are checked against the model's config from the file headers alone, before any weight is read: diffusers
+itself only warns about missing tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dualparal.models.base import Slice
+from dualparal.models.wan import WanSpec
+from dualparal.sampler import SUPPORTED as SAMPLERS
+
+logger = logging.getLogger("dualparal")
+
+SUPPORTED_PIPELINES = ("WanPipeline",)
+COMPONENTS = {
+    "transformer": ("WanTransformer3DModel",),
+    "transformer_2": ("WanTransformer3DModel",),
+    "vae": ("AutoencoderKLWan",),
+    "text_encoder": ("UMT5EncoderModel",),
+    "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
+    "scheduler": SAMPLERS,
+}
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+
+
+class ModelError(ValueError):
+    """A model directory that cannot be used; the message names the file and the way out."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A pipeline directory whose structure has been checked. No weights are read to make one.
+
+    Raises:
+        ModelError: not a supported pipeline, an unsupported class, or missing, corrupt or foreign weight files.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        index = self.index
+        name = index.get("_class_name")
+        if name not in SUPPORTED_PIPELINES:
+            raise ModelError(f"{self.path / 'model_index.json'}: pipeline class {name!r} is not supported; "
+                             f"supported: {', '.join(SUPPORTED_PIPELINES)}")
+        for component, classes in COMPONENTS.items():
+            entry = index.get(component)
+            present = isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+            if not present and component == "transformer_2":
+                continue
+            if not present or entry[1] not in classes:
+                raise ModelError(f"{self.path / 'model_index.json'}: {component} is "
+                                 f"{entry[1] if present else entry!r}; supported: {', '.join(classes)}")
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        return _read_json(self.path / "model_index.json")
+
+    def config(self, component: str) -> dict[str, Any]:
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        return _read_json(self.path / component / name)
+
+    def has(self, component: str) -> bool:
+        entry = self.index.get(component)
+        return isinstance(entry, list) and entry[1] is not None
+
+    @cached_property
+    def spec(self) -> WanSpec:
+        """Facts of the model; ModelError for a variant of Wan that is not supported."""
+        try:
+            return WanSpec.from_configs(
+                self.config("transformer"),
+                self.config("transformer_2") if self.has("transformer_2") else None,
+                self.index.get("boundary_ratio"),
+                bool(self.index.get("expand_timesteps", False)),
+            )
+        except (KeyError, TypeError) as error:
+            raise ModelError(f"{self.path / 'transformer' / 'config.json'}: not a config of a Wan transformer "
+                             f"({error!r} is missing or malformed)") from None
+        except ValueError as error:
+            raise ModelError(f"{self.path}: {error}") from None
+
+    @property
+    def vae_config(self) -> dict[str, Any]:
+        return self.config("vae")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names, shapes and sizes of the transformer files, for ranks to compare (no checksum of the data)."""
+        parts = []
+        for expert in range(self.spec.num_experts):
+            found = WeightFiles(self.path / _expert_folder(expert))
+            size = sum(path.stat().st_size for path in set(found.owner.values()))
+            elements = sum(math.prod(shape) for shape in found.shapes.values())
+            parts.append(f"{len(found.shapes)} tensors, {elements} elements, {size} bytes")
+        return "; ".join(parts)
+
+    def check_weights(self) -> None:
+        """Names and shapes of all weight files against the configs, from the headers alone.
+
+        Raises:
+            ModelError: lists what is missing, what is too much and what has another shape.
+        """
+        for expert in range(self.spec.num_experts):
+            _check_tensors(self.path / _expert_folder(expert), self.spec.shapes(expert))
+        for component in ("vae", "text_encoder"):
+            WeightFiles(self.path / component)
+
+    def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]:
+        """One slice per expert, reading only the tensors of these layers."""
+        slices: list[Slice] = []
+        for expert in range(self.spec.num_experts):
+            files = WeightFiles(self.path / _expert_folder(expert))
+            tensors = {
+                name: tensor.to(device, self.spec.tensor_dtype(name, dtype))
+                for name, tensor in files.read(self.spec.names(expert, layers))
+            }
+            slices.append(self.spec.build(tensors, layers))
+        return slices
+
+    def load_scheduler(self) -> Any:
+        import diffusers
+
+        return getattr(diffusers, self.index["scheduler"][1]).from_pretrained(self.path / "scheduler")
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+        """The VAE, in float32 unless asked otherwise, as the Wan authors run it."""
+        from diffusers import AutoencoderKLWan
+
+        vae, info = AutoencoderKLWan.from_pretrained(
+            self.path / "vae", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        _check_loaded(self.path / "vae", info)
+        return vae.to(device).eval()
+
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+        """(tokenizer, text encoder). Only one rank calls this."""
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.path / "tokenizer", trust_remote_code=False)
+        encoder, info = transformers.UMT5EncoderModel.from_pretrained(
+            self.path / "text_encoder", dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        _check_loaded(self.path / "text_encoder", info)
+        return tokenizer, encoder.to(device).eval()
+
+
+class WeightFiles:
+    """The safetensors files of one component, single or sharded, opened by header.
+
+    Raises:
+        ModelError: no safetensors file, or one that is cut or corrupt.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        indices = sorted(folder.glob("*.safetensors.index.json"))
+        if indices:
+            weight_map = _read_json(indices[0]).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ModelError(f"{indices[0]}: no weight_map in it; download the model again")
+            names: Iterable[str] = sorted(set(weight_map.values()))
+        else:
+            names = sorted(p.name for p in folder.glob("*.safetensors"))
+            if len(list(names)) > 1:
+                raise ModelError(f"{folder}: several safetensors files and no index file says which to read")
+        if not names:
+            other = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            found = f"only {', '.join(other)}, which are pickles and never read" if other else "no weight file"
+            raise ModelError(f"{folder}: {found}; a .safetensors file is needed (convert with "
+                             "pipe.save_pretrained(..., safe_serialization=True))")
+        self.owner: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(f"{indices[0]}: names the file {name!r} outside its folder")
+            with _open(folder / name) as handle:
+                for key in handle.keys():  # noqa: SIM118 (not a dict)
+                    self.owner[key] = folder / name
+                    self.shapes[key] = tuple(handle.get_slice(key).get_shape())
+
+    def read(self, names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
+        """Yields (name, tensor) of just these tensors, file by file."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.owner[name], []).append(name)
+        for path, wanted in by_file.items():
+            with _open(path) as handle:
+                for name in wanted:
+                    yield name, handle.get_tensor(name)
+
+
+class ModelSource(Protocol):
+    """Where an engine's model comes from: files, or a pipeline that the user has loaded."""
+
+    @property
+    def spec(self) -> WanSpec: ...
+
+    @property
+    def vae_config(self) -> dict[str, Any]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]: ...
+
+    def load_scheduler(self) -> Any: ...
+
+    def load_vae(self, device: torch.device) -> Any: ...
+
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]: ...
+
+
+class LoadedPipeline:
+    """A WanPipeline that the user has loaded; its tensors are shared where device and dtype allow.
+
+    Raises:
+        ModelError: another class, or a Wan variant that is not supported.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        name = type(pipeline).__name__
+        if name not in SUPPORTED_PIPELINES:
+            raise ModelError(f"a {name} was given; supported: a directory, a hub id, or a loaded "
+                             f"{', '.join(SUPPORTED_PIPELINES)}")
+        self.pipeline = pipeline
+        self._modules = [m for m in (pipeline.transformer, pipeline.transformer_2) if m is not None]
+        try:
+            self.spec = WanSpec.from_configs(
+                pipeline.transformer.config,
+                None if pipeline.transformer_2 is None else pipeline.transformer_2.config,
+                pipeline.config.boundary_ratio,
+                bool(pipeline.config.expand_timesteps),
+            )
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+
+    @property
+    def vae_config(self) -> dict[str, Any]:
+        return dict(self.pipeline.vae.config)
+
+    @property
+    def fingerprint(self) -> str:
+        return "; ".join(f"{sum(p.numel() for p in m.parameters())} elements" for m in self._modules)
+
+    def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]:
+        """Slices that share the tensors of the loaded transformers (Q, K and V are copied into one matrix).
+
+        Raises:
+            ModelError: weights were replaced (LoRA, quantisation), which would silently be lost.
+        """
+        slices: list[Slice] = []
+        for expert, module in enumerate(self._modules):
+            state = module.state_dict()
+            odd = sorted(set(state) ^ set(self.spec.shapes(expert)))
+            if odd:
+                raise ModelError(
+                    f"the loaded transformer has other tensors than a plain one ({', '.join(odd[:3])} ...): fuse "
+                    "LoRA weights first (pipe.fuse_lora(); pipe.unload_lora_weights()) and do not quantise"
+                )
+            tensors = {}
+            for name in self.spec.names(expert, layers):
+                if not state[name].is_floating_point() or state[name].element_size() < 2:
+                    raise ModelError(f"the loaded transformer holds {name} as {state[name].dtype}: quantised weights "
+                                     "are not supported; load it in float32, bfloat16 or float16")
+                tensors[name] = state[name].to(device, self.spec.tensor_dtype(name, dtype))
+            slices.append(self.spec.build(tensors, layers))
+        return slices
+
+    def load_scheduler(self) -> Any:
+        return self.pipeline.scheduler
+
+    def load_vae(self, device: torch.device) -> Any:
+        return self.pipeline.vae.to(device)
+
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+        return self.pipeline.tokenizer, self.pipeline.text_encoder.to(device)
+
+
+def resolve_model(model: str | Path) -> ModelFiles:
+    """A directory, or a hub id to download (JSON, tokenizer and safetensors files only).
+
+    Raises:
+        ModelError: neither.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return ModelFiles(path)
+    name = str(model)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"model {name!r} is not a directory in diffusers format, nor a hub id such as "
+                         "'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return ModelFiles(Path(snapshot_download(name, allow_patterns=_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"model {name!r} is no directory here and could not be had from the hub: {error}") from None
+
+
+def _expert_folder(expert: int) -> str:
+    return "transformer" if expert == 0 else f"transformer_{expert + 1}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: not a model directory in diffusers format") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} holds {type(data).__name__}, not an object")
+    return data
+
+
+def _open(path: Path) -> Any:
+    try:
+        if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+            raise ModelError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull'")
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing, though the index names it; download the model again") from None
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+
+
+def _check_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    found = WeightFiles(folder).shapes
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(name for name in set(found) - set(expected) if "norm_added_q" not in name)
+    shapes = [f"{n} {found[n]} instead of {s}" for n, s in expected.items() if n in found and found[n] != s]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ModelError(f"{folder}: tensors do not fit its config: {'; '.join(problems)}")
+
+
+def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
+    missing = sorted(info.get("missing_keys") or ())
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys") or ())
+    if missing or mismatched:
+        raise ModelError(f"{folder}: tensors missing {missing[:3]} or of another shape {mismatched[:3]}")

@@ -1,0 +1,72 @@
+"""Which rank this process is, and how ranks meet: torchrun's environment, our supervisor's, or one process alone.
+
+One rank owns one stage. Nothing listens outside loopback unless torchrun set it up so: ranks that our supervisor
+starts meet through a file in a private folder.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+RENDEZVOUS = "DUALPARAL_RENDEZVOUS"
+TIMEOUT = timedelta(minutes=30)  # a rank may wait long for a slow neighbour; the supervisor watches progress
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks 0 .. world_size - 1, stage k on rank k. ``distributed``: more than one process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    distributed: bool
+
+    @classmethod
+    def local(cls, device: torch.device) -> Mesh:
+        return cls(0, 1, device, distributed=False)
+
+    @classmethod
+    def join(cls, device_type: str) -> Mesh:
+        """Joins the process group that the environment describes, or uses the one that is there.
+
+        Raises:
+            RuntimeError: CUDA asked for and this rank has no card.
+        """
+        if device_type == "cuda":
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            if local_rank >= torch.cuda.device_count():
+                raise RuntimeError(
+                    f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; "
+                    "start as many ranks as there are cards"
+                )
+            torch.cuda.set_device(local_rank)
+            device = torch.device("cuda", local_rank)
+        else:
+            device = torch.device(device_type)
+        if not dist.is_initialized():
+            cls._init("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), device, distributed=dist.get_world_size() > 1)
+
+    @staticmethod
+    def _init(backend: str) -> None:
+        path = os.environ.get(RENDEZVOUS)
+        if path is None:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+            return
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo0" if os.uname().sysname == "Darwin" else "lo")
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = dist.FileStore(path, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+
+
+def in_distributed_run() -> bool:
+    """Whether this process is one rank of several (torchrun, our supervisor, or an initialised process group)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ

@@ -1,0 +1,1 @@
+"""Model adapters: the only modules that know a model's layers."""

@@ -1,0 +1,136 @@
+"""What the engine needs of a model: facts from its config, and slices of its layers.
+
+An adapter implements these two protocols. It knows nothing of ranks, schedules or blocks; positions are absolute
+latent-frame indices of the video, so features made for one block are right for its neighbour as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from dualparal.features import KeysValues
+
+Pending = tuple[torch.Tensor, torch.Tensor | None]  # (y, gate): x + y * gate is still to be done, by the next norm
+
+
+class Grid(NamedTuple):
+    """Size of a latent frame in latent pixels, and in tokens (after patching)."""
+
+    height: int
+    width: int
+    tokens_height: int
+    tokens_width: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per frame."""
+        return self.tokens_height * self.tokens_width
+
+
+class Rotary(NamedTuple):
+    """Rotary angles of a window of tokens: cosines and sines, float32 [tokens, head_dim // 2]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class TimeCondition(NamedTuple):
+    """What a timestep means to a slice. Made once per step and run, not per unit.
+
+    layers: float32 [layers of the slice, 6, inner]; head: float32 [2, inner], for the slice that has the head.
+    """
+
+    layers: torch.Tensor
+    head: torch.Tensor | None
+
+
+class Slice(Protocol):
+    """A run of layers of one transformer, with the embedding or the head where it owns them. No batch dimension."""
+
+    num_layers: int
+    inner_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [1, C, F, H, W] to hidden states [tokens, inner]. First slice only."""
+        ...
+
+    def time(self, timestep: torch.Tensor) -> TimeCondition:
+        """timestep: a scalar of the sampler's."""
+        ...
+
+    def text(self, prompt_embeds: torch.Tensor) -> list[KeysValues]:
+        """Prompt embeddings [sequence, text_dim] to the cross-attention keys and values of every layer."""
+        ...
+
+    def rotary(self, start: int, frames: int, grid: Grid) -> Rotary:
+        """Angles of ``frames`` latent frames from absolute index ``start`` on."""
+        ...
+
+    def layer(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        pending: Pending | None,
+        time: TimeCondition,
+        text: KeysValues,
+        rotary: Rotary,
+        neighbours: Sequence[KeysValues],
+        workspace: KeysValues | None,
+    ) -> tuple[torch.Tensor, Pending, KeysValues]:
+        """One layer. Returns hidden states, what is still to be added to them, and the layer's own keys and values.
+
+        The own keys and values are views of ``workspace`` when one is given, good until its next use.
+        """
+        ...
+
+    def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
+        """Hidden states with nothing pending, to hand to the next slice."""
+        ...
+
+    def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition, grid: Grid) -> torch.Tensor:
+        """Velocity [1, C, F, H, W] of whole frames of tokens. Last slice only."""
+        ...
+
+
+class ModelSpec(Protocol):
+    """Facts of a model, known from its config files alone."""
+
+    num_layers: int
+    num_experts: int
+    in_channels: int
+    inner_dim: int
+    text_dim: int
+
+    def expert(self, timestep: float, num_train_timesteps: int) -> int:
+        """Which of the model's transformers handles a timestep."""
+        ...
+
+    def grid(self, height: int, width: int, spatial_factor: int) -> Grid:
+        """Latent size of a frame of height x width pixels; ValueError when it does not divide."""
+        ...
+
+    def shapes(self, expert: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of a transformer's checkpoint."""
+        ...
+
+    def names(self, expert: int, layers: range) -> list[str]:
+        """The tensors that a slice of these layers needs."""
+        ...
+
+    def tensor_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype a tensor is kept in when the model runs in ``dtype``."""
+        ...
+
+    def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> Slice:
+        """A slice from its tensors."""
+        ...
+
+
+def component_config(config: Any) -> dict[str, Any]:
+    """A plain dict of a diffusers config, without private keys."""
+    return {key: value for key, value in dict(config).items() if not key.startswith("_")}

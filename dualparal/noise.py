@@ -1,0 +1,68 @@
+"""A block's initial noise as a function of (seed, block) alone: the same on any rank, in any order, after resume.
+
+The paper's coordinated noise: a pool of B + C frames; for each new block the pool becomes [its last C, its first B
+permuted], and the block takes the last B. Every window [C of the previous block, own B] then holds each pool frame
+exactly once (DualParal, section 3.3; examples/DualParal_Wan.py of the authors' code).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dualparal.config import Layout
+
+_MASK = 2**64 - 1
+
+
+def derive_seed(seed: int, block: int) -> int:
+    """A well mixed 63-bit seed of (seed, block): splitmix64 of both."""
+    z = (seed * 0x9E3779B97F4A7C15 + (block + 1) * 0xD1B54A32D192ED03) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (z ^ (z >> 31)) >> 1
+
+
+class BlockNoise:
+    """Initial latents of every block, float32 on the CPU (so that they do not depend on the device).
+
+    Args:
+        layout: where the blocks lie.
+        shape: (channels, height, width) of a latent frame.
+        seed: of pool and permutations.
+        latents: [1, channels, L or padded L, height, width] to use instead, as in diffusers. Where it is shorter
+            than what is computed (the surplus of the last block), the pool goes on.
+    """
+
+    def __init__(
+        self, layout: Layout, shape: tuple[int, int, int], seed: int, latents: torch.Tensor | None = None
+    ) -> None:
+        channels, height, width = shape
+        self.layout = layout
+        self.seed = seed
+        self.latents = None if latents is None else latents.to("cpu", torch.float32)
+        size = layout.blocks.frames_per_block + layout.blocks.context_frames
+        generator = torch.Generator().manual_seed(derive_seed(seed, -1))
+        self.pool = torch.randn(size, channels, height, width, generator=generator)
+        self._state: tuple[int, list[int]] = (0, list(range(size)))
+
+    def frames(self, block: int) -> list[int]:
+        """Which pool frames ``block`` starts from, in order."""
+        own, context = self.layout.blocks.frames_per_block, self.layout.blocks.context_frames
+        at, order = self._state
+        if block < at:
+            at, order = 0, list(range(own + context))
+        while at < block:
+            at += 1
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, at))
+            shuffle = torch.randperm(own, generator=generator).tolist()
+            order = order[len(order) - context :] + [order[i] for i in shuffle]
+        self._state = (at, order)
+        return order[len(order) - self.layout.frames(block) :]
+
+    def __call__(self, block: int) -> torch.Tensor:
+        """Noise [1, channels, frames of the block, height, width], float32."""
+        noise = self.pool[self.frames(block)].transpose(0, 1).unsqueeze(0).contiguous()
+        if self.latents is not None:
+            given = self.latents[:, :, self.layout.start(block) :][:, :, : noise.shape[2]]
+            noise[:, :, : given.shape[2]] = given
+        return noise

@@ -1,0 +1,61 @@
+"""diffusers' own samplers ("schedulers" there), one state per block.
+
+A sampler keeps tensors between steps, so nothing here writes into a tensor it was given or gave out: the authors'
+in-place copy of the result corrupts UniPC's ``last_sample`` (0.12 off stock Wan at T = 6).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+# Deterministic multistep and single-step samplers whose step() is a function of its arguments and its own history.
+SUPPORTED = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+
+
+class Sampler:
+    """Timesteps of a run, and a fresh state for every block.
+
+    Args:
+        scheduler: a diffusers scheduler of one of ``SUPPORTED``; it is copied, never changed.
+        num_inference_steps: T.
+
+    Raises:
+        ValueError: a class that is not supported, or one that draws noise in its steps.
+    """
+
+    def __init__(self, scheduler: Any, num_inference_steps: int, device: torch.device | str = "cpu") -> None:
+        name = type(scheduler).__name__
+        if name not in SUPPORTED:
+            raise ValueError(f"sampler {name} is not supported; use one of {', '.join(SUPPORTED)}")
+        config = scheduler.config
+        if config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type", "")):
+            raise ValueError(f"sampler {name} draws fresh noise in every step; use its deterministic form")
+        self._fresh = copy.deepcopy(scheduler)
+        self._fresh.set_timesteps(num_inference_steps, device=device)
+        self._fresh.set_begin_index(0)
+        self.timesteps: torch.Tensor = self._fresh.timesteps
+        self.num_train_timesteps: int = config.num_train_timesteps
+
+    def __len__(self) -> int:
+        """Steps T of a block (a sampler may take more than it was asked for)."""
+        return len(self.timesteps)
+
+    def start(self) -> BlockSampler:
+        """The state of one block, before its first step."""
+        return BlockSampler(copy.deepcopy(self._fresh))
+
+
+class BlockSampler:
+    """One block's sampler state."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def step(self, velocity: torch.Tensor, step: int, latents: torch.Tensor) -> torch.Tensor:
+        """Latents after step ``step``. velocity, latents: [1, C, F, H, W]; returns a new tensor like latents."""
+        timestep = self.scheduler.timesteps[step]
+        result: torch.Tensor = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        return result

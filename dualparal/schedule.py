@@ -1,0 +1,417 @@
+"""The order of work as a value: who runs, sends, receives and updates what, in which order. No torch.
+
+One new block enters per iteration; block b is at step i - b in iteration i (DualParal, section 3). A unit is one
+forward of one block at one step for one guidance branch. All stages run the same sequence of units; stage 0 also
+owns latents and samplers, so it receives velocities, updates and emits. Every read names the version it wants:
+nothing depends on what happened to arrive. ``validate`` replays a schedule and proves that.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from itertools import islice
+from typing import NamedTuple
+
+from dualparal.config import CONTEXT_POLICIES
+
+
+class Op(Enum):
+    RECV = "recv"  # stage > 0: hidden states of a unit; stage 0: its velocity
+    RUN = "run"
+    SEND = "send"  # to the next stage; the last stage sends velocities to stage 0
+    UPDATE = "update"  # one sampler step of a block, from the velocities of its branches
+    EMIT = "emit"  # the final latents of a block leave
+    DECODE = "decode"  # the VAE turns them into frames
+
+
+class Unit(NamedTuple):
+    """One forward: what travels through the stages. branch 0 is conditional, 1 unconditional."""
+
+    block: int
+    step: int
+    branch: int
+
+    def __str__(self) -> str:
+        return f"b{self.block}s{self.step}" + "cu"[self.branch]
+
+
+class Features(NamedTuple):
+    """Keys and values that one unit left behind in every layer of a stage, and the slot they lie in.
+
+    side "head": its first context frames, for the block before; "tail": its last ones, for the block after.
+    """
+
+    side: str
+    block: int
+    step: int
+    branch: int
+    slot: int
+
+
+class Action(NamedTuple):
+    op: Op
+    stage: int
+    unit: Unit  # UPDATE, EMIT, DECODE: branch is 0 and means the block
+
+    def __str__(self) -> str:
+        name = str(self.unit) if self.op in (Op.RUN, Op.SEND, Op.RECV) else f"b{self.unit.block}s{self.unit.step}"
+        return f"{self.op.value} {name}"
+
+
+class Event(NamedTuple):
+    """An action with the ticks in which it ran (RUN takes one tick, everything else none)."""
+
+    start: int
+    end: int
+    action: Action
+
+
+class ScheduleError(Exception):
+    """A schedule that reads what is not there, or hangs. The message carries the grid."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All numbers that decide the order of work. Equal schedules give equal actions.
+
+    depth: messages that fit between two neighbouring stages (buffers of one directed edge).
+    num_blocks None: endless; ``actions`` and ``units`` are then endless iterators.
+    """
+
+    num_stages: int  # N
+    num_steps: int  # T
+    num_blocks: int | None  # M
+    context: str = "cached"
+    context_frames: int = 4  # C; 0: no reads between blocks
+    guidance: bool = True
+    decode: bool = True
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        for name, low in (("num_stages", 1), ("num_steps", 1), ("context_frames", 0), ("depth", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)}: must be {low} or more")
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise ValueError(f"num_blocks={self.num_blocks}: a video has at least one block (None: endless)")
+        if self.context not in CONTEXT_POLICIES:
+            raise ValueError(f"context={self.context!r} is not a context policy; use one of {CONTEXT_POLICIES}")
+
+    @property
+    def branches(self) -> int:
+        return 2 if self.guidance else 1
+
+    # The order of units -------------------------------------------------------------------------------------
+
+    def in_flight(self, iteration: int) -> range:
+        """Blocks of an iteration, oldest first."""
+        newest = iteration if self.num_blocks is None else min(iteration, self.num_blocks - 1)
+        return range(max(0, iteration - self.num_steps + 1), newest + 1)
+
+    def units(self) -> Iterator[Unit]:
+        """All units in the order in which every stage runs them."""
+        iteration = 0
+        while blocks := self.in_flight(iteration):
+            for block in blocks if self.context == "prior" else reversed(blocks):
+                for branch in range(self.branches):
+                    yield Unit(block, iteration - block, branch)
+            iteration += 1
+
+    @property
+    def num_units(self) -> int | None:
+        return None if self.num_blocks is None else self.num_blocks * self.num_steps * self.branches
+
+    # What a unit reads and leaves ---------------------------------------------------------------------------
+
+    def previous_latents(self, unit: Unit) -> int | None:
+        """``paper``: the version of block b-1's latents that are fed in front; None: nothing is fed."""
+        if self.context != "paper" or unit.block == 0 or self.context_frames == 0:
+            return None
+        return min(self.num_steps, unit.step + 1)
+
+    def previous_features(self, unit: Unit) -> Features | None:
+        """Features of block b-1 that the unit reads: the same step (``cached``) or the one before it in this
+        iteration (``prior``: one step cleaner, of its last step once b-1 is done)."""
+        if self.context == "paper" or unit.block == 0 or self.context_frames == 0:
+            return None
+        step = unit.step if self.context == "cached" else min(unit.step + 1, self.num_steps - 1)
+        return self._tail(Unit(unit.block - 1, step, unit.branch))
+
+    def next_features(self, unit: Unit) -> Features | None:
+        """Features of block b+1 that the unit reads: one step noisier, made just before in this iteration."""
+        if self.context == "prior" or self.context_frames == 0 or unit.step == 0:
+            return None
+        if self.num_blocks is not None and unit.block + 1 >= self.num_blocks:
+            return None
+        return self._head(Unit(unit.block + 1, unit.step - 1, unit.branch))
+
+    def reads(self, unit: Unit) -> tuple[Features, ...]:
+        """In the order in which their keys follow the unit's own ones: next, previous."""
+        return tuple(f for f in (self.next_features(unit), self.previous_features(unit)) if f)
+
+    def writes(self, unit: Unit) -> tuple[Features, ...]:
+        """Features that somebody will read."""
+        found = []
+        if self.context != "prior" and self.context_frames and unit.block > 0 and unit.step + 1 < self.num_steps:
+            found.append(self._head(unit))
+        last = self.num_blocks is not None and unit.block + 1 >= self.num_blocks
+        # prior: step 0 is read by nobody unless it is also the last step, (b+1, s) reads step s+1
+        unread = self.context == "prior" and unit.step == 0 and self.num_steps > 1
+        if self.context != "paper" and self.context_frames and not last and not unread:
+            found.append(self._tail(unit))
+        return tuple(found)
+
+    def slots(self, side: str) -> int:
+        """Slots per layer and branch that a feature store needs for "head" or "tail"."""
+        if self.context_frames == 0 or self.num_blocks == 1:
+            return 0
+        if side == "head":
+            return 0 if self.context == "prior" or self.num_steps == 1 else 1
+        if self.context == "paper":
+            return 0
+        if self.context == "prior":
+            return 2
+        # A block's tail is read by its successor one iteration later, before the block overwrites it; that of a
+        # finished block one iteration longer. Hence one slot more than blocks in flight.
+        return self.num_steps + 1 if self.num_blocks is None else min(self.num_steps + 1, self.num_blocks - 1)
+
+    def _head(self, unit: Unit) -> Features:
+        return Features("head", *unit, slot=0)
+
+    def _tail(self, unit: Unit) -> Features:
+        if self.context == "prior":
+            # Slot 1 keeps the last step, which is read in this iteration and once more in the next.
+            return Features("tail", *unit, slot=int(unit.step == self.num_steps - 1))
+        return Features("tail", *unit, slot=unit.block % max(1, self.slots("tail")))
+
+    # What every stage does ----------------------------------------------------------------------------------
+
+    def actions(self, stage: int) -> Iterator[Action]:
+        """The actions of one stage, in order."""
+        return self._first_stage() if stage == 0 else self._later_stage(stage)
+
+    def _later_stage(self, stage: int) -> Iterator[Action]:
+        for unit in self.units():
+            for op in (Op.RECV, Op.RUN, Op.SEND):
+                yield Action(op, stage, unit)
+
+    def _first_stage(self) -> Iterator[Action]:
+        """Stage 0 takes a velocity when a unit needs it, and at the latest when the pipe would fill up.
+
+        A velocity is back after N ticks; asking for it sooner would make stage 0 wait, much later would fill the
+        buffers between the stages. ``depth - 1`` ticks of slack absorb jitter.
+        """
+        lag = self.num_stages + self.depth - 1
+        out: deque[Unit] = deque()  # units on their way through the stages, oldest first
+
+        def receive() -> Iterator[Action]:
+            unit = out.popleft()
+            if self.num_stages > 1:
+                yield Action(Op.RECV, 0, unit)
+            if unit.branch == self.branches - 1:
+                block = Unit(unit.block, unit.step, 0)
+                yield Action(Op.UPDATE, 0, block)
+                if unit.step == self.num_steps - 1:
+                    yield Action(Op.EMIT, 0, block)
+                    if self.decode:
+                        yield Action(Op.DECODE, 0, block)
+
+        for unit in self.units():
+            needs = self._needs(unit)
+            while out and (len(out) >= lag or needs & {(u.block, u.step) for u in out}):
+                yield from receive()
+            yield Action(Op.RUN, 0, unit)
+            if self.num_stages > 1:
+                yield Action(Op.SEND, 0, unit)
+            out.append(unit)
+            if self.num_stages == 1 and unit.branch == self.branches - 1:
+                while out:  # nothing travels: the velocities are there at once
+                    yield from receive()
+        while out:
+            yield from receive()
+
+    def _needs(self, unit: Unit) -> set[tuple[int, int]]:
+        """(block, step) whose updates must be done before the unit can run."""
+        needs = {(unit.block, unit.step - 1)}
+        version = self.previous_latents(unit)
+        if version is not None:
+            needs.add((unit.block - 1, version - 1))
+        return needs
+
+    # Replay -------------------------------------------------------------------------------------------------
+
+    def replay(self, units: int | None = None) -> list[Event]:
+        """Runs all stages against each other with bounded buffers, a RUN taking one tick.
+
+        Args:
+            units: stop after so many units (needed for an endless schedule).
+
+        Raises:
+            ScheduleError: no stage can go on (deadlock), with the grid so far and what each stage waits for.
+        """
+        return _Replay(self, units).run()
+
+    def grid(self, units: int | None = None) -> str:
+        """The replay as text, a line per tick and a column per stage."""
+        return format_grid(self.num_stages, self.replay(units))
+
+    @cached_property
+    def makespan(self) -> int:
+        """Ticks of the whole schedule, a RUN taking one."""
+        return max(event.end for event in self.replay())
+
+    @property
+    def bubble(self) -> float:
+        """Share of stage-ticks in which a stage does not run."""
+        assert self.num_units is not None, "an endless schedule has no bubble"
+        return 1 - self.num_units / self.makespan
+
+
+class _Replay:
+    """Event simulation. Edge k leads from stage k to stage (k + 1) mod N and holds ``depth`` messages."""
+
+    def __init__(self, schedule: Schedule, units: int | None) -> None:
+        if schedule.num_blocks is None and units is None:
+            raise ValueError("an endless schedule needs a number of units to replay")
+        self.schedule = schedule
+        n = schedule.num_stages
+        sequences = [list(schedule.units()) if units is None else list(islice(schedule.units(), units))]
+        wanted = set(sequences[0])
+        self.pending = [self._finite(schedule.actions(k), wanted, units) for k in range(n)]
+        self.sent: list[deque[tuple[int, Unit]]] = [deque() for _ in range(n)]
+        self.freed: list[deque[int]] = [deque([0] * schedule.depth) for _ in range(n)]  # when a buffer was freed
+        self.clock = [0] * n
+        self.held: list[bool] = [False] * n  # a receive buffer in use until the unit has run
+        self.events: list[Event] = []
+
+    @staticmethod
+    def _finite(actions: Iterator[Action], wanted: set[Unit], units: int | None) -> deque[Action]:
+        if units is None:
+            return deque(actions)
+        found: deque[Action] = deque()
+        runs = 0
+        for action in actions:
+            if action.op is Op.RUN and runs == units:
+                break
+            runs += action.op is Op.RUN
+            found.append(action)
+        return found
+
+    def run(self) -> list[Event]:
+        moved = True
+        while moved:
+            moved = False
+            for stage, actions in enumerate(self.pending):
+                while actions and self._try(stage, actions[0]):
+                    actions.popleft()
+                    moved = True
+        if any(self.pending) and self.schedule.num_blocks is not None:
+            waits = ", ".join(f"stage {k} at '{a[0]}'" for k, a in enumerate(self.pending) if a)
+            raise ScheduleError(f"deadlock: {waits}\n{format_grid(self.schedule.num_stages, self.events)}")
+        return self.events
+
+    def _try(self, stage: int, action: Action) -> bool:
+        n, now, end = self.schedule.num_stages, self.clock[stage], None
+        if action.op is Op.SEND:
+            if not self.freed[stage]:
+                return False
+            end = max(now, self.freed[stage].popleft())
+            self.sent[stage].append((end, action.unit))
+        elif action.op is Op.RECV:
+            edge = (stage - 1) % n
+            if not self.sent[edge]:
+                return False
+            arrived, unit = self.sent[edge].popleft()
+            if unit != action.unit:
+                raise ScheduleError(f"stage {stage} expects {action.unit} and is sent {unit}")
+            end = max(now, arrived)
+            if stage == 0:
+                self.freed[edge].append(end)
+            else:
+                self.held[stage] = True
+        else:
+            end = now + (action.op is Op.RUN)
+            if action.op is Op.RUN and self.held[stage]:
+                self.freed[(stage - 1) % n].append(end)
+                self.held[stage] = False
+        self.events.append(Event(now if action.op is not Op.RUN else end - 1, end, action))
+        self.clock[stage] = end
+        return True
+
+
+def format_grid(num_stages: int, events: list[Event]) -> str:
+    """RUN events as a table, a line per tick."""
+    cells: dict[tuple[int, int], str] = {
+        (event.start, event.action.stage): str(event.action) for event in events if event.action.op is Op.RUN
+    }
+    width = max([8, *(len(text) for text in cells.values())]) + 2
+    lines = ["tick  " + "".join(f"stage {k}".ljust(width) for k in range(num_stages))]
+    for tick in range(max((start for start, _ in cells), default=-1) + 1):
+        row = "".join(cells.get((tick, k), ".").ljust(width) for k in range(num_stages))
+        lines.append(f"{tick:4d}  {row}".rstrip())
+    return "\n".join(lines)
+
+
+def validate(schedule: Schedule, units: int | None = None) -> list[Event]:
+    """Proves that a schedule can run: no deadlock, and every read finds the version that it names.
+
+    Returns the replayed events.
+
+    Raises:
+        ScheduleError: with the action at fault and the grid.
+    """
+    events = schedule.replay(units)
+    try:
+        for stage in range(schedule.num_stages):
+            _check_features(schedule, [e.action for e in events if e.action.stage == stage])
+        _check_latents(schedule, [e.action for e in events if e.action.stage == 0], complete=units is None)
+    except ScheduleError as error:
+        raise ScheduleError(f"{error}\n{format_grid(schedule.num_stages, events)}") from None
+    return events
+
+
+def _check_features(schedule: Schedule, actions: list[Action]) -> None:
+    store: dict[tuple[str, int, int], Features] = {}
+    for action in actions:
+        if action.op is not Op.RUN:
+            continue
+        for wanted in schedule.reads(action.unit):
+            found = store.get((wanted.side, wanted.slot, wanted.branch))
+            if found != wanted:
+                raise ScheduleError(f"{action} on stage {action.stage} <- reads {wanted} and would find {found}")
+        for made in schedule.writes(action.unit):
+            if made.slot >= schedule.slots(made.side):
+                raise ScheduleError(f"{action} on stage {action.stage} <- writes {made}: no such slot")
+            store[made.side, made.slot, made.branch] = made
+
+
+def _check_latents(schedule: Schedule, actions: list[Action], complete: bool) -> None:
+    version: dict[int, int] = {}
+    velocities: dict[tuple[int, int], set[int]] = {}
+    emitted: list[int] = []
+    for action in actions:
+        unit = action.unit
+        if action.op is Op.RUN:
+            if version.setdefault(unit.block, 0) != unit.step:
+                raise ScheduleError(f"{action} <- latents of block {unit.block} are at {version[unit.block]}")
+            wanted = schedule.previous_latents(unit)
+            if wanted is not None and version.get(unit.block - 1) != wanted:
+                raise ScheduleError(
+                    f"{action} <- reads latents of block {unit.block - 1} at {wanted}, "
+                    f"which are at {version.get(unit.block - 1)}"
+                )
+        if action.op is (Op.RECV if schedule.num_stages > 1 else Op.RUN):
+            velocities.setdefault((unit.block, unit.step), set()).add(unit.branch)
+        if action.op is Op.UPDATE:
+            if velocities.pop((unit.block, unit.step), set()) != set(range(schedule.branches)):
+                raise ScheduleError(f"{action} <- a branch is missing")
+            version[unit.block] = unit.step + 1
+        if action.op is Op.EMIT:
+            if version[unit.block] != schedule.num_steps:
+                raise ScheduleError(f"{action} <- block is at version {version[unit.block]}")
+            emitted.append(unit.block)
+    if complete and emitted != list(range(schedule.num_blocks or 0)):
+        raise ScheduleError(f"blocks leave in the order {emitted}")

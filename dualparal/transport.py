@@ -1,0 +1,318 @@
+"""Directed edges between stages: a header and a tensor per message, on buffers allocated once, of bounded depth.
+
+Edge k leads from stage k to the next one, the last one back to stage 0. Three kinds behind one interface: inside a
+process, over gloo, and over NCCL (headers then still travel over gloo, so that the host reads them without waiting
+for the GPU). What the tensors mean is not known here.
+
+gloo needs care (measured, not guessed): a dropped send handle loses the message, a dtype mismatch and a too large
+receive buffer are silent, a too small one aborts the process. Hence retained handles, fixed message sizes, and a
+header with a checksum on every message.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from dualparal.schedule import Unit
+
+_MAGIC = 0x6475616C70617201  # "dualpar", version 1
+_FIELDS = 8  # magic, kind, block, step, branch, prompt, elements, checksum
+
+
+class Kind(IntEnum):
+    UNIT = 0
+    STOP = 1  # the sender stops here; the tensor means nothing
+
+
+class Header(NamedTuple):
+    kind: Kind
+    unit: Unit
+    prompt: int
+
+    def __str__(self) -> str:
+        return "stop" if self.kind is Kind.STOP else str(self.unit)
+
+
+class TransportError(RuntimeError):
+    """A message is not what the schedule says must arrive; names both ends."""
+
+
+class PeerLost(RuntimeError):
+    """The other end of an edge is gone. A consequence of some other failure, never its cause."""
+
+
+def pack_header(header: Header, elements: int) -> torch.Tensor:
+    """Header as int64 [8], the last field a CRC-32 of the others."""
+    fields = torch.tensor([_MAGIC, header.kind, *header.unit, header.prompt, elements, 0], dtype=torch.int64)
+    fields[-1] = zlib.crc32(fields[:-1].numpy().tobytes())
+    return fields
+
+
+def unpack_header(fields: torch.Tensor, elements: int, edge: str) -> Header:
+    """The inverse of ``pack_header``.
+
+    Raises:
+        TransportError: not a header of ours, damaged, or of a tensor with another number of elements.
+    """
+    values = fields.tolist()
+    if len(values) != _FIELDS or values[0] != _MAGIC or values[-1] != zlib.crc32(fields[:-1].numpy().tobytes()):
+        raise TransportError(f"{edge}: message without a valid header: {values}")
+    if values[1] not in (Kind.UNIT, Kind.STOP):
+        raise TransportError(f"{edge}: message of unknown kind {values[1]}")
+    if values[6] != elements:
+        raise TransportError(f"{edge}: message of {values[6]} elements, expected {elements}: "
+                             "do both ends run the same configuration?")
+    return Header(Kind(values[1]), Unit(*values[2:5]), values[5])
+
+
+class Edge(Protocol):
+    """One end, or in one process both ends, of a directed edge. ``name`` says which, for messages."""
+
+    name: str
+
+    def can_send(self) -> bool: ...
+
+    def can_receive(self) -> bool: ...
+
+    def send(self, header: Header, tensor: torch.Tensor | None) -> None:
+        """Copies the tensor into a buffer and starts the transfer. Waits for a buffer when all are in use."""
+        ...
+
+    def receive(self) -> tuple[Header, torch.Tensor]:
+        """The next message; its flat tensor is valid until ``release``."""
+        ...
+
+    def release(self) -> None:
+        """Gives the buffer of the message received last back to the edge."""
+        ...
+
+    def stop(self) -> None:
+        """Sender: no more units; ends the receiver's wait. Receiver: takes what is still under way."""
+        ...
+
+    def finish(self) -> None:
+        """Waits until everything sent has left."""
+        ...
+
+
+class LocalEdge:
+    """Both ends in one process: a ring of buffers that the sender fills and the receiver reads."""
+
+    def __init__(self, name: str, elements: int, depth: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.name = name
+        self._buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(depth)]
+        self._free = deque(range(depth))
+        self._full: deque[tuple[Header, int]] = deque()
+        self._reading: int | None = None
+
+    def can_send(self) -> bool:
+        return bool(self._free)
+
+    def can_receive(self) -> bool:
+        return bool(self._full)
+
+    def send(self, header: Header, tensor: torch.Tensor | None) -> None:
+        slot = self._free.popleft()
+        if tensor is not None:
+            self._buffers[slot][: tensor.numel()].copy_(tensor.flatten())
+        self._full.append((header, slot))
+
+    def receive(self) -> tuple[Header, torch.Tensor]:
+        header, self._reading = self._full.popleft()
+        return header, self._buffers[self._reading]
+
+    def release(self) -> None:
+        assert self._reading is not None, "nothing to release"
+        self._free.append(self._reading)
+        self._reading = None
+
+    def stop(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class _Slot(NamedTuple):
+    header: torch.Tensor  # int64 [8], CPU
+    tensor: torch.Tensor  # flat, on the device
+    works: list[Any]  # handles of the transfer under way
+
+
+class _DistributedEdge:
+    """What both ends over torch.distributed share: the ring of buffers and how to wait."""
+
+    def __init__(
+        self, name: str, peer: int, group: Any, elements: int, depth: int, messages: int | None, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """messages: how many there will be at most (None: no end)."""
+        self.name = name
+        self.peer = peer
+        self.group = group
+        self.elements = elements
+        self.remaining = messages
+        self._slots = deque(
+            _Slot(torch.empty(_FIELDS, dtype=torch.int64), torch.empty(elements, dtype=dtype, device=device), [])
+            for _ in range(depth)
+        )
+
+    def _transfer(self, function: Callable[..., Any], slot: _Slot) -> None:
+        slot.works[:] = [
+            _guard(self.name, function, tensor, self.peer, group=self.group) for tensor in (slot.header, slot.tensor)
+        ]
+
+    def _wait(self, slot: _Slot) -> None:
+        for work in slot.works:
+            _guard(self.name, work.wait)
+        slot.works.clear()
+
+
+class SendEdge(_DistributedEdge):
+    """The sending end: a buffer is used again once its last transfer is done, which bounds the depth."""
+
+    def can_send(self) -> bool:
+        return True  # waiting happens in send
+
+    def send(self, header: Header, tensor: torch.Tensor | None) -> None:
+        slot = self._slots[0]
+        self._wait(slot)
+        slot.header.copy_(pack_header(header, self.elements))
+        if tensor is not None:
+            slot.tensor[: tensor.numel()].copy_(tensor.flatten())
+        self._transfer(dist.isend, slot)
+        self._slots.rotate(-1)
+        if self.remaining is not None:
+            self.remaining -= 1
+
+    def stop(self) -> None:
+        """Fills every receive that the other end has posted."""
+        count = len(self._slots) if self.remaining is None else min(len(self._slots), self.remaining)
+        for _ in range(count):
+            self.send(Header(Kind.STOP, Unit(0, 0, 0), 0), None)
+
+    def finish(self) -> None:
+        for slot in self._slots:
+            self._wait(slot)
+
+
+class ReceiveEdge(_DistributedEdge):
+    """The receiving end: ``depth`` receives are always posted, so that transfers overlap compute."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for slot in self._slots:
+            self._post(slot)
+
+    def _post(self, slot: _Slot) -> None:
+        if self.remaining == 0:
+            return
+        if self.remaining is not None:
+            self.remaining -= 1
+        self._transfer(dist.irecv, slot)
+
+    def can_receive(self) -> bool:
+        return True  # waiting happens in receive; polling a gloo handle never turns true (reliability notes)
+
+    def receive(self) -> tuple[Header, torch.Tensor]:
+        slot = self._slots[0]
+        if not slot.works:
+            raise TransportError(f"{self.name}: a message is wanted after the last one")
+        self._wait(slot)
+        return unpack_header(slot.header, self.elements, self.name), slot.tensor
+
+    def release(self) -> None:
+        self._post(self._slots[0])
+        self._slots.rotate(-1)
+
+    def stop(self) -> None:
+        for slot in self._slots:
+            self._wait(slot)
+
+    def finish(self) -> None: ...
+
+
+def _guard(edge: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """torch.distributed reports a lost peer as a bare RuntimeError, both on starting and on waiting."""
+    try:
+        return function(*args, **kwargs)
+    except RuntimeError as error:
+        raise PeerLost(f"{edge}: {str(error).splitlines()[0]}") from error
+
+
+def make_groups(world_size: int) -> list[Any]:
+    """One communicator per directed edge: between two ranks, a send and a receive that share one serialise.
+
+    Collective: all ranks call it. Each is warmed up by a first exchange, so that connecting costs no unit.
+    """
+    return [dist.new_group([k, (k + 1) % world_size]) for k in range(world_size)]
+
+
+def warm_up(groups: Sequence[Any], rank: int, device: torch.device) -> None:
+    """A first exchange over the two edges of a rank, on the CPU and, on CUDA, on the device. Collective."""
+    world_size = len(groups)
+    after, before = (rank + 1) % world_size, (rank - 1) % world_size
+    for place in {torch.device("cpu"), device}:
+        sent, received = torch.ones(1, device=place), torch.zeros(1, device=place)
+        works = [
+            _guard("warm-up", dist.isend, sent, after, group=groups[rank]),
+            _guard("warm-up", dist.irecv, received, before, group=groups[before]),
+        ]
+        for work in works:
+            _guard("warm-up", work.wait)
+
+
+class PromptChannel:
+    """Prompt embeddings from rank 0 to every other rank, in the order in which blocks first use them.
+
+    In one process it is a dictionary. Between processes each prompt travels once, when stage 0 first runs a unit
+    of it; a later stage asks for it when a header names a prompt it has not seen.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, rank: int, world_size: int, local_readers: int = 0
+    ) -> None:
+        """local_readers: with one process, how many stages will fetch each prompt."""
+        self.local_readers = local_readers
+        self.rank = rank
+        self.world_size = world_size
+        self._shape, self._dtype = shape, dtype
+        self._known: dict[int, tuple[torch.Tensor, int]] = {}  # embeddings, readers still to come
+        self._pending: list[tuple[Any, torch.Tensor]] = []
+
+    def publish(self, prompt: int, embeds: torch.Tensor) -> None:
+        """Rank 0: embeds [branches, sequence, text_dim]."""
+        if self.world_size == 1:
+            self._known[prompt] = embeds, self.local_readers
+            return
+        payload = embeds.to("cpu", self._dtype).contiguous()
+        label = torch.tensor([prompt], dtype=torch.int64)
+        self._pending = [(work, tensor) for work, tensor in self._pending if not work.is_completed()]
+        for other in range(1, self.world_size):
+            for tensor in (label, payload):
+                self._pending.append((_guard("prompt", dist.isend, tensor, other), tensor))
+
+    def fetch(self, prompt: int) -> torch.Tensor:
+        """Any other rank, or in one process any other stage: the embeddings of ``prompt``."""
+        if self.world_size == 1:
+            embeds, readers = self._known.pop(prompt)
+            if readers > 1:
+                self._known[prompt] = embeds, readers - 1
+            return embeds
+        label = torch.zeros(1, dtype=torch.int64)
+        payload = torch.empty(self._shape, dtype=self._dtype)
+        for tensor in (label, payload):
+            _guard("prompt", dist.recv, tensor, 0)
+        if label.item() != prompt:
+            raise TransportError(f"rank {self.rank}: prompt {prompt} is wanted and prompt {label.item()} is sent")
+        return payload
+
+    def finish(self) -> None:
+        for work, _ in self._pending:
+            _guard("prompt", work.wait)
+        self._pending.clear()

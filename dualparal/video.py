@@ -1,0 +1,456 @@
+"""Writers of finished frames: one closed video file per block, a lossless join of them, single pictures.
+
+Every file is written aside, synced and renamed, so what bears its final name is whole: after a kill, a full
+disk or a power cut, all finished blocks play. Latents, and which block comes when, are left to others.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from av.container import InputContainer, OutputContainer
+    from av.video.stream import VideoStream
+
+    Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
+
+logger = logging.getLogger("dualparal")
+
+PLAYLIST = "playlist.m3u"
+
+_ENCODER = "libx264"
+# The same for every segment and every machine, or segments would not join: x264's output depends on the
+# number of threads. No B-frames: packets leave in display order, so a join needs frame counts only.
+_ENCODER_OPTIONS = {"preset": "medium", "bf": "0", "threads": "4"}
+_BT709 = 1  # the same number for matrix, primaries and transfer in the H.264 standard
+_LIMITED_RANGE = 1
+
+_SEGMENT_NAME = re.compile(r"block-(\d{6,})\.mp4")
+_PICTURE_NAME = re.compile(r"frame-(\d{8,})\.png")
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What the header of a video file says."""
+
+    frames: int
+    width: int
+    height: int
+    fps: Fraction
+
+    @property
+    def seconds(self) -> Fraction:
+        return self.frames / self.fps
+
+
+class SegmentWriter:
+    """Writes each finished block as `block-000012.mp4`, and `playlist.m3u` that plays what is there so far.
+
+    Segments are H.264, 8-bit 4:2:0, BT.709, constant quality `crf` (0 to 51, smaller is better). The same
+    frames give the same bytes. Nothing stays open between two writes.
+    """
+
+    def __init__(
+        self, directory: str | Path, fps: int | float | Fraction, *, crf: int = 18, resume: bool = False
+    ) -> None:
+        """Makes `directory` if needed and clears what a killed run left half-written.
+
+        resume: keep the segments found there; a block written again replaces its old file.
+        Raises ValueError when PyAV or its H.264 encoder is missing, fps or crf is out of range, the directory
+        holds segments and `resume` is off, or they have another frame rate.
+        """
+        _require_encoder()
+        self._fps = _frame_rate(fps)
+        if not 0 <= crf <= 51:
+            raise ValueError(f"crf={crf}: H.264 takes 0 (no loss) to 51 (worst); 18 is hard to tell from 0")
+        self._crf = crf
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(self._directory, _SEGMENT_NAME)
+        self._frames: dict[int, int] = {}  # block -> number of frames: one small entry for a whole file
+        self._size: tuple[int, int] | None = None
+        found = _numbered(self._directory, _SEGMENT_NAME)
+        if found and not resume:
+            raise ValueError(
+                f"{self._directory} holds {len(found)} segments of an earlier run: pass resume=True to go on "
+                "with them, or choose an empty directory"
+            )
+        for block, path in found.items():
+            self._adopt(block, path)
+        if found:
+            self._write_playlist()
+
+    @property
+    def segments(self) -> list[Path]:
+        """The segments on disk in the order of their blocks: what `join` takes."""
+        return [self._path(block) for block in sorted(self._frames)]
+
+    def write(self, block: int, frames: Frames) -> Path:
+        """Write the frames of one block, uint8 [F, H, W, 3], any F; returns the path once it is safe on disk.
+
+        Raises ValueError for a wrong array or a size the format cannot hold; OSError (disk full, and the
+        like) after removing the unfinished file: the earlier segments are untouched.
+        """
+        if block < 0:
+            raise ValueError(f"block={block}: blocks are counted from 0")
+        _check_frames(frames)
+        height, width = frames.shape[1:3]
+        if height % 2 or width % 2:
+            raise ValueError(
+                f"frames of {height}x{width}: H.264 4:2:0 has one colour for 2x2 pixels, so height and width "
+                "must be even; crop or pad one pixel, or write PNG files"
+            )
+        self._require_size((height, width), f"block {block}")
+        path = self._path(block)
+        with _whole_file(path) as file:
+            self._encode(file, frames)
+        self._size = height, width
+        self._frames[block] = len(frames)
+        self._write_playlist()
+        return path
+
+    def _path(self, block: int) -> Path:
+        return self._directory / f"block-{block:06d}.mp4"
+
+    def _adopt(self, block: int, path: Path) -> None:
+        info = probe(path)
+        if info.fps != self._fps:
+            raise ValueError(
+                f"{path} has {_decimal(info.fps)} frames/s, this run {_decimal(self._fps)}: they would not "
+                "join; use the same fps or another directory"
+            )
+        self._require_size((info.height, info.width), str(path))
+        self._size = info.height, info.width
+        self._frames[block] = info.frames
+
+    def _require_size(self, size: tuple[int, int], what: str) -> None:
+        if self._size is not None and size != self._size:
+            raise ValueError(
+                f"{what} has frames of {size[0]}x{size[1]}, the blocks before it {self._size[0]}x"
+                f"{self._size[1]}: a video has one size; use another directory for another size"
+            )
+
+    def _encode(self, file: _WholeFile, frames: Frames) -> None:
+        import av
+
+        with av.open(file, "w", format="mp4") as container:
+            stream = container.add_stream(
+                _ENCODER, rate=self._fps, options={**_ENCODER_OPTIONS, "crf": str(self._crf)}
+            )
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            # Say which matrix was used: players else guess BT.709 or BT.601 by size, and colours shift.
+            codec = stream.codec_context
+            codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
+            codec.color_range = _LIMITED_RANGE
+            for index, picture in enumerate(frames):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE
+                )
+                frame.pts, frame.duration, frame.time_base = index, 1, 1 / self._fps
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+
+    def _write_playlist(self) -> None:
+        lines = ["#EXTM3U"]
+        for block in sorted(self._frames):
+            seconds = _decimal(self._frames[block] / self._fps)
+            lines += [f"#EXTINF:{seconds},block {block}", self._path(block).name]
+        with _whole_file(self._directory / PLAYLIST) as file:
+            file.write("\n".join([*lines, ""]).encode())
+
+
+class PngWriter:
+    """Writes single pictures, `frame-00000001.png` and on, numbered over the whole video."""
+
+    def __init__(self, directory: str | Path, *, resume_at: int | None = None) -> None:
+        """Makes `directory` if needed and clears what a killed run left half-written.
+
+        resume_at: number of the next frame, from 1; frames found from there on are written again.
+        Raises ValueError when the directory holds frames and `resume_at` is not given, or one before it is
+        missing.
+        """
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(self._directory, _PICTURE_NAME)
+        found = _numbered(self._directory, _PICTURE_NAME)
+        if found and resume_at is None:
+            raise ValueError(
+                f"{self._directory} holds {len(found)} frames of an earlier run: pass resume_at, or choose "
+                "an empty directory"
+            )
+        self._next = 1 if resume_at is None else resume_at
+        missing = next((number for number in range(1, self._next) if number not in found), None)
+        if self._next < 1 or missing is not None:
+            raise ValueError(
+                f"resume_at={resume_at}: frames are counted from 1 and all before it must be there"
+                + (f", frame {missing} is not" if missing else "")
+            )
+        self._block = -1
+
+    def write(self, block: int, frames: Frames) -> list[Path]:
+        """Write the frames of the next block, uint8 [F, H, W, 3]; returns their paths.
+
+        Raises ValueError for a wrong array or a block out of order (a frame's number follows from those
+        before it); OSError when a picture cannot be written: those before it are whole, none is half there.
+        """
+        from PIL import Image
+
+        if block <= self._block:
+            raise ValueError(
+                f"block={block} after block {self._block}: pictures are numbered as they come; write in order"
+            )
+        _check_frames(frames)
+        paths = []
+        for number, picture in enumerate(frames, self._next):
+            path = self._directory / f"frame-{number:08d}.png"
+            with _whole_file(path, sync_directory=False) as file:  # once below, not for each picture
+                Image.fromarray(picture).save(file, format="PNG")
+            paths.append(path)
+        _sync_directory(self._directory)
+        self._next += len(paths)
+        self._block = block
+        return paths
+
+
+def join(segments: Iterable[Path], out: str | Path) -> int:
+    """Put segments of one `SegmentWriter` together, in the order given, without encoding again.
+
+    Frames keep their pixels bit for bit and get uniform times from frame counts, so no rounding adds up. The
+    index comes first in the file (it plays while it downloads). Replaces `out`; returns its number of frames.
+    Raises ValueError for no segments, a file that is no segment, or segments of different runs (size, frame
+    rate, encoder settings); OSError when `out` cannot be written, which then is as it was.
+    """
+    import av
+
+    paths = [Path(segment) for segment in segments]
+    if not paths:
+        raise ValueError("join was given no segments: a video needs at least one block")
+    out = Path(out)
+    if any(out.resolve() == path.resolve() for path in paths):
+        raise ValueError(f"{out} is one of the segments: join into another file")
+    frames = 0
+    index_first = {"movflags": "faststart"}
+    with _whole_file(out) as file, av.open(file, "w", format="mp4", options=index_first) as target:
+        first: _Stream | None = None
+        for path in paths:
+            with _reading(path) as source:
+                stream = _Stream.of(source, path)
+                if first is None:
+                    first = stream
+                    track = target.add_stream_from_template(source.streams.video[0])
+                stream.require_joins(first)
+                frames += _copy_packets(source, target, track, frames, stream.fps, path)
+    return frames
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Frame count, size and frame rate of an mp4 file, from its header.
+
+    Raises ValueError if it is not a complete one.
+    """
+    with _reading(Path(path)) as source:
+        stream = source.streams.video[0]
+        return VideoInfo(
+            frames=stream.frames or sum(packet.size > 0 for packet in source.demux(stream)),
+            width=stream.width,
+            height=stream.height,
+            fps=_Stream.of(source, Path(path)).fps,
+        )
+
+
+def count_frames(path: str | Path) -> int:
+    """Number of frames of an mp4 file, from its header. Raises ValueError if it is not a complete one."""
+    return probe(path).frames
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """What two segments must share to be joined."""
+
+    path: Path
+    fps: Fraction
+    size: tuple[int, int]
+    parameter_sets: bytes  # H.264 SPS and PPS: the joined file keeps those of the first segment only
+
+    @classmethod
+    def of(cls, source: InputContainer, path: Path) -> _Stream:
+        stream = source.streams.video[0]
+        if not stream.average_rate:
+            raise ValueError(f"{path} says no frame rate: it was not written by SegmentWriter")
+        codec = stream.codec_context
+        return cls(path, stream.average_rate, (codec.height, codec.width), codec.extradata or b"")
+
+    def require_joins(self, first: _Stream) -> None:
+        for what, ours, theirs in (
+            ("frames/s", _decimal(self.fps), _decimal(first.fps)),
+            ("size", self.size, first.size),
+            ("encoder settings", self.parameter_sets.hex(), first.parameter_sets.hex()),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"{self.path} and {first.path} differ in {what} ({ours} and {theirs}): only segments of "
+                    "one run join; encode the odd ones again"
+                )
+
+
+def _copy_packets(
+    source: InputContainer, target: OutputContainer, track: VideoStream, start: int, fps: Fraction, path: Path
+) -> int:
+    count = 0
+    for packet in source.demux(source.streams.video[0]):
+        if packet.size == 0:  # the demuxer's end mark
+            continue
+        if packet.pts != packet.dts:
+            raise ValueError(f"{path} has B-frames: it was not written by SegmentWriter; encode it again")
+        packet.time_base = 1 / fps
+        packet.pts = packet.dts = start + count
+        packet.duration = 1
+        packet.stream = track
+        target.mux(packet)
+        count += 1
+    return count
+
+
+class _WholeFile(io.FileIO):
+    """A new file opened for this process alone, whose `write` writes everything or raises.
+
+    A bare FileIO may write a part and return its length, on a full disk for example, and ffmpeg takes that
+    for success. Unbuffered, because ffmpeg reads the file again by its name to put the index first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # An absolute name, since ffmpeg takes "a:b.mp4" for a protocol.
+        name = str(path.absolute())
+        super().__init__(name, "x+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+    def write(self, data: object) -> int:
+        rest = memoryview(data).cast("B")  # type: ignore[arg-type]
+        total = len(rest)
+        while rest:
+            rest = rest[super().write(rest) or 0 :]
+        return total
+
+
+@contextmanager
+def _whole_file(path: Path, *, sync_directory: bool = True) -> Iterator[_WholeFile]:
+    """A file that appears under `path` complete and synced, or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    if aside.is_file() and not aside.is_symlink():
+        aside.unlink()  # of a run that was killed
+    try:
+        file = _WholeFile(aside)
+    except FileExistsError:
+        raise FileExistsError(
+            errno.EEXIST,
+            "a link, or just made by another process: not followed; remove it",
+            str(aside),
+        ) from None
+    with file:
+        try:
+            yield file
+            os.fsync(file.fileno())
+            if not _is_still(file, aside):
+                raise FileExistsError(errno.EEXIST, "another process replaced the file", str(aside))
+            os.replace(aside, path)
+        except BaseException as error:
+            if _is_still(file, aside):
+                aside.unlink()
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(path)  # "No space left on device" should say where
+            raise
+    if sync_directory:
+        _sync_directory(path.parent)
+
+
+def _is_still(file: io.FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _sync_directory(directory: Path) -> None:
+    # The rename itself is lost in a power cut until the directory is synced.
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(directory: Path, name: re.Pattern[str]) -> None:
+    for entry in os.scandir(directory):
+        stem, dot, ending = entry.name.rpartition(".")
+        ours = dot and ending == "tmp" and (name.fullmatch(stem) or stem == PLAYLIST)
+        if ours and entry.is_file(follow_symlinks=False):  # a link is refused when its name is needed
+            os.unlink(entry.path)
+            logger.info("removed %s, left unfinished by an earlier run", entry.path)
+
+
+def _numbered(directory: Path, name: re.Pattern[str]) -> dict[int, Path]:
+    matches = ((name.fullmatch(entry.name), Path(entry.path)) for entry in os.scandir(directory))
+    return {int(match[1]): path for match, path in matches if match}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[InputContainer]:
+    import av
+
+    # By file object and with the format named: ffmpeg would follow the addresses in a playlist that calls
+    # itself .mp4.
+    with open(path, "rb") as file:
+        try:
+            container = av.open(file, "r", format="mp4")
+        except av.error.InvalidDataError as error:
+            raise ValueError(f"{path} is no complete mp4 file: was it cut, or never finished?") from error
+        with container:
+            if not container.streams.video:
+                raise ValueError(f"{path} holds no video: it was not written by SegmentWriter")
+            yield container
+
+
+def _require_encoder() -> None:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("writing video needs PyAV: `pip install av`, or write PNG files") from error
+    try:
+        av.Codec(_ENCODER, "w")
+    except ValueError as error:  # av.codec.codec.UnknownCodecError
+        raise ValueError(
+            f"encoder {_ENCODER!r} is not in this build of PyAV {av.__version__}: install the wheel "
+            "(`pip install --force-reinstall --only-binary av av`), or write PNG files"
+        ) from error
+
+
+def _frame_rate(fps: int | float | Fraction) -> Fraction:
+    if not (math.isfinite(fps) and 1 / 1001 <= fps <= 1000):
+        raise ValueError(f"fps={fps}: frames per second must be between 1/1001 and 1000; Wan's own is 16")
+    return Fraction(fps).limit_denominator(1001)  # 30000/1001 given as a float comes back exact
+
+
+def _check_frames(frames: Frames) -> None:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise ValueError(
+            f"frames of shape {list(frames.shape)} and type {frames.dtype}: a writer takes uint8 [frames, "
+            "height, width, 3] with at least one frame; dualparal.decode.to_uint8 makes them"
+        )
+
+
+def _decimal(value: Fraction) -> str:
+    return f"{float(value):.6f}".rstrip("0").rstrip(".")

@@ -1,0 +1,83 @@
+"""From the QKV product to what attention reads, in one pass: norm, rotation, and keys and values in place.
+
+WanAttnProcessor of diffusers (models/transformers/transformer_wan.py) does the same in a dozen passes and then
+concatenates; here keys and values go straight to their rows of an arena that outlives the layer.
+"""
+
+import torch
+
+from .. import backend as backends
+from . import reference
+
+__all__ = ["qk_norm_rope"]
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    *,
+    heads: int,
+    eps: float,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Normalises q and k over all heads, rotates them, writes k and v in place and returns q.
+
+    Computed in float32 and rounded once at the end. Pairs (2i, 2i+1) of each head rotate by the angles given.
+
+    Args:
+        qkv: [S, 3 * inner], q | k | v, float32, bfloat16 or float16, contiguous; inner = heads * head_dim.
+        norm_q, norm_k: [inner], RMSNorm weights; float32, another dtype is converted on every call.
+        cos, sin: [S, head_dim // 2] float32.
+        k_out, v_out: [S, inner] of qkv's dtype; contiguous rows, any distance between rows: slices of an arena.
+            They must not overlap qkv or each other.
+        heads: head_dim = inner / heads is even.
+        backend: "auto", "cpp", "cuda" or "torch".
+
+    Returns:
+        q, [S, inner], like qkv.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout is not as above, or the backend cannot run.
+    """
+    if qkv.ndim != 2 or heads < 1 or qkv.shape[1] == 0 or qkv.shape[1] % (6 * heads):
+        raise ValueError(
+            f"qkv is {list(qkv.shape)} with heads={heads}; expected [S, 3 * heads * head_dim] with head_dim even"
+        )
+    rows, inner = qkv.shape[0], qkv.shape[1] // 3
+    head_dim = inner // heads
+    norm_q, norm_k = norm_q.float(), norm_k.float()
+    backends.check_dtype("qkv", qkv)
+    backends.check("qkv", qkv, qkv.shape, qkv.dtype, qkv.device)
+    for name, weight in (("norm_q", norm_q), ("norm_k", norm_k)):
+        backends.check(name, weight, (inner,), torch.float32, qkv.device)
+    for name, table in (("cos", cos), ("sin", sin)):
+        backends.check(name, table, (rows, head_dim // 2), torch.float32, qkv.device)
+    for name, out in (("k_out", k_out), ("v_out", v_out)):
+        backends.check(name, out, (rows, inner), qkv.dtype, qkv.device, row_stride=True)
+    if backends.choose("qk_norm_rope", qkv.device, backend) == "torch":
+        return reference.qk_norm_rope(qkv, norm_q, norm_k, cos, sin, k_out, v_out, heads=heads, eps=eps)
+    q = torch.empty((rows, inner), dtype=qkv.dtype, device=qkv.device)
+    backends._C.qk_norm_rope(
+        qkv=backends.pointer(qkv),
+        norm_q=backends.pointer(norm_q),
+        norm_k=backends.pointer(norm_k),
+        cos=backends.pointer(cos),
+        sin=backends.pointer(sin),
+        q=backends.pointer(q),
+        k=backends.pointer(k_out),
+        v=backends.pointer(v_out),
+        rows=rows,
+        heads=heads,
+        head_dim=head_dim,
+        k_stride=k_out.stride(0),
+        v_stride=v_out.stride(0),
+        eps=eps,
+        dtype=backends.DTYPES[qkv.dtype],
+        **backends.where(qkv.device),
+    )
+    return q

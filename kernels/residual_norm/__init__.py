@@ -1,0 +1,111 @@
+"""The end of one sub-layer and the start of the next, in one pass over memory.
+
+Gate, residual, LayerNorm and modulation of WanTransformerBlock.forward (diffusers,
+models/transformers/transformer_wan.py), which runs them as up to eight separate passes.
+"""
+
+import torch
+
+from .. import backend as backends
+from . import reference
+
+__all__ = ["residual", "residual_norm"]
+
+
+def residual_norm(
+    x: torch.Tensor,
+    y: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    eps: float,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x_new = x + y * gate`` and ``h = LayerNorm(x_new) * weight + bias``, computed in float32.
+
+    x_new is rounded to x's dtype before the norm. For a modulated norm, weight is ``1 + scale`` and bias is
+    ``shift``; for the affine norm2 they are the module's own.
+
+    Args:
+        x, y: [S, D], float32, bfloat16 or float16, contiguous; without y there is nothing to add.
+        gate, weight, bias: [D] float32, or None for 1, 1 and 0; gate needs y.
+        backend: "auto", "cpp", "cuda" or "torch".
+
+    Returns:
+        (x_new, h), both like x; x_new is x itself when there is no y.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout is not as above, or the backend cannot run.
+    """
+    chosen = _check(x, y, gate, weight, bias, backend)
+    if chosen == "torch":
+        return reference.residual_norm(x, y, gate, weight, bias, eps=eps)
+    x_new = x if y is None else torch.empty_like(x)
+    h = torch.empty_like(x)
+    _launch(x, y, gate, weight, bias, None if y is None else x_new, h, eps)
+    return x_new, h
+
+
+def residual(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None, *, backend: str = "auto"
+) -> torch.Tensor:
+    """``x + y * gate``, computed in float32: residual_norm without the norm, for the end of a layer.
+
+    Args, errors: as in residual_norm. Returns a tensor like x.
+    """
+    chosen = _check(x, y, gate, None, None, backend)
+    if chosen == "torch":
+        return reference.residual(x, y, gate)
+    x_new = torch.empty_like(x)
+    _launch(x, y, gate, None, None, x_new, None, eps=0.0)
+    return x_new
+
+
+def _check(
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    backend: str,
+) -> str:
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"x is {list(x.shape)}; expected [S, D] with D of 1 or more and no batch dimension")
+    backends.check_dtype("x", x)
+    backends.check("x", x, x.shape, x.dtype, x.device)
+    if y is not None:
+        backends.check("y", y, x.shape, x.dtype, x.device)
+    elif gate is not None:
+        raise ValueError("gate is given without y: there is nothing to gate")
+    for name, vector in (("gate", gate), ("weight", weight), ("bias", bias)):
+        if vector is not None:
+            backends.check(name, vector, x.shape[1:], torch.float32, x.device)
+    return backends.choose("residual_norm", x.device, backend)
+
+
+def _launch(
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    x_new: torch.Tensor | None,
+    h: torch.Tensor | None,
+    eps: float,
+) -> None:
+    rows, dim = x.shape
+    backends._C.residual_norm(
+        x=backends.pointer(x),
+        y=backends.pointer(y),
+        gate=backends.pointer(gate),
+        weight=backends.pointer(weight),
+        bias=backends.pointer(bias),
+        x_new=backends.pointer(x_new),
+        h=backends.pointer(h),
+        rows=rows,
+        dim=dim,
+        eps=eps,
+        dtype=backends.DTYPES[x.dtype],
+        **backends.where(x.device),
+    )

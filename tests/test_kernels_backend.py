@@ -1,0 +1,138 @@
+import logging
+
+import pytest
+import torch
+from kernel_common import native, random
+
+from dualparal.kernels import backend
+from dualparal.kernels.combine_guidance import combine_guidance
+from dualparal.testing import assert_no_worse
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Choices are made anew inside the test, and again after it."""
+    backend.absent.cache_clear()
+    backend._auto.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    backend.absent.cache_clear()
+    backend._auto.cache_clear()
+
+
+def test_auto_is_native_and_logged_once(fresh, caplog):
+    native("cpu")
+    with caplog.at_level(logging.INFO, "dualparal"):
+        assert [backend.choose("an_op", CPU, "auto") for _ in range(3)] == ["cpp"] * 3
+    assert [record.getMessage() for record in caplog.records] == ["an_op on cpu: cpp"]
+
+
+def test_without_the_extension(fresh, caplog):
+    fresh.setattr(backend, "NOT_BUILT", "dualparal._C does not import (no such module)")
+    cond, uncond = random(2, 10)
+    with caplog.at_level(logging.INFO, "dualparal"):
+        assert torch.equal(combine_guidance(cond, uncond, 2.0), uncond + 2.0 * (cond - uncond))
+    assert "combine_guidance on cpu: torch; not cpp: dualparal._C does not import" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"backend='cpp' cannot run: dualparal\._C does not import.*reinstall"
+    ):
+        combine_guidance(cond, uncond, 2.0, backend="cpp")
+
+
+def test_backend_of_another_device():
+    with pytest.raises(ValueError, match="backend='cuda' cannot run: it takes tensors on cuda, not on cpu"):
+        backend.choose("an_op", CPU, "cuda")
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend='fast' is unknown; use 'auto' or one of cpp, cuda, torch"):
+        backend.choose("an_op", CPU, "fast")
+
+
+def test_cuda_build_without_a_card(fresh):
+    native("cpu")
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    fresh.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(
+        ValueError, match=r"cannot run: dualparal\._C (was built without CUDA|has no kernel)|driver"
+    ):
+        try:
+            backend.choose("an_op", torch.device("cuda"), "cuda")
+        except RuntimeError as error:  # a CUDA build asks the driver, and there is none
+            raise ValueError(str(error)) from error
+
+
+def test_build_info():
+    native("cpu")
+    info = backend._C.build_info()
+    assert set(info) == {"compiler", "cuda", "archs", "openmp"}
+    assert bool(info["archs"]) == info["cuda"]
+    assert backend._C.cuda_problem.__doc__
+
+
+# The extension checks what it is given even when Python did not: a wrong number must not reach a pointer.
+GUIDANCE = dict(cond=8, uncond=8, out=8, size=0, scale=1.0, dtype=0, device=-1, stream=0, threads=1)
+NORM = dict(
+    x=8,
+    y=8,
+    gate=0,
+    weight=0,
+    bias=0,
+    x_new=8,
+    h=8,
+    rows=0,
+    dim=4,
+    eps=1e-6,
+    dtype=0,
+    device=-1,
+    stream=0,
+    threads=1,
+)
+ROPE = dict(
+    qkv=8, norm_q=8, norm_k=8, cos=8, sin=8, q=8, k=8, v=8, rows=0, heads=2, head_dim=4, k_stride=8, v_stride=8,
+    eps=1e-6, dtype=0, device=-1, stream=0, threads=1,
+)  # fmt: skip
+RAW = [
+    ("combine_guidance", GUIDANCE, dict(size=-1), "size=-1"),
+    ("combine_guidance", GUIDANCE, dict(size=1, out=0), "out is a null pointer, with rows=1"),
+    ("combine_guidance", GUIDANCE, dict(dtype=3), "dtype code 3"),
+    ("combine_guidance", GUIDANCE, dict(device=-2), "device=-2"),
+    ("combine_guidance", GUIDANCE, dict(threads=0), "threads=0"),
+    ("combine_guidance", GUIDANCE, dict(scale=float("inf")), "scale=inf"),
+    ("residual_norm", NORM, dict(rows=-5), "rows=-5"),
+    ("residual_norm", NORM, dict(dim=0), "dim=0"),
+    ("residual_norm", NORM, dict(dim=1 << 40), "dim=1099511627776"),
+    ("residual_norm", NORM, dict(rows=1, x=0), "x is a null pointer"),
+    ("residual_norm", NORM, dict(rows=1, x_new=0), "come together"),
+    ("residual_norm", NORM, dict(rows=1, y=0, x_new=0, h=0), "nothing to do"),
+    ("residual_norm", NORM, dict(eps=-1.0), "eps=-1"),
+    ("qk_norm_rope", ROPE, dict(head_dim=3), "head_dim=3"),
+    ("qk_norm_rope", ROPE, dict(heads=0), "heads=0"),
+    ("qk_norm_rope", ROPE, dict(rows=2, k_stride=7), "stride 7 is less than its row of 8"),
+    ("qk_norm_rope", ROPE, dict(rows=1, v=0), "v_out is a null pointer"),
+]
+
+
+@pytest.mark.parametrize("op, good, change, says", RAW, ids=[f"{op} {change}" for op, _, change, _ in RAW])
+def test_the_extension_checks_too(op, good, change, says):
+    native("cpu")
+    function = getattr(backend._C, op)
+    function(**good)
+    with pytest.raises(ValueError) as error:
+        function(**{**good, **change})
+    assert says in str(error.value)
+
+
+def test_the_metric_sees_what_it_should():
+    truth = random(10, 10).double()
+    plain = truth.float()
+    assert_no_worse(plain, plain, truth, 2.0, "same")
+    for spoil, says in ((1e-3, "largest error"), (float("nan"), "1 of 100 elements are not finite")):
+        ours = plain.clone()
+        ours[3, 7] += spoil
+        with pytest.raises(AssertionError, match=says) as error:
+            assert_no_worse(ours, plain, truth, 2.0, "spoiled")
+        assert "spoiled" in str(error.value) and "[3, 7]" in str(error.value)
