@@ -1,6 +1,8 @@
 // The one pybind11 module. One register call per op, no logic.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 namespace dualparal {
 
 namespace py = pybind11;
@@ -11,10 +13,10 @@ void register_combine_guidance(py::module_& m);
 
 #ifdef DUALPARAL_WITH_CUDA
 constexpr bool kCuda = true;
-const char* cuda_problem(int device);
+std::string cuda_problem(int device);
 #else
 constexpr bool kCuda = false;
-static const char* cuda_problem(int) { return "this dualparal._C was built without CUDA"; }
+static std::string cuda_problem(int) { return "this dualparal._C was built without CUDA"; }
 #endif
 
 #ifdef _OPENMP

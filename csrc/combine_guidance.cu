@@ -41,12 +41,16 @@ void combine_guidance_cuda(const CombineGuidanceParams& p, int device, uintptr_t
 }
 
 // Any kernel of the library stands for all: they are compiled for the same architectures.
-const char* cuda_problem(int device) {
-    const DeviceGuard guard(device);
-    cudaFuncAttributes attributes;
-    const cudaError_t status = cudaFuncGetAttributes(&attributes, combine_guidance_kernel<float, 1>);
-    cudaGetLastError();  // a refused look-up must not surface at a later launch
-    return status == cudaSuccess ? "" : cudaGetErrorString(status);
+std::string cuda_problem(int device) {
+    try {
+        const DeviceGuard guard(device);
+        cudaFuncAttributes attributes;
+        check_cuda(cudaFuncGetAttributes(&attributes, combine_guidance_kernel<float, 1>), "cudaFuncGetAttributes");
+        return "";
+    } catch (const std::runtime_error& error) {
+        cudaGetLastError();  // a refused question must not surface at a later launch
+        return error.what();
+    }
 }
 
 }  // namespace dualparal

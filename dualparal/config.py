@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 ContextPolicy = Literal["cached", "prior", "paper"]
-OutputType = Literal["np", "pt", "pil", "latent"]
+OutputType = Literal["np", "uint8", "pt", "pil", "latent"]
 
 CONTEXT_POLICIES: tuple[str, ...] = get_args(ContextPolicy)
 OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)

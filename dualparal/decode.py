@@ -24,7 +24,8 @@ OutputType = Literal["pt", "np", "pil"]
 class StreamingDecoder:
     """Decodes one video with a diffusers `AutoencoderKLWan` (Wan 2.1, or the residual one of Wan 2.2).
 
-    Feeding latents in pieces of any length gives exactly the frames of `vae.decode` on the whole. The VAE is
+    Feeding latents in pieces of any length gives exactly the frames of `vae.decode` on the whole (from 2x2
+    latents on, the least a Wan transformer makes: a convolution of one point rounds otherwise). The VAE is
     only read: its own cache is not touched, and other decoders may use it between two pushes.
     `vae.use_slicing` has no effect: it splits batches, and here the batch is one video.
     """
@@ -133,9 +134,7 @@ def to_output(frames: torch.Tensor, output_type: Literal["np"]) -> npt.NDArray[n
 def to_output(frames: torch.Tensor, output_type: Literal["pil"]) -> list[Image]: ...
 
 
-def to_output(
-    frames: torch.Tensor, output_type: OutputType
-) -> torch.Tensor | npt.NDArray[np.float32] | list[Image]:
+def to_output(frames: torch.Tensor, output_type: OutputType) -> torch.Tensor | npt.NDArray[np.float32] | list[Image]:
     """Frames [F, 3, H, W] in [-1, 1] as diffusers' `VideoProcessor` would give them, without the batch axis.
 
     "pt": [F, 3, H, W] in [0, 1], dtype and device kept. "np": float32 [F, H, W, 3] in [0, 1]. "pil": images.
@@ -174,9 +173,7 @@ def _check_vae(vae: Any) -> None:
     if not all(hasattr(vae, name) for name in ("decoder", "post_quant_conv", "config")) or not hasattr(
         vae.config, "latents_mean"
     ):
-        raise ValueError(
-            f"{type(vae).__name__} cannot be decoded as a stream: use a causal Wan VAE (AutoencoderKLWan)"
-        )
+        raise ValueError(f"{type(vae).__name__} cannot be decoded as a stream: use a causal Wan VAE (AutoencoderKLWan)")
     if getattr(vae, "use_tiling", False):
         raise ValueError(
             "vae.use_tiling=True: tiles are blended over the whole length and cannot be streamed; call "

@@ -6,11 +6,8 @@ walks the schedule while finished blocks are decoded beside it. The one file tha
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -20,20 +17,21 @@ import torch
 import torch.distributed as dist
 
 import dualparal
-from dualparal.config import BlockConfig, Layout, OutputType, VideoConfig, split_layers
-from dualparal.decode import StreamingDecoder, to_output
+from dualparal.config import BlockConfig, OutputType, VideoConfig, split_layers
+from dualparal.decode import StreamingDecoder
 from dualparal.executor import LatentQueue, StageExecutor, StepCallback, run_together
 from dualparal.features import FeatureStore
 from dualparal.handshake import handshake
+from dualparal.lane import Chunk, DecodeLane
 from dualparal.loading import LoadedPipeline, ModelFiles, ModelSource, resolve_model
 from dualparal.mesh import Mesh, in_distributed_run
-from dualparal.models.base import Grid, Slice
+from dualparal.models.base import Slice
 from dualparal.noise import BlockNoise
-from dualparal.sampler import Sampler
+from dualparal.request import Request, check_request
 from dualparal.schedule import Schedule, Unit
 from dualparal.stage import Stage
 from dualparal.text import PromptEncoder, Prompts
-from dualparal.trace import RankStats, RunStats
+from dualparal.trace import BusyClock, RankStats, RunStats
 from dualparal.transport import (
     Edge,
     LocalEdge,
@@ -44,41 +42,9 @@ from dualparal.transport import (
     warm_up,
 )
 
-logger = logging.getLogger("dualparal")
-
 HANDSHAKE_SECONDS = 60.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _runs = count()
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a video is. Totals are None while it is endless."""
-
-    blocks: int
-    frames: int
-    total_blocks: int | None
-    total_frames: int | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One finished block.
-
-    Attributes:
-        block: its index.
-        start_frame: index of its first pixel frame in the video.
-        frames: as ``output_type`` says, without a batch axis: "np" float32 [F, H, W, 3] in [0, 1], "pt"
-            [F, 3, H, W] in [0, 1], "pil" a list; None for "latent".
-        latents: [1, C, f, h, w] float32, on the engine's device.
-    """
-
-    block: int
-    start_frame: int
-    frames: Any
-    latents: torch.Tensor
-    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -87,21 +53,6 @@ class EngineOutput:
 
     frames: Any
     stats: RunStats | None
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A checked request: everything but the embeddings is known."""
-
-    video: VideoConfig
-    layout: Layout
-    grid: Grid
-    sampler: Sampler
-    prompts: dict[int, str]  # first block -> text
-    negative_prompt: str | None
-    embeds: torch.Tensor | None
-    latents: torch.Tensor | None
-    callback: Any
 
 
 class Engine:
@@ -130,7 +81,7 @@ class Engine:
         self.report = report
         self.layers = split_layers(source.spec.num_layers, stages)
         self.scheduler: Any = source.load_scheduler()  # diffusers' name; assign another one as in diffusers
-        self.stats: RunStats | None = None
+        self.stats: RunStats | None = None  # of the last run, on rank 0
         self._encoder = PromptEncoder(lambda: source.load_text_encoder(mesh.device, dtype), mesh.device)
         self._slices: dict[int, list[Slice]] = {}
         self._vae: Any = None
@@ -172,8 +123,9 @@ class Engine:
         """
         blocks = BlockConfig(frames_per_block, context_frames, context)  # type: ignore[arg-type]
         if not isinstance(depth, int) or depth < 1:
-            raise ValueError(f"depth={depth!r}: at least one message must fit between two stages; 2 lets transfers "
-                             "overlap compute")
+            raise ValueError(
+                f"depth={depth!r}: at least one message must fit between two stages; 2 lets transfers overlap compute"
+            )
         source: ModelSource
         if isinstance(model, (str, Path)):
             source = resolve_model(model)
@@ -191,8 +143,10 @@ class Engine:
             world = dist.get_world_size() if dist.is_initialized() else None
             mesh = Mesh.join(kind.type)
             if stages is not None and stages != mesh.world_size:
-                raise ValueError(f"stages={stages} with {world or mesh.world_size} ranks: in a distributed run every "
-                                 f"rank owns one stage; leave stages out or start {stages} ranks")
+                raise ValueError(
+                    f"stages={stages} with {world or mesh.world_size} ranks: in a distributed run every "
+                    f"rank owns one stage; leave stages out or start {stages} ranks"
+                )
             stages = mesh.world_size
         else:
             mesh = Mesh.local(kind)
@@ -269,10 +223,28 @@ class Engine:
         if generator is not None:
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device).item())
         video = VideoConfig(
-            height, width, num_frames, num_inference_steps, float(guidance_scale), guidance_scale_2, seed or 0,
-            output_type, max_sequence_length,
+            height,
+            width,
+            num_frames,
+            num_inference_steps,
+            float(guidance_scale),
+            guidance_scale_2,
+            seed or 0,
+            output_type,
+            max_sequence_length,
         )
-        request = self._check(video, prompt, negative_prompt, latents, prompt_embeds, negative_prompt_embeds)
+        request = check_request(
+            self.source,
+            self.scheduler,
+            self.blocks,
+            self.mesh.device,
+            video,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )
         return self._run(replace(request, callback=callback_on_step_end))
 
     def set_prompt(self, prompt: str, negative_prompt: str | None = None) -> int:
@@ -283,7 +255,10 @@ class Engine:
         if self._prompts is None or self._video is None:
             raise RuntimeError("set_prompt: no video is running; give the prompt to stream()")
         embeds = self._encoder.encode(
-            prompt, negative_prompt or self._negative_prompt, self._video.guidance, self._video.max_sequence_length
+            prompt,
+            negative_prompt or self._negative_prompt,
+            self._video.guidance,
+            self._video.max_sequence_length,
         )
         return self._prompts.change(embeds)
 
@@ -291,95 +266,9 @@ class Engine:
         """Ends the running video after the unit under way; finished blocks are still given out. Signal-safe."""
         self._interrupted = True
 
-    # Checks -------------------------------------------------------------------------------------------------
-
-    def _check(
-        self,
-        video: VideoConfig,
-        prompt: str | Mapping[int, str] | None,
-        negative_prompt: str | None,
-        latents: torch.Tensor | None,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-    ) -> _Request:
-        spec, vae = self.source.spec, self.source.vae_config
-        spatial = int(vae.get("scale_factor_spatial", 8))
-        video.check_size(spatial * spec.patch_size[1], spatial * spec.patch_size[2])
-        if video.guidance_scale_2 is not None and spec.num_experts == 1:
-            raise ValueError(f"guidance_scale_2={video.guidance_scale_2}: this model has a single transformer; "
-                             "only Wan2.2 models with two take a second scale")
-        layout = Layout(self.blocks, video.num_latents(int(vae.get("scale_factor_temporal", 4))))
-        grid = spec.grid(video.height, video.width, spatial)
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds, and not both")
-        if prompt is not None and not isinstance(prompt, (str, Mapping)):
-            raise ValueError(f"prompt is a {type(prompt).__name__}; use a text, or {{first frame: text}}; one engine "
-                             "makes one video at a time")
-        texts = {0: prompt} if isinstance(prompt, str) else dict(prompt or {})
-        prompts = {self._block_at(layout, frame): text for frame, text in sorted(texts.items())}
-        if prompt is not None and 0 not in prompts:
-            raise ValueError("prompt has no text for frame 0")
-        return _Request(
-            video,
-            layout,
-            grid,
-            Sampler(self.scheduler, video.num_inference_steps, self.mesh.device),
-            prompts,
-            negative_prompt,
-            self._check_embeds(video, prompt_embeds, negative_prompt_embeds),
-            self._check_latents(layout, grid, latents),
-            None,
-        )
-
-    def _block_at(self, layout: Layout, frame: int) -> int:
-        """The block that holds pixel frame ``frame``."""
-        if not isinstance(frame, int) or frame < 0:
-            raise ValueError(f"prompt for frame {frame!r}: frames are counted from 0")
-        factor = int(self.source.vae_config.get("scale_factor_temporal", 4))
-        latent = (frame + factor - 1) // factor
-        block = 0
-        while layout.start(block + 1) <= latent:
-            block += 1
-        return block
-
-    def _check_embeds(
-        self, video: VideoConfig, positive: torch.Tensor | None, negative: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        if positive is None:
-            if negative is not None:
-                raise ValueError("negative_prompt_embeds without prompt_embeds")
-            return None
-        rows = [positive]
-        if video.guidance:
-            if negative is None:
-                raise ValueError("prompt_embeds with guidance needs negative_prompt_embeds too; or guidance_scale=1")
-            rows.append(negative)
-        for name, row in zip(("prompt_embeds", "negative_prompt_embeds"), rows, strict=False):
-            if row.ndim != 3 or row.shape[0] != 1 or row.shape[2] != self.source.spec.text_dim:
-                raise ValueError(f"{name} has shape {tuple(row.shape)}; use [1, tokens, {self.source.spec.text_dim}]")
-        if len({row.shape[1] for row in rows}) != 1:
-            raise ValueError(f"prompt_embeds and negative_prompt_embeds have {rows[0].shape[1]} and "
-                             f"{rows[1].shape[1]} tokens; pad them to one length")
-        return torch.cat(rows)
-
-    def _check_latents(self, layout: Layout, grid: Grid, latents: torch.Tensor | None) -> torch.Tensor | None:
-        if latents is None:
-            return None
-        channels = self.source.spec.in_channels
-        lengths = sorted({n for n in (layout.num_latents, layout.padded_latents) if n is not None})
-        shapes = [(1, channels, length, grid.height, grid.width) for length in lengths]
-        if layout.num_latents is None:
-            raise ValueError("latents were given for an endless video; they need num_frames")
-        if tuple(latents.shape) not in shapes:
-            raise ValueError(f"latents have shape {list(latents.shape)}; this request needs "
-                             + " or ".join(str(list(shape)) for shape in shapes))
-        if not torch.isfinite(latents).all():
-            raise ValueError("latents hold NaN or infinity")
-        return latents
-
     # A run --------------------------------------------------------------------------------------------------
 
-    def _run(self, request: _Request) -> Iterator[Chunk]:
+    def _run(self, request: Request) -> Iterator[Chunk]:
         self._interrupted = False
         schedule = self._schedule(request)
         self._meet(request, schedule)
@@ -387,37 +276,45 @@ class Engine:
             self._prompts = Prompts(self._encode(request))
             self._negative_prompt, self._video = request.negative_prompt, request.video
         self._load()
-        lane = _DecodeLane(self, request) if self.mesh.rank == 0 else None
-        executors = self._executors(request, schedule, lane)
+        clocks = [BusyClock(self.mesh.device) for _ in self._owned_stages()]
+        lane = self._lane(request, clocks[0]) if self.mesh.rank == 0 else None
+        executors = self._executors(request, schedule, lane, clocks)
         started = time.perf_counter()
-        stopping = True
+        running = True
         try:
             for _ in run_together(executors):
                 if lane is not None:
                     yield from lane.ready()
-                if self._interrupted and lane is not None:
-                    break
-            else:
-                stopping = False
-            if stopping:
-                executors[0].stop()
-                stopping = False
+                    if self._interrupted:
+                        executors[0].stop()
+                        break
+            running = False
             if lane is not None:
                 yield from lane.drain()
-                self._finish(executors, lane, time.perf_counter() - started)
-            else:
-                self._finish(executors, None, time.perf_counter() - started)
-        except GeneratorExit:
-            if stopping:
+            self._finish(clocks, lane, started)
+        except GeneratorExit:  # the consumer has had enough
+            if running:
                 executors[0].stop()
-            self._finish(executors, lane, time.perf_counter() - started)
+            self._finish(clocks, lane, started)
             raise
         finally:
             if lane is not None:
                 lane.close()
             self._prompts = self._video = None
 
-    def _schedule(self, request: _Request) -> Schedule:
+    def _lane(self, request: Request, clock: BusyClock) -> DecodeLane:
+        video = request.video
+        return DecodeLane(
+            request.layout,
+            video.output_type,
+            video.num_frames,
+            int(self.source.vae_config.get("scale_factor_temporal", 4)),
+            None if video.output_type == "latent" else StreamingDecoder(self.vae()),
+            self.mesh.device,
+            lambda: clock.seconds,
+        )
+
+    def _schedule(self, request: Request) -> Schedule:
         return Schedule(
             num_stages=self.num_stages,
             num_steps=len(request.sampler),
@@ -429,7 +326,7 @@ class Engine:
             depth=self.depth,
         )
 
-    def _meet(self, request: _Request, schedule: Schedule) -> None:
+    def _meet(self, request: Request, schedule: Schedule) -> None:
         """All ranks of a distributed run compare what they are about to do, before any tensor travels."""
         if not self.mesh.distributed:
             return
@@ -454,7 +351,7 @@ class Engine:
             self._groups = make_groups(self.mesh.world_size)
             warm_up(self._groups, self.mesh.rank, self.mesh.device)
 
-    def _encode(self, request: _Request) -> dict[int, torch.Tensor]:
+    def _encode(self, request: Request) -> dict[int, torch.Tensor]:
         if request.embeds is not None:
             return {0: request.embeds}
         video = request.video
@@ -479,40 +376,63 @@ class Engine:
             self._vae = self.source.load_vae(self.mesh.device)
         return self._vae
 
-    def _executors(self, request: _Request, schedule: Schedule, lane: _DecodeLane | None) -> list[StageExecutor]:
+    def _executors(
+        self, request: Request, schedule: Schedule, lane: DecodeLane | None, clocks: list[BusyClock]
+    ) -> list[StageExecutor]:
         layout, grid, spec = request.layout, request.grid, self.source.spec
         owned = self._owned_stages()
         edges = self._edges(schedule, request) if self.num_stages > 1 else {}
         # Ranks other than 0 have not seen the prompt: shape and dtype of the embeddings follow from the request.
         tokens = request.video.max_sequence_length if request.embeds is None else request.embeds.shape[1]
         channel = PromptChannel(
-            (schedule.branches, tokens, spec.text_dim), self.dtype, self.mesh.rank, self.mesh.world_size,
+            (schedule.branches, tokens, spec.text_dim),
+            self.dtype,
+            self.mesh.rank,
+            self.mesh.world_size,
             local_readers=self.num_stages - 1,
         )
-        experts = [
-            spec.expert(float(t), request.sampler.num_train_timesteps) for t in request.sampler.timesteps
-        ]
-        window = max(layout.window_frames(0), layout.window_frames(1) if layout.num_blocks != 1 else 0)
+        experts = [spec.expert(float(t), request.sampler.num_train_timesteps) for t in request.sampler.timesteps]
         lent = self.blocks.context_frames * grid.tokens
         slots = {side: schedule.slots(side) for side in ("head", "tail")}
         result = []
-        for index in owned:
+        for index, clock in zip(owned, clocks, strict=True):
             slices = self._slices[index]
             store = None
             if any(slots.values()):
                 store = FeatureStore(
-                    slices[0].num_layers, slots, schedule.branches, lent, spec.inner_dim, self.dtype, self.mesh.device
+                    slices[0].num_layers,
+                    slots,
+                    schedule.branches,
+                    lent,
+                    spec.inner_dim,
+                    self.dtype,
+                    self.mesh.device,
                 )
             stage = Stage(
-                slices, experts, request.sampler.timesteps, store, grid, window * grid.tokens, lent,
-                first=index == 0, last=index == self.num_stages - 1,
+                slices,
+                experts,
+                request.sampler.timesteps,
+                store,
+                grid,
+                request.max_window_frames * grid.tokens,
+                lent,
+                first=index == 0,
+                last=index == self.num_stages - 1,
             )
             queue = self._queue(request, schedule, experts) if index == 0 else None
             result.append(
                 StageExecutor(
-                    schedule, layout, index, stage,
-                    edges.get((index - 1) % self.num_stages), edges.get(index), channel, queue,
-                    on_emit=lane.emit if lane else None, on_decode=lane.decode if lane else None,
+                    schedule,
+                    layout,
+                    index,
+                    stage,
+                    edges.get((index - 1) % self.num_stages),
+                    edges.get(index),
+                    channel,
+                    clock,
+                    queue,
+                    on_emit=lane.emit if lane else None,
+                    on_decode=lane.decode if lane else None,
                     report=self._reporter(index),
                 )
             )
@@ -524,17 +444,20 @@ class Engine:
         report = self.report
 
         def tell(phase: str, unit: Unit) -> None:
-            report("wait_recv" if phase == "recv" else "wait_send" if phase == "send" else phase,
-                   stage=index, block=unit.block, step=unit.step)
+            report(
+                "wait_recv" if phase == "recv" else "wait_send" if phase == "send" else phase,
+                stage=index,
+                block=unit.block,
+                step=unit.step,
+            )
 
         return tell
 
-    def _edges(self, schedule: Schedule, request: _Request) -> dict[int, Any]:
+    def _edges(self, schedule: Schedule, request: Request) -> dict[int, Any]:
         """Edge k leads from stage k to stage k + 1, the last back to stage 0. In a distributed run: two of them."""
         layout, grid, n = request.layout, request.grid, self.num_stages
-        frames = max(layout.window_frames(0), layout.window_frames(1) if layout.num_blocks != 1 else 0)
         own = layout.frames(0)  # block 0 is the largest
-        hidden = frames * grid.tokens * self.source.spec.inner_dim
+        hidden = request.max_window_frames * grid.tokens * self.source.spec.inner_dim
         velocity = own * self.source.spec.in_channels * grid.height * grid.width
         sizes = [hidden] * (n - 1) + [velocity]
         names = [f"edge {k} -> {(k + 1) % n}" for k in range(n)]
@@ -553,13 +476,18 @@ class Engine:
         }
         return edges
 
-    def _queue(self, request: _Request, schedule: Schedule, experts: list[int]) -> LatentQueue:
+    def _queue(self, request: Request, schedule: Schedule, experts: list[int]) -> LatentQueue:
         video, grid = request.video, request.grid
         assert self._prompts is not None
-        scales = (video.guidance_scale, video.guidance_scale if video.guidance_scale_2 is None
-                  else video.guidance_scale_2)
+        scales = (
+            video.guidance_scale,
+            video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2,
+        )
         noise = BlockNoise(
-            request.layout, (self.source.spec.in_channels, grid.height, grid.width), video.seed, request.latents
+            request.layout,
+            (self.source.spec.in_channels, grid.height, grid.width),
+            video.seed,
+            request.latents,
         )
         callback: StepCallback | None = None
         if request.callback is not None:
@@ -571,102 +499,26 @@ class Engine:
                 return replaced
 
         return LatentQueue(
-            schedule, request.layout, request.sampler, noise, self._prompts.of, self._prompts.embeds,
-            [scales[e] for e in experts], self.mesh.device, callback,
+            schedule,
+            request.layout,
+            request.sampler,
+            noise,
+            self._prompts.of,
+            self._prompts.embeds,
+            [scales[e] for e in experts],
+            self.mesh.device,
+            callback,
         )
 
-    def _finish(self, executors: list[StageExecutor], lane: _DecodeLane | None, seconds: float) -> None:
+    def _finish(self, clocks: list[BusyClock], lane: DecodeLane | None, started: float) -> None:
         """Collects what the run cost on every rank. Collective in a distributed run."""
-        own = RankStats.of([executor.clock for executor in executors], self.mesh.device)
+        seconds = time.perf_counter() - started
+        own = RankStats.of(clocks, self.mesh.device)
         ranks = [own]
         if self.mesh.distributed:
             rows = [torch.zeros(4, dtype=torch.float64) for _ in range(self.mesh.world_size)]
             dist.all_gather(rows, torch.tensor(own.to_list(), dtype=torch.float64))
             ranks = [RankStats.from_list(row.tolist()) for row in rows]
-        done = lane.progress if lane is not None else Progress(0, 0, None, None, seconds)
-        first = lane.first_chunk if lane is not None else None
-        self.stats = RunStats(done.blocks, done.frames, seconds, first, tuple(ranks))
-
-
-class _DecodeLane:
-    """Finished blocks on their way out: decoded on a thread beside the stages, at most two at a time."""
-
-    BOUND = 2
-
-    def __init__(self, engine: Engine, request: _Request) -> None:
-        self.layout = request.layout
-        self.output_type = request.video.output_type
-        self.total_frames = request.video.num_frames
-        self.factor = int(engine.source.vae_config.get("scale_factor_temporal", 4))
-        self.started = time.perf_counter()
-        self.first_chunk: float | None = None
-        self.progress = Progress(0, 0, self.layout.num_blocks, self.total_frames, 0.0)
-        self._latents: dict[int, torch.Tensor] = {}
-        self._done: deque[tuple[int, torch.Tensor, Any]] = deque()
-        self._pending: deque[tuple[int, torch.Tensor, Future[Any]]] = deque()
-        self._pool: ThreadPoolExecutor | None = None
-        self._stream: Any = None
-        if self.output_type != "latent":
-            self._decoder = StreamingDecoder(engine.vae())
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="dualparal-decode")
-            if engine.mesh.device.type == "cuda":
-                self._stream = torch.cuda.Stream(engine.mesh.device)
-
-    def emit(self, block: int, latents: torch.Tensor) -> None:
-        kept = latents[:, :, : self.layout.kept_frames(block)]
-        if self.output_type == "latent":
-            self._done.append((block, kept, None))
-        else:
-            self._latents[block] = kept
-
-    def decode(self, block: int) -> None:
-        """Starts decoding; waits when two blocks are already waiting to be decoded or read."""
-        assert self._pool is not None
-        while len(self._pending) >= self.BOUND:
-            self._take()
-        latents = self._latents.pop(block)
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.Event()
-            ready.record()
-        self._pending.append((block, latents, self._pool.submit(self._decode, latents, ready)))
-
-    def _decode(self, latents: torch.Tensor, ready: Any) -> Any:
-        if self._stream is None:
-            return to_output(self._decoder.push(latents), self.output_type)  # type: ignore[call-overload]
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            frames = to_output(self._decoder.push(latents), self.output_type)  # type: ignore[call-overload]
-            self._stream.synchronize()
-            return frames
-
-    def _take(self) -> None:
-        block, latents, future = self._pending.popleft()
-        self._done.append((block, latents, future.result()))
-
-    def ready(self) -> Iterator[Chunk]:
-        """Chunks that are finished, without waiting."""
-        while self._pending and self._pending[0][2].done():
-            self._take()
-        while self._done:
-            yield self._chunk(*self._done.popleft())
-
-    def drain(self) -> Iterator[Chunk]:
-        """All chunks that are still to come."""
-        while self._pending:
-            self._take()
-            yield from self.ready()
-        yield from self.ready()
-
-    def _chunk(self, block: int, latents: torch.Tensor, frames: Any) -> Chunk:
-        start = self.progress.frames
-        made = self.factor * latents.shape[2] - (self.factor - 1 if block == 0 else 0)
-        seconds = time.perf_counter() - self.started
-        if self.first_chunk is None:
-            self.first_chunk = seconds
-        self.progress = Progress(block + 1, start + made, self.layout.num_blocks, self.total_frames, seconds)
-        return Chunk(block, start, frames, latents, self.progress)
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        if lane is not None:
+            done = lane.progress
+            self.stats = RunStats(done.blocks, done.frames, seconds, done.first or None, tuple(ranks))

@@ -121,6 +121,7 @@ class StageExecutor:
     Args:
         inbound, outbound: edges from the stage before and to the one after; None with a single stage.
         queue: stage 0 only.
+        clock: adds up the time spent in units.
         on_emit, on_decode: stage 0 only, called with (block, latents) and (block).
         report: called with a phase and the unit before every action.
     """
@@ -134,6 +135,7 @@ class StageExecutor:
         inbound: Edge | None,
         outbound: Edge | None,
         prompts: PromptChannel,
+        clock: BusyClock,
         queue: LatentQueue | None = None,
         on_emit: Callable[[int, torch.Tensor], None] | None = None,
         on_decode: Callable[[int], None] | None = None,
@@ -148,7 +150,7 @@ class StageExecutor:
         self.queue = queue
         self.on_emit, self.on_decode = on_emit, on_decode
         self.report = report or (lambda phase, unit: None)
-        self.clock = BusyClock(stage.timesteps.device)
+        self.clock = clock
         self.under_way = 0  # stage 0: units sent and not yet back
         self._hidden: torch.Tensor | None = None
         self._prompt = 0

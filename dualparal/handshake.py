@@ -27,9 +27,7 @@ class Store(Protocol):
     def check(self, keys: list[str], /) -> bool: ...
 
 
-def handshake(
-    store: Store, rank: int, world_size: int, info: Mapping[str, Any], timeout: float = 30.0
-) -> None:
+def handshake(store: Store, rank: int, world_size: int, info: Mapping[str, Any], timeout: float = 30.0) -> None:
     """Returns once every rank has published the same `info`; all ranks call it, once per store.
 
     Args:

@@ -174,9 +174,7 @@ def _line(fields: dict[str, Any]) -> bytes:
         text = fields[key]
         if not isinstance(text, str) or len(text) < 16:
             names = sorted(fields)
-            raise ValueError(
-                f"a message of {len(line)} bytes, fields {names}: use less than {_LINE_LIMIT} bytes"
-            )
+            raise ValueError(f"a message of {len(line)} bytes, fields {names}: use less than {_LINE_LIMIT} bytes")
         fields = {**fields, key: text[: len(text) * 3 // 4 - 3] + "..."}
         line = _to_json(fields).encode("utf-8", "replace") + b"\n"
     return line

@@ -55,16 +55,20 @@ class ModelFiles:
         index = self.index
         name = index.get("_class_name")
         if name not in SUPPORTED_PIPELINES:
-            raise ModelError(f"{self.path / 'model_index.json'}: pipeline class {name!r} is not supported; "
-                             f"supported: {', '.join(SUPPORTED_PIPELINES)}")
+            raise ModelError(
+                f"{self.path / 'model_index.json'}: pipeline class {name!r} is not supported; "
+                f"supported: {', '.join(SUPPORTED_PIPELINES)}"
+            )
         for component, classes in COMPONENTS.items():
             entry = index.get(component)
             present = isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
             if not present and component == "transformer_2":
                 continue
             if not present or entry[1] not in classes:
-                raise ModelError(f"{self.path / 'model_index.json'}: {component} is "
-                                 f"{entry[1] if present else entry!r}; supported: {', '.join(classes)}")
+                raise ModelError(
+                    f"{self.path / 'model_index.json'}: {component} is "
+                    f"{entry[1] if present else entry!r}; supported: {', '.join(classes)}"
+                )
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -89,8 +93,10 @@ class ModelFiles:
                 bool(self.index.get("expand_timesteps", False)),
             )
         except (KeyError, TypeError) as error:
-            raise ModelError(f"{self.path / 'transformer' / 'config.json'}: not a config of a Wan transformer "
-                             f"({error!r} is missing or malformed)") from None
+            raise ModelError(
+                f"{self.path / 'transformer' / 'config.json'}: not a config of a Wan transformer "
+                f"({error!r} is missing or malformed)"
+            ) from None
         except ValueError as error:
             raise ModelError(f"{self.path}: {error}") from None
 
@@ -181,8 +187,10 @@ class WeightFiles:
         if not names:
             other = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
             found = f"only {', '.join(other)}, which are pickles and never read" if other else "no weight file"
-            raise ModelError(f"{folder}: {found}; a .safetensors file is needed (convert with "
-                             "pipe.save_pretrained(..., safe_serialization=True))")
+            raise ModelError(
+                f"{folder}: {found}; a .safetensors file is needed (convert with "
+                "pipe.save_pretrained(..., safe_serialization=True))"
+            )
         self.owner: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name in names:
@@ -235,8 +243,9 @@ class LoadedPipeline:
     def __init__(self, pipeline: Any) -> None:
         name = type(pipeline).__name__
         if name not in SUPPORTED_PIPELINES:
-            raise ModelError(f"a {name} was given; supported: a directory, a hub id, or a loaded "
-                             f"{', '.join(SUPPORTED_PIPELINES)}")
+            raise ModelError(
+                f"a {name} was given; supported: a directory, a hub id, or a loaded {', '.join(SUPPORTED_PIPELINES)}"
+            )
         self.pipeline = pipeline
         self._modules = [m for m in (pipeline.transformer, pipeline.transformer_2) if m is not None]
         try:
@@ -275,8 +284,10 @@ class LoadedPipeline:
             tensors = {}
             for name in self.spec.names(expert, layers):
                 if not state[name].is_floating_point() or state[name].element_size() < 2:
-                    raise ModelError(f"the loaded transformer holds {name} as {state[name].dtype}: quantised weights "
-                                     "are not supported; load it in float32, bfloat16 or float16")
+                    raise ModelError(
+                        f"the loaded transformer holds {name} as {state[name].dtype}: quantised weights "
+                        "are not supported; load it in float32, bfloat16 or float16"
+                    )
                 tensors[name] = state[name].to(device, self.spec.tensor_dtype(name, dtype))
             slices.append(self.spec.build(tensors, layers))
         return slices
@@ -302,8 +313,10 @@ def resolve_model(model: str | Path) -> ModelFiles:
         return ModelFiles(path)
     name = str(model)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"model {name!r} is not a directory in diffusers format, nor a hub id such as "
-                         "'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'")
+        raise ModelError(
+            f"model {name!r} is not a directory in diffusers format, nor a hub id such as "
+            "'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -93,4 +93,3 @@ def generate(
         # Nothing older than this iteration's blocks of the last one is read again.
         features = {n: kv for n, kv in features.items() if n[2] + n[3] >= iteration}
     return torch.cat(latents, dim=2)[:, :, : layout.num_latents]
-

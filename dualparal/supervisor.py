@@ -32,6 +32,7 @@ RANK_FAILED = 3
 NO_PROGRESS = 4
 
 _POLL_SECONDS = 0.05
+_GATHER_SECONDS = 0.01
 _TERM_SECONDS = 2.0
 # A process in uninterruptible sleep outlives SIGKILL: waiting for ever would hide the message.
 _KILL_SECONDS = 5.0
@@ -39,7 +40,7 @@ _KILL_SECONDS = 5.0
 _SUSPECT_SECONDS = 5 * TICK_SECONDS
 _LINE_LIMIT = 1 << 16
 
-OnMessage = Callable[[int, dict[str, Any]], None]
+OnMessage = Callable[[int, dict[str, Any]], object]
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ class Failure:
     def __str__(self) -> str:
         stage = f" (stage {self.stage})" if self.stage is not None else ""
         places = [
-            f"{name} {value}"
-            for name, value in (("block", self.block), ("step", self.step))
-            if value is not None
+            f"{name} {value}" for name, value in (("block", self.block), ("step", self.step)) if value is not None
         ]
         places.append(f"phase '{self.phase}'" if self.phase else "start-up")
         text = f"rank {self.rank}{stage} failed at {', '.join(places)}: {self.cause}"
@@ -189,9 +188,7 @@ def blame(states: Sequence[RankState], limits: Limits, now: float, stopping: boo
     """
     expected = {signal.SIGINT, signal.SIGTERM} if stopping else set()
     exits = [(s, s.unexplained_exit) for s in states]
-    killed = [
-        s for s, code in exits if code is not None and code < 0 and -code not in expected | {signal.SIGABRT}
-    ]
+    killed = [s for s, code in exits if code is not None and code < 0 and -code not in expected | {signal.SIGABRT}]
     if killed:
         return _death(min(killed, key=lambda s: s.exited_at))
     own = [s for s, code in exits if s.error or code == -signal.SIGABRT]
@@ -201,11 +198,7 @@ def blame(states: Sequence[RankState], limits: Limits, now: float, stopping: boo
         return _own_fault(first) if now - first.told_at >= limits.error_hold else None
     if stopping:
         return None
-    return (
-        _silent(states, limits, now)
-        or _stalled(states, limits.progress, now)
-        or _peer_lost(states, limits, now)
-    )
+    return _silent(states, limits, now) or _stalled(states, limits.progress, now) or _peer_lost(states, limits, now)
 
 
 def _own_fault(state: RankState) -> Failure:
@@ -214,9 +207,7 @@ def _own_fault(state: RankState) -> Failure:
     if state.exit is not None and state.exit < 0:
         return _death(state)
     when = "after it had reported the end of its work" if state.done else "before its work was done"
-    return _failure(
-        state, f"exited with code {state.exit} {when}", RANK_FAILED, "its own output above says more"
-    )
+    return _failure(state, f"exited with code {state.exit} {when}", RANK_FAILED, "its own output above says more")
 
 
 def _death(state: RankState) -> Failure:
@@ -251,9 +242,7 @@ def _silent(
     return _failure(worst, f"no heartbeat for {now - worst.heard:.1f} s", NO_PROGRESS, hint)
 
 
-def _stalled(
-    states: Sequence[RankState], limit: float, now: float, busy_only: bool = False
-) -> Failure | None:
+def _stalled(states: Sequence[RankState], limit: float, now: float, busy_only: bool = False) -> Failure | None:
     active = [s for s in states if s.active]
     late = [s for s in active if now - s.moved > limit]
     busy = [s for s in late if not s.waiting]
@@ -335,9 +324,7 @@ class _Rank:
     def read(self) -> list[dict[str, Any]]:
         """All complete lines in the pipe; `open` turns false at its end."""
         data = b"more"
-        while (
-            data and len(self.buffer) < 16 * _LINE_LIMIT
-        ):  # a rank that floods us must not hold up the others
+        while data and len(self.buffer) < 16 * _LINE_LIMIT:  # a rank that floods us must not hold up the others
             try:
                 data = os.read(self.status_fd, _LINE_LIMIT)
             except BlockingIOError:
@@ -482,7 +469,9 @@ class Supervisor:
 
         In that order, since a rank's last words are in its pipe before its exit can be seen.
         """
-        self._selector.select(_POLL_SECONDS)
+        if self._selector.select(_POLL_SECONDS):
+            # One round for all that many busy ranks have to say: the parent must not cost a core.
+            time.sleep(_GATHER_SECONDS)
         now = time.monotonic()
         away = now - self._listened_at
         if away > 1.0:
@@ -524,9 +513,7 @@ class Supervisor:
         for state in self._states():
             if state.exit != 0:
                 # Libraries crash or hang while they unload; the video is finished all the same.
-                logger.warning(
-                    "rank %d did not exit cleanly (%s) after its work was done", state.rank, state.exit
-                )
+                logger.warning("rank %d did not exit cleanly (%s) after its work was done", state.rank, state.exit)
         return Result(0)
 
     def _while_stopping(self) -> Result | None:

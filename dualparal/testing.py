@@ -7,13 +7,11 @@ from unittest import mock
 import torch
 
 
-def assert_no_worse(
-    ours: torch.Tensor, than: torch.Tensor, truth: torch.Tensor, factor: float, case: str
-) -> None:
+def assert_no_worse(ours: torch.Tensor, than: torch.Tensor, truth: torch.Tensor, factor: float, case: str) -> None:
     """Asserts that ``ours`` is as near the truth as plain PyTorch is in the same dtype.
 
-    Two errors are compared, the largest and the root mean square; each may be ``factor`` times that of ``than``.
-    What one rounding of the output costs is always allowed: no method can do without it.
+    Two errors are compared, the largest and the root mean square; each may be ``factor`` times that of
+    ``than``. What one rounding of the output costs is always allowed: no method can do without it.
 
     Args:
         ours, than: one shape, one dtype.

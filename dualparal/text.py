@@ -31,7 +31,9 @@ class PromptEncoder:
         self._pipeline: Any = None
 
     @torch.inference_mode()
-    def encode(self, prompt: str, negative_prompt: str | None, guidance: bool, max_sequence_length: int) -> torch.Tensor:
+    def encode(
+        self, prompt: str, negative_prompt: str | None, guidance: bool, max_sequence_length: int
+    ) -> torch.Tensor:
         """Embeddings [1 or 2, max_sequence_length, text_dim], the conditional row first."""
         if self._pipeline is None:
             from diffusers import WanPipeline

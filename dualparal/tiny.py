@@ -54,9 +54,7 @@ def build_tiny_pipeline(
     _check_sizes(layers, heads, head_dim, ffn_dim, latent_channels, vae_dim)
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
-        raise ValueError(
-            f"{directory} is not empty: another model's files would mix in; choose a new directory"
-        )
+        raise ValueError(f"{directory} is not empty: another model's files would mix in; choose a new directory")
 
     transformer = {
         "num_layers": layers,
@@ -192,9 +190,7 @@ def _mean_and_std(name: str, parameter: torch.Tensor) -> tuple[float, float]:
     return 0.0, gain / math.sqrt(math.prod(parameter.shape[1:]))
 
 
-def _check_sizes(
-    layers: int, heads: int, head_dim: int, ffn_dim: int, latent_channels: int, vae_dim: int
-) -> None:
+def _check_sizes(layers: int, heads: int, head_dim: int, ffn_dim: int, latent_channels: int, vae_dim: int) -> None:
     sizes = {
         "layers": layers,
         "heads": heads,

@@ -67,8 +67,9 @@ def unpack_header(fields: torch.Tensor, elements: int, edge: str) -> Header:
     if values[1] not in (Kind.UNIT, Kind.STOP):
         raise TransportError(f"{edge}: message of unknown kind {values[1]}")
     if values[6] != elements:
-        raise TransportError(f"{edge}: message of {values[6]} elements, expected {elements}: "
-                             "do both ends run the same configuration?")
+        raise TransportError(
+            f"{edge}: message of {values[6]} elements, expected {elements}: do both ends run the same configuration?"
+        )
     return Header(Kind(values[1]), Unit(*values[2:5]), values[5])
 
 
@@ -148,7 +149,14 @@ class _DistributedEdge:
     """What both ends over torch.distributed share: the ring of buffers and how to wait."""
 
     def __init__(
-        self, name: str, peer: int, group: Any, elements: int, depth: int, messages: int | None, dtype: torch.dtype,
+        self,
+        name: str,
+        peer: int,
+        group: Any,
+        elements: int,
+        depth: int,
+        messages: int | None,
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """messages: how many there will be at most (None: no end)."""
@@ -275,7 +283,12 @@ class PromptChannel:
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, rank: int, world_size: int, local_readers: int = 0
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        rank: int,
+        world_size: int,
+        local_readers: int = 0,
     ) -> None:
         """local_readers: with one process, how many stages will fetch each prompt."""
         self.local_readers = local_readers

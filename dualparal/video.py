@@ -148,9 +148,7 @@ class SegmentWriter:
         import av
 
         with av.open(file, "w", format="mp4") as container:
-            stream = container.add_stream(
-                _ENCODER, rate=self._fps, options={**_ENCODER_OPTIONS, "crf": str(self._crf)}
-            )
+            stream = container.add_stream(_ENCODER, rate=self._fps, options={**_ENCODER_OPTIONS, "crf": str(self._crf)})
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
             # Say which matrix was used: players else guess BT.709 or BT.601 by size, and colours shift.
@@ -336,13 +334,19 @@ class _WholeFile(io.FileIO):
     def __init__(self, path: Path) -> None:
         # An absolute name, since ffmpeg takes "a:b.mp4" for a protocol.
         name = str(path.absolute())
+        self.failure: OSError | None = None
         super().__init__(name, "x+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
     def write(self, data: object) -> int:
         rest = memoryview(data).cast("B")  # type: ignore[arg-type]
         total = len(rest)
         while rest:
-            rest = rest[super().write(rest) or 0 :]
+            try:
+                rest = rest[super().write(rest) or 0 :]
+            except OSError as error:
+                # Kept, because what calls us may lose it: PyAV reports only the last one of a container.
+                self.failure = self.failure or error
+                raise
         return total
 
 
@@ -363,6 +367,8 @@ def _whole_file(path: Path, *, sync_directory: bool = True) -> Iterator[_WholeFi
     with file:
         try:
             yield file
+            if file.failure is not None:
+                raise file.failure
             os.fsync(file.fileno())
             if not _is_still(file, aside):
                 raise FileExistsError(errno.EEXIST, "another process replaced the file", str(aside))
@@ -370,8 +376,11 @@ def _whole_file(path: Path, *, sync_directory: bool = True) -> Iterator[_WholeFi
         except BaseException as error:
             if _is_still(file, aside):
                 aside.unlink()
-            if isinstance(error, OSError) and error.filename is None:
-                error.filename = str(path)  # "No space left on device" should say where
+            cause = file.failure or error
+            if isinstance(cause, OSError) and cause.filename is None:
+                cause.filename = str(path)  # "No space left on device" should say where
+            if cause is not error and isinstance(error, Exception):
+                raise cause from error
             raise
     if sync_directory:
         _sync_directory(path.parent)

@@ -1,7 +1,7 @@
 """Which implementation of an op runs, and what every op checks and passes on the way there.
 
-``backend="auto"`` takes the first of the op's backends that can run on the tensors' device, decides once per op
-and device type, and says so once at INFO. A backend asked for by name runs or raises.
+``backend="auto"`` takes the first of the op's backends that can run on the tensors' device, decides once per
+op and device type, and says so once at INFO. A backend asked for by name runs or raises.
 """
 
 import functools

@@ -36,8 +36,6 @@ def native(device: str) -> str:
     return name
 
 
-def random(
-    *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
-) -> torch.Tensor:
+def random(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype).to(device)

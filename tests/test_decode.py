@@ -1,6 +1,6 @@
 """The streaming decoder against `vae.decode`, and output conversion against diffusers: by equality."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,11 +30,20 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only wait for one another in models this small, and for long when tests run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_vae(case: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = AutoencoderKLWan(base_dim=4, latents_mean=MEAN, latents_std=STD, **CASES[case])
-    return vae.to(dtype).eval()
+    return (vae if dtype == torch.float32 else vae.to(dtype)).eval()
 
 
 def make_latents(frames: int, *, seed: int = 0, height: int = 3, width: int = 5) -> torch.Tensor:
@@ -73,14 +82,22 @@ def test_any_chunking_equals_the_whole(case: str, dtype: torch.dtype, cuts: list
     assert expected.float().std() > 0.05  # a constant picture would prove nothing
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     cuts=st.lists(st.integers(1, 4), min_size=1, max_size=5),
-    size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    size=st.tuples(st.integers(2, 4), st.integers(2, 4)),
 )
 def test_random_chunkings(cuts: list[int], size: tuple[int, int]) -> None:
     vae, latents = make_vae("wan2.1-shallow"), make_latents(sum(cuts), height=size[0], width=size[1])
     assert torch.equal(push_all(StreamingDecoder(vae), latents, cuts), decode_whole(vae, latents))
+
+
+def test_one_point_is_decoded_the_same_in_any_chunking() -> None:
+    # Not bit for bit vae.decode: a 1x1x1 convolution of a single point adds in another order.
+    vae, latents = make_vae("wan2.1-shallow"), make_latents(5, height=1, width=1)
+    frames = StreamingDecoder(vae).push(latents)
+    assert torch.equal(push_all(StreamingDecoder(vae), latents, [2, 1, 2]), frames)
+    assert torch.allclose(frames, decode_whole(vae, latents), rtol=0, atol=1e-5)
 
 
 def test_memory_layout_of_the_latents_does_not_matter(vae: AutoencoderKLWan) -> None:
@@ -191,9 +208,9 @@ def test_refuses_tiling_offload_and_other_vaes() -> None:
     vae.enable_slicing()  # splits batches only: nothing to refuse
     assert torch.equal(decoder.push(make_latents(2)), decode_whole(vae, make_latents(2)))
     vae._hf_hook = object()
-    with pytest.raises(ValueError, match="offload.*remove_all_hooks"):
+    with pytest.raises(ValueError, match=r"offload.*remove_all_hooks"):
         decoder.push(make_latents(1))
-    with pytest.raises(ValueError, match="SimpleNamespace.*AutoencoderKLWan"):
+    with pytest.raises(ValueError, match=r"SimpleNamespace.*AutoencoderKLWan"):
         StreamingDecoder(SimpleNamespace())
 
 

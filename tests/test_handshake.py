@@ -67,8 +67,7 @@ def test_every_difference_is_named_with_its_values_on_every_rank(open_store):
     other = {**INFO, "torch": "2.12.1", "args": {"height": 720, "sizes": [1, 2]}}
     outcome = meet(open_store, {0: INFO, 1: other, 2: INFO}, delays={2: 0.3})
     assert the_one_text(outcome, ValueError) == (
-        "ranks disagree: args.height: rank 0, 2 = 480, rank 1 = 720; "
-        'torch: rank 0, 2 = "2.13.0", rank 1 = "2.12.1"'
+        'ranks disagree: args.height: rank 0, 2 = 480, rank 1 = 720; torch: rank 0, 2 = "2.13.0", rank 1 = "2.12.1"'
     )
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from kernel_common import DEVICES, DTYPES, cases, random
 
 from dualparal.kernels.attention import attention, reference
 from dualparal.kernels.attention import cases as named
 from dualparal.testing import assert_no_worse
+from kernel_common import DEVICES, DTYPES, cases, random
 
 
 def inputs(case, dtype=torch.float32, device="cpu"):

@@ -2,11 +2,11 @@ import logging
 
 import pytest
 import torch
-from kernel_common import native, random
 
 from dualparal.kernels import backend
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.testing import assert_no_worse
+from kernel_common import native, random
 
 CPU = torch.device("cpu")
 
@@ -35,9 +35,7 @@ def test_without_the_extension(fresh, caplog):
     with caplog.at_level(logging.INFO, "dualparal"):
         assert torch.equal(combine_guidance(cond, uncond, 2.0), uncond + 2.0 * (cond - uncond))
     assert "combine_guidance on cpu: torch; not cpp: dualparal._C does not import" in caplog.text
-    with pytest.raises(
-        ValueError, match=r"backend='cpp' cannot run: dualparal\._C does not import.*reinstall"
-    ):
+    with pytest.raises(ValueError, match=r"backend='cpp' cannot run: dualparal\._C does not import.*reinstall"):
         combine_guidance(cond, uncond, 2.0, backend="cpp")
 
 
@@ -56,13 +54,8 @@ def test_cuda_build_without_a_card(fresh):
     if torch.cuda.is_available():
         pytest.skip("there is a card")
     fresh.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(
-        ValueError, match=r"cannot run: dualparal\._C (was built without CUDA|has no kernel)|driver"
-    ):
-        try:
-            backend.choose("an_op", torch.device("cuda"), "cuda")
-        except RuntimeError as error:  # a CUDA build asks the driver, and there is none
-            raise ValueError(str(error)) from error
+    with pytest.raises(ValueError, match=r"backend='cuda' cannot run: dualparal\._C (was|has no kernel)"):
+        backend.choose("an_op", torch.device("cuda"), "cuda")
 
 
 def test_build_info():
@@ -74,27 +67,13 @@ def test_build_info():
 
 
 # The extension checks what it is given even when Python did not: a wrong number must not reach a pointer.
-GUIDANCE = dict(cond=8, uncond=8, out=8, size=0, scale=1.0, dtype=0, device=-1, stream=0, threads=1)
-NORM = dict(
-    x=8,
-    y=8,
-    gate=0,
-    weight=0,
-    bias=0,
-    x_new=8,
-    h=8,
-    rows=0,
-    dim=4,
-    eps=1e-6,
-    dtype=0,
-    device=-1,
-    stream=0,
-    threads=1,
-)
+PLACE = dict(dtype=0, device=-1, stream=0, threads=1)
+GUIDANCE = dict(cond=8, uncond=8, out=8, size=0, scale=1.0, **PLACE)
+NORM = dict(x=8, y=8, gate=0, weight=0, bias=0, x_new=8, h=8, rows=0, dim=4, eps=1e-6, **PLACE)
 ROPE = dict(
-    qkv=8, norm_q=8, norm_k=8, cos=8, sin=8, q=8, k=8, v=8, rows=0, heads=2, head_dim=4, k_stride=8, v_stride=8,
-    eps=1e-6, dtype=0, device=-1, stream=0, threads=1,
-)  # fmt: skip
+    **dict.fromkeys(("qkv", "norm_q", "norm_k", "cos", "sin", "q", "k", "v"), 8),
+    **dict(rows=0, heads=2, head_dim=4, k_stride=8, v_stride=8, eps=1e-6, **PLACE),
+)
 RAW = [
     ("combine_guidance", GUIDANCE, dict(size=-1), "size=-1"),
     ("combine_guidance", GUIDANCE, dict(size=1, out=0), "out is a null pointer, with rows=1"),

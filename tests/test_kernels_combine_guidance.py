@@ -1,10 +1,10 @@
 import pytest
 import torch
-from kernel_common import DEVICES, DTYPES, cases, native, random
 
 from dualparal.kernels.combine_guidance import cases as named
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.testing import nan_filled_memory
+from kernel_common import DEVICES, DTYPES, cases, native, random
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed
-from kernel_common import DEVICES, DTYPES, cases, native, random
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 
 from dualparal.kernels.attention import attention
 from dualparal.kernels.qk_norm_rope import cases as named
 from dualparal.kernels.qk_norm_rope import qk_norm_rope, reference
 from dualparal.testing import assert_no_worse, nan_filled_memory
+from kernel_common import DEVICES, DTYPES, cases, native, random
 
 EPS = 1e-6
 
@@ -66,7 +66,7 @@ def test_diffusers_attention(dtype, backend):
     heads, head_dim, frames, height, width = 2, 24, 3, 4, 6
     inner = heads * head_dim
     torch.manual_seed(0)
-    module = WanAttention(inner, heads, head_dim, eps=EPS)
+    module = WanAttention(inner, heads, head_dim, eps=EPS, processor=WanAttnProcessor())
     torch.nn.init.uniform_(module.norm_q.weight, 0.5, 1.5)
     torch.nn.init.uniform_(module.norm_k.weight, 0.5, 1.5)
     module.to(dtype).requires_grad_(False)

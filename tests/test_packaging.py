@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dualparal
 import dualparal.kernels
 
@@ -14,21 +16,42 @@ def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
 
 
-def test_kernels_of_the_repository_root_is_not_a_package():
-    result = python("import kernels", ROOT)
+@pytest.mark.parametrize(
+    "code, says",
+    [
+        (
+            "from kernels import get_kernel",
+            "ImportError: cannot import 'get_kernel': this folder is dualparal.kernels",
+        ),
+        (
+            "import kernels; kernels.backend",
+            "ImportError: cannot import 'backend': this folder is dualparal.kernels",
+        ),
+        ("import kernels.residual_norm", "ModuleNotFoundError: No module named 'kernels.residual_norm'"),
+        ("from kernels.residual_norm import residual_norm", "ModuleNotFoundError"),
+    ],
+)
+def test_nothing_can_be_taken_from_the_folder_itself(code, says):
+    result = python(code, ROOT)
     assert result.returncode != 0
-    assert "ImportError: this folder is dualparal.kernels, imported as 'kernels'" in result.stderr
+    assert says in result.stderr
 
 
 def test_diffusers_imports_in_the_repository_root():
-    """It looks for a Hugging Face package named kernels, and must not take ours."""
-    code = "import diffusers.models.attention_dispatch as d; from diffusers import WanTransformer3DModel"
+    """transformers and diffusers look for a Hugging Face package named kernels, and must not take ours."""
+    code = """
+from diffusers import WanTransformer3DModel
+from transformers import UMT5EncoderModel
+from transformers.utils import is_kernels_available
+print(is_kernels_available())
+"""
     result = python(code, ROOT)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == "False"
 
 
 def test_ops_import_from_anywhere(tmp_path):
-    code = "from dualparal.kernels.residual_norm import residual_norm; from dualparal.kernels.backend import choose"
+    code = "from dualparal.kernels.residual_norm import residual_norm"
     for cwd in (ROOT, tmp_path):
         result = python(code, cwd)
         assert result.returncode == 0, result.stderr

@@ -3,6 +3,7 @@
 import json
 import random
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,15 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
 from dualparal.tiny import build_tiny_pipeline
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only wait for one another in models this small, and for long when tests run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def weights(directory: Path) -> dict[str, bytes]:
@@ -29,9 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_pipeline(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"wan22": True}, {"residual_vae": True}], ids=lambda o: "-".join(o) or "wan21"
-)
+@pytest.mark.parametrize("options", [{}, {"wan22": True}, {"residual_vae": True}], ids=lambda o: "-".join(o) or "wan21")
 def test_wan_pipeline_loads_and_runs_it(options: dict[str, bool], tmp_path: Path) -> None:
     pipe = load(build_tiny_pipeline(tmp_path, **options))
     frames = pipe(

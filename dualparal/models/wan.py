@@ -41,31 +41,44 @@ class WanSpec:
 
     @classmethod
     def from_configs(
-        cls, transformer: Any, transformer_2: Any | None, boundary_ratio: float | None, expand_timesteps: bool = False
+        cls,
+        transformer: Any,
+        transformer_2: Any | None,
+        boundary_ratio: float | None,
+        expand_timesteps: bool = False,
     ) -> WanSpec:
         """Raises ValueError for Wan variants that this adapter does not run, naming what is different."""
         configs = tuple(component_config(c) for c in (transformer, transformer_2) if c is not None)
         if expand_timesteps:
-            raise ValueError("this Wan pipeline has expand_timesteps=True (Wan2.2 TI2V): only text-to-video Wan2.1 "
-                             "and Wan2.2-A14B type models are supported")
+            raise ValueError(
+                "this Wan pipeline has expand_timesteps=True (Wan2.2 TI2V): only text-to-video Wan2.1 "
+                "and Wan2.2-A14B type models are supported"
+            )
         for config in configs:
             for key, plain in (("image_dim", None), ("added_kv_proj_dim", None), ("pos_embed_seq_len", None)):
                 if config.get(key) is not plain:
-                    raise ValueError(f"this Wan transformer has {key}={config[key]} (image-to-video): only "
-                                     "text-to-video models are supported")
+                    raise ValueError(
+                        f"this Wan transformer has {key}={config[key]} (image-to-video): only "
+                        "text-to-video models are supported"
+                    )
             if config.get("qk_norm") != "rms_norm_across_heads":
-                raise ValueError(f"this Wan transformer has qk_norm={config.get('qk_norm')!r}: only "
-                                 "'rms_norm_across_heads' is supported")
+                raise ValueError(
+                    f"this Wan transformer has qk_norm={config.get('qk_norm')!r}: only "
+                    "'rms_norm_across_heads' is supported"
+                )
             if config["patch_size"][0] != 1:
-                raise ValueError(f"this Wan transformer has patch_size={config['patch_size']}: a temporal patch "
-                                 "of 1 is needed to cut a video into blocks of latent frames")
+                raise ValueError(
+                    f"this Wan transformer has patch_size={config['patch_size']}: a temporal patch "
+                    "of 1 is needed to cut a video into blocks of latent frames"
+                )
         if len(configs) == 2:
             if boundary_ratio is None:
                 raise ValueError("the pipeline has transformer_2 but no boundary_ratio in model_index.json")
             differing = sorted(k for k in configs[0] if configs[0][k] != configs[1].get(k))
             if differing:
-                raise ValueError(f"transformer and transformer_2 differ in {', '.join(differing)}: "
-                                 "experts of one shape are needed")
+                raise ValueError(
+                    f"transformer and transformer_2 differ in {', '.join(differing)}: experts of one shape are needed"
+                )
         return cls(configs, boundary_ratio if len(configs) == 2 else None)
 
     @property
@@ -156,8 +169,9 @@ class _Layer:
         def linear(name: str) -> tuple[torch.Tensor, torch.Tensor]:
             return get(f"{name}.weight"), get(f"{name}.bias")
 
-        self.qkv = torch.cat([get(f"attn1.to_{p}.weight") for p in "qkv"]), torch.cat(
-            [get(f"attn1.to_{p}.bias") for p in "qkv"]
+        self.qkv = (
+            torch.cat([get(f"attn1.to_{p}.weight") for p in "qkv"]),
+            torch.cat([get(f"attn1.to_{p}.bias") for p in "qkv"]),
         )
         self.norm_q, self.norm_k = get("attn1.norm_q.weight"), get("attn1.norm_k.weight")
         self.out = linear("attn1.to_out.0")
@@ -209,7 +223,9 @@ class WanSlice:
         from diffusers.models.embeddings import get_timestep_embedding
 
         frequencies = get_timestep_embedding(
-            timestep.reshape(1).to(self.device), self.spec.config["freq_dim"], flip_sin_to_cos=True,
+            timestep.reshape(1).to(self.device),
+            self.spec.config["freq_dim"],
+            flip_sin_to_cos=True,
             downscale_freq_shift=0,
         )
         frequencies = frequencies.to(self._condition["time_embedder.linear_1.weight"].dtype)
@@ -286,7 +302,15 @@ class WanSlice:
         made = context.rows(0, own)
         qkv = F.linear(normed, *layer.qkv)
         query = qk_norm_rope(
-            qkv, layer.norm_q, layer.norm_k, rotary.cos, rotary.sin, made.keys, made.values, heads=heads, eps=eps
+            qkv,
+            layer.norm_q,
+            layer.norm_k,
+            rotary.cos,
+            rotary.sin,
+            made.keys,
+            made.values,
+            heads=heads,
+            eps=eps,
         )
         at = own
         for neighbour in neighbours:

@@ -1,6 +1,6 @@
 """Attention without a mask, over whatever keys the caller has laid side by side.
 
-Softmax over keys does not care about their order, so neighbours' keys may lie anywhere in the arena. "sdpa" is
+Softmax does not care about the order of keys, so a neighbour's keys may lie anywhere in the arena. "sdpa" is
 torch.nn.functional.scaled_dot_product_attention, which is hard to beat on Hopper.
 """
 
@@ -15,9 +15,7 @@ __all__ = ["attention"]
 BACKENDS = ("sdpa", "reference")
 
 
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, heads: int, backend: str = "auto"
-) -> torch.Tensor:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, heads: int, backend: str = "auto") -> torch.Tensor:
     """``softmax(q k^T / sqrt(head_dim)) v`` for every head.
 
     Args:

@@ -13,9 +13,7 @@ from . import reference
 __all__ = ["combine_guidance"]
 
 
-def combine_guidance(
-    cond: torch.Tensor, uncond: torch.Tensor, scale: float, *, backend: str = "auto"
-) -> torch.Tensor:
+def combine_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: float, *, backend: str = "auto") -> torch.Tensor:
     """``uncond + scale * (cond - uncond)``, element by element, computed in float32.
 
     Args:

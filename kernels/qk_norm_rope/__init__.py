@@ -1,7 +1,7 @@
 """From the QKV product to what attention reads, in one pass: norm, rotation, and keys and values in place.
 
-WanAttnProcessor of diffusers (models/transformers/transformer_wan.py) does the same in a dozen passes and then
-concatenates; here keys and values go straight to their rows of an arena that outlives the layer.
+WanAttnProcessor of diffusers (models/transformers/transformer_wan.py) does the same in a dozen passes. Here
+keys and values go straight to their rows of an arena, beside those of the neighbours.
 """
 
 import torch
@@ -27,14 +27,14 @@ def qk_norm_rope(
 ) -> torch.Tensor:
     """Normalises q and k over all heads, rotates them, writes k and v in place and returns q.
 
-    Computed in float32 and rounded once at the end. Pairs (2i, 2i+1) of each head rotate by the angles given.
+    Computed in float32 and rounded once at the end. Pairs (2i, 2i+1) of each head rotate by the angles.
 
     Args:
         qkv: [S, 3 * inner], q | k | v, float32, bfloat16 or float16, contiguous; inner = heads * head_dim.
         norm_q, norm_k: [inner], RMSNorm weights; float32, another dtype is converted on every call.
         cos, sin: [S, head_dim // 2] float32.
-        k_out, v_out: [S, inner] of qkv's dtype; contiguous rows, any distance between rows: slices of an arena.
-            They must not overlap qkv or each other.
+        k_out, v_out: [S, inner] of qkv's dtype; contiguous rows, any distance between rows: slices of an
+            arena. They must not overlap qkv or each other.
         heads: head_dim = inner / heads is even.
         backend: "auto", "cpp", "cuda" or "torch".
 

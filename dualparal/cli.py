@@ -1,0 +1,450 @@
+"""The command line: flags to a request, a request to an engine. No decisions of its own.
+
+``dualparal generate --gpus N`` starts N copies of the same command as ranks under the supervisor; a rank finds
+itself in the environment (ours or torchrun's) and does its share. torch is imported late, so that ``--help`` is
+quick and a rank's heartbeat starts before the slow imports.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dualparal import __version__
+from dualparal.config import BlockConfig, VideoConfig, split_layers
+from dualparal.heartbeat import Heartbeat
+from dualparal.progress import Display
+
+logger = logging.getLogger("dualparal")
+
+BAD_INPUT, RANK_FAILED, STORAGE, NUMERICS = 2, 3, 5, 6
+TINY_SIZE = 64, 96  # height and width without --model
+_SAMPLERS = {
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+}
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Long video from a stock video diffusion transformer, split over GPUs.",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``generate`` was asked for."""
+
+    prompt: dict[int, str]
+    negative_prompt: str | None
+    video: VideoConfig
+    blocks: BlockConfig
+    model: str
+    stages: int
+    device: str
+    dtype: str | None
+    depth: int
+    threads: int
+    sampler: str | None
+    flow_shift: float | None
+    out: Path | None
+    fps: float
+    keep_blocks: bool
+    latents_in: Path | None
+    latents_out: Path | None
+    overwrite: bool
+
+
+def _prompts(prompt: str, later: list[str]) -> dict[int, str]:
+    prompts = {0: prompt}
+    for entry in later:
+        frame, colon, text = entry.partition(":")
+        if not colon or not frame.strip().isdigit():
+            raise ValueError(f"--prompt-at {entry!r}: use FRAME:TEXT, such as --prompt-at '400:a dog runs'")
+        prompts[int(frame)] = text.strip()
+    return prompts
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What the video shows.")],
+    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    prompt_at: Annotated[
+        list[str] | None,
+        typer.Option(help="FRAME:TEXT, blocks from that frame on take the text; may be repeated."),
+    ] = None,
+    num_frames: Annotated[int, typer.Option(help="Length in frames, 4k + 1; exactly so many are made.")] = 81,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A .mp4 file, or a folder for PNG files. Default video.mp4, or none with --latents-out."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Wan text-to-video pipeline: a directory in diffusers format or a hub id. Default: a tiny "
+            "one with random weights, made on the spot."
+        ),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="Number of GPUs, one stage each.", show_default=False)] = None,
+    stages: Annotated[int | None, typer.Option(help="Number of stages (processes). Default 1, or --gpus.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    height: Annotated[int | None, typer.Option(help="Pixels. Default 480 (64 without --model).")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. Default 832 (96 without --model).")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of every block.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1: none, half the work.")] = 5.0,
+    guidance_scale_2: Annotated[
+        float | None,
+        typer.Option(help="The same for the second transformer of Wan2.2. Default: as the first."),
+    ] = None,
+    frames_per_block: Annotated[int, typer.Option(help="B, latent frames per block (one latent is 4 frames).")] = 8,
+    context_frames: Annotated[int, typer.Option(help="C, latent frames lent by each neighbour; 0 to B.")] = 4,
+    context: Annotated[str, typer.Option(help="cached, prior or paper: where neighbours' features come from.")] = (
+        "cached"
+    ),
+    sampler: Annotated[str | None, typer.Option(help="unipc, euler or dpm++. Default: the model's own.")] = None,
+    flow_shift: Annotated[
+        float | None, typer.Option(help="Shift of the sampler's noise levels. Default: the model's own.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on cuda, float32 on cpu."),
+    ] = None,
+    depth: Annotated[int, typer.Option(help="Messages that fit between two stages.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads per stage; 0: the cores divided by the stages.")] = 0,
+    fps: Annotated[float, typer.Option(help="Frames per second of the video file.")] = 16.0,
+    keep_blocks: Annotated[bool, typer.Option(help="Keep the video's segments after they were joined.")] = False,
+    latents_in: Annotated[
+        Path | None, typer.Option(help="Initial noise: safetensors, one tensor 'latents' [1, C, L, H, W].")
+    ] = None,
+    latents_out: Annotated[Path | None, typer.Option(help="Write the final latents there, in the same format.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False,
+) -> None:
+    """Make a video of any length. Finished blocks can be played while it runs."""
+    heartbeat = Heartbeat.from_env()
+    tiny = model is None
+    default_height, default_width = TINY_SIZE if tiny else (480, 832)
+    if gpus is not None and stages is not None and gpus != stages:
+        raise ValueError(f"--gpus {gpus} and --stages {stages}: one stage runs on one GPU; give one of them")
+    if gpus is not None and device not in (None, "cuda"):
+        raise ValueError(f"--gpus with --device {device}: use --stages for the number of {device} processes")
+    count = gpus or stages or int(os.environ.get("WORLD_SIZE", "1"))
+    if out is None and latents_out is None:
+        out = Path("video.mp4")
+    with tempfile.TemporaryDirectory(prefix="dualparal-model-") as folder:
+        job = Job(
+            prompt=_prompts(prompt, prompt_at or []),
+            negative_prompt=negative_prompt,
+            video=VideoConfig(
+                default_height if height is None else height,
+                default_width if width is None else width,
+                num_frames,
+                steps,
+                guidance_scale,
+                guidance_scale_2,
+                seed,
+                "latent" if out is None else "uint8",
+            ),
+            blocks=BlockConfig(frames_per_block, context_frames, context),  # type: ignore[arg-type]
+            model=_tiny_model(Path(folder) / "tiny-wan", max(4, count)) if model is None else model,
+            stages=count,
+            device=_device(device or ("cuda" if gpus else None)),
+            dtype=dtype,
+            depth=depth,
+            threads=threads or max(1, (os.cpu_count() or 1) // count),
+            sampler=sampler,
+            flow_shift=flow_shift,
+            out=out,
+            fps=fps,
+            keep_blocks=keep_blocks,
+            latents_in=latents_in,
+            latents_out=latents_out,
+            overwrite=overwrite,
+        )
+        is_rank = "RANK" in os.environ
+        if not is_rank or os.environ["RANK"] == "0":
+            _check(job)
+        if is_rank or count == 1:
+            code = _work(job, heartbeat)
+        else:
+            code = _lead(job, tiny)
+    raise typer.Exit(code)
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cuda", "cpu"):
+        raise ValueError(f"--device {name}: use cuda or cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda: torch sees no GPU; use --device cpu, or install a CUDA build of torch "
+            "('dualparal doctor' says what is there)"
+        )
+    return name
+
+
+def _tiny_model(folder: Path, layers: int) -> str:
+    """Random weights in the real format, so that everything runs; the picture is noise."""
+    from dualparal.tiny import build_tiny_pipeline
+
+    if "RANK" not in os.environ or os.environ["RANK"] == "0":
+        typer.echo("no --model: using a tiny Wan pipeline with random weights; expect noise, not a picture", err=True)
+    build_tiny_pipeline(folder, layers=layers)
+    return str(folder)
+
+
+def _engine(job: Job, stages: int | None, report: Callable[..., None] | None = None) -> Any:
+    from dualparal.engine import Engine
+
+    engine = Engine.from_pretrained(
+        job.model,
+        frames_per_block=job.blocks.frames_per_block,
+        context_frames=job.blocks.context_frames,
+        context=job.blocks.context,
+        stages=stages,
+        device=job.device,
+        dtype=job.dtype,
+        depth=job.depth,
+        report=report,
+    )
+    if job.sampler is not None or job.flow_shift is not None:
+        engine.scheduler = _sampler(engine.scheduler, job)
+    return engine
+
+
+def _sampler(current: Any, job: Job) -> Any:
+    import diffusers
+
+    if job.sampler is not None and job.sampler not in _SAMPLERS:
+        raise ValueError(f"--sampler {job.sampler}: use one of {', '.join(_SAMPLERS)}")
+    kind = getattr(diffusers, _SAMPLERS[job.sampler]) if job.sampler else type(current)
+    options: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    shift = current.config.get("flow_shift", current.config.get("shift")) if job.flow_shift is None else job.flow_shift
+    options["shift" if kind.__name__.startswith("FlowMatch") else "flow_shift"] = shift
+    return kind.from_config(current.config, **options)
+
+
+def _check(job: Job) -> None:
+    """Everything that can be known before work starts; ValueError for the user's mistakes."""
+    from dualparal.loading import resolve_model
+    from dualparal.output import check_file, check_out, read_latents
+
+    job.video.num_latents()
+    if job.out is not None:
+        check_out(job.out, job.overwrite)
+    if job.latents_out is not None:
+        check_file(job.latents_out, "--latents-out", job.overwrite)
+    if not 0 < job.fps <= 1000:
+        raise ValueError(f"--fps {job.fps}: use a rate above 0 and up to 1000")
+    if job.device == "cuda":
+        import torch
+
+        if job.stages > torch.cuda.device_count():
+            raise ValueError(f"--gpus {job.stages}: torch sees {torch.cuda.device_count()}; every stage needs its own")
+    files = resolve_model(job.model)
+    split_layers(files.spec.num_layers, job.stages)
+    files.check_weights()
+    if "RANK" not in os.environ and job.stages > 1:
+        # The ranks check again, each for itself; here the user hears of it once, before any of them starts.
+        engine = _engine(job, stages=1)
+        latents = None if job.latents_in is None else read_latents(job.latents_in)
+        engine.stream(prompt=job.prompt, latents=latents, **_call(job))
+
+
+def _call(job: Job) -> dict[str, Any]:
+    video = job.video
+    return {
+        "negative_prompt": job.negative_prompt,
+        "height": video.height,
+        "width": video.width,
+        "num_frames": video.num_frames,
+        "num_inference_steps": video.num_inference_steps,
+        "guidance_scale": video.guidance_scale,
+        "guidance_scale_2": video.guidance_scale_2,
+        "seed": video.seed,
+        "output_type": video.output_type,
+    }
+
+
+def _lead(job: Job, tiny: bool) -> int:
+    """Starts the ranks and draws their progress; the parent of ``--gpus N``."""
+    from dualparal.supervisor import supervise
+
+    arguments = sys.argv[1:] + (
+        ["--model", job.model, "--height", str(job.video.height), "--width", str(job.video.width)] if tiny else []
+    )
+    display = Display(job.video.num_frames)
+
+    def hear(rank: int, message: dict[str, Any]) -> None:
+        if "progress" in message:
+            display.update(message["progress"])
+
+    with display:
+        result = supervise(
+            [sys.executable, "-m", "dualparal.cli", *arguments],
+            job.stages,
+            on_message=hear,
+            env={"OMP_NUM_THREADS": str(job.threads)},
+        )
+    if result.failure is not None and result.exit_code != BAD_INPUT:
+        typer.echo(f"error: {result.failure}", err=True)
+    elif result.interrupted is not None:
+        typer.echo(f"interrupted by {result.interrupted.name}; finished blocks are kept", err=True)
+    return result.exit_code
+
+
+def _work(job: Job, heartbeat: Heartbeat) -> int:
+    """One rank of several, or the only process."""
+    import torch
+
+    from dualparal.executor import NonFiniteError
+    from dualparal.loading import ModelError
+    from dualparal.transport import PeerLost
+
+    torch.set_num_threads(job.threads)
+    try:
+        interrupted = _stream(job, heartbeat)
+    except PeerLost as error:
+        heartbeat.error(error, peer=True, exit_code=RANK_FAILED)
+        return _fail(str(error), RANK_FAILED, heartbeat)
+    except NonFiniteError as error:
+        heartbeat.error(error, exit_code=NUMERICS)
+        return _fail(str(error), NUMERICS, heartbeat)
+    except (ModelError, ValueError) as error:
+        heartbeat.error(error, exit_code=BAD_INPUT)
+        return _fail(str(error), BAD_INPUT, None)
+    except OSError as error:
+        heartbeat.error(error, exit_code=STORAGE)
+        return _fail(f"cannot read or write: {error}", STORAGE, heartbeat)
+    except Exception as error:
+        heartbeat.error(error, exit_code=RANK_FAILED)
+        logger.exception("this rank failed")
+        return _fail(f"{type(error).__name__}: {error}", RANK_FAILED, heartbeat)
+    heartbeat.done()
+    return 128 + interrupted if interrupted and not _supervised() else 0
+
+
+def _fail(text: str, code: int, supervised_by: Heartbeat | None) -> int:
+    """Says what went wrong, unless the supervisor will."""
+    if supervised_by is None or not _supervised():
+        typer.echo(f"error: {text}", err=True)
+    return code
+
+
+def _supervised() -> bool:
+    return "DUALPARAL_STATUS_FD" in os.environ
+
+
+def _stream(job: Job, heartbeat: Heartbeat) -> int:
+    """Runs the engine and writes what comes. Returns the signal that ended it early, or 0."""
+    import torch
+
+    from dualparal.output import open_output, read_latents, write_latents
+
+    heartbeat.phase("start", stage=int(os.environ.get("RANK", "0")))
+    engine = _engine(job, None if "RANK" in os.environ else job.stages, heartbeat.phase)
+    leading = engine.mesh.rank == 0
+    latents = None if job.latents_in is None else read_latents(job.latents_in)
+    chunks = engine.stream(prompt=job.prompt, latents=latents, **_call(job))
+    stopped = _stop_on_signals(engine, heartbeat, leading)
+    output = open_output(job.out, job.fps, job.keep_blocks) if leading and job.out is not None else None
+    final: list[torch.Tensor] = []
+    display = Display(job.video.num_frames) if leading and not _supervised() else None
+    try:
+        if display is not None:
+            display.start()
+        for chunk in chunks:
+            if output is not None:
+                output.write(chunk.block, chunk.frames)
+            if job.latents_out is not None:
+                final.append(chunk.latents.cpu())
+            report = asdict(chunk.progress)
+            heartbeat.message(progress=report)
+            if display is not None:
+                display.update(report)
+    finally:
+        if display is not None:
+            display.stop()
+        if output is not None:
+            heartbeat.phase("write")
+            output.close()
+    if leading and job.latents_out is not None and final:
+        write_latents(job.latents_out, torch.cat(final, dim=2))
+    if leading and engine.stats is not None:
+        places = [str(p) for p in (job.out, job.latents_out) if p is not None]
+        typer.echo(f"{' and '.join(places)}: {engine.stats.summary()}", err=True)
+    return stopped[0] if stopped else 0
+
+
+def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[int]:
+    """First SIGINT or SIGTERM: stop at the next unit and keep what is finished; second: at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        engine.interrupt()
+
+    def watch() -> None:
+        heartbeat.stop_requested.wait()
+        engine.interrupt()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if leading and not _supervised():
+            signal.signal(number, note)
+        elif number == signal.SIGINT or not _supervised():
+            # The terminal sends ctrl-C to every process; only the leader (or the supervisor) acts on it.
+            signal.signal(number, signal.SIG_IGN)
+    if leading and _supervised():
+        threading.Thread(target=watch, daemon=True).start()
+    return received
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what was built, and what is missing."""
+    from dualparal.doctor import report
+
+    typer.echo(report())
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Long video from a stock video diffusion transformer, split over GPUs."""
+    level = os.environ.get("DUALPARAL_LOG_LEVEL", "WARNING").upper()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logger.setLevel(level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "WARNING")
+    if version:
+        typer.echo(f"dualparal {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: one line on stderr and exit code 2 for the user's mistakes."""
+    try:
+        app()
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Finished blocks on their way out: decoded on a thread beside the stages, and given out in order."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dualparal.config import Layout, OutputType
+from dualparal.decode import StreamingDecoder, to_output, to_uint8
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a video is. Totals are None while it is endless."""
+
+    blocks: int
+    frames: int
+    total_blocks: int | None
+    total_frames: int | None
+    seconds: float
+    first: float  # seconds until the first chunk was ready
+    bubble: float  # share of the time in which stage 0 ran no unit
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One finished block.
+
+    Attributes:
+        block: its index.
+        start_frame: index of its first pixel frame in the video.
+        frames: as ``output_type`` says, without a batch axis: "np" float32 [F, H, W, 3] in [0, 1], "uint8" the same
+            in [0, 255], "pt" [F, 3, H, W] in [0, 1], "pil" a list; None for "latent".
+        latents: [1, C, f, h, w] float32, on the engine's device.
+    """
+
+    block: int
+    start_frame: int
+    frames: Any
+    latents: torch.Tensor
+    progress: Progress
+
+
+class DecodeLane:
+    """Takes final latents from stage 0, decodes at most two blocks ahead of the consumer.
+
+    Args:
+        decoder: None when latents are wanted.
+        busy: seconds that stage 0 has spent in units.
+    """
+
+    BOUND = 2
+
+    def __init__(
+        self,
+        layout: Layout,
+        output_type: OutputType,
+        total_frames: int | None,
+        temporal_factor: int,
+        decoder: StreamingDecoder | None,
+        device: torch.device,
+        busy: Callable[[], float],
+    ) -> None:
+        self.layout = layout
+        self.output_type = output_type
+        self.total_frames = total_frames
+        self.temporal_factor = temporal_factor
+        self.busy = busy
+        self.started = time.perf_counter()
+        self.progress = Progress(0, 0, layout.num_blocks, total_frames, 0.0, 0.0, 0.0)
+        self._decoder = decoder
+        self._latents: dict[int, torch.Tensor] = {}
+        self._pending: deque[tuple[int, torch.Tensor, Future[Any]]] = deque()
+        self._done: deque[tuple[int, torch.Tensor, Any]] = deque()
+        self._pool = None if decoder is None else ThreadPoolExecutor(1, thread_name_prefix="dualparal-decode")
+        self._stream = torch.cuda.Stream(device) if decoder is not None and device.type == "cuda" else None
+
+    def emit(self, block: int, latents: torch.Tensor) -> None:
+        """A block's final latents; what is beyond the end of the video is cut off."""
+        kept = latents[:, :, : self.layout.kept_frames(block)]
+        if self._pool is None:
+            self._done.append((block, kept, None))
+        else:
+            self._latents[block] = kept
+
+    def decode(self, block: int) -> None:
+        """Starts decoding; waits when two blocks are already waiting to be decoded."""
+        assert self._pool is not None
+        while len(self._pending) >= self.BOUND:
+            self._take()
+        latents = self._latents.pop(block)
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending.append((block, latents, self._pool.submit(self._decode, latents, ready)))
+
+    def _decode(self, latents: torch.Tensor, ready: torch.cuda.Event | None) -> Any:
+        if self._stream is None:
+            return self._frames(latents)
+        with torch.cuda.stream(self._stream):
+            assert ready is not None
+            self._stream.wait_event(ready)
+            frames = self._frames(latents)
+            self._stream.synchronize()
+            return frames
+
+    def _frames(self, latents: torch.Tensor) -> Any:
+        assert self._decoder is not None and self.output_type != "latent"
+        frames = self._decoder.push(latents)
+        return to_uint8(frames) if self.output_type == "uint8" else to_output(frames, self.output_type)
+
+    def _take(self) -> None:
+        block, latents, future = self._pending.popleft()
+        self._done.append((block, latents, future.result()))
+
+    def ready(self) -> Iterator[Chunk]:
+        """Chunks that are finished, without waiting."""
+        while self._pending and self._pending[0][2].done():
+            self._take()
+        while self._done:
+            yield self._chunk(*self._done.popleft())
+
+    def drain(self) -> Iterator[Chunk]:
+        """All chunks that are still to come."""
+        while self._pending:
+            self._take()
+            yield from self.ready()
+        yield from self.ready()
+
+    def _chunk(self, block: int, latents: torch.Tensor, frames: Any) -> Chunk:
+        start = self.progress.frames
+        factor = self.temporal_factor
+        end = start + factor * latents.shape[2] - (factor - 1 if block == 0 else 0)
+        seconds = time.perf_counter() - self.started
+        first = self.progress.first or seconds
+        bubble = 1 - self.busy() / seconds
+        self.progress = Progress(block + 1, end, self.layout.num_blocks, self.total_frames, seconds, first, bubble)
+        return Chunk(block, start, frames, latents, self.progress)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

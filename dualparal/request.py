@@ -1,0 +1,130 @@
+"""A request for one video, checked against the model before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dualparal.config import BlockConfig, Layout, VideoConfig
+from dualparal.loading import ModelSource
+from dualparal.models.base import Grid
+from dualparal.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything about a run but the text's embeddings, which need the text encoder.
+
+    prompts: first block -> text. embeds: [1 or 2, tokens, text_dim] when they were given instead of a text.
+    """
+
+    video: VideoConfig
+    layout: Layout
+    grid: Grid
+    sampler: Sampler
+    prompts: dict[int, str]
+    negative_prompt: str | None
+    embeds: torch.Tensor | None
+    latents: torch.Tensor | None
+    callback: Any = None
+
+    @property
+    def max_window_frames(self) -> int:
+        """Frames of the largest window that is fed to the model."""
+        if self.layout.num_blocks == 1:
+            return self.layout.window_frames(0)
+        return max(self.layout.window_frames(0), self.layout.window_frames(1))
+
+
+def check_request(
+    source: ModelSource,
+    scheduler: Any,
+    blocks: BlockConfig,
+    device: torch.device,
+    video: VideoConfig,
+    *,
+    prompt: str | Mapping[int, str] | None,
+    negative_prompt: str | None,
+    latents: torch.Tensor | None,
+    prompt_embeds: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+) -> Request:
+    """Raises ValueError for a request that cannot be run; it names the value, the rule and the way out."""
+    spec, vae = source.spec, source.vae_config
+    spatial, temporal = int(vae.get("scale_factor_spatial", 8)), int(vae.get("scale_factor_temporal", 4))
+    video.check_size(spatial * spec.patch_size[1], spatial * spec.patch_size[2])
+    if video.guidance_scale_2 is not None and spec.num_experts == 1:
+        raise ValueError(
+            f"guidance_scale_2={video.guidance_scale_2}: this model has a single transformer; "
+            "only Wan2.2 models with two take a second scale"
+        )
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("give either prompt or prompt_embeds, and not both")
+    layout = Layout(blocks, video.num_latents(temporal))
+    grid = spec.grid(video.height, video.width, spatial)
+    return Request(
+        video=video,
+        layout=layout,
+        grid=grid,
+        sampler=Sampler(scheduler, video.num_inference_steps, device),
+        prompts={} if prompt is None else _prompts(prompt, layout, temporal),
+        negative_prompt=negative_prompt,
+        embeds=_embeds(prompt_embeds, negative_prompt_embeds, video.guidance, spec.text_dim),
+        latents=None if latents is None else _latents(latents, layout, grid, spec.in_channels),
+    )
+
+
+def _prompts(prompt: str | Mapping[int, str], layout: Layout, temporal_factor: int) -> dict[int, str]:
+    if isinstance(prompt, str):
+        return {0: prompt}
+    if not isinstance(prompt, Mapping) or not all(isinstance(text, str) for text in prompt.values()):
+        raise ValueError(
+            f"prompt is a {type(prompt).__name__}: use a text, or {{first frame: text}}; an engine makes one video at "
+            "a time"
+        )
+    if 0 not in prompt:
+        raise ValueError("prompt has no text for frame 0")
+    found = {}
+    for frame in sorted(prompt):
+        if not isinstance(frame, int) or frame < 0:
+            raise ValueError(f"prompt for frame {frame!r}: frames are counted from 0")
+        latent = (frame + temporal_factor - 1) // temporal_factor - layout.first_frames
+        found[0 if latent < 0 else 1 + latent // layout.blocks.frames_per_block] = prompt[frame]
+    return found
+
+
+def _embeds(
+    positive: torch.Tensor | None, negative: torch.Tensor | None, guidance: bool, text_dim: int
+) -> torch.Tensor | None:
+    if positive is None:
+        if negative is not None:
+            raise ValueError("negative_prompt_embeds were given without prompt_embeds")
+        return None
+    rows = {"prompt_embeds": positive}
+    if guidance:
+        if negative is None:
+            raise ValueError("prompt_embeds with guidance need negative_prompt_embeds too; or use guidance_scale=1")
+        rows["negative_prompt_embeds"] = negative
+    for name, row in rows.items():
+        if row.ndim != 3 or row.shape[0] != 1 or row.shape[2] != text_dim:
+            raise ValueError(f"{name} has shape {list(row.shape)}; this model takes [1, tokens, {text_dim}]")
+    if len({row.shape[1] for row in rows.values()}) != 1:
+        lengths = " and ".join(str(row.shape[1]) for row in rows.values())
+        raise ValueError(f"prompt_embeds and negative_prompt_embeds have {lengths} tokens; pad them to one length")
+    return torch.cat(list(rows.values()))
+
+
+def _latents(latents: torch.Tensor, layout: Layout, grid: Grid, channels: int) -> torch.Tensor:
+    if layout.num_latents is None:
+        raise ValueError("latents were given for an endless video; give num_frames too")
+    lengths = sorted({layout.num_latents, layout.padded_latents or 0})
+    shapes = [[1, channels, length, grid.height, grid.width] for length in lengths]
+    if list(latents.shape) not in shapes:
+        wanted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"latents have shape {list(latents.shape)}; this request takes {wanted}")
+    if not torch.isfinite(latents).all():
+        raise ValueError("latents hold NaN or infinity; initial noise is finite")
+    return latents
