@@ -204,8 +204,18 @@ def _tiny_model(folder: Path, layers: int) -> str:
 
     if "RANK" not in os.environ or os.environ["RANK"] == "0":
         typer.echo("no --model: using a tiny Wan pipeline with random weights; expect noise, not a picture", err=True)
+    _quiet_libraries()
     build_tiny_pipeline(folder, layers=layers)
     return str(folder)
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars would run through ours."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def _engine(job: Job, stages: int | None, report: Callable[..., None] | None = None) -> Any:
@@ -301,7 +311,7 @@ def _lead(job: Job, tiny: bool) -> int:
             on_message=hear,
             env={"OMP_NUM_THREADS": str(job.threads)},
         )
-    if result.failure is not None and result.exit_code != BAD_INPUT:
+    if result.failure is not None:
         typer.echo(f"error: {result.failure}", err=True)
     elif result.interrupted is not None:
         typer.echo(f"interrupted by {result.interrupted.name}; finished blocks are kept", err=True)
@@ -317,6 +327,7 @@ def _work(job: Job, heartbeat: Heartbeat) -> int:
     from dualparal.transport import PeerLost
 
     torch.set_num_threads(job.threads)
+    _quiet_libraries()
     try:
         interrupted = _stream(job, heartbeat)
     except PeerLost as error:
@@ -327,7 +338,7 @@ def _work(job: Job, heartbeat: Heartbeat) -> int:
         return _fail(str(error), NUMERICS, heartbeat)
     except (ModelError, ValueError) as error:
         heartbeat.error(error, exit_code=BAD_INPUT)
-        return _fail(str(error), BAD_INPUT, None)
+        return _fail(str(error), BAD_INPUT, heartbeat)
     except OSError as error:
         heartbeat.error(error, exit_code=STORAGE)
         return _fail(f"cannot read or write: {error}", STORAGE, heartbeat)
@@ -336,18 +347,14 @@ def _work(job: Job, heartbeat: Heartbeat) -> int:
         logger.exception("this rank failed")
         return _fail(f"{type(error).__name__}: {error}", RANK_FAILED, heartbeat)
     heartbeat.done()
-    return 128 + interrupted if interrupted and not _supervised() else 0
+    return 128 + interrupted if interrupted and not heartbeat.supervised else 0
 
 
-def _fail(text: str, code: int, supervised_by: Heartbeat | None) -> int:
-    """Says what went wrong, unless the supervisor will."""
-    if supervised_by is None or not _supervised():
+def _fail(text: str, code: int, heartbeat: Heartbeat) -> int:
+    """Says what went wrong, unless the supervisor will: it has heard of it and names the first cause."""
+    if not heartbeat.supervised:
         typer.echo(f"error: {text}", err=True)
     return code
-
-
-def _supervised() -> bool:
-    return "DUALPARAL_STATUS_FD" in os.environ
 
 
 def _stream(job: Job, heartbeat: Heartbeat) -> int:
@@ -364,7 +371,7 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
     stopped = _stop_on_signals(engine, heartbeat, leading)
     output = open_output(job.out, job.fps, job.keep_blocks) if leading and job.out is not None else None
     final: list[torch.Tensor] = []
-    display = Display(job.video.num_frames) if leading and not _supervised() else None
+    display = Display(job.video.num_frames) if leading and not heartbeat.supervised else None
     try:
         if display is not None:
             display.start()
@@ -406,12 +413,12 @@ def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[i
         engine.interrupt()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        if leading and not _supervised():
+        if leading and not heartbeat.supervised:
             signal.signal(number, note)
-        elif number == signal.SIGINT or not _supervised():
+        elif number == signal.SIGINT or not heartbeat.supervised:
             # The terminal sends ctrl-C to every process; only the leader (or the supervisor) acts on it.
             signal.signal(number, signal.SIG_IGN)
-    if leading and _supervised():
+    if leading and heartbeat.supervised:
         threading.Thread(target=watch, daemon=True).start()
     return received
 

@@ -33,8 +33,9 @@ from dualparal.stage import Stage
 from dualparal.text import PromptEncoder, Prompts
 from dualparal.trace import BusyClock, RankStats, RunStats
 from dualparal.transport import (
-    Edge,
+    Inbound,
     LocalEdge,
+    Outbound,
     PromptChannel,
     ReceiveEdge,
     SendEdge,
@@ -286,7 +287,7 @@ class Engine:
                 if lane is not None:
                     yield from lane.ready()
                     if self._interrupted:
-                        executors[0].stop()
+                        self._stop(executors)
                         break
             running = False
             if lane is not None:
@@ -294,13 +295,17 @@ class Engine:
             self._finish(clocks, lane, started)
         except GeneratorExit:  # the consumer has had enough
             if running:
-                executors[0].stop()
+                self._stop(executors)
             self._finish(clocks, lane, started)
             raise
         finally:
             if lane is not None:
                 lane.close()
             self._prompts = self._video = None
+
+    def _stop(self, executors: list[StageExecutor]) -> None:
+        if self.mesh.distributed and self.mesh.rank == 0:
+            executors[0].stop()
 
     def _lane(self, request: Request, clock: BusyClock) -> DecodeLane:
         video = request.video
@@ -381,7 +386,7 @@ class Engine:
     ) -> list[StageExecutor]:
         layout, grid, spec = request.layout, request.grid, self.source.spec
         owned = self._owned_stages()
-        edges = self._edges(schedule, request) if self.num_stages > 1 else {}
+        inbound, outbound = self._edges(schedule, request) if self.num_stages > 1 else ({}, {})
         # Ranks other than 0 have not seen the prompt: shape and dtype of the embeddings follow from the request.
         tokens = request.video.max_sequence_length if request.embeds is None else request.embeds.shape[1]
         channel = PromptChannel(
@@ -426,8 +431,8 @@ class Engine:
                     layout,
                     index,
                     stage,
-                    edges.get((index - 1) % self.num_stages),
-                    edges.get(index),
+                    inbound.get(index),
+                    outbound.get(index),
                     channel,
                     clock,
                     queue,
@@ -453,28 +458,23 @@ class Engine:
 
         return tell
 
-    def _edges(self, schedule: Schedule, request: Request) -> dict[int, Any]:
-        """Edge k leads from stage k to stage k + 1, the last back to stage 0. In a distributed run: two of them."""
+    def _edges(self, schedule: Schedule, request: Request) -> tuple[dict[int, Inbound], dict[int, Outbound]]:
+        """Both ends of the edges of the stages here, by stage. Edge k leads from stage k to k + 1, the last to 0."""
         layout, grid, n = request.layout, request.grid, self.num_stages
-        own = layout.frames(0)  # block 0 is the largest
         hidden = request.max_window_frames * grid.tokens * self.source.spec.inner_dim
-        velocity = own * self.source.spec.in_channels * grid.height * grid.width
+        velocity = layout.first_frames * self.source.spec.in_channels * grid.height * grid.width  # of the largest block
         sizes = [hidden] * (n - 1) + [velocity]
         names = [f"edge {k} -> {(k + 1) % n}" for k in range(n)]
         device = self.mesh.device
         if not self.mesh.distributed:
-            return {k: LocalEdge(names[k], sizes[k], self.depth, self.dtype, device) for k in range(n)}
-        rank, groups = self.mesh.rank, self._groups
-        assert groups is not None
+            local = [LocalEdge(names[k], sizes[k], self.depth, self.dtype, device) for k in range(n)]
+            return {k: local[k - 1] for k in range(n)}, dict(enumerate(local))
+        assert self._groups is not None
+        rank = self.mesh.rank
         before, after = (rank - 1) % n, (rank + 1) % n
-        messages = schedule.num_units
-        edges: dict[int, Edge] = {
-            rank: SendEdge(names[rank], after, groups[rank], sizes[rank], self.depth, messages, self.dtype, device),
-            before: ReceiveEdge(
-                names[before], before, groups[before], sizes[before], self.depth, messages, self.dtype, device
-            ),
-        }
-        return edges
+        common = self.depth, schedule.num_units, self.dtype, device
+        inbound = ReceiveEdge(names[before], before, self._groups[before], sizes[before], *common)
+        return {rank: inbound}, {rank: SendEdge(names[rank], after, self._groups[rank], sizes[rank], *common)}
 
     def _queue(self, request: Request, schedule: Schedule, experts: list[int]) -> LatentQueue:
         video, grid = request.video, request.grid

@@ -17,7 +17,7 @@ from dualparal.sampler import BlockSampler, Sampler
 from dualparal.schedule import Action, Op, Schedule, Unit
 from dualparal.stage import Stage
 from dualparal.trace import BusyClock
-from dualparal.transport import Edge, Header, Kind, PromptChannel, TransportError
+from dualparal.transport import Header, Inbound, Kind, Outbound, PromptChannel, TransportError
 
 StepCallback = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 Report = Callable[[str, Unit], None]
@@ -132,8 +132,8 @@ class StageExecutor:
         layout: Layout,
         index: int,
         stage: Stage,
-        inbound: Edge | None,
-        outbound: Edge | None,
+        inbound: Inbound | None,
+        outbound: Outbound | None,
         prompts: PromptChannel,
         clock: BusyClock,
         queue: LatentQueue | None = None,
@@ -178,9 +178,8 @@ class StageExecutor:
         self._finish()
 
     def stop(self) -> None:
-        """Stage 0: ends the run early on all stages. What is under way is taken and thrown away."""
-        if self.inbound is None or self.outbound is None:
-            return
+        """Stage 0 of a distributed run: ends it early on all ranks. What is under way is thrown away."""
+        assert self.inbound is not None and self.outbound is not None
         while self.under_way:
             self.inbound.receive()
             self.inbound.release()

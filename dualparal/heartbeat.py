@@ -79,6 +79,11 @@ class Heartbeat:
         _die_with_parent()
         return cls(int(status), int(life))
 
+    @property
+    def supervised(self) -> bool:
+        """Whether somebody listens."""
+        return self._fd is not None
+
     def phase(self, name: str, **where: Any) -> None:
         """Says what the rank does from now on, and where: ``stage``, ``block``, ``step``.
 

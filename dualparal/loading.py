@@ -60,14 +60,12 @@ class ModelFiles:
                 f"supported: {', '.join(SUPPORTED_PIPELINES)}"
             )
         for component, classes in COMPONENTS.items():
-            entry = index.get(component)
-            present = isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
-            if not present and component == "transformer_2":
+            if not self.has(component) and component == "transformer_2":
                 continue
-            if not present or entry[1] not in classes:
+            if not self.has(component) or index[component][1] not in classes:
                 raise ModelError(
-                    f"{self.path / 'model_index.json'}: {component} is "
-                    f"{entry[1] if present else entry!r}; supported: {', '.join(classes)}"
+                    f"{self.path / 'model_index.json'}: {component} is {index.get(component)}; supported: "
+                    f"{', '.join(classes)}"
                 )
 
     @cached_property
@@ -80,7 +78,7 @@ class ModelFiles:
 
     def has(self, component: str) -> bool:
         entry = self.index.get(component)
-        return isinstance(entry, list) and entry[1] is not None
+        return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
     @cached_property
     def spec(self) -> WanSpec:
@@ -158,9 +156,10 @@ class ModelFiles:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(self.path / "tokenizer", trust_remote_code=False)
-        encoder, info = transformers.UMT5EncoderModel.from_pretrained(
+        loaded: Any = transformers.UMT5EncoderModel.from_pretrained(
             self.path / "text_encoder", dtype=dtype, use_safetensors=True, output_loading_info=True
         )
+        encoder, info = loaded
         _check_loaded(self.path / "text_encoder", info)
         return tokenizer, encoder.to(device).eval()
 

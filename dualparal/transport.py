@@ -73,17 +73,37 @@ def unpack_header(fields: torch.Tensor, elements: int, edge: str) -> Header:
     return Header(Kind(values[1]), Unit(*values[2:5]), values[5])
 
 
-class Edge(Protocol):
-    """One end, or in one process both ends, of a directed edge. ``name`` says which, for messages."""
+class Outbound(Protocol):
+    """The sending end of a directed edge. ``name`` says which edge, for messages."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
-    def can_send(self) -> bool: ...
-
-    def can_receive(self) -> bool: ...
+    def can_send(self) -> bool:
+        """False: sending would have to wait for something this process does itself."""
+        ...
 
     def send(self, header: Header, tensor: torch.Tensor | None) -> None:
-        """Copies the tensor into a buffer and starts the transfer. Waits for a buffer when all are in use."""
+        """Copies the tensor into a buffer and starts the transfer. Waits while all buffers are in use."""
+        ...
+
+    def stop(self) -> None:
+        """No more units: ends the wait of the other end."""
+        ...
+
+    def finish(self) -> None:
+        """Waits until everything sent has left."""
+        ...
+
+
+class Inbound(Protocol):
+    """The receiving end of a directed edge."""
+
+    @property
+    def name(self) -> str: ...
+
+    def can_receive(self) -> bool:
+        """False: receiving would have to wait for something this process does itself."""
         ...
 
     def receive(self) -> tuple[Header, torch.Tensor]:
@@ -95,11 +115,7 @@ class Edge(Protocol):
         ...
 
     def stop(self) -> None:
-        """Sender: no more units; ends the receiver's wait. Receiver: takes what is still under way."""
-        ...
-
-    def finish(self) -> None:
-        """Waits until everything sent has left."""
+        """After a STOP message: takes what is still under way."""
         ...
 
 
@@ -241,8 +257,6 @@ class ReceiveEdge(_DistributedEdge):
     def stop(self) -> None:
         for slot in self._slots:
             self._wait(slot)
-
-    def finish(self) -> None: ...
 
 
 def _guard(edge: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

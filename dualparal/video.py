@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -262,13 +262,10 @@ def probe(path: str | Path) -> VideoInfo:
     Raises ValueError if it is not a complete one.
     """
     with _reading(Path(path)) as source:
+        shared = _Stream.of(source, Path(path))
         stream = source.streams.video[0]
-        return VideoInfo(
-            frames=stream.frames or sum(packet.size > 0 for packet in source.demux(stream)),
-            width=stream.width,
-            height=stream.height,
-            fps=_Stream.of(source, Path(path)).fps,
-        )
+        frames = stream.frames or sum(packet.size > 0 for packet in source.demux(stream))
+        return VideoInfo(frames=frames, width=shared.size[1], height=shared.size[0], fps=shared.fps)
 
 
 def count_frames(path: str | Path) -> int:
@@ -288,9 +285,9 @@ class _Stream:
     @classmethod
     def of(cls, source: InputContainer, path: Path) -> _Stream:
         stream = source.streams.video[0]
-        if not stream.average_rate:
-            raise ValueError(f"{path} says no frame rate: it was not written by SegmentWriter")
         codec = stream.codec_context
+        if codec is None or not stream.average_rate:
+            raise ValueError(f"{path} names no codec or no frame rate: is it damaged? Write that block again")
         return cls(path, stream.average_rate, (codec.height, codec.width), codec.extradata or b"")
 
     def require_joins(self, first: _Stream) -> None:
@@ -423,14 +420,34 @@ def _reading(path: Path) -> Iterator[InputContainer]:
     # By file object and with the format named: ffmpeg would follow the addresses in a playlist that calls
     # itself .mp4.
     with open(path, "rb") as file:
+        incomplete = f"{path} is no complete mp4 file: was it cut, or never finished? Write that block again"
+        if not _has_whole_boxes(file):
+            raise ValueError(incomplete)
         try:
             container = av.open(file, "r", format="mp4")
         except av.error.InvalidDataError as error:
-            raise ValueError(f"{path} is no complete mp4 file: was it cut, or never finished?") from error
+            raise ValueError(incomplete) from error
         with container:
             if not container.streams.video:
                 raise ValueError(f"{path} holds no video: it was not written by SegmentWriter")
             yield container
+
+
+def _has_whole_boxes(file: BinaryIO) -> bool:
+    """Whether the mp4 boxes of `file` end where it does, index and frames among them; ffmpeg opens cut files."""
+    end, position, kinds = file.seek(0, os.SEEK_END), 0, set()
+    while position < end:
+        file.seek(position)
+        header = file.read(16)
+        length, kind = int.from_bytes(header[:4], "big"), header[4:8]
+        if length == 1:
+            length = int.from_bytes(header[8:], "big")
+        if length < 8:
+            return False
+        kinds.add(kind)
+        position += length
+    file.seek(0)
+    return position == end and {b"moov", b"mdat"} <= kinds
 
 
 def _require_encoder() -> None:

@@ -1,5 +1,6 @@
 """Writers: what bears its final name is whole, whatever happened, and a join loses nothing."""
 
+import contextlib
 import errno
 import os
 import re
@@ -15,6 +16,8 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dualparal.video import PLAYLIST, PngWriter, SegmentWriter, VideoInfo, count_frames, join, probe
@@ -73,7 +76,7 @@ def test_a_segment_is_the_block(tmp_path: Path) -> None:
     assert times == [Fraction(index, 16) for index in range(29)]
     # 4:2:0 and a lossy codec: near, also in the mean of each colour, which a wrong matrix would shift.
     difference = pictures.astype(int) - frames
-    assert np.abs(difference).mean() < 4
+    assert np.abs(difference).mean() < 6
     assert np.abs(difference.mean(axis=(0, 1, 2))).max() < 1
     with av.open(str(path)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -198,9 +201,30 @@ def test_resume_adopts_what_is_there_and_clears_leftovers(tmp_path: Path) -> Non
 
 def test_resume_names_a_damaged_segment(tmp_path: Path) -> None:
     path = SegmentWriter(tmp_path, 16).write(0, make_frames(4))
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is no complete mp4"):
+    content = path.read_bytes()
+    for length in [*range(0, len(content), 101), len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))} is no complete mp4"):
+            SegmentWriter(tmp_path, 16, resume=True)
+    path.write_bytes(content.replace(b"avc1", b"xxxx"))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} names no codec"):
         SegmentWriter(tmp_path, 16, resume=True)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_give_values_or_a_clear_error(
+    data: st.DataObject, written: SegmentWriter, tmp_path: Path
+) -> None:
+    content = bytearray(written.segments[1].read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(content)
+    with contextlib.suppress(ValueError):
+        assert probe(path).width >= 0
+    with contextlib.suppress(ValueError):
+        join([written.segments[0], path], tmp_path / "video.mp4")
 
 
 # The join

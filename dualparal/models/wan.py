@@ -133,7 +133,7 @@ class WanSpec:
         from diffusers import WanTransformer3DModel  # slow to import, and only needed to check files
 
         with torch.device("meta"):
-            model = WanTransformer3DModel(**self.configs[expert])
+            model: Any = WanTransformer3DModel(**self.configs[expert])
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def names(self, expert: int, layers: range) -> list[str]:
