@@ -348,7 +348,7 @@ def format_grid(num_stages: int, events: list[Event]) -> str:
         (event.start, event.action.stage): str(event.action) for event in events if event.action.op is Op.RUN
     }
     width = max([8, *(len(text) for text in cells.values())]) + 2
-    lines = ["tick  " + "".join(f"stage {k}".ljust(width) for k in range(num_stages))]
+    lines = [("tick  " + "".join(f"stage {k}".ljust(width) for k in range(num_stages))).rstrip()]
     for tick in range(max((start for start, _ in cells), default=-1) + 1):
         row = "".join(cells.get((tick, k), ".").ljust(width) for k in range(num_stages))
         lines.append(f"{tick:4d}  {row}".rstrip())

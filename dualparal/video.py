@@ -38,6 +38,7 @@ _ENCODER = "libx264"
 _ENCODER_OPTIONS = {"preset": "medium", "bf": "0", "threads": "4"}
 _BT709 = 1  # the same number for matrix, primaries and transfer in the H.264 standard
 _LIMITED_RANGE = 1
+_SCALER = 4 | 0x40000 | 0x80000  # swscale's bicubic, accurate rounding, the same on every processor
 
 _SEGMENT_NAME = re.compile(r"block-(\d{6,})\.mp4")
 _PICTURE_NAME = re.compile(r"frame-(\d{8,})\.png")
@@ -157,7 +158,10 @@ class SegmentWriter:
             codec.color_range = _LIMITED_RANGE
             for index, picture in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24").reformat(
-                    format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE
+                    format="yuv420p",
+                    dst_colorspace=_BT709,
+                    dst_color_range=_LIMITED_RANGE,
+                    interpolation=_SCALER,
                 )
                 frame.pts, frame.duration, frame.time_base = index, 1, 1 / self._fps
                 container.mux(stream.encode(frame))
@@ -424,13 +428,12 @@ def _reading(path: Path) -> Iterator[InputContainer]:
         if not _has_whole_boxes(file):
             raise ValueError(incomplete)
         try:
-            container = av.open(file, "r", format="mp4")
-        except av.error.InvalidDataError as error:
+            with av.open(file, "r", format="mp4") as container:
+                if not container.streams.video:
+                    raise ValueError(f"{path} holds no video: it was not written by SegmentWriter")
+                yield container
+        except (av.error.InvalidDataError, av.error.EOFError) as error:
             raise ValueError(incomplete) from error
-        with container:
-            if not container.streams.video:
-                raise ValueError(f"{path} holds no video: it was not written by SegmentWriter")
-            yield container
 
 
 def _has_whole_boxes(file: BinaryIO) -> bool:

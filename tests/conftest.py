@@ -1,0 +1,52 @@
+"""Fixtures: a tiny Wan2.1 and Wan2.2 model, an engine to ask, one thread so that cores do not fight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualparal.engine import Engine
+from dualparal.tiny import build_tiny_pipeline
+
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def wan21(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_pipeline(tmp_path_factory.mktemp("models") / "wan21", layers=4)
+
+
+@pytest.fixture(scope="session")
+def wan22(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_pipeline(tmp_path_factory.mktemp("models") / "wan22", layers=4, wan22=True)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture
+def engine(wan21: Path) -> Callable[..., Engine]:
+    """An engine of the tiny Wan2.1 model on the CPU."""
+
+    def build(model: Any = None, **options: Any) -> Engine:
+        return Engine.from_pretrained(model or wan21, device="cpu", **options)
+
+    return build
+
+
+def embeds(engine: Engine, guidance: bool = True, seed: int = 1, tokens: int = 16) -> dict[str, torch.Tensor]:
+    """Random prompt embeddings as call arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(2, tokens, engine.source.spec.text_dim, generator=generator)
+    found = {"prompt_embeds": rows[:1]}
+    if guidance:
+        found["negative_prompt_embeds"] = rows[1:]
+    return found

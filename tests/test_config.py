@@ -1,0 +1,84 @@
+"""Blocks, windows and lengths: every latent frame belongs to exactly one block."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dualparal.config import CONTEXT_POLICIES, BlockConfig, Layout, VideoConfig, split_layers
+
+blocks = st.integers(1, 12).flatmap(
+    lambda b: st.builds(BlockConfig, st.just(b), st.integers(0, b), st.sampled_from(CONTEXT_POLICIES))
+)
+
+
+@given(blocks, st.integers(1, 200))
+def test_blocks_tile_the_video(config: BlockConfig, length: int) -> None:
+    layout = Layout(config, length)
+    assert layout.num_blocks is not None
+    at = 0
+    for block in range(layout.num_blocks):
+        assert layout.start(block) == at
+        at += layout.kept_frames(block)
+        assert layout.kept_frames(block) > 0, "no block is all surplus"
+        assert layout.window_start(block) >= 0
+        assert layout.window_start(block) + layout.window_frames(block) == layout.start(block) + layout.frames(block)
+    assert at == length
+    assert layout.padded_latents is not None and 0 <= layout.padded_latents - length < config.frames_per_block
+
+
+@given(blocks)
+def test_an_endless_video_is_laid_out_as_a_long_one(config: BlockConfig) -> None:
+    endless, long = Layout(config, None), Layout(config, 1000)
+    assert endless.num_blocks is None
+    for block in (0, 1, 7):
+        assert endless.start(block) == long.start(block)
+        assert endless.window_frames(block) == long.window_frames(block)
+
+
+def test_a_video_that_fits_into_a_block_is_one_block_of_its_length() -> None:
+    for policy, length in (("cached", 5), ("prior", 8), ("paper", 12)):
+        layout = Layout(BlockConfig(8, 4, policy), length)  # type: ignore[arg-type]
+        assert (layout.num_blocks, layout.frames(0), layout.padded_latents) == (1, length, length)
+
+
+@pytest.mark.parametrize(("frames", "latents"), [(1, 1), (5, 2), (81, 21), (1025, 257)])
+def test_frames_to_latents(frames: int, latents: int) -> None:
+    assert VideoConfig(num_frames=frames).num_latents() == latents
+
+
+def test_an_impossible_length_names_its_neighbours() -> None:
+    with pytest.raises(ValueError, match=r"num_frames=100 .* use 97 or 101"):
+        VideoConfig(num_frames=100).num_latents()
+
+
+@given(st.integers(1, 100), st.integers(1, 100))
+def test_layers_are_split_evenly(layers: int, stages: int) -> None:
+    if stages > layers:
+        with pytest.raises(ValueError, match=f"stages={stages}"):
+            split_layers(layers, stages)
+        return
+    parts = split_layers(layers, stages)
+    assert [layer for part in parts for layer in part] == list(range(layers))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: BlockConfig(4, 5), "context_frames=5 exceeds frames_per_block=4"),
+        (lambda: BlockConfig(0, 0), "frames_per_block=0"),
+        (lambda: BlockConfig(4, -1), "context_frames=-1"),
+        (lambda: BlockConfig(4, 1, "both"), "context='both'"),  # type: ignore[arg-type]
+        (lambda: VideoConfig(num_frames=0), "num_frames=0"),
+        (lambda: VideoConfig(height=10**6), "height=1000000"),
+        (lambda: VideoConfig(num_inference_steps=True), "num_inference_steps=True"),
+        (lambda: VideoConfig(guidance_scale=float("nan")), "guidance_scale=nan"),
+        (lambda: VideoConfig(output_type="gif"), "output_type='gif'"),  # type: ignore[arg-type]
+        (lambda: VideoConfig(height=100).check_size(16, 16), "height=100 is not divisible by 16.*use 96 or 112"),
+    ],
+)
+def test_refusals_name_value_and_way_out(make: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()  # type: ignore[operator]

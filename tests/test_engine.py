@@ -1,0 +1,333 @@
+"""The engine in one process: equal to the reference, equal to diffusers, exact length, prompts, streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import embeds
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+from dualparal import reference
+from dualparal.config import VideoConfig
+from dualparal.engine import Engine
+from dualparal.executor import NonFiniteError
+from dualparal.noise import BlockNoise
+from dualparal.request import check_request
+from dualparal.text import Prompts
+
+SIZE = {"height": 32, "width": 32}
+Build = Callable[..., Engine]
+
+
+def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: Any) -> torch.Tensor:
+    """The plain loop's latents for the same request."""
+    video = VideoConfig(output_type="latent", **call)
+    request = check_request(
+        engine.source, engine.scheduler, engine.blocks, torch.device("cpu"), video,
+        prompt=None, negative_prompt=None, latents=None,
+        prompt_embeds=prompt["prompt_embeds"], negative_prompt_embeds=prompt.get("negative_prompt_embeds"),
+    )  # fmt: skip
+    spec = engine.source.spec
+    assert request.embeds is not None
+    rows = request.embeds
+    second = video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2
+    return reference.generate(
+        spec,
+        engine.source.load_slices(range(spec.num_layers), torch.float32, torch.device("cpu")),
+        request.sampler,
+        request.layout,
+        request.grid,
+        BlockNoise(request.layout, (spec.in_channels, request.grid.height, request.grid.width), video.seed),
+        lambda block: rows,
+        [video.guidance_scale, second],
+    )
+
+
+SHAPES = {  # name: B, C, T, latent frames
+    "ragged": (3, 1, 2, 10),
+    "T<N": (2, 2, 1, 9),
+    "M<N": (2, 1, 5, 4),
+    "M=1": (8, 4, 3, 5),
+    "C=0": (4, 0, 3, 9),
+    "C=B": (2, 2, 4, 7),
+    "B=1": (1, 1, 3, 4),
+}
+
+
+@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_engine_equals_reference_for_any_number_of_stages(
+    engine: Build, wan21: Path, policy: str, shape: str, guidance: float
+) -> None:
+    own, context, steps, latents = SHAPES[shape]
+    call = {"num_frames": 4 * (latents - 1) + 1, "num_inference_steps": steps, "guidance_scale": guidance, **SIZE}
+    expected = None
+    for stages in (1, 2, 3, 4):
+        built = engine(frames_per_block=own, context_frames=context, context=policy, stages=stages)
+        prompt = embeds(built, guidance > 1)
+        if expected is None:
+            expected = reference_latents(built, prompt, seed=3, **call)
+            assert expected.shape[2] == latents and expected.isfinite().all() and expected.std() > 0.1
+        made = built(**prompt, seed=3, output_type="latent", **call).frames
+        assert torch.equal(made, expected), f"{stages} stages: {(made - expected).abs().max()}"
+
+
+@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_two_experts_equal_reference(engine: Build, wan22: Path, policy: str, guidance: float) -> None:
+    call = {"num_frames": 29, "num_inference_steps": 6, "guidance_scale": guidance, "guidance_scale_2": 3.0, **SIZE}
+    built = engine(wan22, frames_per_block=2, context_frames=1, context=policy)
+    steps = {built.source.spec.expert(float(t), 1000) for t in _timesteps(built, 6)}
+    assert steps == {0, 1}, "both experts must run for this test to mean anything"
+    prompt = embeds(built, guidance > 1)
+    expected = reference_latents(built, prompt, **call)
+    for stages in (1, 3):
+        built = engine(wan22, frames_per_block=2, context_frames=1, context=policy, stages=stages)
+        assert torch.equal(built(**prompt, output_type="latent", **call).frames, expected)
+
+
+def _timesteps(engine: Engine, steps: int) -> torch.Tensor:
+    engine.scheduler.set_timesteps(steps)
+    return engine.scheduler.timesteps
+
+
+def test_euler_sampler(engine: Build) -> None:
+    call = {"num_frames": 25, "num_inference_steps": 3, **SIZE}
+    made = []
+    for stages in (1, 2):
+        built = engine(frames_per_block=3, context_frames=1, stages=stages)
+        built.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        prompt = embeds(built)
+        made.append(built(**prompt, output_type="latent", **call).frames)
+    assert torch.equal(made[0], reference_latents(built, prompt, **call))
+    assert torch.equal(made[0], made[1])
+
+
+def test_policies_differ(engine: Build) -> None:
+    """Else the equalities above would show nothing."""
+    made = {}
+    for policy in ("cached", "prior", "paper"):
+        built = engine(frames_per_block=2, context_frames=1, context=policy)
+        call = {"num_frames": 29, "num_inference_steps": 3, "output_type": "latent", **SIZE}
+        made[policy] = built(**embeds(built), **call).frames
+    assert (made["cached"] - made["prior"]).abs().max() > 1e-3
+    assert (made["cached"] - made["paper"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model", ["wan21", "wan22"])
+@pytest.mark.parametrize("policy", ["cached", "paper"])
+def test_one_block_equals_diffusers(request: pytest.FixtureRequest, engine: Build, model: str, policy: str) -> None:
+    path = request.getfixturevalue(model)
+    pipe = WanPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    call = {"prompt": "two cats", "negative_prompt": "dogs", "num_frames": 9, "num_inference_steps": 5, **SIZE}
+    expected = pipe(**call, latents=latents, output_type="latent").frames
+    frames = pipe(**call, latents=latents, output_type="np").frames
+    for stages in (1, 2):
+        built = engine(path, stages=stages, context=policy)
+        made = built(**call, latents=latents, output_type="latent").frames
+        assert (made - expected).abs().max() < 5e-5
+        video = built(**call, latents=latents, output_type="np").frames
+        assert video.shape == frames.shape and np.abs(video - frames).max() < 5e-5
+
+
+def test_a_loaded_pipeline_gives_the_same_video_as_its_files(engine: Build, wan21: Path) -> None:
+    call = {"prompt": "a cat", "num_frames": 13, "num_inference_steps": 2, "output_type": "latent", **SIZE}
+    options = {"frames_per_block": 2, "context_frames": 1}
+    from_files = engine(**options)(**call).frames
+    from_pipe = engine(WanPipeline.from_pretrained(wan21), **options)(**call).frames
+    assert torch.equal(from_files, from_pipe)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 37])
+@pytest.mark.parametrize("kind", ["np", "uint8", "pt", "pil"])
+def test_exact_length_in_every_form(engine: Build, frames: int, kind: str) -> None:
+    built = engine(frames_per_block=3, context_frames=1)
+    video = built("a cat", num_frames=frames, num_inference_steps=1, output_type=kind, **SIZE).frames
+    shape = {"np": (1, frames, 32, 32, 3), "uint8": (1, frames, 32, 32, 3), "pt": (1, frames, 3, 32, 32)}
+    if kind == "pil":
+        assert len(video) == 1 and len(video[0]) == frames and video[0][0].size == (32, 32)
+    else:
+        assert tuple(video.shape) == shape[kind]
+
+
+def test_the_papers_headline_length(engine: Build) -> None:
+    built = engine(frames_per_block=8, context_frames=8, context="paper", stages=3)
+    made = built("a cat", num_frames=1025, num_inference_steps=1, output_type="latent", height=16, width=16).frames
+    assert made.shape[2] == 257
+
+
+def test_stream_gives_blocks_in_order_while_it_runs(engine: Build) -> None:
+    built = engine(frames_per_block=2, context_frames=1, stages=2)
+    updates: list[int] = []
+
+    def count(_: Engine, step: int, timestep: torch.Tensor, state: dict[str, Any]) -> None:
+        updates.append(state["block"])
+
+    call = {"num_frames": 45, "num_inference_steps": 2, **SIZE}
+    seen, start = [], 0
+    for chunk in built.stream("a cat", callback_on_step_end=count, **call):
+        assert chunk.start_frame == start
+        start += len(chunk.frames)
+        seen.append((chunk.block, len(updates)))
+    assert [block for block, _ in seen] == list(range(6)) and start == 45
+    assert seen[0][1] < len(updates) == 12, "the first block comes before the last update"
+    assert built.stats is not None and built.stats.frames == 45
+    whole = built("a cat", **call).frames
+    parts = np.concatenate([chunk.frames for chunk in built.stream("a cat", **call)])
+    assert np.array_equal(whole[0], parts)
+
+
+def test_callback_can_replace_latents(engine: Build) -> None:
+    def zero(_: Engine, step: int, timestep: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": torch.zeros_like(state["latents"])}
+
+    made = engine()(
+        "a cat", num_frames=5, num_inference_steps=2, output_type="latent", callback_on_step_end=zero, **SIZE
+    )
+    assert (made.frames == 0).all()
+
+
+def test_an_endless_video_starts_as_a_finite_one_and_can_be_left(engine: Build) -> None:
+    call = {"num_inference_steps": 3, "output_type": "latent", "seed": 4, **SIZE}
+    built = engine(frames_per_block=2, context_frames=1, stages=2)
+    chunks = []
+    for chunk in built.stream("a cat", num_frames=None, **call):
+        assert chunk.progress.total_blocks is None
+        chunks.append(chunk.latents)
+        if len(chunks) == 5:
+            break
+    finite = built("a cat", num_frames=4 * (24 - 1) + 1, **call).frames
+    # cached: block b sees block b + 1, so the last blocks before the end differ; the others must not
+    assert torch.equal(torch.cat(chunks, dim=2), finite[:, :, :10])
+
+
+def test_interrupt_gives_out_what_is_finished(engine: Build) -> None:
+    built = engine(frames_per_block=2, context_frames=1)
+    seen = []
+    for chunk in built.stream("a cat", num_frames=81, num_inference_steps=2, output_type="latent", **SIZE):
+        seen.append(chunk.block)
+        if chunk.block == 2:
+            built.interrupt()
+    assert seen[:3] == [0, 1, 2] and len(seen) < 6
+    assert built("a cat", num_frames=5, num_inference_steps=1, output_type="latent", **SIZE).frames.shape[2] == 2
+
+
+def test_prompt_change_reaches_new_blocks_only(engine: Build) -> None:
+    call = {"num_frames": 61, "num_inference_steps": 3, "output_type": "latent", **SIZE}
+    options = {"frames_per_block": 2, "context_frames": 0}  # without context, blocks do not influence each other
+    alone = {text: engine(**options)(text, **call).frames for text in ("a cat", "a dog")}
+    for stages in (1, 3):
+        planned = engine(stages=stages, **options)({0: "a cat", 28: "a dog"}, **call).frames  # frame 28: latent 7
+        assert torch.equal(planned[:, :, :6], alone["a cat"][:, :, :6])
+        assert torch.equal(planned[:, :, 6:], alone["a dog"][:, :, 6:])
+        built = engine(stages=stages, **options)
+        parts = []
+        for chunk in built.stream("a cat", **call):
+            parts.append(chunk.latents)
+            if chunk.block == 1:
+                first = built.set_prompt("a dog")
+                assert first > 2, "blocks in flight keep their prompt"
+        made = torch.cat(parts, dim=2)
+        assert torch.equal(made[:, :, : 2 * first], alone["a cat"][:, :, : 2 * first])
+        assert torch.equal(made[:, :, 2 * first :], alone["a dog"][:, :, 2 * first :])
+    with pytest.raises(RuntimeError, match="no video is running"):
+        built.set_prompt("a bird")
+
+
+def test_prompts_forget_what_no_block_can_use() -> None:
+    prompts = Prompts({0: torch.zeros(1), 4: torch.ones(1)})
+    assert [prompts.of(block) for block in range(6)] == [0, 0, 0, 0, 4, 4]
+    assert prompts.change(torch.ones(1)) == 6
+    assert prompts.of(7) == 6
+    with pytest.raises(KeyError):
+        prompts.embeds(0)
+
+
+def test_seeds_and_generators(engine: Build) -> None:
+    built = engine()
+    call = {"prompt": "a cat", "num_frames": 5, "num_inference_steps": 1, "output_type": "latent", **SIZE}
+    assert torch.equal(built(**call, seed=1).frames, built(**call, seed=1).frames)
+    assert not torch.equal(built(**call, seed=1).frames, built(**call, seed=2).frames)
+    drawn = [built(**call, generator=torch.Generator().manual_seed(7)).frames for _ in range(2)]
+    assert torch.equal(*drawn)
+    with pytest.raises(ValueError, match="seed and generator"):
+        built(**call, seed=1, generator=torch.Generator())
+
+
+def test_bfloat16_runs_and_is_the_same_for_any_number_of_stages(engine: Build) -> None:
+    made = []
+    for stages in (1, 2, 4):
+        built = engine(stages=stages, dtype="bfloat16", frames_per_block=2, context_frames=1)
+        made.append(built("a cat", num_frames=21, num_inference_steps=3, output_type="latent", **SIZE).frames)
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+    assert made[0].dtype == torch.float32
+
+
+def test_nan_is_not_given_out(engine: Build) -> None:
+    def poison(_: Engine, step: int, timestep: torch.Tensor, state: dict[str, Any]) -> dict[str, Any] | None:
+        return {"latents": state["latents"] * float("nan")} if state["block"] == 2 else None
+
+    built = engine(frames_per_block=2, context_frames=0)
+    seen = []
+    with pytest.raises(NonFiniteError, match="block 2"):
+        for chunk in built.stream(
+            "a cat", num_frames=61, num_inference_steps=2, output_type="latent", callback_on_step_end=poison, **SIZE
+        ):
+            seen.append(chunk.block)
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"num_frames": 100}, "use 97 or 101"),
+        ({"height": 40}, "height=40 is not divisible by 16"),
+        ({"prompt": None}, "either prompt or prompt_embeds"),
+        ({"prompt": ["a", "b"]}, "one video at a time"),
+        ({"prompt": {5: "a cat"}}, "no text for frame 0"),
+        ({"guidance_scale_2": 3.0}, "single transformer"),
+        ({"latents": torch.zeros(1, 16, 2, 4, 4)}, r"latents have shape \[1, 16, 2, 4, 4\]"),
+        ({"latents": torch.full((1, 16, 3, 4, 4), float("nan"))}, "NaN or infinity"),
+        ({"latents": torch.zeros(1, 16, 3, 4, 4), "num_frames": None}, "endless"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 7)}, "negative_prompt_embeds too"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 7), "guidance_scale": 1.0}, r"\[1, 4, 7\]"),
+        ({"output_type": "gif"}, "output_type='gif'"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+    ],
+)
+def test_bad_requests_are_refused_before_weights_are_read(
+    engine: Build, monkeypatch: pytest.MonkeyPatch, call: dict[str, Any], words: str
+) -> None:
+    built = engine()
+    monkeypatch.setattr(built.source.__class__, "load_slices", lambda *a: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=words):
+        built.stream(**{"prompt": "a cat", "num_frames": 9, "num_inference_steps": 2, **SIZE, **call})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"context_frames": 9}, "context_frames=9 exceeds"),
+        ({"stages": 5}, "stages=5 with a model of 4 layers"),
+        ({"stages": 0}, "stages=0"),
+        ({"depth": 0}, "depth=0"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"context": "none"}, "context='none'"),
+    ],
+)
+def test_bad_engines_are_refused(engine: Build, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        engine(**options)
+
+
+def test_unknown_arguments_are_errors(engine: Build) -> None:
+    with pytest.raises(TypeError, match="num_videos_per_prompt"):
+        engine()("a cat", num_videos_per_prompt=2)

@@ -1,0 +1,163 @@
+"""The schedule as a value: properties over all small cases, closed forms, the authors' own order."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualparal.config import CONTEXT_POLICIES
+from dualparal.schedule import Action, Features, Op, Schedule, ScheduleError, Unit, validate
+
+schedules = st.builds(
+    Schedule,
+    num_stages=st.integers(1, 8),
+    num_steps=st.integers(1, 7),
+    num_blocks=st.integers(1, 9),
+    context=st.sampled_from(CONTEXT_POLICIES),
+    context_frames=st.integers(0, 3),
+    guidance=st.booleans(),
+    decode=st.booleans(),
+    depth=st.integers(1, 4),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(schedules)
+def test_every_schedule_runs_and_reads_what_it_names(schedule: Schedule) -> None:
+    events = validate(schedule)
+    runs = Counter(e.action.unit for e in events if e.action.op is Op.RUN)
+    assert schedule.num_blocks is not None
+    expected = {
+        Unit(b, s, c)
+        for b in range(schedule.num_blocks)
+        for s in range(schedule.num_steps)
+        for c in range(schedule.branches)
+    }
+    assert set(runs) == expected and set(runs.values()) == {schedule.num_stages}
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedules)
+def test_the_order_of_units_does_not_depend_on_the_number_of_stages(schedule: Schedule) -> None:
+    alone = replace(schedule, num_stages=1)
+    assert list(schedule.units()) == list(alone.units())
+    for unit in schedule.units():
+        assert schedule.reads(unit) == alone.reads(unit)
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedules, st.integers(1, 60))
+def test_an_endless_schedule_starts_like_a_long_one(schedule: Schedule, units: int) -> None:
+    endless = replace(schedule, num_blocks=None)
+    validate(endless, units)
+    long = replace(schedule, num_blocks=units + 1)
+    assert list(islice(endless.units(), units)) == list(islice(long.units(), units))
+    for unit in islice(endless.units(), units):
+        strip = [f[:4] for f in endless.reads(unit)]
+        assert strip == [f[:4] for f in long.reads(unit)]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("steps", "blocks"), [(8, 8), (8, 20), (50, 32), (12, 8)])
+def test_idle_slots_without_guidance(stages: int, steps: int, blocks: int) -> None:
+    """(N - 1)^2 idle slots per stage for min(T, M) >= N: the ramp, once up and once down."""
+    schedule = Schedule(stages, steps, blocks, "cached", guidance=False)
+    assert schedule.makespan - steps * blocks == (stages - 1) ** 2
+
+
+@pytest.mark.parametrize(
+    ("stages", "steps", "blocks", "percent"),
+    [(4, 50, 5, 3.5), (8, 50, 5, 41.2), (8, 50, 32, 3.0), (8, 8, 32, 16.1), (8, 4, 32, 43.1), (4, 4, 32, 6.6)],
+)
+def test_bubble_of_the_authors_order(stages: int, steps: int, blocks: int, percent: float) -> None:
+    """Figures of an independent dependency simulation of the authors' code."""
+    schedule = Schedule(stages, steps, blocks, "cached", guidance=False)
+    assert 100 * schedule.bubble == pytest.approx(percent, abs=0.05)
+
+
+def test_guidance_fills_the_bubble_of_short_queues() -> None:
+    with_guidance = Schedule(8, 4, 32, "cached", guidance=True)
+    assert with_guidance.bubble < Schedule(8, 4, 32, "cached", guidance=False).bubble / 4
+
+
+@pytest.mark.parametrize("case", ["base_s6_b4_c2_n16", "one_s6_b4_c2_n4", "trace_s4_b2_c1_n6"])
+def test_paper_order_and_versions_are_the_ideal_ones(golden: Path, case: str) -> None:
+    config = json.loads((golden / case / "config.json").read_text())
+    schedule = Schedule(1, config["sample_steps"], config["num_blocks"], "paper", config["num_cat"], guidance=False)
+    rows = []
+    for unit in schedule.units():
+        previous = schedule.previous_latents(unit)
+        rows.append([unit.block + unit.step, unit.block, unit.step, unit.step, -1 if previous is None else previous])
+    assert rows == config["schedules"]["ideal"]
+
+
+def test_grid_is_as_printed_in_the_documentation() -> None:
+    schedule = Schedule(3, 2, 3, "cached", 1, guidance=False)
+    assert schedule.grid() == (Path(__file__).parent / "golden" / "grid_3x2x3.txt").read_text().rstrip("\n")
+
+
+class _TooLate(Schedule):
+    """Stage 0 never takes a velocity before it has sent everything."""
+
+    def _first_stage(self):  # type: ignore[no-untyped-def]
+        actions = list(super()._first_stage())
+        late = [a for a in actions if a.op in (Op.RECV, Op.UPDATE, Op.EMIT, Op.DECODE)]
+        return iter([a for a in actions if a not in late] + late)
+
+
+def test_the_validator_finds_a_deadlock_and_shows_the_grid() -> None:
+    with pytest.raises(ScheduleError, match=r"deadlock: stage 0 at 'send[\s\S]*tick  stage 0"):
+        validate(_TooLate(3, 2, 20, "cached", 1, depth=1))
+
+
+class _StaleRead(Schedule):
+    """cached, but reads the previous block's features of the step before."""
+
+    def previous_features(self, unit: Unit) -> Features | None:
+        found = super().previous_features(unit)
+        return found and found._replace(step=max(0, found.step - 1))
+
+
+class _OneSlot(Schedule):
+    """cached with too few slots: a block overwrites what its successor still needs."""
+
+    def slots(self, side: str) -> int:
+        return min(2, super().slots(side))
+
+
+class _EarlyRun(Schedule):
+    """Does not wait for the block's own update."""
+
+    def _needs(self, unit: Unit) -> set[tuple[int, int]]:
+        return set()
+
+
+@pytest.mark.parametrize(
+    ("broken", "context", "words"),
+    [
+        (_StaleRead, "cached", "would find"),
+        (_OneSlot, "cached", "would find"),
+        (_EarlyRun, "paper", "latents of block"),
+    ],
+)
+def test_the_validator_finds_wrong_reads(broken: type[Schedule], context: str, words: str) -> None:
+    with pytest.raises(ScheduleError, match=words):
+        validate(broken(4, 5, 6, context, 2))
+
+
+def test_actions_print_readably() -> None:
+    assert str(Action(Op.RUN, 1, Unit(3, 2, 1))) == "run b3s2u"
+    assert str(Action(Op.UPDATE, 0, Unit(3, 2, 0))) == "update b3s2"
+
+
+@pytest.mark.parametrize("field", ["num_stages", "num_steps", "depth", "num_blocks"])
+def test_impossible_numbers_are_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field}=0"):
+        replace(Schedule(2, 2, 2), **{field: 0})
