@@ -92,10 +92,12 @@ class Heartbeat:
         """
         if self._fd is None:
             return
+        now = time.monotonic()
         where["phase"] = name
+        # The machine's clock: it orders what several ranks say, whatever order that is read in.
+        where["at"] = now
         with self._lock:
             self._where = where
-            now = time.monotonic()
             earned = (now - self._credit_at) * _PHASES_PER_SECOND
             self._credit = min(_PHASE_BURST, self._credit + earned)
             self._credit_at = now
@@ -117,7 +119,6 @@ class Heartbeat:
             exit_code: what the whole run should exit with, if it is not the usual "a rank failed".
         """
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        # Clocks are the machine's: `at` orders the reports of several ranks whatever order they are read in.
         fields = {**self._where, "error": text, "peer": peer, "at": time.monotonic()}
         if exit_code is not None:
             fields["exit_code"] = exit_code

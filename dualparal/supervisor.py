@@ -49,7 +49,7 @@ class Limits:
 
     heartbeat: float = 10.0  # without a tick: the process is stopped, or holds the GIL
     progress: float = 600.0  # without a message while busy, or while every rank waits
-    startup: float = 120.0  # without a tick before the first phase: imports hold the GIL, a cold disk is slow
+    startup: float = 120.0  # either, before the first phase: imports hold the GIL, a cold disk is slow
     grace: float = 20.0  # from the request to stop until SIGKILL
     error_hold: float = 0.2  # a rank's own error waits this long for a death by signal that explains it
     peer_error_hold: float = 1.0  # "I lost a peer" waits this long for the peer's own story
@@ -113,7 +113,7 @@ class RankState:
 
     rank: int
     heard: float  # any line
-    moved: float  # any line but a tick
+    moved: float  # any line but a tick, by the rank's own account
     stage: int | None = None
     block: int | None = None
     step: int | None = None
@@ -155,22 +155,20 @@ class RankState:
         self.heard = now
         if "tick" in message:
             return
-        self.moved = now
+        at = message.get("at")
+        self.moved = min(now, at) if isinstance(at, float) else now
         self.stage = _int(message.get("stage"), self.stage)
         if "phase" in message:
             self.phase = str(message["phase"])
             self.block, self.step = _int(message.get("block")), _int(message.get("step"))
         if "error" in message:
-            self._take_error(message, now)
+            self._take_error(message)
         self.done = self.done or bool(message.get("done"))
 
-    def _take_error(self, message: Mapping[str, Any], now: float) -> None:
-        at, code = message.get("at"), _int(message.get("exit_code"))
-        report = Report(
-            text=str(message["error"]),
-            at=min(now, float(at)) if isinstance(at, (int, float)) else now,
-            exit_code=code if code is not None and 0 < code < 256 else RANK_FAILED,
-        )
+    def _take_error(self, message: Mapping[str, Any]) -> None:
+        code = _int(message.get("exit_code"))
+        code = code if code is not None and 0 < code < 256 else RANK_FAILED
+        report = Report(str(message["error"]), self.moved, code)
         # The first word counts: what follows is the clean-up talking.
         if message.get("peer"):
             self.peer_error = self.peer_error or report
@@ -198,7 +196,11 @@ def blame(states: Sequence[RankState], limits: Limits, now: float, stopping: boo
         return _own_fault(first) if now - first.told_at >= limits.error_hold else None
     if stopping:
         return None
-    return _silent(states, limits, now) or _stalled(states, limits.progress, now) or _peer_lost(states, limits, now)
+    return (
+        _silent(states, limits, limits.heartbeat, now)
+        or _stalled(states, limits, limits.progress, now)
+        or _peer_lost(states, limits, now)
+    )
 
 
 def _own_fault(state: RankState) -> Failure:
@@ -226,15 +228,12 @@ def _death(state: RankState) -> Failure:
     return _failure(state, f"killed by {name}", RANK_FAILED, hint)
 
 
-def _silent(
-    states: Sequence[RankState], limits: Limits, now: float, suspect_after: float | None = None
-) -> Failure | None:
-    def limit(state: RankState) -> float:
-        if state.phase is None:
-            return limits.startup
-        return limits.heartbeat if suspect_after is None else suspect_after
+def _limit(state: RankState, limits: Limits, limit: float) -> float:
+    return limit if state.phase is not None else max(limit, limits.startup)
 
-    quiet = [s for s in states if s.active and now - s.heard > limit(s)]
+
+def _silent(states: Sequence[RankState], limits: Limits, limit: float, now: float) -> Failure | None:
+    quiet = [s for s in states if s.active and now - s.heard > _limit(s, limits, limit)]
     if not quiet:
         return None
     worst = min(quiet, key=lambda s: s.heard)
@@ -242,9 +241,11 @@ def _silent(
     return _failure(worst, f"no heartbeat for {now - worst.heard:.1f} s", NO_PROGRESS, hint)
 
 
-def _stalled(states: Sequence[RankState], limit: float, now: float, busy_only: bool = False) -> Failure | None:
+def _stalled(
+    states: Sequence[RankState], limits: Limits, limit: float, now: float, busy_only: bool = False
+) -> Failure | None:
     active = [s for s in states if s.active]
-    late = [s for s in active if now - s.moved > limit]
+    late = [s for s in active if now - s.moved > _limit(s, limits, limit)]
     busy = [s for s in late if not s.waiting]
     # One rank at work may keep the others waiting as long as it likes: they are late, but innocent.
     deadlock = len(late) == len(active) and not busy_only
@@ -266,9 +267,8 @@ def _peer_lost(states: Sequence[RankState], limits: Limits, now: float) -> Failu
     if now - report.at < limits.peer_error_hold:
         return None
     # A transport may give up before our own limits do. Then whoever is quiet, or busy for long, is the peer.
-    suspect = _silent(states, limits, now, min(_SUSPECT_SECONDS, limits.heartbeat)) or _stalled(
-        states, limits.heartbeat, now, busy_only=True
-    )
+    suspect = _silent(states, limits, min(_SUSPECT_SECONDS, limits.heartbeat), now)
+    suspect = suspect or _stalled(states, limits, limits.heartbeat, now, busy_only=True)
     hint = "no rank gave a cause of its own; the output above may"
     return suspect or _failure(state, f"lost a peer: {report.text}", report.exit_code, hint)
 

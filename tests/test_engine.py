@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import embeds
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
+from conftest import embeds
 from dualparal import reference
 from dualparal.config import VideoConfig
 from dualparal.engine import Engine

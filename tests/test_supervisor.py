@@ -525,7 +525,8 @@ def test_last_phase_arrives_though_many_were_dropped(line):
     time.sleep(0.7)
     lines = read_lines(status)
     assert len(lines) < 1000
-    assert [entry for entry in lines if "phase" in entry][-1] == {"phase": "run", "block": 4999}
+    last = [entry for entry in lines if "phase" in entry][-1]
+    assert (last["phase"], last["block"]) == ("run", 4999)
 
 
 def test_errors_survive_a_full_pipe(line):
@@ -535,6 +536,8 @@ def test_errors_survive_a_full_pipe(line):
     heartbeat.phase("run", block=7)
     thread = threading.Thread(target=lambda: (heartbeat.error(ValueError("bad"), exit_code=2), heartbeat.done()))
     thread.start()
+    time.sleep(0.1)
+    assert thread.is_alive(), "gave up on a full pipe"
     lines = read_lines(status)
     thread.join(timeout=5)
     lines += read_lines(status)
@@ -571,6 +574,32 @@ def test_stop_request_arrives(line):
     assert not heartbeat.stop_requested.is_set()
     os.write(life, b"op\n")
     assert heartbeat.stop_requested.wait(1.0)
+
+
+def test_end_of_the_life_pipe_is_the_end_of_the_rank_and_its_children():
+    # Without the environment there is no help from the kernel: this is how it goes outside Linux.
+    script = (
+        "import subprocess, sys, time\n"
+        "from dualparal.heartbeat import Heartbeat\n"
+        "heartbeat = Heartbeat(*map(int, sys.argv[1:]))\n"
+        "heartbeat.message(child=subprocess.Popen(['sleep', '1000']).pid)\n"
+        "time.sleep(1000)\n"
+    )
+    status_read, status_write = os.pipe()
+    life_read, life_write = os.pipe()
+    rank = subprocess.Popen(
+        [sys.executable, "-c", script, str(status_write), str(life_read)],
+        pass_fds=(status_write, life_read),
+        start_new_session=True,
+        env={**os.environ, **PATH},
+    )
+    os.close(status_write)
+    os.close(life_read)
+    with os.fdopen(status_read, "rb") as lines:
+        child = next(message["child"] for message in map(json.loads, lines) if "child" in message)
+        os.close(life_write)
+        assert rank.wait(timeout=5) == -signal.SIGKILL
+    assert wait_until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie")
 
 
 def test_pipes_are_not_inherited(line):

@@ -1,0 +1,98 @@
+"""Several processes over gloo give the bits of one process; ending early, and disagreeing, end well on all ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dualparal.engine import Engine
+from dualparal.supervisor import Limits, Result, supervise
+
+WORKER = Path(__file__).parent / "workers" / "engine_rank.py"
+LIMITS = Limits(progress=60.0, startup=120.0)
+
+
+def launch(folder: Path, ranks: int, cases: list[dict[str, Any]]) -> Result:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    result = supervise([sys.executable, str(WORKER), str(folder)], ranks, limits=LIMITS, env={"OMP_NUM_THREADS": "1"})
+    assert not [p for p in psutil.Process().children(recursive=True) if "engine_rank" in " ".join(p.cmdline())]
+    return result
+
+
+def case(model: Path, policy: str = "cached", guidance: float = 5.0, **more: Any) -> dict[str, Any]:
+    own, context, steps, frames = more.pop("shape", (2, 1, 3, 29))
+    return {
+        "model": str(model),
+        "options": {"frames_per_block": own, "context_frames": context, "context": policy, **more.pop("options", {})},
+        "call": {
+            "prompt": "a cat", "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance,
+            **more.pop("call", {}),
+        },
+        **more,
+    }  # fmt: skip
+
+
+def alone(case: dict[str, Any]) -> torch.Tensor:
+    """What one process with one stage gives."""
+    engine = Engine.from_pretrained(case["model"], device="cpu", **case["options"])
+    call = dict(case["call"])
+    if "later" in case:
+        call["prompt"] = {0: call["prompt"], case["later"]: "a dog"}
+    frames: torch.Tensor = engine(height=32, width=32, output_type="latent", **call).frames
+    return frames
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_give_the_bits_of_one_process(tmp_path: Path, wan21: Path, wan22: Path, ranks: int) -> None:
+    cases = [
+        case(model, policy, guidance)
+        for model in (wan21, wan22)
+        for policy in ("cached", "prior", "paper")
+        for guidance in (1.0, 5.0)
+    ]
+    cases += [
+        case(wan21, shape=(2, 1, 1, 29)),  # T < N
+        case(wan21, shape=(8, 4, 4, 17)),  # M = 1
+        case(wan21, shape=(2, 0, 3, 13)),  # C = 0, M < N
+        case(wan21, shape=(2, 2, 3, 21)),  # C = B
+        case(wan21, "paper", shape=(2, 2, 3, 33), options={"depth": 1}),
+        case(wan21, options={"depth": 3}, later=17),
+    ]
+    assert launch(tmp_path, ranks, cases) == Result(0)
+    for index, each in enumerate(cases):
+        made = load_file(tmp_path / f"{index}.safetensors")["latents"]
+        assert torch.equal(made, alone(each)), each
+
+
+def test_leaving_early_and_changing_prompts_end_well_on_all_ranks(tmp_path: Path, wan21: Path) -> None:
+    endless = case(wan21, call={"num_frames": None}, leave_after=3)
+    finite = case(wan21, call={"num_frames": 101}, leave_after=2, options={"depth": 1})
+    change = case(wan21, call={"num_frames": 61}, change_after=2)
+    after = case(wan21)
+    assert launch(tmp_path, 3, [endless, finite, change, after]) == Result(0)
+    whole = alone(case(wan21, call={"num_frames": 101}))
+    for index, blocks in ((0, 4), (1, 3)):
+        made = load_file(tmp_path / f"{index}.safetensors")["latents"]
+        assert made.shape[2] >= 2 * blocks and torch.equal(made, whole[:, :, : made.shape[2]])
+    changed, kept = (load_file(tmp_path / "2.safetensors")["latents"], alone(case(wan21, call={"num_frames": 61})))
+    assert torch.equal(changed[:, :, :2], kept[:, :, :2]) and not torch.equal(changed, kept)
+    assert torch.equal(load_file(tmp_path / "3.safetensors")["latents"], alone(after))
+
+
+def test_ranks_that_disagree_say_in_what(tmp_path: Path, wan21: Path) -> None:
+    result = launch(tmp_path, 2, [case(wan21, differs=1, shape=(8, 4, 2, 29))])
+    assert result.exit_code == 3 and result.failure is not None
+    text = str(result.failure)
+    assert 'ranks disagree: schedule.context: rank 0 = "cached", rank 1 = "prior"' in text
+
+
+def test_more_ranks_than_layers_are_refused_by_every_rank(tmp_path: Path, wan21: Path) -> None:
+    result = launch(tmp_path, 2, [case(wan21, options={"stages": 3})])
+    assert result.failure is not None and "stages=3" in str(result.failure)

@@ -1,0 +1,63 @@
+"""One rank of tests/test_distributed.py: runs the cases of a JSON file, rank 0 saves what they give."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dualparal.engine import Engine
+from dualparal.heartbeat import Heartbeat
+from dualparal.transport import PeerLost
+
+
+def run(engine: Engine, case: dict[str, Any], rank: int) -> torch.Tensor | None:
+    call = {"height": 32, "width": 32, "output_type": "latent", **case["call"]}
+    if "later" in case:  # JSON has no integer keys
+        call["prompt"] = {0: call["prompt"], case["later"]: "a dog"}
+    leave_after, change_after = case.get("leave_after"), case.get("change_after")
+    parts = []
+    chunks = engine.stream(**call)
+    for chunk in chunks:
+        parts.append(chunk.latents)
+        if chunk.block == change_after:
+            engine.set_prompt("a dog")
+        if chunk.block == leave_after:
+            break
+    chunks.close()  # type: ignore[attr-defined]
+    assert engine.stats is None or len(engine.stats.ranks) == engine.mesh.world_size
+    return torch.cat(parts, dim=2) if parts else None
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(1)
+    heartbeat = Heartbeat.from_env()
+    cases = json.loads((path / "cases.json").read_text())
+    try:
+        for index, case in enumerate(cases):
+            options = dict(case["options"])
+            engine = Engine.from_pretrained(case["model"], device="cpu", report=heartbeat.phase, **options)
+            rank = engine.mesh.rank
+            if rank == case.get("differs"):
+                engine.blocks = engine.blocks.__class__(context="prior")
+            made = run(engine, case, rank)
+            if rank == 0:
+                assert made is not None
+                save_file({"latents": made.contiguous()}, path / f"{index}.safetensors")
+            else:
+                assert made is None, "only rank 0 gets frames"
+    except PeerLost as error:
+        heartbeat.error(error, peer=True)
+        sys.exit(3)
+    except Exception as error:
+        heartbeat.error(error)
+        sys.exit(3)
+    heartbeat.done()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
