@@ -7,16 +7,20 @@ quick and a rank's heartbeat starts before the slow imports.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -67,14 +71,41 @@ class Job:
     overwrite: bool
 
 
-def _prompts(prompt: str, later: list[str]) -> dict[int, str]:
+def _prompts(prompt: str, later: list[str], num_frames: int) -> dict[int, str]:
     prompts = {0: prompt}
     for entry in later:
         frame, colon, text = entry.partition(":")
-        if not colon or not frame.strip().isdigit():
+        if not colon or not frame.strip().isdecimal():
             raise ValueError(f"--prompt-at {entry!r}: use FRAME:TEXT, such as --prompt-at '400:a dog runs'")
+        if not 0 < int(frame) < num_frames:
+            raise ValueError(
+                f"--prompt-at {entry!r}: frame 0 has --prompt's text, and the video ends at {num_frames - 1}; use a "
+                "frame between"
+            )
+        if int(frame) in prompts:
+            raise ValueError(f"--prompt-at {entry!r}: frame {int(frame)} has a text already; give one per frame")
         prompts[int(frame)] = text.strip()
     return prompts
+
+
+def _count_stages(gpus: int | None, stages: int | None, device: str | None) -> int:
+    """From the flags, or from torchrun's environment, which has the last word on the number of processes."""
+    if gpus is not None and stages is not None and gpus != stages:
+        raise ValueError(f"--gpus {gpus} and --stages {stages}: one stage runs on one GPU; give one of them")
+    if gpus is not None and device not in (None, "cuda"):
+        raise ValueError(f"--gpus {gpus} with --device {device}: use --stages for the number of {device} processes")
+    flag, count = ("--gpus", gpus) if stages is None else ("--stages", stages)
+    if count is not None and count < 1:
+        raise ValueError(f"{flag} {count}: every layer needs an owner; use 1 or more")
+    if "RANK" not in os.environ:
+        return count or 1
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if count not in (None, world_size):
+        raise ValueError(
+            f"{flag} {count} in a run of {world_size} processes: every process is one stage; leave {flag} out, "
+            f"or start {count} processes"
+        )
+    return world_size
 
 
 @app.command()
@@ -85,7 +116,9 @@ def generate(
         list[str] | None,
         typer.Option(help="FRAME:TEXT, blocks from that frame on take the text; may be repeated."),
     ] = None,
-    num_frames: Annotated[int, typer.Option(help="Length in frames, 4k + 1; exactly so many are made.")] = 81,
+    num_frames: Annotated[
+        int, typer.Option(help="Length in frames: 1, 5, 9 ... (4k + 1); exactly so many are made.")
+    ] = 81,
     out: Annotated[
         Path | None,
         typer.Option(help="A .mp4 file, or a folder for PNG files. Default video.mp4, or none with --latents-out."),
@@ -98,12 +131,14 @@ def generate(
         ),
     ] = None,
     gpus: Annotated[int | None, typer.Option(help="Number of GPUs, one stage each.", show_default=False)] = None,
-    stages: Annotated[int | None, typer.Option(help="Number of stages (processes). Default 1, or --gpus.")] = None,
+    stages: Annotated[int | None, typer.Option(help="Number of stages (processes). Default: --gpus, or 1.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     height: Annotated[int | None, typer.Option(help="Pixels. Default 480 (64 without --model).")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. Default 832 (96 without --model).")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps of every block.")] = 50,
+    steps: Annotated[
+        int, typer.Option("--steps", "--num-inference-steps", help="Denoising steps of every block.")
+    ] = 50,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1: none, half the work.")] = 5.0,
     guidance_scale_2: Annotated[
         float | None,
@@ -134,18 +169,19 @@ def generate(
 ) -> None:
     """Make a video of any length. Finished blocks can be played while it runs."""
     heartbeat = Heartbeat.from_env()
+    if not heartbeat.supervised:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _leave)  # until there is something to keep
     tiny = model is None
     default_height, default_width = TINY_SIZE if tiny else (480, 832)
-    if gpus is not None and stages is not None and gpus != stages:
-        raise ValueError(f"--gpus {gpus} and --stages {stages}: one stage runs on one GPU; give one of them")
-    if gpus is not None and device not in (None, "cuda"):
-        raise ValueError(f"--gpus with --device {device}: use --stages for the number of {device} processes")
-    count = gpus or stages or int(os.environ.get("WORLD_SIZE", "1"))
+    count = _count_stages(gpus, stages, device)
     if out is None and latents_out is None:
         out = Path("video.mp4")
-    with tempfile.TemporaryDirectory(prefix="dualparal-model-") as folder:
+    # Only where it is needed: a rank that is killed cannot remove it.
+    scratch = tempfile.TemporaryDirectory(prefix="dualparal-model-") if tiny else contextlib.nullcontext("")
+    with scratch as folder:
         job = Job(
-            prompt=_prompts(prompt, prompt_at or []),
+            prompt=_prompts(prompt, prompt_at or [], num_frames),
             negative_prompt=negative_prompt,
             video=VideoConfig(
                 default_height if height is None else height,
@@ -160,10 +196,10 @@ def generate(
             blocks=BlockConfig(frames_per_block, context_frames, context),  # type: ignore[arg-type]
             model=_tiny_model(Path(folder) / "tiny-wan", max(4, count)) if model is None else model,
             stages=count,
-            device=_device(device or ("cuda" if gpus else None)),
+            device=_device(device, gpus),
             dtype=dtype,
             depth=depth,
-            threads=threads or max(1, (os.cpu_count() or 1) // count),
+            threads=_threads(threads, count),
             sampler=sampler,
             flow_shift=flow_shift,
             out=out,
@@ -183,19 +219,30 @@ def generate(
     raise typer.Exit(code)
 
 
-def _device(name: str | None) -> str:
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _device(name: str | None, gpus: int | None) -> str:
     import torch
 
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cuda", "cpu"):
+    if name not in (None, "cuda", "cpu"):
         raise ValueError(f"--device {name}: use cuda or cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return name or "cuda"
+    if gpus is not None or name == "cuda":
+        asked = "--device cuda" if gpus is None else f"--gpus {gpus}"
         raise ValueError(
-            "--device cuda: torch sees no GPU; use --device cpu, or install a CUDA build of torch "
-            "('dualparal doctor' says what is there)"
+            f"{asked}: torch sees no GPU; use --device cpu, with --stages for several processes, or install a CUDA "
+            "build of torch ('dualparal doctor' says what is there)"
         )
-    return name
+    return "cpu"
+
+
+def _threads(asked: int, stages: int) -> int:
+    if not 0 <= asked <= 4096:
+        raise ValueError(f"--threads {asked}: use a number from 1, or 0 for the cores divided by the stages")
+    return asked or max(1, (os.cpu_count() or 1) // stages)
 
 
 def _tiny_model(folder: Path, layers: int) -> str:
@@ -259,8 +306,12 @@ def _check(job: Job) -> None:
         check_out(job.out, job.overwrite)
     if job.latents_out is not None:
         check_file(job.latents_out, "--latents-out", job.overwrite)
-    if not 0 < job.fps <= 1000:
-        raise ValueError(f"--fps {job.fps}: use a rate above 0 and up to 1000")
+        if job.out is not None and job.out.resolve() in (job.latents_out.resolve(), *job.latents_out.resolve().parents):
+            raise ValueError(f"--latents-out {job.latents_out} lies where --out {job.out} goes; choose another place")
+    if not 1 / 1001 <= job.fps <= 1000:
+        raise ValueError(f"--fps {job.fps}: use a rate from 1/1001 to 1000; Wan's own is 16")
+    if job.flow_shift is not None and not 0 < job.flow_shift < math.inf:
+        raise ValueError(f"--flow-shift {job.flow_shift}: use a number above 0, such as 3.0 (480p) or 5.0 (720p)")
     if job.device == "cuda":
         import torch
 
@@ -293,16 +344,21 @@ def _call(job: Job) -> dict[str, Any]:
 
 def _lead(job: Job, tiny: bool) -> int:
     """Starts the ranks and draws their progress; the parent of ``--gpus N``."""
+    from dualparal.output import what_is_left
     from dualparal.supervisor import supervise
 
     arguments = sys.argv[1:] + (
         ["--model", job.model, "--height", str(job.video.height), "--width", str(job.video.width)] if tiny else []
     )
     display = Display(job.video.num_frames)
+    started = time.time()
+    summary: list[str] = []
 
     def hear(rank: int, message: dict[str, Any]) -> None:
         if "progress" in message:
             display.update(message["progress"])
+        if "summary" in message:
+            summary.append(message["summary"])  # shown when the bar is gone
 
     with display:
         result = supervise(
@@ -314,7 +370,13 @@ def _lead(job: Job, tiny: bool) -> int:
     if result.failure is not None:
         typer.echo(f"error: {result.failure}", err=True)
     elif result.interrupted is not None:
-        typer.echo(f"interrupted by {result.interrupted.name}; finished blocks are kept", err=True)
+        typer.echo(f"interrupted by {result.interrupted.name}", err=True)
+    for text in summary:
+        typer.echo(text, err=True)
+    if not summary and job.out is not None:
+        left = what_is_left(job.out, started)
+        if left:
+            typer.echo(left, err=True)
     return result.exit_code
 
 
@@ -384,6 +446,8 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
             heartbeat.message(progress=report)
             if display is not None:
                 display.update(report)
+            if stopped or heartbeat.stop_requested.is_set():
+                engine.interrupt()  # again: one that came before the first block may have come too early
     finally:
         if display is not None:
             display.stop()
@@ -394,7 +458,11 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
         write_latents(job.latents_out, torch.cat(final, dim=2))
     if leading and engine.stats is not None:
         places = [str(p) for p in (job.out, job.latents_out) if p is not None]
-        typer.echo(f"{' and '.join(places)}: {engine.stats.summary()}", err=True)
+        summary = f"{' and '.join(places)}: {engine.stats.summary()}"
+        if heartbeat.supervised:
+            heartbeat.message(summary=summary)
+        else:
+            typer.echo(summary, err=True)
     return stopped[0] if stopped else 0
 
 
@@ -451,6 +519,9 @@ def main() -> None:
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(BAD_INPUT)
+    except OSError as error:
+        typer.echo(f"error: cannot read or write: {error}", err=True)
+        sys.exit(STORAGE)
 
 
 if __name__ == "__main__":

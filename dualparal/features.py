@@ -47,6 +47,14 @@ class FeatureStore:
             side: torch.empty(layers, count, branches, 2, tokens, inner, dtype=dtype, device=device)
             for side, count in slots.items()
         }
+        # Made once: taking views apart costs more than a small layer.
+        self._slots = {
+            (layer, side, slot, branch): KeysValues(buffer[layer, slot, branch, 0], buffer[layer, slot, branch, 1])
+            for side, buffer in self._buffers.items()
+            for layer in range(layers)
+            for slot in range(slots[side])
+            for branch in range(branches)
+        }
 
     @property
     def nbytes(self) -> int:
@@ -54,5 +62,4 @@ class FeatureStore:
 
     def slot(self, layer: int, side: str, slot: int, branch: int) -> KeysValues:
         """Views of the keys and values in a slot; writing to them is how features are stored."""
-        keys, values = self._buffers[side][layer, slot, branch]
-        return KeysValues(keys, values)
+        return self._slots[layer, side, slot, branch]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,8 +122,17 @@ class ModelFiles:
         """
         for expert in range(self.spec.num_experts):
             _check_tensors(self.path / _expert_folder(expert), self.spec.shapes(expert))
-        for component in ("vae", "text_encoder"):
-            WeightFiles(self.path / component)
+        for component, build, width, wanted in (
+            ("vae", _empty_vae, "z_dim", ("in_channels", self.spec.in_channels)),
+            ("text_encoder", _empty_text_encoder, "d_model", ("text_dim", self.spec.text_dim)),
+        ):
+            config = self.config(component)
+            if config.get(width) != wanted[1]:
+                raise ModelError(
+                    f"{self.path / component}: {width}={config.get(width)} does not fit the transformer's "
+                    f"{wanted[0]}={wanted[1]}; are these parts of one model?"
+                )
+            _check_part(self.path / component, config, build)
 
     def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]:
         """One slice per expert, reading only the tensors of these layers."""
@@ -139,15 +149,17 @@ class ModelFiles:
     def load_scheduler(self) -> Any:
         import diffusers
 
-        return getattr(diffusers, self.index["scheduler"][1]).from_pretrained(self.path / "scheduler")
+        with _named(self.path / "scheduler"):
+            return getattr(diffusers, self.index["scheduler"][1]).from_pretrained(self.path / "scheduler")
 
     def load_vae(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
         """The VAE, in float32 unless asked otherwise, as the Wan authors run it."""
         from diffusers import AutoencoderKLWan
 
-        vae, info = AutoencoderKLWan.from_pretrained(
-            self.path / "vae", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        with _named(self.path / "vae"):
+            vae, info = AutoencoderKLWan.from_pretrained(
+                self.path / "vae", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
         _check_loaded(self.path / "vae", info)
         return vae.to(device).eval()
 
@@ -155,10 +167,12 @@ class ModelFiles:
         """(tokenizer, text encoder). Only one rank calls this."""
         import transformers
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self.path / "tokenizer", trust_remote_code=False)
-        loaded: Any = transformers.UMT5EncoderModel.from_pretrained(
-            self.path / "text_encoder", dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        with _named(self.path / "tokenizer"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.path / "tokenizer", trust_remote_code=False)
+        with _named(self.path / "text_encoder"):
+            loaded: Any = transformers.UMT5EncoderModel.from_pretrained(
+                self.path / "text_encoder", dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
         encoder, info = loaded
         _check_loaded(self.path / "text_encoder", info)
         return tokenizer, encoder.to(device).eval()
@@ -174,15 +188,22 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         indices = sorted(folder.glob("*.safetensors.index.json"))
+        if len(indices) > 1:
+            raise ModelError(
+                f"{folder}: {' and '.join(p.name for p in indices)}: which to read? Keep the index of one variant"
+            )
         if indices:
             weight_map = _read_json(indices[0]).get("weight_map")
-            if not isinstance(weight_map, dict):
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
                 raise ModelError(f"{indices[0]}: no weight_map in it; download the model again")
-            names: Iterable[str] = sorted(set(weight_map.values()))
+            names = sorted(set(weight_map.values()))
         else:
             names = sorted(p.name for p in folder.glob("*.safetensors"))
-            if len(list(names)) > 1:
-                raise ModelError(f"{folder}: several safetensors files and no index file says which to read")
+            if len(names) > 1:
+                raise ModelError(
+                    f"{folder}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} and no index file says "
+                    "which to read; keep one variant, or download the index too"
+                )
         if not names:
             other = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
             found = f"only {', '.join(other)}, which are pickles and never read" if other else "no weight file"
@@ -357,13 +378,59 @@ def _check_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
     missing = sorted(set(expected) - set(found))
     extra = sorted(name for name in set(found) - set(expected) if "norm_added_q" not in name)
     shapes = [f"{n} {found[n]} instead of {s}" for n, s in expected.items() if n in found and found[n] != s]
+    _refuse(folder, missing, extra, shapes)
+
+
+def _refuse(folder: Path, missing: list[str], extra: list[str], shapes: list[str]) -> None:
     problems = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
         if names
     ]
     if problems:
-        raise ModelError(f"{folder}: tensors do not fit its config: {'; '.join(problems)}")
+        raise ModelError(
+            f"{folder}: tensors do not fit its config: {'; '.join(problems)}; download it again, or mend config.json"
+        )
+
+
+def _empty_vae(config: dict[str, Any]) -> Any:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan.from_config(config)
+
+
+def _empty_text_encoder(config: dict[str, Any]) -> Any:
+    import transformers
+
+    return transformers.UMT5EncoderModel(transformers.UMT5Config.from_dict(config))
+
+
+def _check_part(folder: Path, config: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> None:
+    """Files of a part that its library loads: it would fill a missing tensor with random numbers and warn."""
+    found = WeightFiles(folder).shapes
+    try:
+        with torch.device("meta"):
+            tensors = build(config).state_dict(keep_vars=True)
+    except Exception as error:  # whatever the library makes of a foreign config
+        raise ModelError(f"{folder / 'config.json'}: cannot be built from it: {error}") from None
+    there = {id(tensor) for name, tensor in tensors.items() if name in found}
+    missing = sorted(name for name, tensor in tensors.items() if id(tensor) not in there)  # tied ones are stored once
+    shapes = [
+        f"{name} {found[name]} instead of {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name in found and found[name] != tuple(tensor.shape)
+    ]
+    _refuse(folder, missing, [], shapes)
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Errors of a library that reads this folder, as one of ours."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise ModelError(f"{folder} cannot be loaded ({text}); download the model again") from error
 
 
 def _check_loaded(folder: Path, info: dict[str, Any]) -> None:

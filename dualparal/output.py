@@ -68,26 +68,38 @@ def check_out(path: Path, overwrite: bool) -> None:
         )
     if path.suffix == "" and path.is_dir() and any(path.iterdir()) and not overwrite:
         raise OutputError(f"--out {path}: the folder is not empty; choose another one or pass --overwrite")
-    if path.suffix == ".mp4" and path.is_dir():
-        raise OutputError(f"--out {path} is a folder")
-    check_file(path, "--out", overwrite or path.suffix == "")
+    if path.suffix == "" and path.exists() and not path.is_dir():
+        raise OutputError(f"--out {path} is a file: give a .mp4 name, or a folder for PNG files")
+    check_file(path, "--out", overwrite or path.suffix == "", folder=path.suffix == "")
     blocks = path.with_name(path.name + ".blocks")
     if path.suffix == ".mp4" and blocks.exists() and not overwrite:
         raise OutputError(
-            f"--out {path}: {blocks} holds blocks of an earlier run that did not end; play or move "
-            "them, choose another name, or pass --overwrite"
+            f"--out {path}: {blocks} holds finished blocks of a run that did not end (playlist.m3u plays them); "
+            "move them away, choose another name, or pass --overwrite to drop them"
         )
 
 
-def check_file(path: Path, flag: str, overwrite: bool) -> None:
-    """Raises OutputError when a file cannot be written there, or is there already."""
+def check_file(path: Path, flag: str, overwrite: bool, folder: bool = False) -> None:
+    """Raises OutputError when a file (or a folder) cannot be made there, or is there already."""
+    if path.is_dir() and not folder:
+        raise OutputError(f"{flag} {path} is a folder; give the name of a file")
     if path.exists() and not overwrite:
         raise OutputError(f"{flag} {path} exists; choose another name or pass --overwrite")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OutputError(f"{flag} {path}: {folder} is not a folder that can be written to")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{flag} {path}: {parent} is not a folder that can be written to; choose another place")
+
+
+def what_is_left(path: Path, since: float) -> str:
+    """For a run that began at ``since`` and broke: where its finished frames are. Empty: there are none."""
+    if path.suffix == ".mp4":
+        blocks = path.with_name(path.name + ".blocks")
+        count = sum(1 for _ in blocks.glob("block-*.mp4"))
+        if count:
+            return f"{blocks}: {count} finished block{'s' if count > 1 else ''}; playlist.m3u there plays them"
+    return f"{path} has the finished frames" if path.exists() and path.stat().st_mtime >= since else ""
 
 
 def open_output(path: Path, fps: float, keep_blocks: bool) -> VideoOutput | PictureOutput:

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Display:
@@ -18,9 +18,8 @@ class Display:
         self._task: Any = None
         if self._console.is_terminal:
             self._bar = Progress(
-                BarColumn(),
+                BarColumn(bar_width=None),  # takes what the text leaves of the line
                 TextColumn("{task.description}"),
-                TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self._console,
             )
@@ -46,9 +45,9 @@ class Display:
     def update(self, state: dict[str, Any]) -> None:
         """state: blocks, total_blocks, frames, seconds, first, bubble."""
         rate = state["frames"] / state["seconds"] if state["seconds"] else 0.0
-        text = (
+        text = (  # less than 70 characters: with the time left it fits a narrow terminal
             f"block {state['blocks']}/{state['total_blocks'] or '-'}, {state['frames']} frames, {rate:.2f} frames/s, "
-            f"first after {state['first']:.1f} s, bubble {100 * state['bubble']:.0f} %"
+            f"first {state['first']:.1f} s, bubble {100 * state['bubble']:.0f} %"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=state["frames"], description=text)

@@ -49,7 +49,7 @@ class Limits:
 
     heartbeat: float = 10.0  # without a tick: the process is stopped, or holds the GIL
     progress: float = 600.0  # without a message while busy, or while every rank waits
-    startup: float = 120.0  # either, before the first phase: imports hold the GIL, a cold disk is slow
+    startup: float = 120.0  # at least this for either before the first phase: imports hold the GIL for long
     grace: float = 20.0  # from the request to stop until SIGKILL
     error_hold: float = 0.2  # a rank's own error waits this long for a death by signal that explains it
     peer_error_hold: float = 1.0  # "I lost a peer" waits this long for the peer's own story

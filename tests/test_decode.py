@@ -1,6 +1,6 @@
 """The streaming decoder against `vae.decode`, and output conversion against diffusers: by equality."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,15 +28,6 @@ CASES = {
         "scale_factor_spatial": 16,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for one another in models this small, and for long when tests run side by side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_vae(case: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
@@ -68,7 +59,7 @@ def vae_fixture(request: pytest.FixtureRequest) -> AutoencoderKLWan:
     return make_vae(request.param)
 
 
-@pytest.mark.parametrize("cuts", [[7], [1] * 7, [3, 4], [1, 6], [2, 2, 3]], ids=str)
+@pytest.mark.parametrize("cuts", [[7], [1] * 7, [3, 4], [2, 2, 3]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_any_chunking_equals_the_whole(case: str, dtype: torch.dtype, cuts: list[int]) -> None:

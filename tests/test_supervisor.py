@@ -202,7 +202,7 @@ def test_exit_code_after_done_is_a_failure():
 
 def test_rank_that_never_starts_is_named():
     sleeper = [sys.executable, "-c", "import time; time.sleep(1000)"]
-    result = supervise(sleeper, 1, limits=Limits(startup=0.5))
+    result = supervise(sleeper, 1, limits=Limits(startup=0.5, heartbeat=0.5))
     assert str(result.failure).startswith("rank 0 failed at start-up: no heartbeat for 0.")
 
 

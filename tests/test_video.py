@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dualparal.video import PLAYLIST, PngWriter, SegmentWriter, VideoInfo, count_frames, join, probe
+from dualparal.video import PLAYLIST, PngWriter, SegmentWriter, VideoInfo, _whole_file, count_frames, join, probe
 
 Frames = npt.NDArray[np.uint8]
 BT709 = 1
@@ -484,6 +484,24 @@ def test_every_size_limit_up_to_the_whole_file(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, soft)
         assert names(tmp_path / "limited") == []
     assert count_frames(writer.write(0, frames)) == 3
+
+
+def test_a_write_error_that_was_swallowed_still_counts(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "any.mp4"
+
+    def write_and_carry_on() -> None:
+        with _whole_file(path) as file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+            try:
+                with contextlib.suppress(OSError):
+                    file.write(bytes(20))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with pytest.raises(OSError, match=r"too large.*any\.mp4"):
+        write_and_carry_on()
+    assert names(tmp_path) == []
 
 
 def test_an_interrupt_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
