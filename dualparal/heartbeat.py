@@ -88,7 +88,8 @@ class Heartbeat:
         """Says what the rank does from now on, and where: ``stage``, ``block``, ``step``.
 
         Cheap enough for every unit. A name that starts with "wait" means waiting for another rank: the parent
-        does not count that time against this one.
+        does not count that time against this one. A name that starts with "start" means imports and loading, which
+        may hold the GIL for long: the parent is patient then, as it is before the first phase.
         """
         if self._fd is None:
             return

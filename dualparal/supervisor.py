@@ -49,7 +49,7 @@ class Limits:
 
     heartbeat: float = 10.0  # without a tick: the process is stopped, or holds the GIL
     progress: float = 600.0  # without a message while busy, or while every rank waits
-    startup: float = 120.0  # at least this for either before the first phase: imports hold the GIL for long
+    startup: float = 120.0  # at least this for either while starting: imports hold the GIL for long
     grace: float = 20.0  # from the request to stop until SIGKILL
     error_hold: float = 0.2  # a rank's own error waits this long for a death by signal that explains it
     peer_error_hold: float = 1.0  # "I lost a peer" waits this long for the peer's own story
@@ -128,6 +128,10 @@ class RankState:
     def active(self) -> bool:
         """Alive, unfinished, and not yet complaining."""
         return self.exit is None and not (self.done or self.error or self.peer_error)
+
+    @property
+    def starting(self) -> bool:
+        return self.phase is None or self.phase.startswith("start")
 
     @property
     def waiting(self) -> bool:
@@ -229,7 +233,7 @@ def _death(state: RankState) -> Failure:
 
 
 def _limit(state: RankState, limits: Limits, limit: float) -> float:
-    return limit if state.phase is not None else max(limit, limits.startup)
+    return max(limit, limits.startup) if state.starting else limit
 
 
 def _silent(states: Sequence[RankState], limits: Limits, limit: float, now: float) -> Failure | None:

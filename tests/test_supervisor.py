@@ -436,6 +436,7 @@ BLAME = {
         (1, "no progress"),
     ),
     "start-up may be silent longer": ([state(0, quiet=60, phase=None), state(1)], None),
+    "a phase of starting is start-up too": ([state(0, quiet=60, phase="start"), state(1)], None),
     "start-up has its limit": ([state(0, quiet=121, phase=None), state(1)], (0, "heartbeat")),
     "done ranks may be silent": ([state(0, quiet=99, done=True), state(1)], None),
     "done ranks do not hide a deadlock": (
