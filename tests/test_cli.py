@@ -1,0 +1,703 @@
+"""The command line as its users meet it: whole runs in real processes, real signals, and a table of mistakes.
+
+Starting a process costs seconds of imports, so that runs are few and asked many things, and mistakes are made
+inside this process by the same entry point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dualparal import __version__, cli, supervisor
+from dualparal.config import BlockConfig, Layout
+from dualparal.loading import ModelFiles
+from dualparal.noise import BlockNoise
+from dualparal.tiny import build_tiny_pipeline
+
+SMALL = ["--prompt", "a cat", "--device", "cpu", "--height", "32", "--width", "32", "--steps", "2"]
+SHORT = [*SMALL, "--frames-per-block", "4", "--context-frames", "2", "--num-frames", "33"]  # blocks of 13, 16, 4
+LATENTS = [1, 16, 9, 4, 4]  # of SHORT
+CLOSING = re.compile(
+    r"(\d+) frames in (\d+) blocks, [\d.]+ s \([\d.]+ frames/s\), first frames after [\d.]+ s, bubble [\d.]+ %, "
+    r"peak memory per rank ([\d., ]+) GiB"
+)
+
+
+class Closing(NamedTuple):
+    """What the last line says."""
+
+    frames: int
+    blocks: int
+    memory: list[float]
+
+
+def closing(text: str) -> Closing:
+    found = CLOSING.findall(text)
+    assert len(found) == 1, text
+    frames, blocks, memory = found[0]
+    return Closing(int(frames), int(blocks), [float(part) for part in memory.split(",")])
+
+
+def decode(path: Path) -> int:
+    """Decodes every frame; the header alone would believe a file that is cut."""
+    with av.open(str(path)) as container:
+        return sum(1 for frame in container.decode(video=0) if frame.width == frame.height == 32)
+
+
+# Runs in this process ---------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A run sets signal handlers and threads for its process; this one has other tests to run."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def dualparal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Outcome]:
+    """Calls the entry point with these arguments, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["dualparal", *map(str, arguments)])
+        capfd.readouterr()
+        with _undisturbed(), pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capfd.readouterr()
+        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+# Runs in processes of their own -----------------------------------------------------------------------------------
+
+
+class Run:
+    """``dualparal generate`` as a process."""
+
+    def __init__(self, folder: Path, *arguments: object, launcher: tuple[str, ...] = ()) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.log = folder / "stderr.txt"
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *launcher, "-m", "dualparal.cli", "generate", *map(str, arguments)],
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                env={**clean, "COLUMNS": "200"},
+            )
+        self.ranks: dict[int, psutil.Process] = {}
+
+    @property
+    def stderr(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def segments(self) -> list[Path]:
+        return sorted(self.folder.glob("*.mp4.blocks/block-*.mp4"))
+
+    def wait_for_segments(self, count: int, seconds: float = 120) -> list[Path]:
+        """Until so many blocks are finished while it runs; notes its ranks."""
+        deadline = time.monotonic() + seconds
+        while len(found := self.segments()) < count:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.stderr
+            time.sleep(0.02)
+        self.ranks = {
+            int(child.environ()["RANK"]): child
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if "RANK" in child.environ()
+        }
+        return found
+
+    def end(self, seconds: float = 120) -> int:
+        """The exit code; afterwards no process of this run is left."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s: {self.stderr}") from None
+        assert not [rank for rank in self.ranks.values() if rank.is_running()]
+        assert not [p.pid for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(self.folder)]
+        return code
+
+    def playable_frames(self) -> int:
+        """Frames of the video, or of its blocks where it was not joined."""
+        video = self.folder / "a.mp4"
+        return decode(video) if video.exists() else sum(map(decode, self.segments()))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Starts runs, each in its own folder, and leaves none behind."""
+    runs: list[Run] = []
+
+    def begin(*arguments: object, launcher: tuple[str, ...] = ()) -> Run:
+        runs.append(Run(tmp_path / f"run{len(runs)}", *arguments, launcher=launcher))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if run.process.poll() is None:
+            for process in psutil.Process(run.process.pid).children(recursive=True):
+                process.kill()
+            run.process.kill()
+            run.process.wait()
+
+
+def test_two_processes_make_a_long_video_that_plays_while_it_grows(
+    start: Callable[..., Run], dualparal: Callable[..., Outcome], wan21: Path, tmp_path: Path
+) -> None:
+    long = [*SMALL, "--model", wan21, "--num-frames", "1025"]
+    run = start(*long, "--stages", "2", "--out", "new/folder/a.mp4", "--latents-out", "latents.safetensors")
+    video = run.folder / "new" / "folder" / "a.mp4"
+    run.segments = lambda: sorted(video.with_name("a.mp4.blocks").glob("block-*.mp4"))  # type: ignore[method-assign]
+    first = run.wait_for_segments(1)[0]
+    assert decode(first) == 29  # 8 latents, the first of which is one frame
+    assert not video.exists() and run.process.poll() is None
+    assert sorted(run.ranks) == [0, 1]
+
+    assert run.end() == 0, run.stderr
+    assert decode(video) == 1025
+    assert [p.name for p in video.parent.iterdir()] == ["a.mp4"]  # the blocks are in it now
+    told = closing(run.stderr)
+    assert (told.frames, told.blocks, len(told.memory)) == (1025, 33, 2)
+    assert all(0.05 < gigabytes < 8 for gigabytes in told.memory)
+    assert "error" not in run.stderr and "WARNING" not in run.stderr
+
+    alone = dualparal("generate", *long, "--stages", 1, "--latents-out", "alone.safetensors")
+    assert alone.code == 0 and (closing(alone.stderr).frames, len(closing(alone.stderr).memory)) == (1025, 1)
+    assert not (tmp_path / "video.mp4").exists()  # only latents were asked for
+    assert (tmp_path / "alone.safetensors").read_bytes() == (run.folder / "latents.safetensors").read_bytes()
+
+
+def test_three_processes_and_torchrun_give_the_same_bytes(
+    start: Callable[..., Run], dualparal: Callable[..., Outcome], wan21: Path, tmp_path: Path
+) -> None:
+    short = [*SHORT, "--model", wan21]
+    assert dualparal("generate", *short, "--out", "a.mp4", "--latents-out", "one.safetensors").code == 0
+    outputs = ["--out", "a.mp4", "--latents-out", "latents.safetensors"]
+    torchrun = start(
+        *short, *outputs, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    )
+    assert torchrun.end() == 0, torchrun.stderr
+    assert len(closing(torchrun.stderr).memory) == 2
+    three = start(*short, *outputs, "--stages", "3")
+    assert three.end() == 0, three.stderr
+    assert len(closing(three.stderr).memory) == 3
+    for run in (torchrun, three):
+        for ours, theirs in (("a.mp4", "a.mp4"), ("one.safetensors", "latents.safetensors")):
+            assert (tmp_path / ours).read_bytes() == (run.folder / theirs).read_bytes()
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 81])
+def test_a_video_has_exactly_the_frames_asked_for(
+    dualparal: Callable[..., Outcome], wan21: Path, tmp_path: Path, num_frames: int
+) -> None:
+    run = dualparal("generate", *SMALL, "--model", wan21, "--num-frames", num_frames, "--out", "a.mp4")
+    assert run.code == 0 and run.stdout == ""
+    assert decode(tmp_path / "a.mp4") == closing(run.stderr).frames == num_frames
+
+
+def test_latents_are_float32_and_noise_goes_in_as_it_would_be_drawn(
+    dualparal: Callable[..., Outcome], wan21: Path, tmp_path: Path
+) -> None:
+    short = ["generate", *SHORT, "--model", wan21]
+    assert dualparal(*short, "--seed", 5, "--latents-out", "drawn.safetensors").code == 0
+    with safe_open(tmp_path / "drawn.safetensors", framework="pt") as file:
+        assert list(file.keys()) == ["latents"]
+        latents = file.get_tensor("latents")
+    assert latents.dtype == torch.float32 and list(latents.shape) == LATENTS
+    assert torch.isfinite(latents).all()
+
+    layout = Layout(BlockConfig(4, 2, "cached"), LATENTS[2])
+    noise = BlockNoise(layout, (16, 4, 4), seed=5, latents=None)
+    drawn = torch.cat([noise(block) for block in range(3)], dim=2)
+    save_file({"latents": drawn}, tmp_path / "noise.safetensors")
+    given = dualparal(*short, "--latents-in", "noise.safetensors", "--latents-out", "given.safetensors")
+    assert given.code == 0, given.stderr
+    assert (tmp_path / "given.safetensors").read_bytes() == (tmp_path / "drawn.safetensors").read_bytes()
+
+    # What comes out goes in again: the same file format.
+    again = dualparal(*short, "--latents-in", "given.safetensors", "--latents-out", "again.safetensors")
+    assert again.code == 0, again.stderr
+    assert not torch.equal(load_file(tmp_path / "again.safetensors")["latents"], latents)
+
+
+def test_pictures_blocks_and_the_model_made_on_the_spot(dualparal: Callable[..., Outcome], tmp_path: Path) -> None:
+    quick = ["generate", *SMALL, "--steps", "1", "--num-frames", "5"]
+    run = dualparal(*quick, "--out", "new/pictures", "--latents-out", "more/a.safetensors")
+    assert run.code == 0
+    assert "no --model" in run.stderr and "random weights" in run.stderr
+    pictures = sorted((tmp_path / "new" / "pictures").iterdir())
+    assert [p.name for p in pictures] == [f"frame-{n:08d}.png" for n in range(5)]
+    assert all(np.asarray(Image.open(p)).shape == (32, 32, 3) for p in pictures)
+    assert load_file(tmp_path / "more" / "a.safetensors")["latents"].shape[2] == 2
+
+    refused = dualparal(*quick, "--out", "new/pictures")
+    assert refused.code == 2 and "not empty" in refused.stderr and "--overwrite" in refused.stderr
+    (tmp_path / "new" / "pictures" / "frame-00000009.png").touch()
+    assert dualparal(*quick, "--out", "new/pictures", "--num-frames", "1", "--overwrite").code == 0
+    assert [p.name for p in (tmp_path / "new" / "pictures").iterdir()] == ["frame-00000000.png"]
+
+    assert dualparal(*quick, "--out", "a.mp4", "--keep-blocks").code == 0
+    assert decode(tmp_path / "a.mp4") == 5
+    assert sorted(p.name for p in (tmp_path / "a.mp4.blocks").iterdir()) == ["block-000000.mp4", "playlist.m3u"]
+    (tmp_path / "a.mp4").unlink()
+    refused = dualparal(*quick, "--out", "a.mp4")
+    assert refused.code == 2 and "run that did not end" in refused.stderr and "playlist.m3u" in refused.stderr
+    assert dualparal(*quick, "--out", "a.mp4", "--overwrite").code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "more", "new"]
+
+
+# Endings ----------------------------------------------------------------------------------------------------------
+
+
+def _check_interrupted(run: Run, number: signal.Signals, ranks: int) -> None:
+    before = len(run.segments())
+    run.process.send_signal(number)
+    assert run.end(20) == 128 + number, run.stderr
+    told = closing(run.stderr)
+    assert told.blocks >= before and len(told.memory) == ranks
+    assert told.frames == 32 * told.blocks - 3  # whole blocks, and not all 251 of them
+    assert told.blocks < 251
+    assert decode(run.folder / "a.mp4") == told.frames
+    assert not (run.folder / "a.mp4.blocks").exists()
+    assert "error" not in run.stderr and "Traceback" not in run.stderr
+
+
+def test_an_interrupted_run_joins_what_is_finished(start: Callable[..., Run], wan21: Path) -> None:
+    endless = [*SMALL, "--model", wan21, "--num-frames", "8001", "--out", "a.mp4"]
+    pair = start(*endless, "--stages", "2")
+    pair.wait_for_segments(2)
+    _check_interrupted(pair, signal.SIGINT, ranks=2)
+    assert "interrupted by SIGINT" in pair.stderr
+
+    alone, asked = start(*endless), start(*endless)
+    alone.wait_for_segments(2)
+    _check_interrupted(alone, signal.SIGINT, ranks=1)
+    asked.wait_for_segments(2)
+    _check_interrupted(asked, signal.SIGTERM, ranks=1)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_and_finished_blocks_play(start: Callable[..., Run], wan21: Path, victim: int) -> None:
+    run = start(*SMALL, "--model", wan21, "--num-frames", "8001", "--out", "a.mp4", "--stages", "2")
+    before = len(run.wait_for_segments(2))
+    run.ranks[victim].kill()
+    assert run.end(20) == 3, run.stderr
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and f"rank {victim} (stage {victim}) failed" in errors[0] and "SIGKILL" in errors[0]
+    assert "Traceback" not in run.stderr
+    frames = run.playable_frames()
+    assert frames >= 32 * before - 3 and (frames + 3) % 32 == 0
+    last = run.stderr.splitlines()[-1]
+    assert ("a.mp4.blocks: " in last and "playlist.m3u" in last) or "a.mp4 has the finished frames" in last
+
+
+def test_a_signal_before_the_work_ends_it_at_once(start: Callable[..., Run], wan21: Path) -> None:
+    run = start(*SMALL, "--num-frames", "8001", "--out", "a.mp4")
+    deadline = time.monotonic() + 60
+    while "no --model" not in run.stderr:  # the tiny model is being made, in a folder of its own
+        assert time.monotonic() < deadline and run.process.poll() is None, run.stderr
+        time.sleep(0.02)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(20) == 143
+    assert "Traceback" not in run.stderr
+    assert [p.name for p in run.folder.iterdir()] == ["stderr.txt"]
+
+
+# Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    data = json.loads(path.read_text())
+    data.update(changes)
+    path.write_text(json.dumps(data))
+
+
+def _weights(model: Path, component: str = "transformer") -> Path:
+    return next((model / component).glob("*.safetensors"))
+
+
+def _truncate(model: Path) -> None:
+    path = _weights(model)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _garbage(model: Path) -> None:
+    path = _weights(model)
+    path.write_bytes(os.urandom(64) + path.read_bytes()[64:])
+
+
+def _rewrite(model: Path, component: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = _weights(model, component)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def _drop(component: str, name: str) -> Callable[[Path], None]:
+    return lambda model: _rewrite(model, component, lambda tensors: tensors.pop(name) and None)
+
+
+def _put(component: str, name: str, *shape: int) -> Callable[[Path], None]:
+    return lambda model: _rewrite(model, component, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+
+
+def _pointer(model: Path) -> None:
+    _weights(model).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12\n")
+
+
+def _lose_shard(model: Path) -> None:
+    shutil.rmtree(model)
+    build_tiny_pipeline(model, max_shard_size="100KB")
+    sorted((model / "transformer").glob("*-of-*.safetensors"))[1].unlink()
+
+
+def _two_variants(model: Path) -> None:
+    path = _weights(model)
+    shutil.copy(path, path.with_name("diffusion_pytorch_model.fp16.safetensors"))
+
+
+def _wan22(**changes: Any) -> Callable[[Path], None]:
+    def make(model: Path) -> None:
+        shutil.rmtree(model)
+        build_tiny_pipeline(model, wan22=True)
+        _edit(model / "model_index.json", **changes)
+
+    return make
+
+
+def _part(component: str, **changes: Any) -> Callable[[Path], None]:
+    return lambda model: _edit(model / component / "config.json", **changes)
+
+
+def _index(**changes: Any) -> Callable[[Path], None]:
+    return lambda model: _edit(model / "model_index.json", **changes)
+
+
+BLOCK = "blocks.2.attn1.to_q.weight"
+BAD_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "pipeline class": (_index(_class_name="FluxPipeline"), ["FluxPipeline", "WanPipeline"]),
+    "transformer class": (
+        _index(transformer=["diffusers", "WanVACETransformer3DModel"]),
+        ["WanVACETransformer3DModel", "WanTransformer3DModel"],
+    ),
+    "class of remote code": (_index(text_encoder=["evil", "Evil"]), ["Evil", "UMT5EncoderModel"]),
+    "sampler class": (_index(scheduler=["diffusers", "DDPMScheduler"]), ["DDPMScheduler", "UniPC"]),
+    "no model_index.json": (lambda m: (m / "model_index.json").unlink(), ["model_index.json", "diffusers format"]),
+    "model_index.json is no JSON": (lambda m: (m / "model_index.json").write_text("{"), ["model_index.json", "JSON"]),
+    "no config.json": (lambda m: (m / "transformer" / "config.json").unlink(), ["config.json", "missing"]),
+    "no sampler config": (lambda m: (m / "scheduler" / "scheduler_config.json").unlink(), ["scheduler", "again"]),
+    "no weights": (lambda m: _weights(m).unlink(), ["transformer", "no weight file", "safetensors"]),
+    "no weights of the VAE": (lambda m: _weights(m, "vae").unlink(), ["vae", "no weight file"]),
+    "cut file": (_truncate, ["diffusion_pytorch_model.safetensors", "download it again"]),
+    "garbage": (_garbage, ["diffusion_pytorch_model.safetensors", "download it again"]),
+    "shard missing": (_lose_shard, ["-of-", "missing", "download"]),
+    "two variants": (_two_variants, ["fp16.safetensors", "index"]),
+    "LFS pointer": (_pointer, ["Git LFS pointer", "git lfs pull"]),
+    "tensor missing": (_drop("transformer", BLOCK), ["1 missing", BLOCK, "download"]),
+    "tensor unknown": (_put("transformer", "blocks.9.extra", 3), ["1 unknown", "blocks.9.extra"]),
+    "tensor shape": (_put("transformer", BLOCK, 3, 3), [BLOCK, "(3, 3)", "(48, 48)"]),
+    "VAE tensor missing": (_drop("vae", "post_quant_conv.weight"), ["vae", "1 missing", "post_quant_conv.weight"]),
+    "VAE tensor shape": (_put("vae", "post_quant_conv.bias", 3), ["vae", "post_quant_conv.bias", "(3,)"]),
+    "text encoder tensor missing": (
+        _drop("text_encoder", "encoder.final_layer_norm.weight"),
+        ["text_encoder", "encoder.final_layer_norm.weight"],
+    ),
+    "VAE of another model": (_part("vae", z_dim=48), ["z_dim=48", "in_channels=16"]),
+    "text encoder of another model": (_part("text_encoder", d_model=64), ["d_model=64", "text_dim=32"]),
+    "VAE config": (_part("vae", dim_mult="wide"), ["vae", "config.json"]),
+    "image-to-video": (_part("transformer", image_dim=1280), ["image_dim=1280", "text-to-video"]),
+    "Wan2.2 without boundary": (_wan22(boundary_ratio=None), ["boundary_ratio"]),
+}
+
+
+def _latents(*shape: int, name: str = "latents", value: float = 0.0) -> Callable[[Path], None]:
+    return lambda path: save_file({name: torch.full(shape, value)}, path)
+
+
+BAD_LATENTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "missing": (lambda path: None, ["noise.safetensors", "no such file"]),
+    "a folder": (lambda path: path.mkdir(), ["noise.safetensors", "not a safetensors file"]),
+    "not safetensors": (lambda path: path.write_bytes(b"\x80\x04K\x01."), ["noise.safetensors", "not a safetensors"]),
+    "shape": (_latents(1, 16, 3, 4, 4), ["[1, 16, 3, 4, 4]", str(LATENTS)]),
+    "NaN": (_latents(*LATENTS, value=float("nan")), ["NaN", "finite"]),
+    "name": (_latents(*LATENTS, name="noise"), ["['noise']", "'latents'"]),
+}
+
+BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
+    "C > B": (["--context-frames", "9"], ["context_frames=9", "4 or fewer"]),
+    "C < 0": (["--context-frames", "-1"], ["context_frames=-1", "from 0"]),
+    "B = 0": (["--frames-per-block", "0"], ["frames_per_block=0", "from 1"]),
+    "context": (["--context", "telepathy"], ["telepathy", "cached", "prior", "paper"]),
+    "stages 0": (["--stages", "0"], ["--stages 0", "1 or more"]),
+    "stages -2": (["--stages", "-2"], ["--stages -2", "1 or more"]),
+    "more stages than layers": (["--stages", "5"], ["stages=5", "4 layers", "1 to 4"]),
+    "no frame": (["--num-frames", "0"], ["num_frames=0", "from 1"]),
+    "negative frames": (["--num-frames", "-3"], ["num_frames=-3", "from 1"]),
+    "100 frames": (["--num-frames", "100"], ["num_frames=100", "97", "101"]),
+    "height": (["--height", "40"], ["height=40", "divisible by 16", "32 or 48"]),
+    "width": (["--width", "7"], ["width=7", "divisible by 16", "use 16"]),
+    "huge height": (["--height", "1000000"], ["height=1000000", "16384"]),
+    "NaN guidance": (["--guidance-scale", "nan"], ["guidance_scale=nan", "5.0"]),
+    "infinite guidance": (["--guidance-scale", "inf"], ["guidance_scale=inf", "5.0"]),
+    "second guidance": (["--guidance-scale-2", "3"], ["guidance_scale_2=3.0", "single transformer"]),
+    "no step": (["--steps", "0"], ["num_inference_steps=0", "from 1"]),
+    "seed": (["--seed", "-1"], ["seed=-1", "non-negative"]),
+    "not a model": (["--model", "nowhere"], ["'nowhere'", "diffusers format", "hub id"]),
+    "a file": (["--model", "{file}"], ["file.txt", "diffusers format", "hub id"]),
+    "below a file": (["--out", "{file}/a.mp4"], ["file.txt", "not a folder", "choose"]),
+    "latents below a file": (["--latents-out", "{file}/a"], ["--latents-out", "file.txt", "not a folder"]),
+    "a folder called .mp4": (["--out", "{folder}.mp4"], ["folder.mp4", "is a folder"]),
+    "latents to a folder": (["--latents-out", "{folder}.mp4", "--overwrite"], ["folder.mp4", "is a folder"]),
+    "PNG folder is a file": (["--out", "{plain}"], ["plain", "is a file", "folder for PNG"]),
+    "PNG folder with other files": (["--out", "{full}"], ["full", "not empty", "--overwrite"]),
+    "ending": (["--out", "a.avi"], ["a.avi", ".mp4", "PNG"]),
+    "exists": (["--out", "{folder}.mp4/there.mp4"], ["there.mp4", "exists", "--overwrite"]),
+    "latents exist": (["--latents-out", "{file}"], ["--latents-out", "file.txt", "exists", "--overwrite"]),
+    "outputs collide": (["--out", "a.mp4", "--latents-out", "a.mp4"], ["--latents-out a.mp4", "another place"]),
+    "name too long": (["--out", "a" * 300 + ".mp4"], ["aaa", "too long"]),
+    "gpus without GPU": (["--device", "cuda"], ["--device cuda", "no GPU", "--device cpu"]),
+    "prompt_at": (["--prompt-at", "soon"], ["'soon'", "FRAME:TEXT"]),
+    "prompt_at half": (["--prompt-at", "-4:dog"], ["'-4:dog'", "FRAME:TEXT"]),
+    "prompt_at superscript": (["--prompt-at", "²:dog"], ["FRAME:TEXT"]),
+    "prompt_at first": (["--prompt-at", "0:dog"], ["'0:dog'", "--prompt"]),
+    "prompt_at beyond": (["--prompt-at", "33:dog"], ["'33:dog'", "ends at 32"]),
+    "prompt_at twice": (["--prompt-at", "9:dog", "--prompt-at", "09:cow"], ["'09:cow'", "one per frame"]),
+    "sampler": (["--sampler", "magic"], ["magic", "unipc", "euler", "dpm++"]),
+    "flow shift": (["--flow-shift", "nan"], ["--flow-shift nan", "above 0"]),
+    "dtype": (["--dtype", "int8"], ["int8", "float32", "bfloat16"]),
+    "fps": (["--fps", "0"], ["--fps 0.0", "1000"]),
+    "NaN fps": (["--fps", "nan"], ["--fps nan", "1000"]),
+    "slow fps": (["--fps", "0.0001"], ["--fps 0.0001", "1/1001"]),
+    "device": (["--device", "tpu"], ["--device tpu", "cuda or cpu"]),
+    "depth": (["--depth", "0"], ["depth=0", "at least one"]),
+    "threads": (["--threads", "-1"], ["--threads -1", "from 1"]),
+}
+
+
+@pytest.fixture
+def refuses(
+    dualparal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[list[Any], list[str]], None]:
+    """Checks that a call ends with one error and code 2, before any rank starts or any weight is read."""
+
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("work began")
+
+    monkeypatch.setattr(supervisor, "supervise", work)
+    monkeypatch.setattr(ModelFiles, "load_slices", work)
+    monkeypatch.setattr(ModelFiles, "load_text_encoder", work)
+
+    def check(arguments: list[Any], expected: list[str]) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        outcome = dualparal("generate", *arguments)
+        assert outcome.code == (5 if "too long" in expected else 2), outcome.stderr
+        lines = outcome.stderr.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ") and not outcome.stdout, outcome.stderr
+        missing = [text for text in expected if text not in lines[0]]
+        assert not missing, lines[0]
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return check
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_a_bad_model_is_refused(
+    refuses: Callable[..., None], wan21: Path, tmp_path: Path, name: str, stages: int
+) -> None:
+    damage, expected = BAD_MODELS[name]
+    model = tmp_path / "model"
+    shutil.copytree(wan21, model)
+    damage(model)
+    refuses([*SHORT, "--model", model, "--stages", stages, "--out", "a.mp4"], expected)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("name", BAD_LATENTS)
+def test_bad_latents_are_refused(
+    refuses: Callable[..., None], wan21: Path, tmp_path: Path, name: str, stages: int
+) -> None:
+    make, expected = BAD_LATENTS[name]
+    make(tmp_path / "noise.safetensors")
+    flags = ["--latents-in", "noise.safetensors", "--stages", stages, "--out", "a.mp4"]
+    refuses([*SHORT, "--model", wan21, *flags], expected)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_a_bad_flag_is_refused(
+    refuses: Callable[..., None], wan21: Path, tmp_path: Path, name: str, stages: int
+) -> None:
+    flags, expected = BAD_FLAGS[name]
+    for path in ("folder.mp4", "full"):
+        (tmp_path / path).mkdir()
+    for path in ("file.txt", "plain", "full/mine.doc", "folder.mp4/there.mp4"):
+        (tmp_path / path).touch()
+    places = {"file": "file.txt", "folder": "folder", "plain": "plain", "full": "full"}
+    base = [*SHORT, "--model", wan21, "--stages", stages, "--out", "a.mp4"]
+    refuses([*base, *(flag.format(**places) for flag in flags)], expected)  # the last of two equal flags counts
+
+
+def test_gpus_and_ranks_are_counted_once(
+    refuses: Callable[..., None], wan21: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_device = [flag for flag in SHORT if flag not in ("--device", "cpu")] + ["--model", wan21]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refuses([*without_device, "--gpus", 2], ["--gpus 2", "no GPU", "--device cpu"])
+    refuses([*without_device, "--gpus", 0], ["--gpus 0", "1 or more"])
+    refuses([*without_device, "--gpus", 2, "--stages", 3], ["--gpus 2", "--stages 3", "one of them"])
+    refuses([*SHORT, "--model", wan21, "--gpus", 2], ["--gpus 2", "--device cpu", "--stages"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refuses([*without_device, "--gpus", 2], ["--gpus 2", "torch sees 1"])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuses([*SHORT, "--model", wan21, "--stages", 3], ["--stages 3", "2 processes", "leave --stages out"])
+
+
+def test_a_hub_id_that_cannot_be_had_is_refused(
+    refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as HF_HUB_OFFLINE=1, which is read at import
+    refuses([*SHORT, "--model", "nobody/nothing"], ["'nobody/nothing'", "no directory here", "hub"])
+
+
+class _Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+_unpickled: list[str] | None = None  # a hook can not be taken out again: it listens while this is a list
+
+
+def _listen(event: str, arguments: tuple[Any, ...]) -> None:
+    if _unpickled is not None and event == "pickle.find_class":
+        _unpickled.append(str(arguments))
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+def test_a_pickle_is_never_read(
+    refuses: Callable[..., None], wan21: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, component: str
+) -> None:
+    model, trap = tmp_path / "model", tmp_path / "touched"
+    shutil.copytree(wan21, model)
+    weights = _weights(model, component)
+    weights.unlink()
+    weights.with_suffix(".bin").write_bytes(pickle.dumps(_Touch(trap)))
+    (model / component / "other.pt").write_bytes(pickle.dumps(_Touch(trap)))
+    if not hasattr(_listen, "installed"):
+        sys.addaudithook(_listen)
+        _listen.installed = True  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys.modules[__name__], "_unpickled", [])
+    refuses([*SHORT, "--model", model, "--out", "a.mp4"], [weights.stem, "pickles and never read", "convert"])
+    assert _unpickled == [] and not trap.exists()
+    pickle.loads(weights.with_suffix(".bin").read_bytes())
+    assert _unpickled and trap.exists()  # the trap works
+
+
+def test_an_unknown_flag_and_a_missing_one_are_named(dualparal: Callable[..., Outcome], tmp_path: Path) -> None:
+    for arguments, expected in (
+        (["generate", "--prompt", "a cat", "--bogus"], "--bogus"),
+        (["generate", "--prompt", "a cat", "--steps", "many"], "--steps"),
+        (["generate"], "--prompt"),
+        (["paint"], "paint"),
+    ):
+        outcome = dualparal(*arguments)
+        assert outcome.code == 2 and expected in outcome.stderr and "--help" in outcome.stderr
+        assert "Traceback" not in outcome.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_say_a_mistake_once(start: Callable[..., Run], wan21: Path) -> None:
+    run = start(*SHORT, "--model", wan21, "--stages", "2", "--latents-in", "nowhere.safetensors", "--out", "a.mp4")
+    assert run.end() == 2
+    assert run.stderr == "error: --latents-in nowhere.safetensors: no such file\n"
+    assert [p.name for p in run.folder.iterdir()] == ["stderr.txt"]
+
+
+# Help -------------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_flag_at_once_and_without_torch() -> None:
+    program = (
+        "import sys\nfrom dualparal.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'av'} & set(sys.modules)\n"
+        "print('imported:', sorted(heavy))\nsys.exit(code)"
+    )
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", program, "generate", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "220", "NO_COLOR": "1", "TERM": "dumb"},
+        check=True,
+    )
+    assert time.monotonic() - began < 3
+    assert "imported: []" in result.stdout
+    text = " ".join(result.stdout.split())
+    flags = ["--" + name.replace("_", "-") for name in inspect.signature(cli.generate).parameters]
+    assert not [flag for flag in flags if not re.search(rf"{flag}\b", text)]
+    for hint in ("Pixels", "latent frames", "Frames per second", "[default: 50]", "[default: 81]", "Default: cuda"):
+        assert hint in text
+
+
+def test_version_doctor_and_no_arguments(dualparal: Callable[..., Outcome]) -> None:
+    version = dualparal("--version")
+    assert version.code == 0 and version.stdout == f"dualparal {__version__}\n"
+    doctor = dualparal("doctor")
+    assert doctor.code == 0 and "Traceback" not in doctor.stderr
+    for word in ("dualparal", "python", "torch", "diffusers", "extension", "gpu", "video"):
+        assert re.search(rf"^{word}", doctor.stdout, re.MULTILINE), doctor.stdout
+    assert torch.__version__ in doctor.stdout
+    bare = dualparal()
+    assert "generate" in bare.stdout + bare.stderr and "doctor" in bare.stdout + bare.stderr
