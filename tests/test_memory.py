@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 SIZE = 128
+# glibc gives large buffers back at once, so that the peak is what is held and not how the heap fell out.
+STEADY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def peaks(model: Path, out: Path, frames: int) -> list[float]:
@@ -18,7 +21,9 @@ def peaks(model: Path, out: Path, frames: int) -> list[float]:
         *("--height", str(SIZE), "--width", str(SIZE), "--out", str(out), "--frames-per-block", "2"),
         *("--context-frames", "1"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **STEADY}
+    )
     assert done.returncode == 0, done.stderr
     found = re.search(r"peak memory per rank ([0-9., ]+) GiB", done.stderr)
     assert found, done.stderr
@@ -30,4 +35,4 @@ def test_a_four_times_longer_video_needs_no_more_memory(wan21: Path, tmp_path: P
     long = peaks(wan21, tmp_path / "long.mp4", 321)
     for rank, (before, after) in enumerate(zip(short, long, strict=True)):
         # Frames that somebody holds on to would weigh 45 MiB (as floats), some 9 % of a rank's own size.
-        assert after <= before + 0.03, f"rank {rank}: {before} -> {after} GiB"
+        assert after <= before + 0.02, f"rank {rank}: {before} -> {after} GiB"
