@@ -25,7 +25,6 @@ import torch
 from record import record
 
 from dualparal.engine import Engine
-from dualparal.features import KeysValues
 from dualparal.heartbeat import Heartbeat
 from dualparal.models.base import Grid, Pending, TimeCondition
 from dualparal.schedule import Schedule
@@ -55,8 +54,8 @@ class NoLayers:
         tokens = latents.shape[2] * latents.shape[3] * latents.shape[4] // 4
         return self._zeros("hidden", tokens, (tokens, self._inner.inner_dim))
 
-    def layer(self, index: int, hidden: torch.Tensor, pending: Any, *rest: Any) -> tuple[Any, Pending, KeysValues]:
-        return hidden, (hidden, None), KeysValues(hidden, hidden)
+    def layer(self, index: int, hidden: torch.Tensor, pending: Any, *rest: Any) -> tuple[torch.Tensor, Pending]:
+        return hidden, (hidden, None)
 
     def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
         return hidden
@@ -150,7 +149,8 @@ def efficiency(folder: Path) -> list[dict[str, object]]:
                      "unit_ms": round(unit, 1), "speedup": round(speedup, 3), "bound": round(bound, 3),
                      "of_bound": round(speedup / bound, 3)})  # fmt: skip
         print(f"efficiency  {policy:7s} T={steps} M={blocks} guidance={guidance > 1!s:5s} unit {unit:6.1f} ms | "
-              f"speed-up of 2 processes {speedup:.2f} | bound {bound:.2f} | {100 * speedup / bound:.0f} %", flush=True)  # fmt: skip
+              f"speed-up of 2 processes {speedup:.2f} | bound {bound:.2f} | {100 * speedup / bound:.0f} %",
+              flush=True)  # fmt: skip
     return rows
 
 

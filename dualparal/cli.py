@@ -446,8 +446,6 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
             heartbeat.message(progress=report)
             if display is not None:
                 display.update(report)
-            if stopped or heartbeat.stop_requested.is_set():
-                engine.interrupt()  # again: one that came before the first block may have come too early
     finally:
         if display is not None:
             display.stop()

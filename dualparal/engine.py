@@ -91,6 +91,7 @@ class Engine:
         self._negative_prompt: str | None = None
         self._video: VideoConfig | None = None
         self._interrupted = False
+        self._running = False
 
     @classmethod
     def from_pretrained(
@@ -141,11 +142,10 @@ class Engine:
             dtype = _DTYPES[dtype]
         dtype = dtype or (torch.bfloat16 if kind.type == "cuda" else torch.float32)
         if in_distributed_run():
-            world = dist.get_world_size() if dist.is_initialized() else None
             mesh = Mesh.join(kind.type)
             if stages is not None and stages != mesh.world_size:
                 raise ValueError(
-                    f"stages={stages} with {world or mesh.world_size} ranks: in a distributed run every "
+                    f"stages={stages} with {mesh.world_size} ranks: in a distributed run every "
                     f"rank owns one stage; leave stages out or start {stages} ranks"
                 )
             stages = mesh.world_size
@@ -246,6 +246,11 @@ class Engine:
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
+        if self._running:
+            raise RuntimeError(
+                "this engine is making a video: exhaust or close that stream first, or use another engine"
+            )
+        self._interrupted = False
         return self._run(replace(request, callback=callback_on_step_end))
 
     def set_prompt(self, prompt: str, negative_prompt: str | None = None) -> int:
@@ -270,7 +275,6 @@ class Engine:
     # A run --------------------------------------------------------------------------------------------------
 
     def _run(self, request: Request) -> Iterator[Chunk]:
-        self._interrupted = False
         schedule = self._schedule(request)
         self._meet(request, schedule)
         if self.mesh.rank == 0:
@@ -281,7 +285,7 @@ class Engine:
         lane = self._lane(request, clocks[0]) if self.mesh.rank == 0 else None
         executors = self._executors(request, schedule, lane, clocks)
         started = time.perf_counter()
-        running = True
+        self._running = True
         try:
             for _ in run_together(executors):
                 if lane is not None:
@@ -289,12 +293,12 @@ class Engine:
                     if self._interrupted:
                         self._stop(executors)
                         break
-            running = False
+            self._running = False
             if lane is not None:
                 yield from lane.drain()
             self._finish(clocks, lane, started)
         except GeneratorExit:  # the consumer has had enough
-            if running:
+            if self._running:
                 self._stop(executors)
             self._finish(clocks, lane, started)
             raise
@@ -302,6 +306,7 @@ class Engine:
             if lane is not None:
                 lane.close()
             self._prompts = self._video = None
+            self._running = False
 
     def _stop(self, executors: list[StageExecutor]) -> None:
         if self.mesh.distributed and self.mesh.rank == 0:

@@ -88,8 +88,8 @@ class LatentQueue:
         return self._latents[unit.block].shape
 
     def take(self, unit: Unit, velocity: torch.Tensor) -> None:
-        """Keeps a branch's velocity until the update."""
-        self._velocity[unit] = velocity
+        """Keeps a copy of a branch's velocity until the update."""
+        self._velocity[unit] = velocity.clone()
 
     def update(self, block: int, step: int) -> None:
         """One sampler step from the velocities of the block's branches."""
@@ -226,7 +226,7 @@ class StageExecutor:
         assert self.queue is not None and self.inbound is not None
         _, tensor = self._receive(unit)
         shape = self.queue.velocity_shape(unit)
-        self.queue.take(unit, tensor[: shape.numel()].view(shape).clone())
+        self.queue.take(unit, tensor[: shape.numel()].view(shape))
         self.inbound.release()
         self.under_way -= 1
 

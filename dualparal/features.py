@@ -1,7 +1,8 @@
 """The store of neighbour features: keys and values of context frames, per layer, side, slot and branch.
 
 It knows slots, not blocks: which block's features lie in a slot is the schedule's business. Features are stored
-after norm and rotation at absolute positions, ready to be read.
+after norm and rotation at absolute positions, ready to be read. Rows are numbered by tensors in device memory, so
+that a captured graph can be told another slot.
 """
 
 from __future__ import annotations
@@ -20,13 +21,9 @@ class KeysValues(NamedTuple):
     def rows(self, start: int, count: int) -> KeysValues:
         return KeysValues(self.keys[start : start + count], self.values[start : start + count])
 
-    def copy_(self, other: KeysValues) -> None:
-        self.keys.copy_(other.keys)
-        self.values.copy_(other.values)
-
 
 class FeatureStore:
-    """Fixed buffers, allocated once: ``layers`` x ``slots`` x ``branches`` x ``tokens`` keys and values.
+    """Fixed buffers, allocated once: ``layers`` x (``slots`` x ``branches``) rows x ``tokens`` keys and values.
 
     Args:
         slots: number of slots per side, e.g. {"head": 1, "tail": 9}.
@@ -43,23 +40,31 @@ class FeatureStore:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self._branches = branches
         self._buffers = {
-            side: torch.empty(layers, count, branches, 2, tokens, inner, dtype=dtype, device=device)
+            side: [
+                KeysValues(*torch.empty(2, count * branches, tokens, inner, dtype=dtype, device=device).unbind())
+                for _ in range(layers)
+            ]
             for side, count in slots.items()
         }
-        # Made once: taking views apart costs more than a small layer.
-        self._slots = {
-            (layer, side, slot, branch): KeysValues(buffer[layer, slot, branch, 0], buffer[layer, slot, branch, 1])
-            for side, buffer in self._buffers.items()
-            for layer in range(layers)
-            for slot in range(slots[side])
-            for branch in range(branches)
-        }
+        numbers = torch.arange(max(slots.values(), default=0) * branches, device=device)
+        self._numbers = list(numbers.split(1))  # made once: a view per unit would cost more than its use
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(tensor.nbytes for layers in self._buffers.values() for pair in layers for tensor in pair)
 
-    def slot(self, layer: int, side: str, slot: int, branch: int) -> KeysValues:
-        """Views of the keys and values in a slot; writing to them is how features are stored."""
-        return self._slots[layer, side, slot, branch]
+    def row(self, side: str, slot: int, branch: int) -> torch.Tensor:
+        """int64 [1], the row of a slot and branch."""
+        return self._numbers[slot * self._branches + branch]
+
+    def load(self, layer: int, side: str, row: torch.Tensor, out: KeysValues) -> None:
+        """Copies a row's keys and values into ``out``, contiguous [tokens, inner] each."""
+        for buffer, target in zip(self._buffers[side][layer], out, strict=True):
+            torch.index_select(buffer, 0, row, out=target.unsqueeze(0))
+
+    def save(self, layer: int, side: str, row: torch.Tensor, made: KeysValues) -> None:
+        """Copies keys and values [tokens, inner] into a row."""
+        for buffer, source in zip(self._buffers[side][layer], made, strict=True):
+            buffer.index_copy_(0, row, source.unsqueeze(0))

@@ -62,6 +62,7 @@ class PictureOutput:
 
 def check_out(path: Path, overwrite: bool) -> None:
     """Raises OutputError when ``path`` cannot become the output: a ``.mp4`` file or a folder for PNG files."""
+    _check_name(path, "--out")
     if path.suffix not in (".mp4", ""):
         raise OutputError(
             f"--out {path}: frames are written to a .mp4 file, or as PNG files to a folder (a name without an ending)"
@@ -81,6 +82,7 @@ def check_out(path: Path, overwrite: bool) -> None:
 
 def check_file(path: Path, flag: str, overwrite: bool, folder: bool = False) -> None:
     """Raises OutputError when a file (or a folder) cannot be made there, or is there already."""
+    _check_name(path, flag)
     if path.is_dir() and not folder:
         raise OutputError(f"{flag} {path} is a folder; give the name of a file")
     if path.exists() and not overwrite:
@@ -90,6 +92,16 @@ def check_file(path: Path, flag: str, overwrite: bool, folder: bool = False) -> 
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{flag} {path}: {parent} is not a folder that can be written to; choose another place")
+
+
+def _check_name(path: Path, flag: str) -> None:
+    """A name that no file can have: too long, or by way of a loop of links."""
+    try:
+        path.with_name(path.name + ".blocks").lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise OutputError(f"{flag} {path}: {error.strerror}; choose another name") from None
 
 
 def what_is_left(path: Path, since: float) -> str:

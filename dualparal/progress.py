@@ -20,7 +20,7 @@ class Display:
             self._bar = Progress(
                 BarColumn(bar_width=None),  # takes what the text leaves of the line
                 TextColumn("{task.description}"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(compact=True),
                 console=self._console,
             )
             self._task = self._bar.add_task("starting", total=total_frames)
@@ -45,7 +45,7 @@ class Display:
     def update(self, state: dict[str, Any]) -> None:
         """state: blocks, total_blocks, frames, seconds, first, bubble."""
         rate = state["frames"] / state["seconds"] if state["seconds"] else 0.0
-        text = (  # less than 70 characters: with the time left it fits a narrow terminal
+        text = (  # short: with the time left it fits a narrow terminal
             f"block {state['blocks']}/{state['total_blocks'] or '-'}, {state['frames']} frames, {rate:.2f} frames/s, "
             f"first {state['first']:.1f} s, bubble {100 * state['bubble']:.0f} %"
         )

@@ -57,20 +57,19 @@ def generate(
         rotary = expert.rotary(layout.window_start(block), window.shape[2], grid)
         hidden = expert.embed(window)
         pending: Pending | None = None
+        own, lent, first = len(hidden), context * grid.tokens, fed * grid.tokens
         for layer in range(expert.num_layers):
-            neighbours = []
+            parts = [KeysValues(torch.empty_like(hidden), torch.empty_like(hidden))]  # own, to be written
             if context and policy != "prior" and block < newest:
-                neighbours.append(features[layer, "head", block + 1, step - 1, branch])
+                parts.append(features[layer, "head", block + 1, step - 1, branch])
             if context and policy != "paper" and block > 0:
                 made_at = step if policy == "cached" else min(step + 1, steps - 1)
-                neighbours.append(features[layer, "tail", block - 1, made_at, branch])
-            hidden, pending, own = expert.layer(
-                layer, hidden, pending, time, text[layer], rotary, neighbours, workspace=None
-            )
-            lent = context * grid.tokens
-            first = fed * grid.tokens
-            for side, start_row in (("head", first), ("tail", len(own.keys) - lent)):
-                features[layer, side, block, step, branch] = own.rows(start_row, lent)
+                parts.append(features[layer, "tail", block - 1, made_at, branch])
+            keys_values = KeysValues(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
+            text_condition = KeysValues(text[layer, 0], text[layer, 1])
+            hidden, pending = expert.layer(layer, hidden, pending, time, text_condition, rotary, keys_values)
+            features[layer, "head", block, step, branch] = keys_values.rows(first, lent)
+            features[layer, "tail", block, step, branch] = keys_values.rows(own - lent, lent)
         own_pending = None if pending is None else (pending[0][first:], pending[1])
         return expert.head(hidden[first:], own_pending, time, grid)
 

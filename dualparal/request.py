@@ -87,12 +87,18 @@ def _prompts(prompt: str | Mapping[int, str], layout: Layout, temporal_factor: i
         )
     if 0 not in prompt:
         raise ValueError("prompt has no text for frame 0")
-    found = {}
+    found: dict[int, str] = {}
     for frame in sorted(prompt):
         if not isinstance(frame, int) or frame < 0:
             raise ValueError(f"prompt for frame {frame!r}: frames are counted from 0")
         latent = (frame + temporal_factor - 1) // temporal_factor - layout.first_frames
-        found[0 if latent < 0 else 1 + latent // layout.blocks.frames_per_block] = prompt[frame]
+        block = 0 if latent < 0 else 1 + latent // layout.blocks.frames_per_block
+        if block in found:
+            raise ValueError(
+                f"prompt for frame {frame} and an earlier one lie in the same block {block}: a block has "
+                f"one prompt; put them {temporal_factor * layout.blocks.frames_per_block} frames apart"
+            )
+        found[block] = prompt[frame]
     return found
 
 

@@ -2,17 +2,46 @@
 
 Everything that does not change from unit to unit is made once: time conditions per step, keys and values of the
 text per prompt, rotary angles per window. Layers share one workspace for keys and values [own | next | previous].
+
+``forward`` is a function of tensors and a ``StepShape`` alone: slot numbers are tensors too, so that a captured
+graph of it (``graphs.py``) serves every block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from dualparal.features import FeatureStore, KeysValues
 from dualparal.models.base import Grid, Pending, Rotary, Slice, TimeCondition
 from dualparal.schedule import Features, Unit
+
+
+class StepShape(NamedTuple):
+    """What decides which operations a unit takes; two units of one shape differ in the values of tensors only."""
+
+    expert: int
+    branch: int
+    frames: int
+    fed_context: int  # leading frames that belong to the previous block (``paper``)
+    reads: tuple[str, ...]  # sides of the features read, in the order in which their keys follow the own ones
+    writes: tuple[str, ...]
+
+
+class StepInputs(NamedTuple):
+    """The tensors of a unit. ``text`` and ``time`` are shared between units and never written to."""
+
+    hidden: torch.Tensor  # first stage: latents [1, C, F, H, W]; otherwise hidden states [tokens, inner]
+    text: torch.Tensor  # [layers, 2, tokens, inner]
+    time: TimeCondition
+    rotary: Rotary
+    read_at: tuple[torch.Tensor, ...]  # int64 [1] each: rows of the feature store
+    write_at: tuple[torch.Tensor, ...]
+
+
+Forward = Callable[[StepShape, StepInputs], torch.Tensor]
 
 
 class Stage:
@@ -26,6 +55,7 @@ class Stage:
         max_tokens: own tokens of the largest window.
         context_tokens: tokens that a neighbour lends.
         first, last: whether this stage embeds latents, and whether it makes velocities.
+        wrap: what to put around ``forward``, such as ``graphs.Graphed``.
     """
 
     def __init__(
@@ -40,6 +70,7 @@ class Stage:
         *,
         first: bool,
         last: bool,
+        wrap: Callable[[Forward], Forward] | None = None,
     ) -> None:
         self.experts = experts
         self.expert_of_step = expert_of_step
@@ -54,9 +85,10 @@ class Stage:
         self.workspace = KeysValues(
             *(torch.empty(rows, self.inner_dim, dtype=slice_.dtype, device=slice_.device) for _ in range(2))
         )
+        self._step = wrap(self.forward) if wrap else self.forward
         self._time: dict[int, TimeCondition] = {}
         self._prompts: dict[int, torch.Tensor] = {}
-        self._text: dict[tuple[int, int, int], list[KeysValues]] = {}
+        self._text: dict[tuple[int, int, int], torch.Tensor] = {}
         self._rotary: tuple[tuple[int, int], Rotary] | None = None
 
     def add_prompt(self, prompt: int, embeds: torch.Tensor) -> None:
@@ -94,42 +126,58 @@ class Stage:
             reads, writes: slots of the feature store, in the order in which keys follow the own ones.
 
         Returns:
-            Hidden states [tokens, inner], or on the last stage the velocity [1, C, own frames, H, W].
+            Hidden states [tokens, inner], or on the last stage the velocity [1, C, own frames, H, W]. Good until the
+            next unit.
         """
-        which = self.expert_of_step[unit.step]
-        expert = self.experts[which]
-        time = self._time_condition(unit.step)
-        text = self._text_condition(prompt, unit.branch, which)
-        rotary = self._angles(*window)
-        if self.first:
-            hidden = expert.embed(hidden)
+        expert = self.expert_of_step[unit.step]
+        shape = StepShape(
+            expert, unit.branch, window[1], fed_context, tuple(f.side for f in reads), tuple(f.side for f in writes)
+        )
+        inputs = StepInputs(
+            hidden,
+            self._text_condition(prompt, unit.branch, expert),
+            self._time_condition(unit.step),
+            self._angles(*window),
+            tuple(self._row(features) for features in reads),
+            tuple(self._row(features) for features in writes),
+        )
+        return self._step(shape, inputs)
+
+    def forward(self, shape: StepShape, inputs: StepInputs) -> torch.Tensor:
+        """The arithmetic of a unit; nothing else decides its result."""
+        expert, lent, tokens = self.experts[shape.expert], self.context_tokens, self.grid.tokens
+        hidden = expert.embed(inputs.hidden) if self.first else inputs.hidden
+        own = len(hidden)
+        context = self.workspace.rows(0, own + lent * len(shape.reads))
+        first_own = shape.fed_context * tokens
+        rows = {"head": first_own, "tail": own - lent}
         pending: Pending | None = None
         for index in range(expert.num_layers):
-            neighbours = [self._slot(index, features) for features in reads]
-            hidden, pending, own = expert.layer(
-                index, hidden, pending, time, text[index], rotary, neighbours, self.workspace
-            )
-            for features in writes:
-                row = fed_context * self.grid.tokens
-                if features.side == "tail":
-                    row = len(own.keys) - self.context_tokens
-                self._slot(index, features).copy_(own.rows(row, self.context_tokens))
+            for place, (side, at) in enumerate(zip(shape.reads, inputs.read_at, strict=True)):
+                self._features.load(index, side, at, context.rows(own + place * lent, lent))
+            text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
+            hidden, pending = expert.layer(index, hidden, pending, inputs.time, text, inputs.rotary, context)
+            for side, at in zip(shape.writes, inputs.write_at, strict=True):
+                self._features.save(index, side, at, context.rows(rows[side], lent))
         if not self.last:
             return expert.finish(hidden, pending)
-        first = fed_context * self.grid.tokens
         assert pending is not None, "a stage has at least one layer"
-        return expert.head(hidden[first:], (pending[0][first:], pending[1]), time, self.grid)
+        return expert.head(hidden[first_own:], (pending[0][first_own:], pending[1]), inputs.time, self.grid)
 
-    def _slot(self, layer: int, features: Features) -> KeysValues:
+    @property
+    def _features(self) -> FeatureStore:
         assert self.store is not None, "the schedule reads features but the stage has no store"
-        return self.store.slot(layer, features.side, features.slot, features.branch)
+        return self.store
+
+    def _row(self, features: Features) -> torch.Tensor:
+        return self._features.row(features.side, features.slot, features.branch)
 
     def _time_condition(self, step: int) -> TimeCondition:
         if step not in self._time:
             self._time[step] = self.experts[self.expert_of_step[step]].time(self.timesteps[step])
         return self._time[step]
 
-    def _text_condition(self, prompt: int, branch: int, expert: int) -> list[KeysValues]:
+    def _text_condition(self, prompt: int, branch: int, expert: int) -> torch.Tensor:
         key = prompt, branch, expert
         if key not in self._text:
             self._text[key] = self.experts[expert].text(self._prompts[prompt][branch])

@@ -106,7 +106,8 @@ class RunStats:
         memory = ", ".join(f"{(rank.peak_device or rank.peak_host) / 2**30:.2f}" for rank in self.ranks)
         first = "-" if self.first_frame is None else f"{self.first_frame:.1f} s"
         rate = self.frames / self.seconds if self.seconds > 0 else 0.0
+        blocks = f"{self.blocks} block{'' if self.blocks == 1 else 's'}"
         return (
-            f"{self.frames} frames in {self.blocks} blocks, {self.seconds:.1f} s ({rate:.2f} frames/s), "
+            f"{self.frames} frames in {blocks}, {self.seconds:.1f} s ({rate:.2f} frames/s), "
             f"first frames after {first}, bubble {100 * self.bubble:.1f} %, peak memory per rank {memory} GiB"
         )

@@ -220,6 +220,24 @@ def test_interrupt_gives_out_what_is_finished(engine: Build) -> None:
     assert built("a cat", num_frames=5, num_inference_steps=1, output_type="latent", **SIZE).frames.shape[2] == 2
 
 
+def test_an_interrupt_before_the_first_block_is_not_lost(engine: Build) -> None:
+    built = engine(frames_per_block=2, context_frames=1)
+    chunks = built.stream("a cat", num_frames=801, num_inference_steps=2, output_type="latent", **SIZE)
+    built.interrupt()
+    assert len(list(chunks)) < 3
+
+
+def test_an_engine_makes_one_video_at_a_time(engine: Build) -> None:
+    built = engine(frames_per_block=2, context_frames=1)
+    call = {"num_frames": 41, "num_inference_steps": 1, "output_type": "latent", **SIZE}
+    first = built.stream("a cat", **call)
+    next(first)
+    with pytest.raises(RuntimeError, match="making a video"):
+        built.stream("a dog", **call)
+    first.close()
+    assert built("a dog", **call).frames.shape[2] == 11
+
+
 def test_prompt_change_reaches_new_blocks_only(engine: Build) -> None:
     call = {"num_frames": 61, "num_inference_steps": 3, "output_type": "latent", **SIZE}
     options = {"frames_per_block": 2, "context_frames": 0}  # without context, blocks do not influence each other
@@ -293,6 +311,7 @@ def test_nan_is_not_given_out(engine: Build) -> None:
         ({"prompt": None}, "either prompt or prompt_embeds"),
         ({"prompt": ["a", "b"]}, "one video at a time"),
         ({"prompt": {5: "a cat"}}, "no text for frame 0"),
+        ({"prompt": {0: "a cat", 3: "a dog"}}, "same block 0"),
         ({"guidance_scale_2": 3.0}, "single transformer"),
         ({"latents": torch.zeros(1, 16, 2, 4, 4)}, r"latents have shape \[1, 16, 2, 4, 4\]"),
         ({"latents": torch.full((1, 16, 3, 4, 4), float("nan"))}, "NaN or infinity"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,11 +69,13 @@ class WindowLocal:
 
     def layer(
         self, index: int, hidden: Any, pending: Any, time: Any, text: Any, rotary: Any,
-        neighbours: Sequence[KeysValues], workspace: None,
+        context: KeysValues,
     ) -> Any:  # fmt: skip
-        local = [KeysValues(self.turn(n.keys, -self.start), n.values) for n in neighbours]
-        hidden, pending, own = self.inner.layer(index, hidden, pending, time, text, rotary, local, None)
-        return hidden, pending, KeysValues(self.turn(own.keys, self.start), own.values)
+        own = len(hidden)
+        local = KeysValues(torch.cat([context.keys[:own], self.turn(context.keys[own:], -self.start)]), context.values)
+        result = self.inner.layer(index, hidden, pending, time, text, rotary, local)
+        context.keys[:own] = self.turn(local.keys[:own], self.start)
+        return result
 
 
 class Unturned(WindowLocal):
@@ -113,9 +115,10 @@ def test_frame_100000_works(engine: Callable[..., Engine]) -> None:
     def velocity(start: int) -> torch.Tensor:
         hidden, pending = expert.embed(latents), None
         for index in range(expert.num_layers):
-            hidden, pending, _ = expert.layer(
-                index, hidden, pending, time, text[index], expert.rotary(start, 4, GRID), [], None
-            )
+            context = KeysValues(torch.empty_like(hidden), torch.empty_like(hidden))
+            keys_values = KeysValues(text[index, 0], text[index, 1])
+            rotary = expert.rotary(start, 4, GRID)
+            hidden, pending = expert.layer(index, hidden, pending, time, keys_values, rotary, context)
         return expert.head(hidden, pending, time, GRID)
 
     with torch.inference_mode():

@@ -6,7 +6,7 @@ latent-frame indices of the video, so features made for one block are right for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -63,8 +63,8 @@ class Slice(Protocol):
         """timestep: a scalar of the sampler's."""
         ...
 
-    def text(self, prompt_embeds: torch.Tensor) -> list[KeysValues]:
-        """Prompt embeddings [sequence, text_dim] to the cross-attention keys and values of every layer."""
+    def text(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Prompt embeddings [sequence, text_dim] to cross-attention keys and values [layers, 2, sequence, inner]."""
         ...
 
     def rotary(self, start: int, frames: int, grid: Grid) -> Rotary:
@@ -79,12 +79,12 @@ class Slice(Protocol):
         time: TimeCondition,
         text: KeysValues,
         rotary: Rotary,
-        neighbours: Sequence[KeysValues],
-        workspace: KeysValues | None,
-    ) -> tuple[torch.Tensor, Pending, KeysValues]:
-        """One layer. Returns hidden states, what is still to be added to them, and the layer's own keys and values.
+        context: KeysValues,
+    ) -> tuple[torch.Tensor, Pending]:
+        """One layer. Returns hidden states and what is still to be added to them.
 
-        The own keys and values are views of ``workspace`` when one is given, good until its next use.
+        Args:
+            context: rows [own | neighbours]; the neighbours' keys and values are there, the own ones are written.
         """
         ...
 

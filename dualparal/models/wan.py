@@ -7,7 +7,7 @@ follows it (``dualparal.kernels``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,16 +239,21 @@ class WanSlice:
             head[1] += 1
         return TimeCondition(layers, head)
 
-    def text(self, prompt_embeds: torch.Tensor) -> list[KeysValues]:
+    def text(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         text = self._linear("text_embedder.linear_1", prompt_embeds.to(self.device, self.dtype))
         text = self._linear("text_embedder.linear_2", F.gelu(text, approximate="tanh"))
-        return [
-            KeysValues(
-                F.rms_norm(F.linear(text, *layer.cross_k), (self.spec.inner_dim,), layer.cross_norm_k, self.eps),
-                F.linear(text, *layer.cross_v),
-            )
-            for layer in self._layers
-        ]
+        inner = (self.spec.inner_dim,)
+        return torch.stack(
+            [
+                torch.stack(
+                    [
+                        F.rms_norm(F.linear(text, *layer.cross_k), inner, layer.cross_norm_k, self.eps),
+                        F.linear(text, *layer.cross_v),
+                    ]
+                )
+                for layer in self._layers
+            ]
+        )
 
     def rotary(self, start: int, frames: int, grid: Grid) -> Rotary:
         """Angles in float64 from absolute indices: no table, no largest index (diffusers' ends at 1,024)."""
@@ -285,21 +290,15 @@ class WanSlice:
         time: TimeCondition,
         text: KeysValues,
         rotary: Rotary,
-        neighbours: Sequence[KeysValues],
-        workspace: KeysValues | None,
-    ) -> tuple[torch.Tensor, Pending, KeysValues]:
+        context: KeysValues,
+    ) -> tuple[torch.Tensor, Pending]:
         layer, heads, eps = self._layers[index], self.spec.heads, self.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.layers[index]
         y, y_gate = pending or (None, None)
 
         # Self-attention over [own | neighbours]. Non-causal, so the order of keys only has to be fixed.
         hidden, normed = residual_norm(hidden, y, y_gate, scale, shift, eps=eps)
-        own = len(hidden)
-        total = own + sum(len(n.keys) for n in neighbours)
-        if workspace is None:
-            workspace = KeysValues(*(hidden.new_empty(total, self.spec.inner_dim) for _ in range(2)))
-        context = workspace.rows(0, total)
-        made = context.rows(0, own)
+        own = context.rows(0, len(hidden))
         qkv = F.linear(normed, *layer.qkv)
         query = qk_norm_rope(
             qkv,
@@ -307,15 +306,11 @@ class WanSlice:
             layer.norm_k,
             rotary.cos,
             rotary.sin,
-            made.keys,
-            made.values,
+            own.keys,
+            own.values,
             heads=heads,
             eps=eps,
         )
-        at = own
-        for neighbour in neighbours:
-            context.rows(at, len(neighbour.keys)).copy_(neighbour)
-            at += len(neighbour.keys)
         attended = F.linear(attention(query, context.keys, context.values, heads=heads), *layer.out)
 
         # Cross-attention to the text
@@ -329,7 +324,7 @@ class WanSlice:
         # Feed-forward; its residual is left to the norm of the next layer
         hidden, normed = residual_norm(hidden, attended, None, ffn_scale, ffn_shift, eps=eps)
         y = F.linear(F.gelu(F.linear(normed, *layer.ffn_in), approximate="tanh"), *layer.ffn_out)
-        return hidden, (y, ffn_gate), made
+        return hidden, (y, ffn_gate)
 
     def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
         return hidden if pending is None else residual(hidden, *pending)
