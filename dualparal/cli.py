@@ -60,6 +60,7 @@ class Job:
     device: str
     dtype: str | None
     depth: int
+    graphs: bool
     threads: int
     sampler: str | None
     flow_shift: float | None
@@ -158,6 +159,7 @@ def generate(
         typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on cuda, float32 on cpu."),
     ] = None,
     depth: Annotated[int, typer.Option(help="Messages that fit between two stages.")] = 2,
+    graphs: Annotated[bool, typer.Option(help="Run every stage step as a CUDA graph (cuda only).")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads per stage; 0: the cores divided by the stages.")] = 0,
     fps: Annotated[float, typer.Option(help="Frames per second of the video file.")] = 16.0,
     keep_blocks: Annotated[bool, typer.Option(help="Keep the video's segments after they were joined.")] = False,
@@ -199,6 +201,7 @@ def generate(
             device=_device(device, gpus),
             dtype=dtype,
             depth=depth,
+            graphs=graphs,
             threads=_threads(threads, count),
             sampler=sampler,
             flow_shift=flow_shift,
@@ -277,6 +280,7 @@ def _engine(job: Job, stages: int | None, report: Callable[..., None] | None = N
         device=job.device,
         dtype=job.dtype,
         depth=job.depth,
+        graphs=job.graphs,
         report=report,
     )
     if job.sampler is not None or job.flow_shift is not None:
