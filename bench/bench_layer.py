@@ -1,0 +1,127 @@
+"""A layer and a block-step against diffusers' layers and the authors' way, on the same weights, in one run.
+
+    python bench/bench_layer.py            # on a GPU: the real shapes, bfloat16
+    python bench/bench_layer.py --cpu      # small shapes, float32
+
+layer: the same queries and keys (B frames, no neighbours) through ours, diffusers eager, and torch.compile of it.
+block-step: one step of one block with guidance and both neighbours: ours ``cached`` (two units of B frames reading
+stored features) against the authors' (a batch of two of B + C frames, raw cache joined, normalised and rotated again).
+Results are checked against float32 before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from record import record
+from rivals import AuthorsStep, Inputs, Weights, diffusers_step, ours_step
+from shapes import CPU_SHAPES, GPU_SHAPES, Shape
+
+from dualparal.features import KeysValues
+
+
+def measure(functions: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each, interleaved so that a noisy machine hits all alike."""
+    for function in functions.values():
+        for _ in range(2):
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or len(next(iter(times.values()))) < 5:
+        for name, function in functions.items():
+            if device.type == "cuda":
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                function()
+                end.record()
+                end.synchronize()
+                times[name].append(begin.elapsed_time(end))
+            else:
+                at = time.perf_counter()
+                function()
+                times[name].append(1e3 * (time.perf_counter() - at))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def error(made: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((made.float() - truth.float()).norm() / truth.float().norm())
+
+
+def bench(
+    shape: Shape, device: torch.device, dtype: torch.dtype, seconds: float, compile_: bool
+) -> list[dict[str, object]]:
+    weights = Weights(shape, dtype, device)
+    own, wide = Inputs(weights, shape.frames), Inputs(weights, shape.frames + shape.context)
+    nobody: list[list[KeysValues]] = [[] for _ in range(shape.layers)]
+    lent = shape.context * shape.grid.tokens
+    neighbours = [
+        [KeysValues(*(torch.randn(lent, shape.inner, device=device).to(dtype) for _ in range(2))) for _ in range(2)]
+        for _ in range(shape.layers)
+    ]
+    authors = AuthorsStep(weights)
+    authors(wide, use_cache=False)  # fills the cache
+    functions: dict[str, Callable[[], object]] = {
+        "layer ours": lambda: ours_step(weights, own, nobody),
+        "layer diffusers": lambda: diffusers_step(weights, own),
+        "step ours": lambda: [ours_step(weights, own, neighbours) for _ in range(2)],
+        "step authors": lambda: authors(wide, use_cache=True),
+    }
+    if compile_:
+        blocks = [torch.compile(block) for block in weights.blocks]
+
+        def compiled() -> torch.Tensor:
+            hidden = own.hidden[None]
+            for block in blocks:
+                hidden = block(hidden, own.text_states[None], own.temb[None], own.diffusers_rotary)
+            return hidden[0]
+
+        functions["layer compiled"] = compiled
+    with torch.inference_mode():
+        if shape.layer_flops(own.hidden.shape[0], own.hidden.shape[0]) < 1e12:  # a float32 truth in reasonable time
+            exact = Weights(shape, torch.float32, device)
+            truth = diffusers_step(exact, Inputs(exact, shape.frames))
+            ours, theirs = (error(f(), truth) for f in (functions["layer ours"], functions["layer diffusers"]))  # type: ignore[arg-type]
+            assert ours <= 2 * theirs + 1e-5, f"{shape.name}: error {ours:.2e} against diffusers' own {theirs:.2e}"
+        times = measure(functions, device, seconds)
+    rows = []
+    for what, rival in (("layer", "diffusers"), ("layer", "compiled"), ("step", "authors")):
+        if f"{what} {rival}" not in times:
+            continue
+        ours, theirs = times[f"{what} ours"] / shape.layers, times[f"{what} {rival}"] / shape.layers
+        tokens = own.hidden.shape[0]
+        keys = tokens + (2 * lent if what == "step" else 0)
+        flops = shape.layer_flops(tokens, keys) * (2 if what == "step" else 1)
+        rows.append({"what": what, "shape": shape.name, "dtype": str(dtype).split(".")[1], "rival": rival,
+                     "ours_ms": round(ours, 3), "rival_ms": round(theirs, 3), "ratio": round(theirs / ours, 3),
+                     "tflops": round(flops / ours / 1e9, 1)})  # fmt: skip
+        print(f"{what:6s} {shape.name:16s} ours {ours:8.3f} ms per layer | {rival} {theirs:8.3f} ms | "
+              f"{theirs / ours:.2f}x | {flops / ours / 1e9:.1f} TFLOP/s", flush=True)  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cpu", action="store_true", help="small shapes in float32 on the CPU, one thread")
+    parser.add_argument("--seconds", type=float, default=3.0, help="per shape")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    cpu = arguments.cpu or not torch.cuda.is_available()
+    device, dtype = torch.device("cpu" if cpu else "cuda"), torch.float32 if cpu else torch.bfloat16
+    if cpu:
+        torch.set_num_threads(1)
+    rows = []
+    for shape in CPU_SHAPES if cpu else GPU_SHAPES:
+        rows += bench(shape, device, dtype, arguments.seconds, compile_=not cpu and not arguments.no_compile)
+        if not cpu:
+            torch.cuda.empty_cache()
+    if not arguments.no_record:
+        record("layer_cpu" if cpu else "layer", rows)
+
+
+if __name__ == "__main__":
+    main()
