@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 
 
 def _version(package: str) -> str:
@@ -71,3 +72,7 @@ def _video() -> list[str]:
     except Exception:  # PyAV's errors for a codec it lacks differ between versions
         return ["video          this av has no libx264: only PNG files can be written"]
     return ["video          libx264 ready"]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report() + "\n")

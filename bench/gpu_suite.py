@@ -1,0 +1,77 @@
+"""Everything that needs a GPU, in one command of at most nine minutes; no network.
+
+    pip install --no-build-isolation --no-deps -e .       # builds the CUDA ops for this card
+    python bench/gpu_suite.py [--out FOLDER]
+
+First the checks (every op against fp32 truth, the engine with several stages on one card, eager and captured), then
+the benches at the real shapes. A part that fails or runs out of time does not stop the next; the exit code says
+whether all went well. Rows go to bench/results/, and with --out a copy and the full log go there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MINUTES = 9.0
+
+# name, share of the time, command. In order of worth: what is cut off at the end is missed least.
+PARTS = [
+    ("doctor", 0.05, ["-m", "dualparal.doctor"]),
+    (
+        "ops and engine",
+        0.35,
+        ["-m", "pytest", "-q", "-m", "gpu", "tests", "--timeout", "120", "-p", "no:cacheprovider"],
+    ),
+    ("layer and block-step", 0.25, ["bench/bench_layer.py"]),
+    ("attention", 0.15, ["bench/bench_attention.py"]),
+    ("graphs", 0.15, ["bench/bench_graphs.py"]),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for a copy of the results and the log")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    log: list[str] = []
+    failed = []
+    for name, share, command in PARTS:
+        if command[0].endswith(".py") and not (ROOT / command[0]).exists():
+            raise FileNotFoundError(command[0])
+        # Time that earlier parts left over goes to the later ones.
+        left = deadline - time.monotonic()
+        limit = max(10.0, min(left, 60 * arguments.minutes * share + max(0.0, left - 60 * arguments.minutes * 0.6)))
+        started = time.monotonic()
+        print(f"== {name} (at most {limit:.0f} s)", flush=True)
+        try:
+            done = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, timeout=limit, text=True, check=False,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            text, code = done.stdout, done.returncode
+        except subprocess.TimeoutExpired as expired:
+            text, code = (expired.stdout or b"").decode(errors="replace"), -1  # type: ignore[union-attr]
+        took = time.monotonic() - started
+        if code:
+            failed.append(name)
+        verdict = "ok" if code == 0 else "out of time" if code == -1 else f"exit code {code}"
+        print(f"{text.rstrip()}\n== {name}: {verdict}, {took:.0f} s", flush=True)
+        log.append(f"== {name}: {verdict}, {took:.0f} s\n{text}")
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "suite.log").write_text("\n".join(log))
+        for path in (ROOT / "bench" / "results").glob("*.csv"):
+            shutil.copy(path, arguments.out)
+    print(f"== {len(PARTS) - len(failed)} parts ok" + (f", not: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
