@@ -41,7 +41,7 @@ SHORT = [*SMALL, "--frames-per-block", "4", "--context-frames", "2", "--num-fram
 LONG = [*SMALL, "--num-frames", "8001", "--out", "a.mp4", "--threads", "1"]  # ended by a signal: 251 blocks
 LATENTS = [1, 16, 9, 4, 4]  # of SHORT
 CLOSING = re.compile(
-    r"(\d+) frames in (\d+) blocks, [\d.]+ s \([\d.]+ frames/s\), first frames after [\d.]+ s, bubble [\d.]+ %, "
+    r"(\d+) frames in (\d+) blocks?, [\d.]+ s \([\d.]+ frames/s\), first frames after [\d.]+ s, bubble [\d.]+ %, "
     r"peak memory per rank ([\d., ]+) GiB"
 )
 
