@@ -293,17 +293,22 @@ def make_groups(world_size: int) -> list[Any]:
 
 
 def warm_up(groups: Sequence[Any], rank: int, device: torch.device) -> None:
-    """A first exchange over the two edges of a rank, on the CPU and, on CUDA, on the device. Collective."""
+    """A first exchange over every edge, on the CPU and, on CUDA, on the device. Collective.
+
+    Edge by edge in one order on all ranks: making an NCCL communicator waits for both of its ranks, so two ranks
+    that each began with their own sending edge would wait for each other.
+    """
     world_size = len(groups)
-    after, before = (rank + 1) % world_size, (rank - 1) % world_size
-    for place in {torch.device("cpu"), device}:
-        sent, received = torch.ones(1, device=place), torch.zeros(1, device=place)
-        works = [
-            _guard("warm-up", dist.isend, sent, after, group=groups[rank]),
-            _guard("warm-up", dist.irecv, received, before, group=groups[before]),
-        ]
-        for work in works:
-            _guard("warm-up", work.wait)
+    places = [torch.device("cpu")] + ([device] if device.type != "cpu" else [])
+    for edge, group in enumerate(groups):
+        after = (edge + 1) % world_size
+        if rank not in (edge, after):
+            continue
+        for place in places:
+            tensor = torch.ones(1, device=place)
+            function, peer = (dist.isend, after) if rank == edge else (dist.irecv, edge)
+            name = f"warm-up of edge {edge} -> {after}"
+            _guard(name, _guard(name, function, tensor, peer, group=group).wait)
 
 
 class PromptChannel:
