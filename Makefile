@@ -10,7 +10,7 @@ PROMPT ?= a red ball rolls over green grass
 
 demo: .venv/.installed
 	mkdir -p demo
-	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 --out demo/video.mp4 --device cpu --stages 2
+	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 --out demo/video.mp4 --device cpu --stages 2 --overwrite
 
 test: .venv/.installed-dev
 	$(BIN)/ruff check .
