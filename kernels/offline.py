@@ -5,6 +5,8 @@ decided by the compiler, so they can be checked without a card. Uses the ptxas, 
 triton wheel carries. For tests and ``bench/kernel_report.py``; nothing here runs when a video is made.
 """
 
+import importlib.util
+import pkgutil
 import re
 import subprocess
 import tempfile
@@ -143,6 +145,52 @@ def compile_offline(
         tma_loads=_count(r"\bUTMALDG\b", code),
         exp2=_count(r"\bMUFU\.EX2\b", code),
     )
+
+
+def offline_cases() -> list[tuple[str, OfflineCase]]:
+    """Every op's OFFLINE, with the name of the op. Needs triton."""
+    import dualparal.kernels
+
+    found = []
+    for module in pkgutil.iter_modules(dualparal.kernels.__path__):
+        name = f"dualparal.kernels.{module.name}.triton_kernel"
+        if module.ispkg and importlib.util.find_spec(name):
+            found += [(module.name, case) for case in importlib.import_module(name).OFFLINE]
+    return found
+
+
+COLUMNS = ("op", "case", "sm", "warps", "stages", "registers", "stack", "shared", "loads / stores", "tensor cores")
+
+
+def row(op: str, case: OfflineCase, report: OfflineReport) -> dict[str, str]:
+    """One line of docs/kernels.md: its columns by name."""
+    if report.gmma:
+        cores = f"{report.gmma} wgmma, {'serialised' if report.serialised else f'{report.gmma_waits} waits'}"
+    else:
+        cores = f"{report.mma} mma" if report.mma else ""
+    values = (op, case.name, report.arch, report.num_warps, report.num_stages, report.registers, report.stack)
+    return dict(zip(COLUMNS, map(str, (*values, report.shared, report.widths(), cores))))
+
+
+def write_table(rows: list[dict[str, str]]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([row[column] for column in COLUMNS] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def read_table(text: str) -> list[dict[str, str]]:
+    """The rows of the first table in ``text`` that has these columns."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    start = lines.index(list(COLUMNS)) + 2
+    return [dict(zip(COLUMNS, line)) for line in lines[start:]]
+
+
+def read_widths(text: str) -> tuple[dict[int, int], dict[int, int]]:
+    """``OfflineReport.widths()`` backwards: loads, stores."""
+    loads, stores = (
+        {int(width): int(count) for count, width in (move.split("x") for move in side.split() if "x" in move)}
+        for side in text.split(" / ")
+    )
+    return loads, stores
 
 
 def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
