@@ -4,8 +4,11 @@
 op and device type, and says so once at INFO. A backend asked for by name runs or raises.
 """
 
+import contextlib
 import functools
+import importlib
 import logging
+import math
 from collections.abc import Sequence
 
 import torch  # before _C: both then share one OpenMP runtime, and one pool of threads
@@ -20,19 +23,24 @@ except ImportError as error:
 
 log = logging.getLogger("dualparal")
 
-NATIVE = ("cpp", "cuda", "torch")  # the usual backends of an op, the preferred one first
+NATIVE = ("cpp", "cuda", "triton", "torch")  # the usual backends of an op, the preferred one first
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the codes of csrc/common.h
 
 
 @functools.cache
 def absent(backend: str, device_type: str) -> str:
     """Why ``backend`` cannot run on this type of device; empty when it can."""
-    if backend in ("cpp", "cuda"):
+    if backend in ("cpp", "cuda", "triton"):
         wanted = "cpu" if backend == "cpp" else "cuda"
         if device_type != wanted:
             return f"it takes tensors on {wanted}, not on {device_type}"
-        if NOT_BUILT:
-            return f"{NOT_BUILT}; reinstall dualparal where there is a C++ compiler"
+    if backend in ("cpp", "cuda") and NOT_BUILT:
+        return f"{NOT_BUILT}; reinstall dualparal where there is a C++ compiler"
+    if backend == "triton":
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            return f"triton does not import ({error}); install triton"
     if backend == "cuda":
         if not _C.build_info()["cuda"]:
             return "dualparal._C was built without CUDA; reinstall dualparal where nvcc is on the PATH"
@@ -106,8 +114,34 @@ def check_dtype(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} is {tensor.dtype}; expected {', '.join(map(str, DTYPES))}")
 
 
+def check_eps(eps: float) -> None:
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps={eps}: a finite number of 0 or more expected")
+
+
+def recorded(*tensors: torch.Tensor | None) -> bool:
+    """Is this call one to record, by torch.compile or torch.export, and not to run?
+
+    Then an op calls itself through torch.ops.dualparal, which tracers understand. Otherwise it does not: the
+    dispatcher would cost each call more than the work of a small one.
+
+    Raises:
+        ValueError: a tensor asks for a gradient. Below the dispatcher, where an op checks, that is hidden.
+    """
+    if not torch.compiler.is_compiling() and type(tensors[0]) is torch.Tensor:
+        return False
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise ValueError("a tensor requires a gradient and these ops have none; use torch.inference_mode()")
+    return True
+
+
 def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Inside, ``device`` is the current one, where Triton launches; nothing to do for tensors on the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def where(device: torch.device) -> dict[str, int]:

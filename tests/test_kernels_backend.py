@@ -45,7 +45,7 @@ def test_backend_of_another_device():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend='fast' is unknown; use 'auto' or one of cpp, cuda, torch"):
+    with pytest.raises(ValueError, match="backend='fast' is unknown; use 'auto' or one of cpp, cuda, triton, torch"):
         backend.choose("an_op", CPU, "fast")
 
 

@@ -19,7 +19,7 @@ def combine_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: float, *, 
     Args:
         cond, uncond: any one shape, float32, bfloat16 or float16, contiguous.
         scale: finite.
-        backend: "auto", "cpp", "cuda" or "torch".
+        backend: "auto", "cpp", "cuda", "triton" or "torch".
 
     Returns:
         A tensor like cond.
@@ -28,14 +28,24 @@ def combine_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: float, *, 
         ValueError: a shape, dtype, device or layout is not as above, scale is not finite, or the backend
             cannot run.
     """
-    backends.check_dtype("cond", cond)
-    backends.check("cond", cond, cond.shape, cond.dtype, cond.device)
-    backends.check("uncond", uncond, cond.shape, cond.dtype, cond.device)
+    if backends.recorded(cond, uncond):
+        return torch.ops.dualparal.combine_guidance(cond, uncond, scale, backend)
+    return _combine_guidance(cond, uncond, scale, backend)
+
+
+def _combine_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+    _check(cond, uncond)
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: expected a finite number")
-    if backends.choose("combine_guidance", cond.device, backend) == "torch":
+    chosen = backends.choose("combine_guidance", cond.device, backend)
+    if chosen == "torch":
         return reference.combine_guidance(cond, uncond, scale)
     out = torch.empty_like(cond)
+    if chosen == "triton":
+        from . import triton_kernel
+
+        triton_kernel.launch(cond, uncond, out, scale)
+        return out
     backends._C.combine_guidance(
         cond=backends.pointer(cond),
         uncond=backends.pointer(uncond),
@@ -46,3 +56,23 @@ def combine_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: float, *, 
         **backends.where(cond.device),
     )
     return out
+
+
+def _check(cond: torch.Tensor, uncond: torch.Tensor) -> None:
+    backends.check_dtype("cond", cond)
+    backends.check("cond", cond, cond.shape, cond.dtype, cond.device)
+    backends.check("uncond", uncond, cond.shape, cond.dtype, cond.device)
+
+
+# What torch.compile and torch.export record.
+
+
+@torch.library.custom_op("dualparal::combine_guidance", mutates_args=())
+def _combine_guidance_op(cond: torch.Tensor, uncond: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+    return _combine_guidance(cond, uncond, scale, backend)
+
+
+@_combine_guidance_op.register_fake
+def _(cond: torch.Tensor, uncond: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+    _check(cond, uncond)
+    return torch.empty_like(cond)

@@ -36,7 +36,7 @@ def qk_norm_rope(
         k_out, v_out: [S, inner] of qkv's dtype; contiguous rows, any distance between rows: slices of an
             arena. They must not overlap qkv or each other.
         heads: head_dim = inner / heads is even.
-        backend: "auto", "cpp", "cuda" or "torch".
+        backend: "auto", "cpp", "cuda", "triton" or "torch".
 
     Returns:
         q, [S, inner], like qkv.
@@ -44,24 +44,34 @@ def qk_norm_rope(
     Raises:
         ValueError: a shape, dtype, device or layout is not as above, or the backend cannot run.
     """
-    if qkv.ndim != 2 or heads < 1 or qkv.shape[1] == 0 or qkv.shape[1] % (6 * heads):
-        raise ValueError(
-            f"qkv is {list(qkv.shape)} with heads={heads}; expected [S, 3 * heads * head_dim] with head_dim even"
-        )
-    rows, inner = qkv.shape[0], qkv.shape[1] // 3
-    head_dim = inner // heads
+    if backends.recorded(qkv, norm_q, norm_k, cos, sin, k_out, v_out):
+        return torch.ops.dualparal.qk_norm_rope(qkv, norm_q, norm_k, cos, sin, k_out, v_out, heads, eps, backend)
+    return _qk_norm_rope(qkv, norm_q, norm_k, cos, sin, k_out, v_out, heads, eps, backend)
+
+
+def _qk_norm_rope(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    heads: int,
+    eps: float,
+    backend: str,
+) -> torch.Tensor:
     norm_q, norm_k = norm_q.float(), norm_k.float()
-    backends.check_dtype("qkv", qkv)
-    backends.check("qkv", qkv, qkv.shape, qkv.dtype, qkv.device)
-    for name, weight in (("norm_q", norm_q), ("norm_k", norm_k)):
-        backends.check(name, weight, (inner,), torch.float32, qkv.device)
-    for name, table in (("cos", cos), ("sin", sin)):
-        backends.check(name, table, (rows, head_dim // 2), torch.float32, qkv.device)
-    for name, out in (("k_out", k_out), ("v_out", v_out)):
-        backends.check(name, out, (rows, inner), qkv.dtype, qkv.device, row_stride=True)
-    if backends.choose("qk_norm_rope", qkv.device, backend) == "torch":
+    rows, inner, head_dim = _check(qkv, norm_q, norm_k, cos, sin, k_out, v_out, heads)
+    chosen = backends.choose("qk_norm_rope", qkv.device, backend)
+    if chosen == "torch":
         return reference.qk_norm_rope(qkv, norm_q, norm_k, cos, sin, k_out, v_out, heads=heads, eps=eps)
     q = torch.empty((rows, inner), dtype=qkv.dtype, device=qkv.device)
+    if chosen == "triton":
+        from . import triton_kernel
+
+        triton_kernel.launch(qkv, norm_q, norm_k, cos, sin, q, k_out, v_out, head_dim, eps)
+        return q
     backends._C.qk_norm_rope(
         qkv=backends.pointer(qkv),
         norm_q=backends.pointer(norm_q),
@@ -81,3 +91,67 @@ def qk_norm_rope(
         **backends.where(qkv.device),
     )
     return q
+
+
+def _check(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    heads: int,
+) -> tuple[int, int, int]:
+    """Rows, inner and head_dim, when everything fits."""
+    if qkv.ndim != 2 or heads < 1 or qkv.shape[1] == 0 or qkv.shape[1] % (6 * heads):
+        raise ValueError(
+            f"qkv is {list(qkv.shape)} with heads={heads}; expected [S, 3 * heads * head_dim] with head_dim even"
+        )
+    rows, inner = qkv.shape[0], qkv.shape[1] // 3
+    head_dim = inner // heads
+    backends.check_dtype("qkv", qkv)
+    backends.check("qkv", qkv, qkv.shape, qkv.dtype, qkv.device)
+    for name, weight in (("norm_q", norm_q), ("norm_k", norm_k)):
+        backends.check(name, weight, (inner,), torch.float32, qkv.device)
+    for name, table in (("cos", cos), ("sin", sin)):
+        backends.check(name, table, (rows, head_dim // 2), torch.float32, qkv.device)
+    for name, out in (("k_out", k_out), ("v_out", v_out)):
+        backends.check(name, out, (rows, inner), qkv.dtype, qkv.device, row_stride=True)
+    return rows, inner, head_dim
+
+
+# What torch.compile and torch.export record.
+
+
+@torch.library.custom_op("dualparal::qk_norm_rope", mutates_args=("k_out", "v_out"))
+def _qk_norm_rope_op(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    heads: int,
+    eps: float,
+    backend: str,
+) -> torch.Tensor:
+    return _qk_norm_rope(qkv, norm_q, norm_k, cos, sin, k_out, v_out, heads, eps, backend)
+
+
+@_qk_norm_rope_op.register_fake
+def _(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    heads: int,
+    eps: float,
+    backend: str,
+) -> torch.Tensor:
+    rows, inner, _ = _check(qkv, norm_q.float(), norm_k.float(), cos, sin, k_out, v_out, heads)
+    return qkv.new_empty((rows, inner))

@@ -30,7 +30,7 @@ def residual_norm(
     Args:
         x, y: [S, D], float32, bfloat16 or float16, contiguous; without y there is nothing to add.
         gate, weight, bias: [D] float32, or None for 1, 1 and 0; gate needs y.
-        backend: "auto", "cpp", "cuda" or "torch".
+        backend: "auto", "cpp", "cuda", "triton" or "torch".
 
     Returns:
         (x_new, h), both like x; x_new is x itself when there is no y.
@@ -38,13 +38,12 @@ def residual_norm(
     Raises:
         ValueError: a shape, dtype, device or layout is not as above, or the backend cannot run.
     """
-    chosen = _check(x, y, gate, weight, bias, backend)
-    if chosen == "torch":
-        return reference.residual_norm(x, y, gate, weight, bias, eps=eps)
-    x_new = x if y is None else torch.empty_like(x)
-    h = torch.empty_like(x)
-    _launch(x, y, gate, weight, bias, None if y is None else x_new, h, eps)
-    return x_new, h
+    if backends.recorded(x, y, gate, weight, bias):
+        if y is not None:
+            return torch.ops.dualparal.residual_norm(x, y, gate, weight, bias, eps, backend)
+        _check_gate(y, gate)
+        return x, torch.ops.dualparal.norm(x, weight, bias, eps, backend)
+    return _residual_norm(x, y, gate, weight, bias, eps, backend)
 
 
 def residual(
@@ -54,12 +53,100 @@ def residual(
 
     Args, errors: as in residual_norm. Returns a tensor like x.
     """
-    chosen = _check(x, y, gate, None, None, backend)
+    if backends.recorded(x, y, gate):
+        return torch.ops.dualparal.residual(x, y, gate, backend)
+    return _residual(x, y, gate, backend)
+
+
+def _residual_norm(
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(x, y, gate, weight, bias)
+    chosen = backends.choose("residual_norm", x.device, backend)
+    if chosen == "torch":
+        return reference.residual_norm(x, y, gate, weight, bias, eps=eps)
+    x_new = x if y is None else torch.empty_like(x)
+    h = torch.empty_like(x)
+    _launch(chosen, x, y, gate, weight, bias, None if y is None else x_new, h, eps)
+    return x_new, h
+
+
+def _residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, backend: str) -> torch.Tensor:
+    _check(x, y, gate, None, None)
+    chosen = backends.choose("residual_norm", x.device, backend)
     if chosen == "torch":
         return reference.residual(x, y, gate)
     x_new = torch.empty_like(x)
-    _launch(x, y, gate, None, None, x_new, None, eps=0.0)
+    _launch(chosen, x, y, gate, None, None, x_new, None, eps=0.0)
     return x_new
+
+
+# What torch.compile and torch.export record. An op may not return its own argument, so the norm without an
+# update is an op of its own.
+
+
+@torch.library.custom_op("dualparal::residual_norm", mutates_args=())
+def _residual_norm_op(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _residual_norm(x, y, gate, weight, bias, eps, backend)
+
+
+@_residual_norm_op.register_fake
+def _(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(x, y, gate, weight, bias)
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("dualparal::norm", mutates_args=())
+def _norm_op(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, backend: str
+) -> torch.Tensor:
+    return _residual_norm(x, None, None, weight, bias, eps, backend)[1]
+
+
+@_norm_op.register_fake
+def _(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, backend: str
+) -> torch.Tensor:
+    _check(x, None, None, weight, bias)
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("dualparal::residual", mutates_args=())
+def _residual_op(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, backend: str) -> torch.Tensor:
+    return _residual(x, y, gate, backend)
+
+
+@_residual_op.register_fake
+def _(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, backend: str) -> torch.Tensor:
+    _check(x, y, gate, None, None)
+    return torch.empty_like(x)
+
+
+def _check_gate(y: torch.Tensor | None, gate: torch.Tensor | None) -> None:
+    if y is None and gate is not None:
+        raise ValueError("gate is given without y: there is nothing to gate")
 
 
 def _check(
@@ -68,23 +155,21 @@ def _check(
     gate: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    backend: str,
-) -> str:
+) -> None:
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"x is {list(x.shape)}; expected [S, D] with D of 1 or more and no batch dimension")
     backends.check_dtype("x", x)
     backends.check("x", x, x.shape, x.dtype, x.device)
     if y is not None:
         backends.check("y", y, x.shape, x.dtype, x.device)
-    elif gate is not None:
-        raise ValueError("gate is given without y: there is nothing to gate")
+    _check_gate(y, gate)
     for name, vector in (("gate", gate), ("weight", weight), ("bias", bias)):
         if vector is not None:
             backends.check(name, vector, x.shape[1:], torch.float32, x.device)
-    return backends.choose("residual_norm", x.device, backend)
 
 
 def _launch(
+    backend: str,
     x: torch.Tensor,
     y: torch.Tensor | None,
     gate: torch.Tensor | None,
@@ -94,6 +179,10 @@ def _launch(
     h: torch.Tensor | None,
     eps: float,
 ) -> None:
+    if backend == "triton":
+        from . import triton_kernel
+
+        return triton_kernel.launch(x, y, gate, weight, bias, x_new, h, eps)
     rows, dim = x.shape
     backends._C.residual_norm(
         x=backends.pointer(x),

@@ -1,0 +1,128 @@
+"""qk_norm_rope in Triton: one thread block each for q, k and v of a row, which is read once and written once.
+
+A pair to rotate lies in neighbouring elements. Loading every second element would take the loads apart to two
+bytes, so a tile is loaded whole and split in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import backend as backends
+from ..offline import OfflineCase
+from ..rows import inverse_root, load, store, tiles
+
+
+@triton.jit
+def pairs(P, at, DIM: tl.constexpr, FULL: tl.constexpr, SIZE: tl.constexpr):
+    """The even and the odd elements of a tile, as float32."""
+    even, odd = tl.split(tl.reshape(load(P, at, DIM, FULL), (SIZE // 2, 2)))
+    return even.to(tl.float32), odd.to(tl.float32)
+
+
+@triton.jit
+def finish(
+    OUT, WEIGHT, COS, SIN, at, pair, a, b, factor,
+    DIM: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Norm, weight and rotation of one tile; ``pair`` numbers its pairs within the row."""
+    weight_a, weight_b = pairs(WEIGHT, at, DIM, FULL, SIZE)
+    a = a * factor * weight_a
+    b = b * factor * weight_b
+    angle = pair % HALF  # in bounds also where the tile is not
+    cos = tl.load(COS + angle)
+    sin = tl.load(SIN + angle)
+    rotated = tl.join(a * cos - b * sin, a * sin + b * cos)
+    store(OUT, at, tl.reshape(rotated, (SIZE,)), DIM, FULL)
+
+
+@triton.jit
+def qk_norm_rope_kernel(
+    QKV, NORM_Q, NORM_K, COS, SIN, Q, K, V, k_stride, v_stride, eps,
+    DIM: tl.constexpr, HALF: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Row program_id(0); part program_id(1): q, k or v. QKV: [rows, 3 * DIM]; Q: [rows, DIM]; K, V: strided rows.
+
+    NORM_Q, NORM_K: [DIM]; COS, SIN: [rows, HALF]; all float32. HALF pairs make a head.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    full: tl.constexpr = HIGH + LOW == DIM
+    high = tl.arange(0, HIGH)
+    low = HIGH + tl.arange(0, LOW if LOW > 0 else 1)
+    source = QKV + (row * 3 + part) * DIM
+    if part == 2:
+        target = V + row * v_stride
+        store(target, high, load(source, high, DIM, True), DIM, True)
+        if LOW > 0:
+            store(target, low, load(source, low, DIM, full), DIM, full)
+    else:
+        if part == 0:
+            target = Q + row * DIM
+            weight = NORM_Q
+        else:
+            target = K + row * k_stride
+            weight = NORM_K
+        cos = COS + row * HALF
+        sin = SIN + row * HALF
+        a, b = pairs(source, high, DIM, True, HIGH)
+        total = tl.sum(a * a, 0) + tl.sum(b * b, 0)
+        if LOW > 0:
+            c, d = pairs(source, low, DIM, full, LOW)
+            total += tl.sum(c * c, 0) + tl.sum(d * d, 0)
+        factor = inverse_root(total, eps, DIM)
+        pair = tl.arange(0, HIGH // 2)
+        finish(target, weight, cos, sin, high, pair, a, b, factor, DIM, HALF, True, HIGH)
+        if LOW > 0:
+            pair = HIGH // 2 + tl.arange(0, LOW // 2)
+            finish(target, weight, cos, sin, low, pair, c, d, factor, DIM, HALF, full, LOW)
+
+
+def launch(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    head_dim: int,
+    eps: float,
+) -> None:
+    """Fills q, k_out and v_out. Shapes as in qk_norm_rope, already checked.
+
+    Raises:
+        ValueError: the rows are too long for this backend, or eps is negative or not finite.
+    """
+    rows, inner = q.shape
+    high, low, num_warps = tiles(inner, q.element_size())
+    backends.check_eps(eps)
+    if rows == 0:
+        return
+    with backends.current(q.device):
+        qk_norm_rope_kernel[(rows, 3)](
+            *(qkv, norm_q, norm_k, cos, sin, q, k_out, v_out, k_out.stride(0), v_out.stride(0), eps),
+            **dict(DIM=inner, HALF=head_dim // 2, HIGH=high, LOW=low),
+            num_warps=num_warps,
+            enable_fp_fusion=False,  # a product is rounded before it is added, as in PyTorch
+        )
+
+
+def _offline(inner: int, head_dim: int) -> OfflineCase:
+    high, low, num_warps = tiles(inner, 2)
+    signature = dict.fromkeys(("QKV", "Q", "K", "V"), "*bf16")
+    signature |= dict.fromkeys(("NORM_Q", "NORM_K", "COS", "SIN"), "*fp32")
+    signature |= dict(k_stride="i32:16", v_stride="i32:16", eps="fp32")
+    constexprs = dict(DIM=inner, HALF=head_dim // 2, HIGH=high, LOW=low)
+    return OfflineCase(
+        f"{inner // head_dim} heads of {head_dim}",
+        qk_norm_rope_kernel,
+        signature,
+        constexprs,
+        num_warps,
+        fp_fusion=False,
+    )
+
+
+OFFLINE = [_offline(1536, 128), _offline(3072, 128), _offline(5120, 128)]
