@@ -1,0 +1,168 @@
+"""Which backend of attention runs: what each can do, and what ``auto`` means, decided once per process and kind.
+
+A kind is (device, dtype, head dimension, length class). The decision is logged when it is made and kept until the
+process ends: another backend has other roundings, and a video must not change its bits half-way.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+
+import torch
+
+from .. import environment
+from . import table
+
+log = logging.getLogger("dualparal")
+
+# The preferred first, among equals of the table and of a calibration.
+BACKENDS = ("sdpa", "cudnn", "flash", "efficient", "flash-attn", "triton", "reference")
+
+_HALVES = (torch.bfloat16, torch.float16)
+_ALL = (torch.float32, *_HALVES)
+# dtypes, then head dimensions as a step and a largest
+_TAKES = {
+    "sdpa": (_ALL, 1, None),
+    "reference": (_ALL, 1, None),
+    "cudnn": (_HALVES, 8, 128),
+    "flash": (_HALVES, 8, 256),
+    "efficient": (_ALL, 8, None),
+    "flash-attn": (_HALVES, 8, 256),
+}
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability, 86 for 8.6; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def absent(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why ``backend`` cannot run there, with what would help; empty when it can."""
+    if backend == "sdpa" or backend == "reference":
+        return ""
+    if backend == "flash" and device.type == "cpu":
+        return ""  # torch's own, for every dtype
+    if device.type != "cuda":
+        return f"it takes tensors on cuda, not on {device.type}"
+    if torch.version.hip is not None:
+        return "it has not been tried with ROCm"
+    if architecture(device) < 80:
+        return f"it needs a card of compute capability 8.0 or more, this one has {architecture(device) / 10:.1f}"
+    if backend == "triton":
+        return _absent_triton(dtype, head_dim)
+    dtypes, step, largest = _TAKES[backend]
+    if dtype not in dtypes:
+        return f"it takes {_list(dtypes)}, not {dtype}"
+    if head_dim % step or (largest is not None and head_dim > largest):
+        limit = "" if largest is None else f" up to {largest}"
+        return f"it takes head dimensions that are multiples of {step}{limit}, not {head_dim}"
+    if backend == "cudnn" and not torch.backends.cudnn.is_available():
+        return "this torch has no cuDNN; install a build of torch with it"
+    if backend == "flash" and not torch.backends.cuda.is_flash_attention_available():
+        return "this torch was built without FlashAttention; install another build of torch"
+    if backend == "flash-attn":
+        return _absent_package("flash_attn", "pip install flash-attn --no-build-isolation")
+    return ""
+
+
+def _absent_triton(dtype: torch.dtype, head_dim: int) -> str:
+    missing = _absent_package("triton", "pip install triton")
+    if missing:
+        return missing
+    from . import triton_kernel
+
+    if dtype not in triton_kernel.DTYPES:
+        return f"it takes {_list(triton_kernel.DTYPES)}, not {dtype}"
+    if head_dim not in triton_kernel.HEAD_DIMS:
+        return f"it takes head dimensions {_list(triton_kernel.HEAD_DIMS)}, not {head_dim}"
+    return ""
+
+
+def _absent_package(name: str, cure: str) -> str:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a package built for another torch fails in ways of its own
+        return f"{name} does not import ({error}); {cure}"
+    return ""
+
+
+def _list(items: tuple[object, ...]) -> str:
+    return ", ".join(map(str, items))
+
+
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, k_rows: int, backend: str) -> str:
+    """The backend that runs attention over ``k_rows`` keys.
+
+    Raises:
+        ValueError: ``backend``, or what the environment says in place of "auto", is unknown or cannot run.
+    """
+    if backend == "auto":
+        return _auto(device, dtype, head_dim, table.length_class(k_rows))
+    _check(backend, device, dtype, head_dim, f"attention: backend={backend!r}", "use backend='auto'")
+    return backend
+
+
+def _check(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, asked: str, way_out: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{asked} is unknown; use 'auto' or one of {', '.join(BACKENDS)}")
+    reason = absent(backend, device, dtype, head_dim)
+    if reason:
+        raise ValueError(f"{asked} cannot run: {reason}; or {way_out}")
+
+
+@functools.cache
+def _auto(device: torch.device, dtype: torch.dtype, head_dim: int, length: str) -> str:
+    asked = environment.attention_backend()
+    if asked not in ("", "auto"):
+        name = environment.ATTENTION_BACKEND
+        _check(asked, device, dtype, head_dim, f"attention: {name}={asked}", f"unset {name}")
+        chosen = table.Choice(asked, f"{name} asks for it")
+    else:
+        chosen = _from_tables(device, dtype, head_dim, length)
+    kind = f"sm_{architecture(device)}" if device.type == "cuda" else device.type
+    log.info(
+        "attention on %s, %s, head dimension %d, %s keys: %s (%s)",
+        kind,
+        str(dtype).removeprefix("torch."),
+        head_dim,
+        f"{table.LONG} or more" if length == "long" else f"fewer than {table.LONG}",
+        *chosen,
+    )
+    return chosen.backend
+
+
+def _from_tables(device: torch.device, dtype: torch.dtype, head_dim: int, length: str) -> table.Choice:
+    if device.type != "cuda":
+        return table.Choice("sdpa", "nothing else is made for it")
+    offers = []
+    measured = table.measured_for(device).get((str(dtype).removeprefix("torch."), head_dim, length))
+    if measured is not None:
+        offers.append(table.Choice(measured, "measured on this machine"))
+    offers += table.rules_for(architecture(device), torch.__version__, torch.backends.cudnn.version(), head_dim, length)
+    passed_over = []
+    for offer in offers:
+        if offer.backend not in BACKENDS:  # a measured table of another version of dualparal
+            passed_over.append(f"not {offer.backend}: it is unknown")
+            continue
+        reason = absent(offer.backend, device, dtype, head_dim)
+        if not reason:
+            return offer
+        passed_over.append(f"not {offer.backend}: {reason}")
+    return table.Choice("sdpa", "; ".join(passed_over) or "the table has no row for this kind")
+
+
+def available(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """The backends that can run there, but for the slow definition."""
+    return [b for b in BACKENDS if b != "reference" and not absent(b, device, dtype, head_dim)]
+
+
+def forget() -> None:
+    """Decides anew from here on; for tests and after a calibration."""
+    for function in (architecture, absent, _auto, table.measured_for):
+        function.cache_clear()
