@@ -501,6 +501,15 @@ def doctor() -> None:
     typer.echo(report())
 
 
+@app.command()
+def calibrate() -> None:
+    """Measure the attention backends on this GPU once, and use the fastest from then on."""
+    from dualparal.calibrate import calibrate as measure
+
+    path = measure(report=typer.echo)
+    typer.echo(f"kept in {path}; remove it to go back to the built-in table")
+
+
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,

@@ -271,10 +271,10 @@ def test_compiles_in_one_graph():
 class Card:
     """A machine with this card, as far as ``choice`` looks."""
 
-    def __init__(self, patch, architecture, torch_version="2.11.0", cudnn=91900, flash_attn=False):
+    def __init__(self, patch, architecture, torch_version="2.11.0", cudnn=91900, missing=("flash_attn",)):
         self.device = torch.device("cuda", 0)
         patch.setattr(choice, "architecture", lambda device: architecture if device.type == "cuda" else 0)
-        patch.setattr(choice, "_absent_package", lambda name, cure: "" if flash_attn else f"no {name}; {cure}")
+        patch.setattr(choice, "_absent_package", lambda name, cure: f"no {name}; {cure}" if name in missing else "")
         patch.setattr(torch, "__version__", torch_version)
         patch.setattr(torch.version, "hip", None)
         patch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
@@ -362,7 +362,7 @@ def test_the_environment_has_the_last_word(fresh, caplog):
     ],
 )
 def test_what_is_missing_is_named(fresh, backend, architecture, dtype, head_dim, says):
-    card = Card(fresh, architecture)
+    card = Card(fresh, architecture, missing=("flash_attn", "triton"))
     with pytest.raises(ValueError, match=f"backend={backend!r} cannot run") as error:
         choice.choose(card.device, dtype, head_dim, 100, backend)
     assert says in str(error.value)
@@ -370,7 +370,7 @@ def test_what_is_missing_is_named(fresh, backend, architecture, dtype, head_dim,
 
 @needs_triton
 def test_what_triton_takes(fresh):
-    card = Card(fresh, 90, flash_attn=True)
+    card = Card(fresh, 90, missing=())
     assert choice.available(card.device, torch.bfloat16, 128) == [
         "sdpa", "cudnn", "flash", "efficient", "flash-attn", "triton",
     ]  # fmt: skip

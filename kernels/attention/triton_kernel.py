@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 # The choice is fixed: an autotuner may change its mind between two runs, and then the bits of a video change.
 TILES = {
     (80, 64): Tile(128, 64, 4, 3),
-    (80, 128): Tile(128, 64, 8, 3),
+    (80, 128): Tile(128, 32, 8, 4),
     (89, 64): Tile(128, 64, 4, 3),
     (89, 128): Tile(128, 32, 8, 3),
     (90, 64): Tile(128, 128, 8, 3),

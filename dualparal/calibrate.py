@@ -1,0 +1,223 @@
+"""``dualparal calibrate``: which attention backend is the fastest on this card, measured once and kept.
+
+Every backend is checked before it is timed: it may not be further from the definition than torch's own choice by more
+than a factor. The result is a table in the cache folder, which ``backend="auto"`` prefers while card, driver and
+library versions stay the same (``kernels/attention/table.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from dualparal.kernels.attention import attention, choice, reference, table
+from dualparal.kernels.attention.cases import WAN, Case
+from dualparal.testing import assert_no_worse
+
+TIE = 0.02  # torch's own choice wins unless another is faster by more
+ERROR_FACTOR = 2.0
+CHECKED_ROWS = 256  # queries that are compared; all of them would need more memory than a card has
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend at one shape.
+
+    Attributes:
+        milliseconds: the median, or None where the backend failed.
+        problem: why it was not timed; empty when it was.
+    """
+
+    case: str
+    backend: str
+    dtype: str
+    head_dim: int
+    length: str
+    milliseconds: float | None
+    tflops: float | None
+    problem: str
+
+
+def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random queries, keys and values, laid out as a layer has them."""
+    generator = torch.Generator(device).manual_seed(0)
+    inner = case.heads * case.head_dim
+    q, k, v = (
+        torch.randn(rows, inner + padding, dtype=dtype, device=device, generator=generator)[:, :inner]
+        for rows, padding in ((case.q_rows, 0), (case.k_rows, case.padding), (case.k_rows, case.padding))
+    )
+    return q, k, v
+
+
+def wrong(out: torch.Tensor, plain: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> str:
+    """What is wrong with ``out``, or an empty string. Compared are the first and last queries of every head.
+
+    Args:
+        plain: what torch's scaled_dot_product_attention gives for the same.
+    """
+    half = CHECKED_ROWS // 2
+    rows = torch.arange(len(q), device=q.device)
+    rows = torch.cat([rows[:half], rows[half:][-half:]])
+    dim = q.shape[1] // heads
+    for head in range(heads):  # in float64 all heads at once would be large
+        own = slice(head * dim, (head + 1) * dim)
+        truth = reference.attention(q[rows, own].double(), k[:, own].double(), v[:, own].double(), heads=1)
+        try:
+            assert_no_worse(out[rows, own], plain[rows, own], truth, ERROR_FACTOR, f"head {head}")
+        except AssertionError as error:
+            return str(error)
+    return ""
+
+
+def time_together(functions: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each; they take turns, so that clocks and neighbours treat them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            if device.type == "cuda":
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                function()
+                end.record()
+                end.synchronize()
+                elapsed = begin.elapsed_time(end) / 1e3
+            else:
+                started = time.perf_counter()
+                function()
+                elapsed = time.perf_counter() - started
+            if turn:  # the first warms up
+                seconds[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def measure(
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    backends: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]],
+    repeats: int = 7,
+) -> list[Row]:
+    """Checks and times ``backends`` (name -> function of q, k, v and heads) at one shape; a row for each."""
+    q, k, v = inputs(case, dtype, device)
+    problems: dict[str, str] = {}
+    ready: dict[str, Callable[[], object]] = {}
+    plain = attention(q, k, v, heads=case.heads, backend="sdpa")
+    for name, function in backends.items():
+        try:
+            problems[name] = wrong(function(q, k, v, case.heads), plain, q, k, v, case.heads)
+        except torch.OutOfMemoryError:
+            problems[name] = "out of memory"
+        except (RuntimeError, ValueError) as error:  # a kernel that does not take this shape
+            problems[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        if not problems[name]:
+            ready[name] = lambda function=function: function(q, k, v, case.heads)  # type: ignore[misc]
+    seconds = time_together(ready, device, repeats)
+    return [
+        Row(
+            case.name,
+            name,
+            str(dtype).removeprefix("torch."),
+            case.head_dim,
+            table.length_class(case.k_rows),
+            1e3 * seconds[name] if name in seconds else None,
+            case.flops / seconds[name] / 1e12 if name in seconds else None,
+            problems[name],
+        )
+        for name in backends
+    ]
+
+
+def fastest(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """The choices of a table: per dtype, head dimension and length class the least time over all of its shapes.
+
+    A backend that failed at one shape of a class is out. Times are compared by their geometric mean, so that a long
+    shape has no more to say than a short one.
+    """
+    chosen: list[dict[str, object]] = []
+    for kind in dict.fromkeys((row.dtype, row.head_dim, row.length) for row in rows):
+        times: dict[str, list[float | None]] = {}
+        for row in rows:
+            if (row.dtype, row.head_dim, row.length) == kind:
+                times.setdefault(row.backend, []).append(row.milliseconds)
+        means = {
+            name: math.exp(statistics.fmean(math.log(t) for t in found if t is not None))
+            for name, found in times.items()
+            if None not in found
+        }
+        if means:
+            best = min(means, key=means.__getitem__)
+            if means.get("sdpa", math.inf) <= (1 + TIE) * means[best]:
+                best = "sdpa"
+            dtype, head_dim, length = kind
+            chosen.append({"dtype": dtype, "head_dim": head_dim, "length": length, "backend": best})
+    return chosen
+
+
+def callable_backends(
+    device: torch.device, dtype: torch.dtype, head_dim: int
+) -> dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]]:
+    """Every backend that can run there, as ``measure`` wants them."""
+
+    def with_backend(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]:
+        return lambda q, k, v, heads: attention(q, k, v, heads=heads, backend=name)
+
+    return {name: with_backend(name) for name in choice.available(device, dtype, head_dim)}
+
+
+def calibrate(
+    device: torch.device | None = None,
+    cases: Sequence[Case] = WAN,
+    dtype: torch.dtype = torch.bfloat16,
+    report: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Measures, keeps the table, and returns where it lies.
+
+    Args:
+        device: a CUDA device; default: the current one.
+        report: takes a line of text per measurement.
+
+    Raises:
+        ValueError: there is no GPU, or no place for the table.
+    """
+    if device is None:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "calibrate: torch sees no GPU, and on a CPU there is nothing to choose; run it on the machine that "
+                "makes the video ('dualparal doctor' says what is there)"
+            )
+        device = torch.device("cuda", torch.cuda.current_device())
+    facts = table.machine(device)
+    path = table.measured_path(facts["card"])
+    rows: list[Row] = []
+    for case in cases:
+        try:
+            with torch.inference_mode():
+                found = measure(case, dtype, device, callable_backends(device, dtype, case.head_dim))
+        except torch.OutOfMemoryError:
+            report(f"{case.name:24s} left out: it does not fit this card")
+            continue
+        for row in found:
+            report(describe(row))
+        rows += found
+    choices = fastest(rows)
+    if not choices:
+        raise ValueError("calibrate: no backend ran at any shape; nothing was kept")
+    table.write_measured(path, facts, choices, map(asdict, rows))
+    choice.forget()
+    for chosen in choices:
+        report(f"{chosen['dtype']}, head dimension {chosen['head_dim']}, {chosen['length']}: {chosen['backend']}")
+    return path
+
+
+def describe(row: Row) -> str:
+    """One line for people."""
+    head = f"{row.case:24s} {row.backend:12s}"
+    if row.milliseconds is None:
+        return f"{head} not timed: {row.problem}"
+    return f"{head} {row.milliseconds:10.3f} ms {row.tflops:8.1f} TFLOP/s"
