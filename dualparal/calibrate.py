@@ -25,6 +25,9 @@ ERROR_FACTOR = 2.0
 CHECKED_ROWS = 256  # queries that are compared; all of them would need more memory than a card has
 
 
+Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # of q, k, v and heads
+
+
 @dataclass(frozen=True)
 class Row:
     """One backend at one shape.
@@ -55,24 +58,35 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[torch.
     return q, k, v
 
 
-def wrong(out: torch.Tensor, plain: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> str:
-    """What is wrong with ``out``, or an empty string. Compared are the first and last queries of every head.
+class Check:
+    """Compares the first and last queries of every head with the definition in float64.
 
     Args:
-        plain: what torch's scaled_dot_product_attention gives for the same.
+        plain: what torch's scaled_dot_product_attention gives for q, k, v: the measure of what is good enough.
     """
-    half = CHECKED_ROWS // 2
-    rows = torch.arange(len(q), device=q.device)
-    rows = torch.cat([rows[:half], rows[half:][-half:]])
-    dim = q.shape[1] // heads
-    for head in range(heads):  # in float64 all heads at once would be large
-        own = slice(head * dim, (head + 1) * dim)
-        truth = reference.attention(q[rows, own].double(), k[:, own].double(), v[:, own].double(), heads=1)
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, plain: torch.Tensor) -> None:
+        half = CHECKED_ROWS // 2
+        rows = torch.arange(len(q), device=q.device)
+        self.rows = torch.cat([rows[:half], rows[half:][-half:]])
+        head_dim = q.shape[1] // heads
+        columns = [slice(head * head_dim, (head + 1) * head_dim) for head in range(heads)]
+        self.truth = torch.cat(  # head by head: all the logits in float64 would be large
+            [
+                reference.attention(q[self.rows, own].double(), k[:, own].double(), v[:, own].double(), heads=1)
+                for own in columns
+            ],
+            dim=1,
+        )
+        self.plain = plain[self.rows]
+
+    def problem(self, out: torch.Tensor) -> str:
+        """What is wrong with ``out``, or an empty string."""
         try:
-            assert_no_worse(out[rows, own], plain[rows, own], truth, ERROR_FACTOR, f"head {head}")
+            assert_no_worse(out[self.rows], self.plain, self.truth, ERROR_FACTOR, "checked queries")
         except AssertionError as error:
             return str(error)
-    return ""
+        return ""
 
 
 def time_together(functions: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
@@ -100,17 +114,17 @@ def measure(
     case: Case,
     dtype: torch.dtype,
     device: torch.device,
-    backends: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]],
+    backends: dict[str, Function],
     repeats: int = 7,
 ) -> list[Row]:
-    """Checks and times ``backends`` (name -> function of q, k, v and heads) at one shape; a row for each."""
+    """Checks and times ``backends`` at one shape; a row for each."""
     q, k, v = inputs(case, dtype, device)
     problems: dict[str, str] = {}
     ready: dict[str, Callable[[], object]] = {}
-    plain = attention(q, k, v, heads=case.heads, backend="sdpa")
+    check = Check(q, k, v, case.heads, attention(q, k, v, heads=case.heads, backend="sdpa"))
     for name, function in backends.items():
         try:
-            problems[name] = wrong(function(q, k, v, case.heads), plain, q, k, v, case.heads)
+            problems[name] = check.problem(function(q, k, v, case.heads))
         except torch.OutOfMemoryError:
             problems[name] = "out of memory"
         except (RuntimeError, ValueError) as error:  # a kernel that does not take this shape
@@ -159,12 +173,10 @@ def fastest(rows: Sequence[Row]) -> list[dict[str, object]]:
     return chosen
 
 
-def callable_backends(
-    device: torch.device, dtype: torch.dtype, head_dim: int
-) -> dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]]:
+def callable_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Function]:
     """Every backend that can run there, as ``measure`` wants them."""
 
-    def with_backend(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]:
+    def with_backend(name: str) -> Function:
         return lambda q, k, v, heads: attention(q, k, v, heads=heads, backend=name)
 
     return {name: with_backend(name) for name in choice.available(device, dtype, head_dim)}

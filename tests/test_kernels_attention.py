@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import pytest
 import torch
@@ -126,6 +127,7 @@ def test_triton_with_the_tiles_of_real_cards(tile):
 
 
 @needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the NaN at the end
 def test_triton_with_logits_of_every_size():
     """A running maximum that starts far off, and weights that vanish."""
     q, k, v = inputs(named.Case("", q_rows=20, k_rows=70, heads=1, head_dim=64), torch.bfloat16)
@@ -148,6 +150,40 @@ def test_triton_compiles_well(arch):
         assert report.loads.get(16, 0) == sum(report.loads.values()), report
         assert report.stores.get(16, 0) > 0 and report.shared <= shared * 1024, report
         assert (report.gmma > 0) == (arch == 90)
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a made-up driver")
+def test_one_kernel_for_all_lengths(monkeypatch):
+    """What Triton's JIT makes of a launch, on a card that is made up: nothing is compiled in the middle of a video."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 120, 32)
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args, **options: made.append(kernel.warmup(*args, grid=grid, **options))
+
+    made, kernel = [], triton_kernel.attention_kernel
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.device_caches.default_factory))
+    monkeypatch.setattr(triton_kernel, "attention_kernel", Compiled())
+    q = random(300, 256, dtype=torch.bfloat16)
+    k, v = random(2, 300, 256 + 48, dtype=torch.bfloat16)[..., :256]
+    for q_rows, cut in ((300, 100), (16, 16), (1, 1), (77, 160)):
+        triton_kernel.attention(q[:q_rows], [(k[:cut], v[:cut])], 2, tile=triton_kernel.tile_for(120, 128))
+    assert len({id(one) for one in made}) == 1
+    copies = set(re.findall(r"cp\.async\.c[ag]\S*", made[0].asm["ptx"]))
+    assert {copy.split(".")[2] for copy in copies} == {"cg"}  # 16 bytes each; narrower ones are .ca
 
 
 @needs_triton
@@ -344,7 +380,7 @@ def test_the_environment_has_the_last_word(fresh, caplog):
         card.auto(head_dim=80)
     with pytest.raises(ValueError, match="or unset DUALPARAL_ATTENTION_BACKEND"):
         choice.choose(CPU, torch.bfloat16, 128, 9, "auto")
-    choice.forget()
+    choice._auto.cache_clear()
     fresh.setenv(environment.ATTENTION_BACKEND, "quick")
     with pytest.raises(ValueError, match="DUALPARAL_ATTENTION_BACKEND=quick is unknown; use 'auto' or one of sdpa"):
         choice._auto(card.device, torch.bfloat16, 128, "long")

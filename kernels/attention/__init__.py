@@ -64,7 +64,7 @@ def attention(
     Raises:
         ValueError: a shape, dtype, device or layout is not as above; the backend is unknown, or cannot run here.
     """
-    if torch.compiler.is_compiling():  # elsewhere the dispatcher would only cost time
+    if _recorded(q):
         if return_lse:
             return torch.ops.dualparal.attention_lse(q, k, v, heads, backend)
         return torch.ops.dualparal.attention(q, k, v, heads, backend)
@@ -119,13 +119,18 @@ def attention_segments(
     Raises:
         ValueError: as ``attention``; no segments, more than three, or a workspace that is too short.
     """
-    if torch.compiler.is_compiling():
+    if _recorded(q):
         keys, values = [k for k, _ in segments], [v for _, v in segments]
         if return_lse:
             return torch.ops.dualparal.attention_segments_lse(q, keys, values, heads, backend)
         return torch.ops.dualparal.attention_segments(q, keys, values, heads, backend)
     out, lse = _attention_segments(q, segments, heads, backend, return_lse, workspace)
     return out if lse is None else (out, lse)
+
+
+def _recorded(q: torch.Tensor) -> bool:
+    """Is this call one to record, by torch.compile or torch.export? Elsewhere the dispatcher would only cost time."""
+    return torch.compiler.is_compiling() or type(q) is not torch.Tensor
 
 
 def _attention(

@@ -72,7 +72,9 @@ def absent(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
 
 
 def _absent_triton(dtype: torch.dtype, head_dim: int) -> str:
-    missing = _absent_package("triton", "pip install triton")
+    missing = _absent_package("triton", "pip install triton") or _absent_package(
+        f"{__package__}.triton_kernel", "install another version of triton"
+    )
     if missing:
         return missing
     from . import triton_kernel
