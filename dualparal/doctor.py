@@ -26,7 +26,7 @@ def report() -> str:
         f"{name:14s} {_version(name)}"
         for name in ("torch", "triton", "diffusers", "transformers", "safetensors", "av", "flash-attn")
     ]
-    lines += _extension() + _devices() + _video()
+    lines += _extension() + _devices() + _attention() + _video()
     return "\n".join(lines)
 
 
@@ -59,6 +59,21 @@ def _devices() -> list[str]:
     lines.append(
         f"cudnn          {torch.backends.cudnn.version()}, nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"
     )
+    return lines
+
+
+def _attention() -> list[str]:
+    try:
+        import torch
+
+        from dualparal.kernels.attention import choice
+    except ImportError as error:
+        return [f"attention      unknown: {error}"]
+    on_gpu = torch.cuda.is_available()
+    chosen = choice.preview(torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
+    lines = [f"attention      {chosen.backend} ({chosen.basis})"]
+    if on_gpu and not chosen.basis.startswith("measured"):
+        lines.append("               'dualparal calibrate' measures what is the fastest here")
     return lines
 
 

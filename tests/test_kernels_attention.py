@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualparal import doctor
 from dualparal.features import KeysValues
 from dualparal.kernels import environment
 from dualparal.kernels.attention import attention, attention_segments, choice, merge, reference, table
@@ -314,8 +315,7 @@ class Card:
         patch.setattr(torch, "__version__", torch_version)
         patch.setattr(torch.version, "hip", None)
         patch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
-        patch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        patch.setattr(choice, "_refused_by_torch", lambda backend, *kind: f"no {backend}" if backend in missing else "")
         self.measured = {}
         patch.setattr(table, "measured_for", functools.cache(lambda device: self.measured))
 
@@ -386,6 +386,21 @@ def test_the_environment_has_the_last_word(fresh, caplog):
         choice._auto(card.device, torch.bfloat16, 128, "long")
 
 
+def test_doctor_tells_the_choice(fresh):
+    fresh.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor._attention() == ["attention      sdpa (nothing else is made for it)"]
+    card = Card(fresh, 120)
+    fresh.setattr(torch.cuda, "is_available", lambda: True)
+    assert doctor._attention() == [
+        "attention      flash (prediction)",
+        "               'dualparal calibrate' measures what is the fastest here",
+    ]
+    card.measured["bfloat16", 128, "long"] = "triton"
+    assert doctor._attention() == ["attention      triton (measured on this machine)"]
+    fresh.setenv(environment.ATTENTION_BACKEND, "cudnn")
+    assert doctor._attention()[0] == "attention      cudnn (DUALPARAL_ATTENTION_BACKEND asks for it)"
+
+
 @pytest.mark.parametrize(
     "backend, architecture, dtype, head_dim, says",
     [
@@ -394,11 +409,12 @@ def test_the_environment_has_the_last_word(fresh, caplog):
         ("flash-attn", 90, torch.float32, 128, "takes torch.bfloat16, torch.float16, not torch.float32"),
         ("cudnn", 90, torch.bfloat16, 136, "multiples of 8 up to 128, not 136"),
         ("flash", 90, torch.bfloat16, 20, "multiples of 8 up to 256, not 20"),
+        ("efficient", 90, torch.bfloat16, 128, "no efficient; or use backend='auto'"),
         ("flash", 75, torch.float16, 64, "capability 8.0 or more, this one has 7.5"),
     ],
 )
 def test_what_is_missing_is_named(fresh, backend, architecture, dtype, head_dim, says):
-    card = Card(fresh, architecture, missing=("flash_attn", "triton"))
+    card = Card(fresh, architecture, missing=("flash_attn", "triton", "efficient"))
     with pytest.raises(ValueError, match=f"backend={backend!r} cannot run") as error:
         choice.choose(card.device, dtype, head_dim, 100, backend)
     assert says in str(error.value)
@@ -414,6 +430,21 @@ def test_what_triton_takes(fresh):
     for dtype, head_dim, says in ((torch.float32, 128, "not torch.float32"), (torch.bfloat16, 80, "64, 128, not 80")):
         with pytest.raises(ValueError, match=says):
             choice.choose(card.device, dtype, head_dim, 100, "triton")
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
+def test_torch_is_asked_for_its_own_kernels(monkeypatch, backend):
+    asked = []
+
+    def ask(params, debug):
+        asked.append(params.query)
+        return len(asked) > 1
+
+    ask.__name__ = f"can_use_{backend}_attention"
+    monkeypatch.setattr(torch.backends.cuda, ask.__name__, ask)
+    reasons = [choice._refused_by_torch(backend, CPU, torch.bfloat16, 64) for _ in range(2)]
+    assert f"torch.backends.cuda.{ask.__name__} with debug=True" in reasons[0] and reasons[1] == ""
+    assert asked[0].dtype == torch.bfloat16 and asked[0].shape[-1] == 64
 
 
 def test_backends_of_another_device():

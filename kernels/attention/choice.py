@@ -62,13 +62,26 @@ def absent(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
     if head_dim % step or (largest is not None and head_dim > largest):
         limit = "" if largest is None else f" up to {largest}"
         return f"it takes head dimensions that are multiples of {step}{limit}, not {head_dim}"
-    if backend == "cudnn" and not torch.backends.cudnn.is_available():
-        return "this torch has no cuDNN; install a build of torch with it"
-    if backend == "flash" and not torch.backends.cuda.is_flash_attention_available():
-        return "this torch was built without FlashAttention; install another build of torch"
     if backend == "flash-attn":
         return _absent_package("flash_attn", "pip install flash-attn --no-build-isolation")
-    return ""
+    return _refused_by_torch(backend, device, dtype, head_dim)
+
+
+def _refused_by_torch(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What torch says of its own kernels: the build may lack one, and the card may be newer than the build."""
+    cuda = torch.backends.cuda
+    x = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device)
+    ask = {
+        "cudnn": cuda.can_use_cudnn_attention,
+        "flash": cuda.can_use_flash_attention,
+        "efficient": cuda.can_use_efficient_attention,
+    }[backend]
+    if ask(cuda.SDPAParams(x, x, x, None, 0.0, False, False), False):
+        return ""
+    return (
+        f"this torch ({torch.__version__}) refuses it for this card; torch.backends.cuda.{ask.__name__} with "
+        "debug=True says why, and another build of torch may have it"
+    )
 
 
 def _absent_triton(dtype: torch.dtype, head_dim: int) -> str:
@@ -157,6 +170,14 @@ def _from_tables(device: torch.device, dtype: torch.dtype, head_dim: int, length
             return offer
         passed_over.append(f"not {offer.backend}: {reason}")
     return table.Choice("sdpa", "; ".join(passed_over) or "the table has no row for this kind")
+
+
+def preview(device: torch.device) -> table.Choice:
+    """What "auto" takes there for blocks of Wan in bfloat16, and why; nothing is decided by asking."""
+    asked = environment.attention_backend()
+    if asked not in ("", "auto"):
+        return table.Choice(asked, f"{environment.ATTENTION_BACKEND} asks for it")
+    return _from_tables(device, torch.bfloat16, 128, "long")
 
 
 def available(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
