@@ -43,6 +43,8 @@ def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, wi
 
 
 def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, with_lse: bool) -> Result:
+    if len(k) == 1:  # cuDNN takes two keys or more
+        return _reference(q, k, v, heads, with_lse)
     args = (_heads(q, heads), _heads(k, heads), _heads(v, heads))
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*args, None, with_lse)
     return _result(out, lse if with_lse else None)
@@ -50,10 +52,10 @@ def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, with_l
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, with_lse: bool) -> Result:
     args = (_heads(q, heads), _heads(k, heads), _heads(v, heads))
-    if q.is_cuda:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(*args)
-    else:
+    if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*args)
+    else:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(*args)
     return _result(out, lse if with_lse else None)
 
 
