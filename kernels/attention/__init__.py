@@ -65,7 +65,7 @@ def attention(
     Raises:
         ValueError: a shape, dtype, device or layout is not as above; the backend is unknown, or cannot run here.
     """
-    if _recorded(q):
+    if backends.recorded(q, k, v):
         if return_lse:
             return torch.ops.dualparal.attention_lse(q, k, v, heads, backend)
         return torch.ops.dualparal.attention(q, k, v, heads, backend)
@@ -120,18 +120,13 @@ def attention_segments(
     Raises:
         ValueError: as ``attention``; no segments, more than three, or a workspace that is too short.
     """
-    if _recorded(q):
+    if backends.recorded(q, *(tensor for pair in segments for tensor in pair)):
         keys, values = [k for k, _ in segments], [v for _, v in segments]
         if return_lse:
             return torch.ops.dualparal.attention_segments_lse(q, keys, values, heads, backend)
         return torch.ops.dualparal.attention_segments(q, keys, values, heads, backend)
     out, lse = _attention_segments(q, segments, heads, backend, return_lse, workspace)
     return out if lse is None else (out, lse)
-
-
-def _recorded(q: torch.Tensor) -> bool:
-    """Is this call one to record, by torch.compile or torch.export? Elsewhere the dispatcher would only cost time."""
-    return torch.compiler.is_compiling() or type(q) is not torch.Tensor
 
 
 def _attention(

@@ -8,7 +8,6 @@ No ``if`` stands around a loop: with guards ptxas gives up the asynchrony of wgm
 (warning C7515). An empty segment and a segment without a ragged tail are loops of zero trips instead.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import backend as backends
 from ..offline import OfflineCase, OfflineReport
 
 LN2 = tl.constexpr(math.log(2))
@@ -220,8 +220,7 @@ def attention(
     lengths = [keys.shape[0] for keys, _ in filled] + [0] * (MAX_SEGMENTS - len(filled))
     padded = [*filled, *filled[:1] * (MAX_SEGMENTS - len(filled))]  # never read: their length is 0
     tensors = [tensor for segment in padded for tensor in segment]
-    place = torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
-    with place:  # Triton launches on the current device
+    with backends.current(q.device):
         attention_kernel[triton.cdiv(q_rows, tile.block_m), heads](
             q,
             *tensors,
