@@ -31,11 +31,11 @@ class OfflineCase(NamedTuple):
     num_warps: int
     num_stages: int = 3
     fp_fusion: bool = True
+    maxnreg: int | None = None
 
     def compile(self, arch: int) -> "OfflineReport":
-        return compile_offline(
-            self.kernel, self.signature, self.constexprs, arch, self.num_warps, self.num_stages, self.fp_fusion
-        )
+        options = (self.num_warps, self.num_stages, self.fp_fusion, self.maxnreg)
+        return compile_offline(self.kernel, self.signature, self.constexprs, arch, *options)
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def compile_offline(
     num_warps: int = 4,
     num_stages: int = 3,
     fp_fusion: bool = True,
+    maxnreg: int | None = None,
 ) -> OfflineReport:
     """Compiles ``kernel`` for ``arch`` and reads the result. Needs triton; needs no GPU and no driver.
 
@@ -97,6 +98,7 @@ def compile_offline(
         arch: compute capability times ten; 90 means sm_90a.
         num_warps, num_stages: as at a launch.
         fp_fusion: may a product and a sum become one instruction with one rounding? ``enable_fp_fusion`` of a launch.
+        maxnreg: registers per thread that the compiler may use, as at a launch; None leaves it to its taste.
 
     Raises:
         ValueError: an argument of the kernel is in neither or both of signature and constexprs, or is unknown.
@@ -123,7 +125,9 @@ def compile_offline(
         constexprs={(names.index(name),): value for name, value in constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, code = _disassemble(compiled.asm["cubin"])
     return OfflineReport(

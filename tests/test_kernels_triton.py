@@ -189,17 +189,10 @@ def test_limits_are_named(triton_on_cpu):
             residual_norm(torch.zeros(1, 4), eps=eps, backend="triton")
 
 
-def offline_norm(dim, dtype, absent=()):
-    high, low, num_warps = tiles(dim, 4 if dtype == "fp32" else 2)
-    tensors = dict.fromkeys(("X", "Y", "X_NEW", "H"), f"*{dtype}") | dict.fromkeys(("GATE", "WEIGHT", "BIAS"), "*fp32")
-    signature = {name: type_ for name, type_ in tensors.items() if name not in absent} | {"eps": "fp32"}
-    constexprs = dict.fromkeys(absent) | dict(DIM=dim, HIGH=high, LOW=low)
-    return compile_offline(norm_kernel.residual_norm_kernel, signature, constexprs, 90, num_warps, fp_fusion=False)
-
-
-@pytest.mark.parametrize("dim", [LONGEST, LONGEST - 1])
+@pytest.mark.parametrize("dim", [LONGEST, LONGEST - 2])
 def test_the_longest_row_fits_the_registers(dim):
-    assert not offline_norm(dim, "bf16").spills
+    assert not norm_kernel.offline_case("", dim).compile(90).spills
+    assert not rope_kernel.offline_case("", dim, 2).compile(90).spills
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -207,21 +200,15 @@ def test_the_longest_row_fits_the_registers(dim):
 def test_every_case_of_residual_norm_compiles(case, dtype):
     """The interpreter takes what the compiler refuses: types of branches, tiles of one element."""
     given = dict(Y=case.update, X_NEW=case.update, GATE=case.gate, WEIGHT=case.weight, BIAS=case.bias)
-    report = offline_norm(case.dim, dtype, [name for name, present in given.items() if not present])
-    assert not report.spills
+    absent = " ".join(name for name, present in given.items() if not present)
+    assert not norm_kernel.offline_case(case.name, case.dim, absent, dtype).compile(90).spills
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("case", rope_cases.CASES, ids=lambda case: case.name)
 def test_every_case_of_qk_norm_rope_compiles(case, dtype):
-    high, low, num_warps = tiles(case.inner, 4 if dtype == "fp32" else 2)
-    stride = case.inner + case.padding
-    signature = dict.fromkeys(("QKV", "Q", "K", "V"), f"*{dtype}")
-    signature |= dict.fromkeys(("NORM_Q", "NORM_K", "COS", "SIN"), "*fp32")
-    signature |= dict.fromkeys(("k_stride", "v_stride"), "i32" if stride % 16 else "i32:16") | {"eps": "fp32"}
-    constexprs = dict(DIM=case.inner, HALF=case.head_dim // 2, HIGH=high, LOW=low)
-    report = compile_offline(rope_kernel.qk_norm_rope_kernel, signature, constexprs, 90, num_warps, fp_fusion=False)
-    assert not report.spills
+    stride = "i32" if (case.inner + case.padding) % 16 else "i32:16"
+    assert not rope_kernel.offline_case(case.name, case.inner, case.head_dim, dtype, stride).compile(90).spills
 
 
 def test_more_than_2_to_the_31_elements_compile():

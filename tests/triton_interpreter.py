@@ -43,7 +43,7 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
         stack.enter_context(triton.knobs.runtime.scope())
         triton.knobs.runtime.interpret = True  # constants of constexpr functions stay plain
         for name, replacement in _right_builder().items():
-            stack.enter_context(mock.patch.object(InterpreterBuilder, name, replacement))
+            stack.enter_context(mock.patch.object(InterpreterBuilder, name, replacement, create=True))
         refuse = interpreter.ReduceScanOpInterface
         stack.enter_context(mock.patch.object(refuse, "check_tensor", _checked(refuse.check_tensor)))
         for namespace, name, function in _compiled_functions(modules):

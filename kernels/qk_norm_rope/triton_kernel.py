@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .. import backend as backends
 from ..offline import OfflineCase
-from ..rows import inverse_root, load, store, tiles
+from ..rows import Tiles, inverse_root, load, store, tiles
 
 
 @triton.jit
@@ -78,6 +78,11 @@ def qk_norm_rope_kernel(
             finish(target, weight, cos, sin, low, pair, c, d, factor, DIM, HALF, full, LOW)
 
 
+def max_registers(row: Tiles) -> int:
+    """Registers per thread. Left alone, ptxas (of Triton 3.7) aims at 48 for occupancy and spills two of them."""
+    return 128 if row.high + row.low <= 40 * 32 * row.num_warps else 255
+
+
 def launch(
     qkv: torch.Tensor,
     norm_q: torch.Tensor,
@@ -96,33 +101,32 @@ def launch(
         ValueError: the rows are too long for this backend, or eps is negative or not finite.
     """
     rows, inner = q.shape
-    high, low, num_warps = tiles(inner, q.element_size())
+    row = tiles(inner, q.element_size())
     backends.check_eps(eps)
     if rows == 0:
         return
     with backends.current(q.device):
         qk_norm_rope_kernel[(rows, 3)](
             *(qkv, norm_q, norm_k, cos, sin, q, k_out, v_out, k_out.stride(0), v_out.stride(0), eps),
-            **dict(DIM=inner, HALF=head_dim // 2, HIGH=high, LOW=low),
-            num_warps=num_warps,
+            **dict(DIM=inner, HALF=head_dim // 2, HIGH=row.high, LOW=row.low),
+            num_warps=row.num_warps,
+            maxnreg=max_registers(row),
             enable_fp_fusion=False,  # a product is rounded before it is added, as in PyTorch
         )
 
 
-def _offline(inner: int, head_dim: int) -> OfflineCase:
-    high, low, num_warps = tiles(inner, 2)
-    signature = dict.fromkeys(("QKV", "Q", "K", "V"), "*bf16")
+def offline_case(name: str, inner: int, head_dim: int, dtype: str = "bf16", stride: str = "i32:16") -> OfflineCase:
+    """What ``launch`` would compile. ``stride``: the type of the arena's row strides."""
+    row = tiles(inner, 4 if dtype == "fp32" else 2)
+    signature = dict.fromkeys(("QKV", "Q", "K", "V"), f"*{dtype}")
     signature |= dict.fromkeys(("NORM_Q", "NORM_K", "COS", "SIN"), "*fp32")
-    signature |= dict(k_stride="i32:16", v_stride="i32:16", eps="fp32")
-    constexprs = dict(DIM=inner, HALF=head_dim // 2, HIGH=high, LOW=low)
+    signature |= dict(k_stride=stride, v_stride=stride, eps="fp32")
+    constexprs = dict(DIM=inner, HALF=head_dim // 2, HIGH=row.high, LOW=row.low)
     return OfflineCase(
-        f"{inner // head_dim} heads of {head_dim}",
-        qk_norm_rope_kernel,
-        signature,
-        constexprs,
-        num_warps,
+        *(name, qk_norm_rope_kernel, signature, constexprs, row.num_warps),
         fp_fusion=False,
+        maxnreg=max_registers(row),
     )
 
 
-OFFLINE = [_offline(1536, 128), _offline(3072, 128), _offline(5120, 128)]
+OFFLINE = [offline_case(f"{heads} heads of 128", heads * 128, 128) for heads in (12, 24, 40)]

@@ -106,19 +106,19 @@ def launch(
         )
 
 
-def _offline(name: str, dim: int, absent: str = "", dtype: str = "bf16") -> OfflineCase:
+def offline_case(name: str, dim: int, absent: str = "", dtype: str = "bf16") -> OfflineCase:
+    """What ``launch`` would compile. ``absent``: the arguments that are None."""
     high, low, num_warps = tiles(dim, 4 if dtype == "fp32" else 2)
-    types = dict(X=f"*{dtype}", Y=f"*{dtype}", X_NEW=f"*{dtype}", H=f"*{dtype}")
-    types |= dict(GATE="*fp32", WEIGHT="*fp32", BIAS="*fp32")
+    types = dict.fromkeys(("X", "Y", "X_NEW", "H"), f"*{dtype}") | dict.fromkeys(("GATE", "WEIGHT", "BIAS"), "*fp32")
     signature = {name: type_ for name, type_ in types.items() if name not in absent.split()} | {"eps": "fp32"}
     constexprs = dict.fromkeys(absent.split()) | dict(DIM=dim, HIGH=high, LOW=low)
     return OfflineCase(name, residual_norm_kernel, signature, constexprs, num_warps, fp_fusion=False)
 
 
 OFFLINE = [
-    _offline("gate, norm, modulation: 1536", 1536),
-    _offline("gate, norm, modulation: 5120", 5120),
-    _offline("gate, norm, modulation: 5120 float32", 5120, dtype="fp32"),
-    _offline("affine norm: 3072", 3072, "GATE"),
-    _offline("residual: 5120", 5120, "WEIGHT BIAS H"),
+    offline_case("gate, norm, modulation: 1536", 1536),
+    offline_case("gate, norm, modulation: 5120", 5120),
+    offline_case("gate, norm, modulation: 5120 float32", 5120, dtype="fp32"),
+    offline_case("affine norm: 3072", 3072, "GATE"),
+    offline_case("residual: 5120", 5120, "WEIGHT BIAS H"),
 ]
