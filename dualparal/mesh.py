@@ -6,6 +6,7 @@ starts meet through a file in a private folder.
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,6 +55,8 @@ class Mesh:
 
     @staticmethod
     def _init(backend: str) -> None:
+        # Left to the interpreter's own end, gloo's threads sometimes abort the process.
+        atexit.register(_leave)
         path = os.environ.get(RENDEZVOUS)
         if path is None:
             dist.init_process_group(backend, timeout=TIMEOUT)
@@ -63,6 +66,11 @@ class Mesh:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = dist.FileStore(path, world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def in_distributed_run() -> bool:
