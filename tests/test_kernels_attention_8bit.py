@@ -220,6 +220,7 @@ def test_unaligned_rows_are_read_without_tma():
     assert_no_worse(ours, x.run(), x.exact(), 1.5, "unaligned")
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the NaN
 @kinds
 def test_a_nan_is_not_hidden(kind):
     """As a scale it reaches the output, in the definition and in the kernel."""
@@ -345,6 +346,7 @@ def test_values_are_optional():
     assert made[0]["v8"].float().isfinite().all() and made[1]["v"].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the NaN
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_broken_row_shows_in_its_scale(bad):
     for run in (Pass.run, Pass.interpret):

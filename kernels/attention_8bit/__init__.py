@@ -1,15 +1,14 @@
 """Attention over 8-bit keys, and the norm-and-rotate pass that makes them. Off by default everywhere.
 
-Two kinds. "int8": queries and keys in int8, values and weights in bfloat16 or float16: about the error of bfloat16
-on normed queries and keys, half of the memory of keys. "fp8": values and weights in fp8 (e4m3) besides: faster
-where the tensor cores are, at the error of fp8 values (docs/attention-8bit.md has the figures). Keys may be e4m3,
-too, for cards without int8 units; int8 is the more accurate of the two wherever both run.
+Two kinds. "int8": queries and keys in int8, values and weights in bfloat16 or float16: 1.5 to 4 times the error of
+bfloat16 on normed queries and keys, half of the memory of keys. "fp8": values and weights in fp8 (e4m3) besides:
+up to 2.6 % more error and twice the rate of tensor cores (docs/attention-8bit.md has the figures). Keys may be
+e4m3, too, for cards without int8 units; int8 is the more accurate of the two.
 
 **Scales.** One per query and head: a row of the score matrix has its own factor for nothing. Keys: one per TILE
 tokens and head. In front of exp2 it is then a scalar, and a score costs one multiply-add; one scale per token would
-cost a multiplication and a register per score, 5 to 8 % of the kernel by instruction count, and lowers the error
-by a sixth at most (by nothing that shows beside bfloat16 values). 64 or 128 tokens differ by 2 %, and 128 lets the
-kernel take 128 keys at a time. fp8 values have a scale per TILE and head for their range only: e4m3 is a floating
+cost one more multiplication per score, which by instruction count is 5 to 8 % of the kernel (not timed), and lowers the
+error by a sixth. 64 or 128 tokens differ by 2 %, and 128 lets the kernel take 128 keys at a time. fp8 values have a scale per TILE and head for their range only: e4m3 is a floating
 type, its error does not depend on the scale, and one per channel measured the same. Weights are scaled by 448,
 the range of e4m3, against the running maximum: a block of keys whose weights are all small rounds them in the
 relative precision of e4m3 down to 2^-6 / 448 of the largest weight, which no scale of its own would improve.
@@ -375,7 +374,23 @@ _qk_norm_rope_8bit_op = torch.library.custom_op(
 
 
 @_qk_norm_rope_8bit_op.register_fake
-def _(qkv, norm_q, norm_k, cos, sin, means, k_out, k_scale, v_out, v8_out, v_scale, k_sums, heads, eps, backend):
+def _(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    means: torch.Tensor,
+    k_out: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_out: torch.Tensor | None,
+    v8_out: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    k_sums: torch.Tensor | None,
+    heads: int,
+    eps: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, inner = qkv.shape[0], qkv.shape[1] // 3
     return (
         k_out.new_empty((rows, inner)),
@@ -412,5 +427,17 @@ _attention_8bit_op = torch.library.custom_op("dualparal::attention_8bit", _atten
 
 
 @_attention_8bit_op.register_fake
-def _(q, q_scale, bias, k, k_scale, v, v_scale, spans, heads, dtype, backend):
+def _(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    bias: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    v: torch.Tensor,
+    v_scale: torch.Tensor | None,
+    spans: Sequence[int],
+    heads: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
     return q.new_empty(q.shape, dtype=dtype)
