@@ -1,17 +1,18 @@
 """Attention over 8-bit keys, and the norm-and-rotate pass that makes them. Off by default everywhere.
 
-Two kinds. "int8": queries and keys in int8, values and weights in bfloat16 or float16: 1.5 to 4 times the error of
-bfloat16 on normed queries and keys, half of the memory of keys. "fp8": values and weights in fp8 (e4m3) besides:
-up to 2.6 % more error and twice the rate of tensor cores (docs/attention-8bit.md has the figures). Keys may be
-e4m3, too, for cards without int8 units; int8 is the more accurate of the two.
+Two kinds. "int8": queries and keys in int8, values and weights in bfloat16 or float16: 1.5 to 4 times the error
+of bfloat16 on normed queries and keys, half of the memory of keys. "fp8": values and weights in fp8 (e4m3)
+besides: up to 2.6 % more error and twice the rate of tensor cores (docs/attention-8bit.md has the figures). Keys
+may be e4m3, too, for cards without int8 units; int8 is the more accurate of the two.
 
 **Scales.** One per query and head: a row of the score matrix has its own factor for nothing. Keys: one per TILE
-tokens and head. In front of exp2 it is then a scalar, and a score costs one multiply-add; one scale per token would
-cost one more multiplication per score, which by instruction count is 5 to 8 % of the kernel (not timed), and lowers the
-error by a sixth. 64 or 128 tokens differ by 2 %, and 128 lets the kernel take 128 keys at a time. fp8 values have a scale per TILE and head for their range only: e4m3 is a floating
-type, its error does not depend on the scale, and one per channel measured the same. Weights are scaled by 448,
-the range of e4m3, against the running maximum: a block of keys whose weights are all small rounds them in the
-relative precision of e4m3 down to 2^-6 / 448 of the largest weight, which no scale of its own would improve.
+tokens and head. In front of exp2 it is then a scalar, and a score costs one multiply-add; one scale per token
+would cost one more multiplication per score, which by instruction count is 5 to 8 % of the kernel (not timed),
+and lowers the error by a sixth. 64 or 128 tokens differ by 2 %, and 128 lets the kernel take 128 keys at a time.
+fp8 values have a scale per TILE and head for their range only: e4m3 is a floating type, its error does not
+depend on the scale, and one per channel measured the same. Weights are scaled by 448, the range of e4m3, against
+the running maximum: a block of keys whose weights are all small rounds them in the relative precision of e4m3
+down to 2^-6 / 448 of the largest weight, which no scale of its own would improve.
 
 **Smoothing.** Keys share a large common part in some channels, which costs bits and means nothing: a constant
 vector taken from all keys changes all scores of a query by the same number, and softmax drops it. But the keys of
