@@ -1,0 +1,73 @@
+"""Where 8-bit attention is on: a value that imports nothing of ours and no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+EightBitMode = Literal["off", "int8", "fp8"]
+EIGHT_BIT_MODES: tuple[str, ...] = get_args(EightBitMode)
+
+
+@dataclass(frozen=True)
+class EightBitSchedule:
+    """Which layers attend in 8 bits at which steps. Off unless asked for.
+
+    The first steps fix the composition of a video and the last ones its detail, and some layers react to errors
+    more than others: both can be left in 16 bits.
+
+    Attributes:
+        mode: "off"; "int8" (queries and keys); "fp8" (values and weights besides).
+        keep_layers: indices of layers of the model that stay in 16 bits.
+        first_steps, last_steps: so many steps at each end stay in 16 bits.
+
+    Raises:
+        ValueError: a value is out of range; the message names the value, the rule and the way out.
+    """
+
+    mode: EightBitMode = "off"
+    keep_layers: tuple[int, ...] = ()
+    first_steps: int = 0
+    last_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in EIGHT_BIT_MODES:
+            raise ValueError(f"mode={self.mode!r} is not a mode of 8-bit attention; use one of {EIGHT_BIT_MODES}")
+        if not isinstance(self.keep_layers, tuple) or not all(map(_is_count, self.keep_layers)):
+            raise ValueError(
+                f"keep_layers={self.keep_layers!r}: layers are counted from 0; use a tuple of indices such as (0, 29)"
+            )
+        if len(set(self.keep_layers)) < len(self.keep_layers):
+            raise ValueError(f"keep_layers={self.keep_layers!r} names a layer twice; name each once")
+        for name in ("first_steps", "last_steps"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: a number of steps to leave in 16 bits; use an integer from 0 on"
+                )
+
+    def enabled(self, layer: int, step: int, num_steps: int) -> bool:
+        """Does ``layer`` of the model attend in 8 bits at ``step`` (from 0 on) of ``num_steps``?
+
+        Raises:
+            ValueError: there is no such step or layer.
+        """
+        if layer < 0 or not 0 <= step < num_steps:
+            raise ValueError(f"layer={layer}, step={step} of {num_steps}: expected a layer and a step, counted from 0")
+        return (
+            self.mode != "off"
+            and layer not in self.keep_layers
+            and self.first_steps <= step < num_steps - self.last_steps
+        )
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ValueError when keep_layers names a layer that a model of ``num_layers`` does not have."""
+        beyond = [layer for layer in self.keep_layers if layer >= num_layers]
+        if beyond:
+            raise ValueError(
+                f"keep_layers={self.keep_layers}: the model has {num_layers} layers; use indices from 0 to "
+                f"{num_layers - 1}"
+            )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
