@@ -219,6 +219,11 @@ def generate(
             code = _work(job, heartbeat)
         else:
             code = _lead(job, tiny)
+    if is_rank and count > 1:
+        # Its work is done and on disk. gloo's threads sometimes abort a process that ends the usual way.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     raise typer.Exit(code)
 
 
