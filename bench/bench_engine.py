@@ -156,7 +156,7 @@ def efficiency(folder: Path) -> list[dict[str, object]]:
         share = speedup / (bound * machine)
         rows.append({"context": policy, "steps": steps, "blocks": blocks, "guidance": guidance > 1,
                      "unit_ms": round(unit, 1), "speedup": round(speedup, 3), "bound": round(bound, 3),
-                     "machine": round(machine, 3), "of_bound": round(share, 3)})  # fmt: skip
+                     "apart": round(machine, 3), "of_bound": round(share, 3)})  # fmt: skip
         print(f"efficiency  {policy:7s} T={steps} M={blocks} guidance={guidance > 1!s:5s} unit {unit:6.1f} ms | "
               f"speed-up of 2 processes {speedup:.2f} | schedule {bound:.2f} x machine {machine:.2f} | "
               f"{100 * share:.0f} %", flush=True)  # fmt: skip

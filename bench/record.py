@@ -21,7 +21,9 @@ def commit() -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
         return done.stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", ":!bench/results") else "")
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results") else ""
+    )
 
 
 def machine() -> str:
@@ -43,6 +45,7 @@ def record(name: str, rows: list[dict[str, object]]) -> None:
         "torch": torch.__version__,
         "commit": commit(),
     }
+    assert not common.keys() & rows[0].keys(), "a row may not hide where it comes from"
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     new = not path.exists()
