@@ -55,7 +55,7 @@ class Mesh:
 
     @staticmethod
     def _init(backend: str) -> None:
-        # Left to the interpreter's own end, gloo's threads sometimes abort the process.
+        # As torch asks. It does not cure that gloo now and then aborts a process that has done its work and ends.
         atexit.register(_leave)
         path = os.environ.get(RENDEZVOUS)
         if path is None:
