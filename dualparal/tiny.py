@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def build_tiny_pipeline(
         "freq_dim": 64,
     }
     vae = _vae_config(latent_channels, vae_dim, residual_vae)
-    tokenizer = _tokenizer(directory / "tokenizer")
+    tokenizer = make_tokenizer(directory / "tokenizer")
     pipe = _assemble(seed, tokenizer, transformer, vae, wan22, flow_shift)
     pipe.save_pretrained(directory, safe_serialization=True)
     if max_shard_size is not None:
@@ -142,20 +143,24 @@ def _vae_config(channels: int, base_dim: int, residual: bool) -> dict[str, Any]:
     return config
 
 
-def _tokenizer(directory: Path) -> Any:
-    """A T5 tokenizer of single characters: 0 pad, 1 end, 2 unknown, 3 space before a word, then the rest."""
+def make_tokenizer(directory: str | Path, words: Sequence[str] = ()) -> Any:
+    """A T5 tokenizer: 0 pad, 1 end, 2 unknown, then one token per word; without ``words`` one per Latin character.
+
+    Writes ``tokenizer.json`` into ``directory``, which it makes.
+    """
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     special = ["<pad>", "</s>", "<unk>"]
-    characters = ["\u2581", *map(chr, range(0x21, 0x7F)), *map(chr, range(0xA1, 0x100))]
-    vocabulary = [(token, 0.0) for token in special] + [(character, -9.0) for character in characters]
+    # Metaspace puts this sign before each word.
+    tokens = [f"\u2581{word}" for word in words] or ["\u2581", *map(chr, [*range(0x21, 0x7F), *range(0xA1, 0x100)])]
+    vocabulary = [(token, 0.0) for token in special] + [(token, -9.0) for token in tokens]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
     tokenizer.add_special_tokens(special)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    directory.mkdir(parents=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(Path(directory) / "tokenizer.json"))
     # By way of a file: its constructor differs between versions of transformers, and so does its name.
     return transformers.T5TokenizerFast.from_pretrained(  # type: ignore[attr-defined]
         directory, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", extra_ids=0, model_max_length=512

@@ -1,0 +1,64 @@
+"""Encodes procedural videos with the trained autoencoder: the data set of tools/train_transformer.py.
+
+    python tools/make_latents.py --out build/train --clips 6144
+
+Reads vae.safetensors of tools/train_vae.py from --out and writes latents/00000.npy ... there: float16
+[PER_FILE, latent frames, channels, height, width], as the encoder's mean, not normalised. Clip i is a function of
+--seed and i alone: files that are there are kept, and --clips may grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import checkpoint
+import numpy as np
+import scenes
+import torch
+from train_vae import make_vae
+
+FRAMES = 81  # 21 latent frames, as Wan
+PER_FILE = 256
+BATCH = 8
+
+
+def scene_of(seed: int, index: int) -> tuple[scenes.Scene, np.random.Generator]:
+    """The scene of a clip, and the generator that goes on to make its video."""
+    rng = np.random.default_rng([seed, 1, index])
+    return scenes.sample_scene(rng), rng
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=6144)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    vae = make_vae().to(device).eval()
+    checkpoint.load(options.out / "vae.safetensors", {"vae": vae}, [])
+    folder = options.out / "latents"
+    folder.mkdir(exist_ok=True)
+    for number in range(-(-options.clips // PER_FILE)):
+        path = folder / f"{number:05}.npy"
+        if path.exists():
+            continue
+        found = []
+        for first in range(number * PER_FILE, (number + 1) * PER_FILE, BATCH):
+            made = (scene_of(options.seed, index) for index in range(first, first + BATCH))
+            clips = np.stack([scenes.video(scene, FRAMES, rng) for scene, rng in made])
+            video = torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+            with torch.autocast(device.type, torch.bfloat16):
+                found.append(vae.encode(video).latent_dist.mean.transpose(1, 2).half().cpu())
+        with path.with_suffix(".part").open("wb") as file:
+            np.save(file, torch.cat(found).numpy())
+        path.with_suffix(".part").rename(path)
+
+
+if __name__ == "__main__":
+    main()

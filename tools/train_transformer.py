@@ -1,0 +1,232 @@
+"""Trains the transformer and the text encoder of the model in the box on the latents of tools/make_latents.py.
+
+    python tools/train_transformer.py --out build/train --steps 12000
+
+Flow matching as Wan does it: x_s = (1 - s) x + s noise, the model says noise - x, s is shifted towards noise. Windows
+of a few latent frames, then of more (--schedule); a window starts at the start of its video in a quarter of the cases
+(the first latent frame of a video stands for one frame, all others for four), else anywhere. Captions are dropped
+in a tenth of the cases, for classifier-free guidance. Muon for the matrices of the layers, AdamW for the rest; what
+is kept is the exponential average of the weights. Every batch is a function of --seed and its number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import checkpoint
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from make_latents import PER_FILE, scene_of
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from dualparal.tiny import make_tokenizer
+from scenes import vocabulary
+
+TEXT_DIM, TEXT_TOKENS = 64, 32  # tokens of the longest caption, with room
+PADDED = 512  # what diffusers' WanPipeline pads a prompt to, with zeros
+TRANSFORMER = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 3,
+    "attention_head_dim": 64,
+    "in_channels": 8,
+    "out_channels": 8,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 64,
+    "ffn_dim": 640,
+    "num_layers": 8,
+}
+DROP_CAPTION = 0.1
+SHIFT = 2.0  # of the noise levels that are trained
+EMA = 0.999
+
+
+class PaddedCrossAttention:
+    """diffusers' WanAttnProcessor for cross-attention to a padded text, at the cost of the words alone.
+
+    All padding tokens are zeros and so have one key: softmax over n words and PADDED - n of them is softmax over n
+    words and one of them whose score is log(PADDED - n) higher. ``bias`` [batch, 1, 1, TEXT_TOKENS + 1] says so.
+    """
+
+    bias: torch.Tensor
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):  # type: ignore[no-untyped-def]
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        bias = self.bias.to(query.dtype)
+        out = F.scaled_dot_product_attention(query, key.to(query.dtype), value, attn_mask=bias)
+        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+
+
+class Text(nn.Module):
+    """Captions to padded embeddings and the bias of ``PaddedCrossAttention``."""
+
+    def __init__(self, tokenizer) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(tokenizer),
+                d_model=TEXT_DIM,
+                d_kv=16,
+                d_ff=128,
+                num_layers=2,
+                num_heads=4,
+                relative_attention_num_buckets=16,
+                relative_attention_max_distance=32,
+                dropout_rate=0.0,
+            )
+        )
+
+    def forward(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.encoder.device
+        tokens = self.tokenizer(
+            captions, padding="max_length", max_length=TEXT_TOKENS + 1, truncation=True, return_tensors="pt"
+        ).to(device)
+        mask = tokens.attention_mask
+        mask[:, TEXT_TOKENS:] = 0  # the last one stands for all of the padding
+        embeds = self.encoder(tokens.input_ids, mask).last_hidden_state * mask[..., None]
+        bias = torch.where(mask.bool(), 0.0, -math.inf)
+        bias[:, -1] = torch.log(PADDED - mask.sum(1))
+        return embeds, bias[:, None, None]
+
+
+def make_transformer() -> tuple[WanTransformer3DModel, PaddedCrossAttention]:
+    model = WanTransformer3DModel(**TRANSFORMER)
+    processor = PaddedCrossAttention()
+    for block in model.blocks:
+        block.attn2.set_processor(processor)
+    nn.init.zeros_(model.proj_out.weight)
+    return model, processor
+
+
+def make_optimizers(model: nn.Module, text: nn.Module) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in [*model.parameters(), *text.parameters()] if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.02, momentum=0.95),
+        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+class Data:
+    """Latents in memory, normalised per channel, and the scenes that they show."""
+
+    def __init__(self, folder: Path, seed: int, device: torch.device) -> None:
+        files = sorted(folder.glob("*.npy"))
+        if not files:
+            raise SystemExit(f"{folder} has no latents: run tools/make_latents.py first")
+        raw = torch.from_numpy(np.concatenate([np.load(file) for file in files])).to(device)
+        sample = raw[: 4 * PER_FILE].float()
+        self.mean, self.std = sample.mean((0, 1, 3, 4)), sample.std((0, 1, 3, 4))
+        shape = (1, 1, -1, 1, 1)
+        self.latents = ((raw.float() - self.mean.view(shape)) / self.std.view(shape)).half()
+        self.scenes = [scene_of(seed, index)[0] for index in range(len(raw))]
+
+    def batch(self, rng: np.random.Generator, size: int, frames: int) -> tuple[torch.Tensor, list[str]]:
+        """Windows [size, channels, frames, height, width] and their captions, some of them dropped."""
+        index = rng.integers(len(self.latents), size=size)
+        start = np.where(rng.random(size) < 0.25, 0, rng.integers(self.latents.shape[1] - frames + 1, size=size))
+        windows = torch.stack([self.latents[i, s : s + frames] for i, s in zip(index, start, strict=True)])
+        return windows.float().transpose(1, 2), [self.caption(i, rng) for i in index]
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """A clip's caption in words of ``rng``'s choice: none, or now and then with words that mean nothing."""
+        if rng.random() < DROP_CAPTION:
+            return ""
+        words = self.scenes[index].caption(rng).split()
+        for place in rng.integers(len(words) + 1, size=rng.choice(3, p=[0.8, 0.1, 0.1])):
+            words.insert(int(place), "?")
+        return " ".join(words)
+
+
+def stages(text: str) -> list[tuple[float, int, int]]:
+    """ "0.5:5x48,1:16x16" to [(until which share of the steps, frames, batch), ...]."""
+    found = []
+    for part in text.split(","):
+        until, _, shape = part.partition(":")
+        frames, _, batch = shape.partition("x")
+        found.append((float(until), int(frames), int(batch)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--schedule", type=stages, default=stages("0.5:4x64,1:16x16"), help="until:FRAMESxBATCH,...")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on another time")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    device = torch.device(options.device)
+    data = Data(options.out / "latents", options.seed, device)
+    tokenizer = make_tokenizer(options.out / "tokenizer", vocabulary())
+    model, processor = make_transformer()
+    text = Text(tokenizer)
+    trained = nn.ModuleDict({"transformer": model, "text": text}).to(device)
+    average = copy.deepcopy(trained)
+    optimizers = make_optimizers(model, text)
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    path = options.out / "transformer.safetensors"
+    state = {"trained": trained, "average": average}
+    start = checkpoint.load(path, state, optimizers)
+    if options.compile:
+        model.compile(dynamic=False)
+    log = (options.out / "transformer.jsonl").open("a")
+    began, losses = time.perf_counter(), []
+    for step in range(start, options.steps):
+        share = step / options.steps
+        warm, decay = min((step + 1) / 200, 1.0), min(1.0, max(0.0, 1 - share) / 0.4)  # trapezoid
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * warm * decay
+        _, frames, batch = next(stage for stage in options.schedule if share < stage[0])
+        rng = np.random.default_rng([options.seed, 2, step])
+        clean, captions = data.batch(rng, batch, frames)
+        generator = torch.Generator(device).manual_seed(step)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        u = torch.rand(batch, generator=generator, device=device)
+        sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+        level = sigma.view(-1, 1, 1, 1, 1)
+        with torch.autocast(device.type, torch.bfloat16):
+            embeds, processor.bias = text(captions)
+            velocity = model((1 - level) * clean + level * noise, 1000 * sigma, embeds, return_dict=False)[0]
+        loss = F.mse_loss(velocity.float(), noise - clean)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            keep = min(EMA, (step + 1) / (step + 10))
+            for mine, new in zip(average.parameters(), trained.parameters(), strict=True):
+                mine.lerp_(new, 1 - keep)
+        losses.append(loss.item())
+        last = step + 1 == options.steps or time.perf_counter() - began > 60 * options.minutes
+        if (step + 1) % 100 == 0 or last:
+            row = {"step": step + 1, "frames": frames, "loss": float(np.mean(losses))}
+            print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), file=log, flush=True)
+            losses.clear()
+        if (step + 1) % 500 == 0 or last:
+            checkpoint.save(path, step + 1, state, optimizers)
+        if last:
+            break
+
+
+if __name__ == "__main__":
+    main()

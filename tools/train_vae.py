@@ -1,0 +1,146 @@
+"""Trains the video autoencoder of the model in the box: diffusers' AutoencoderKLWan, small, on tools/scenes.py.
+
+    python tools/train_vae.py --out build/train --steps 4000
+
+L1 and squared error, a little Kullback-Leibler; no adversary. Every batch is a function of --seed and its number:
+the same command gives the same weights on the same machine, and one that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import checkpoint
+import numpy as np
+import scenes
+import torch
+from diffusers import AutoencoderKLWan
+
+CONFIG = {"base_dim": 12, "decoder_base_dim": 12, "z_dim": 12, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
+KL_WEIGHT = 1e-4  # of the mean per latent number, beside the mean per pixel
+GUIDED = 0.4  # of the steps, with less and less weight
+IMAGES = 0.3  # of the steps on single frames, four times as many: colours and edges first, motion then
+CLIP = 9  # frames: three latents
+
+
+def make_vae() -> AutoencoderKLWan:
+    vae = AutoencoderKLWan(**CONFIG, latents_mean=[0.0] * CONFIG["z_dim"], latents_std=[1.0] * CONFIG["z_dim"])
+    # A posterior as wide as the prior drowns what an untrained encoder has to say: begin narrow.
+    torch.nn.init.constant_(vae.quant_conv.bias[CONFIG["z_dim"] :], -4.0)
+    # The norms keep the direction of a pixel's channels only. With PyTorch's small biases the direction of a flat
+    # colour says little more than its sign, and training ends where all pictures have one of two colours.
+    for part in (vae.encoder, vae.decoder):
+        torch.nn.init.normal_(part.conv_in.bias, std=0.5)
+    return vae
+
+
+class Guide:
+    """Principal components of patches of 8 x 8 pixels and four frames: what latents look like in early training.
+
+    Left alone the encoder of a small batch tells two pictures apart and no more (see ``make_vae``).
+    """
+
+    def __init__(self, seed: int, components: int) -> None:
+        patches = self._patches(clips(seed, 1 << 31, 64, CLIP)[:, :, 1:])
+        self.mean = patches.mean(0)
+        _, scale, basis = torch.linalg.svd(
+            patches[torch.randperm(len(patches))[:8192]] - self.mean, full_matrices=False
+        )
+        self.basis = basis[:components] * (8192**0.5 / scale[:components, None])
+
+    @staticmethod
+    def _patches(video: torch.Tensor) -> torch.Tensor:
+        batch, channels, frames, height, width = video.shape
+        cut = video.reshape(batch, channels, frames // 4, 4, height // 8, 8, width // 8, 8)
+        return cut.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(0, 3)
+
+    def __call__(self, video: torch.Tensor) -> torch.Tensor:
+        """Latents [batch, components, latent frames, height, width] of [-1, 1] pixels; the first frame counts four."""
+        video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], dim=2)
+        batch, _, frames, height, width = video.shape
+        latents = (self._patches(video) - self.mean) @ self.basis.T
+        return latents.view(batch, frames // 4, height // 8, width // 8, -1).permute(0, 4, 1, 2, 3)
+
+
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """``vae.decode`` without its clamp to [-1, 1], through which a picture that is too bright would never learn."""
+    vae.clear_cache()
+    hidden, frames = vae.post_quant_conv(latents), []
+    for index in range(latents.shape[2]):
+        part = hidden[:, :, index : index + 1]
+        frames.append(vae.decoder(part, feat_cache=vae._feat_map, feat_idx=[0], first_chunk=index == 0))
+    vae.clear_cache()
+    return torch.cat(frames, dim=2)
+
+
+def clips(seed: int, step: int, batch: int, frames: int) -> torch.Tensor:
+    """[batch, 3, frames, SIZE, SIZE] in [-1, 1]."""
+    rng = np.random.default_rng([seed, 0, step])
+    found = []
+    for _ in range(batch):
+        scene = scenes.sample_scene(rng)
+        positions, angles = scenes.trajectories(scene, frames, rng)
+        found.append(scenes.render(scene, positions, angles))
+    return torch.from_numpy(np.stack(found)).permute(0, 4, 1, 2, 3) * 2 - 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for vae.safetensors and vae.jsonl")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    device = torch.device(options.device)
+    vae = make_vae().to(device)
+    guide = Guide(options.seed, CONFIG["z_dim"])
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "vae.safetensors"
+    start = checkpoint.load(path, {"vae": vae}, [optimizer])
+    log = (path.parent / "vae.jsonl").open("a")
+    began = time.perf_counter()
+    for step in range(start, options.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * min((step + 1) / 100, 1.0) * max(0.02, 1 - step / options.steps)
+        images = step < options.steps * IMAGES
+        shape = (4 * options.batch, 1) if images else (options.batch, CLIP)
+        video = clips(options.seed, step, *shape).to(device)
+        torch.manual_seed(step)
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(video).latent_dist
+            restored = decode(vae, posterior.sample())
+        error = restored.float() - video
+        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+        loss = error.abs().mean() + error.square().mean() + KL_WEIGHT * kl
+        if step < options.steps * GUIDED:
+            guided = (posterior.mean.float() - guide(video)).square().mean()
+            loss = loss + (1 - step / (options.steps * GUIDED)) * guided
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step + 1 == options.steps:
+            row = {
+                "step": step,
+                "l1": error.abs().mean().item(),
+                "psnr": -10 * np.log10(error.square().mean().item() / 4),
+                "kl": kl.item(),
+                "std": posterior.mean.float().std().item(),
+                "seconds": round(time.perf_counter() - began, 1),
+            }
+            print(json.dumps(row), file=log, flush=True)
+        if (step + 1) % 500 == 0 or step + 1 == options.steps:
+            checkpoint.save(path, step + 1, {"vae": vae}, [optimizer])
+
+
+if __name__ == "__main__":
+    main()
