@@ -19,6 +19,7 @@ import torch
 from train_vae import make_vae
 
 FRAMES = 81  # 21 latent frames, as Wan
+LATENTS = (21, 12, 8, 8)  # of one clip: frames, channels, height, width
 PER_FILE = 256
 BATCH = 8
 

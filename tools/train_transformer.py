@@ -1,6 +1,6 @@
 """Trains the transformer and the text encoder of the model in the box on the latents of tools/make_latents.py.
 
-    python tools/train_transformer.py --out build/train --steps 12000
+    python tools/train_transformer.py --out build/train --steps 5000
 
 Flow matching as Wan does it: x_s = (1 - s) x + s noise, the model says noise - x, s is shifted towards noise. Windows
 of a few latent frames, then of more (--schedule); a window starts at the start of its video in a quarter of the cases
@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from make_latents import PER_FILE, scene_of
+from scenes import vocabulary
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from dualparal.tiny import make_tokenizer
-from scenes import vocabulary
 
 TEXT_DIM, TEXT_TOKENS = 64, 32  # tokens of the longest caption, with room
 PADDED = 512  # what diffusers' WanPipeline pads a prompt to, with zeros
@@ -36,8 +36,8 @@ TRANSFORMER = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 3,
     "attention_head_dim": 64,
-    "in_channels": 8,
-    "out_channels": 8,
+    "in_channels": 12,
+    "out_channels": 12,
     "text_dim": TEXT_DIM,
     "freq_dim": 64,
     "ffn_dim": 640,
@@ -162,12 +162,11 @@ def stages(text: str) -> list[tuple[float, int, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--schedule", type=stages, default=stages("0.5:4x64,1:16x16"), help="until:FRAMESxBATCH,...")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--schedule", type=stages, default=stages("0.4:4x64,0.75:8x32,1:16x16"), help="until:FRAMESxBATCH,...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on another time")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -184,8 +183,6 @@ def main() -> None:
     path = options.out / "transformer.safetensors"
     state = {"trained": trained, "average": average}
     start = checkpoint.load(path, state, optimizers)
-    if options.compile:
-        model.compile(dynamic=False)
     log = (options.out / "transformer.jsonl").open("a")
     began, losses = time.perf_counter(), []
     for step in range(start, options.steps):

@@ -1,0 +1,77 @@
+"""Puts the trained parts together: a Wan pipeline in diffusers' layout, float16, with its model card.
+
+    python tools/export_model.py --out build/train --model dualparal/moving_shapes
+
+Reads what tools/train_vae.py, make_latents.py and train_transformer.py left in --out. Before it writes anything it
+checks that the transformer, asked as a pipeline asks it (a prompt padded with zeros to 512 tokens, diffusers' own
+attention), answers as it did in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import checkpoint
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from make_latents import LATENTS
+from scenes import vocabulary
+from train_transformer import PADDED, SHIFT, TRANSFORMER, Data, Text, make_transformer
+from train_vae import make_vae
+
+from dualparal.tiny import make_tokenizer
+
+CARD = Path(__file__).with_name("model_card.md")
+
+
+@torch.inference_mode()
+def check(plain: WanTransformer3DModel, text: Text) -> None:
+    """Raises SystemExit when the exported transformer does not say what the trained one says."""
+    trained, processor = make_transformer()
+    trained.load_state_dict(plain.state_dict())
+    latents = torch.randn(1, TRANSFORMER["in_channels"], 4, LATENTS[-2], LATENTS[-1])
+    embeds, processor.bias = text(["two red circles bouncing on a dark background"])
+    expected = trained(latents, torch.tensor([500.0]), embeds, return_dict=False)[0]
+    padded = torch.cat([embeds, torch.zeros(1, PADDED - embeds.shape[1], embeds.shape[2])], dim=1)
+    found = plain(latents, torch.tensor([500.0]), padded, return_dict=False)[0]
+    error = float((found - expected).abs().max())
+    if not error < 1e-3:
+        raise SystemExit(f"the exported transformer differs from the trained one by {error}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the training run")
+    parser.add_argument("--model", type=Path, required=True, help="folder to write; what is there is replaced")
+    options = parser.parse_args()
+    data = Data(options.out / "latents", 0, torch.device("cpu"))
+    vae = make_vae()
+    checkpoint.load(options.out / "vae.safetensors", {"vae": vae}, [])
+    vae.register_to_config(latents_mean=data.mean.tolist(), latents_std=data.std.tolist())
+    shutil.rmtree(options.model, ignore_errors=True)
+    tokenizer = make_tokenizer(options.model / "tokenizer", vocabulary())
+    text = Text(tokenizer)
+    trained, _ = make_transformer()
+    average = torch.nn.ModuleDict({"transformer": trained, "text": text})
+    checkpoint.load(options.out / "transformer.safetensors", {"average": average}, [])
+    transformer = WanTransformer3DModel(**TRANSFORMER)
+    transformer.load_state_dict(trained.state_dict())
+    check(transformer, text)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=SHIFT
+    )
+    pipe = WanPipeline(
+        tokenizer=tokenizer, text_encoder=text.encoder, transformer=transformer, vae=vae, scheduler=scheduler
+    )
+    for part in (vae, transformer, text.encoder):
+        part.half()
+    pipe.save_pretrained(options.model, safe_serialization=True)
+    shutil.copy(CARD, options.model / "README.md")
+    size = sum(file.stat().st_size for file in options.model.rglob("*") if file.is_file())
+    print(f"{options.model}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
