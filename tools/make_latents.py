@@ -2,7 +2,7 @@
 
     python tools/make_latents.py --out build/train --clips 6144
 
-Reads vae.safetensors of tools/train_vae.py from --out and writes latents/00000.npy ... there: float16
+Reads vae.safetensors of tools/train_vae.py from --out and writes latents/000000.npy ... there: float16
 [PER_FILE, latent frames, channels, height, width], as the encoder's mean, not normalised. Clip i is a function of
 --seed and i alone: files that are there are kept, and --clips may grow.
 """
@@ -20,7 +20,7 @@ from train_vae import make_vae
 
 FRAMES = 81  # 21 latent frames, as Wan
 LATENTS = (21, 12, 8, 8)  # of one clip: frames, channels, height, width
-PER_FILE = 256
+PER_FILE = 16
 BATCH = 8
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     folder = options.out / "latents"
     folder.mkdir(exist_ok=True)
     for number in range(-(-options.clips // PER_FILE)):
-        path = folder / f"{number:05}.npy"
+        path = folder / f"{number:06}.npy"
         if path.exists():
             continue
         found = []

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
-from make_latents import PER_FILE, scene_of
+from make_latents import scene_of
 from scenes import vocabulary
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
@@ -113,7 +113,7 @@ def make_optimizers(model: nn.Module, text: nn.Module) -> list[torch.optim.Optim
     chosen = {id(p) for p in matrices}
     rest = [p for p in [*model.parameters(), *text.parameters()] if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.02, momentum=0.95),
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01, momentum=0.95),
         torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -126,7 +126,7 @@ class Data:
         if not files:
             raise SystemExit(f"{folder} has no latents: run tools/make_latents.py first")
         raw = torch.from_numpy(np.concatenate([np.load(file) for file in files])).to(device)
-        sample = raw[: 4 * PER_FILE].float()
+        sample = raw[:1024].float()
         self.mean, self.std = sample.mean((0, 1, 3, 4)), sample.std((0, 1, 3, 4))
         shape = (1, 1, -1, 1, 1)
         self.latents = ((raw.float() - self.mean.view(shape)) / self.std.view(shape)).half()
@@ -163,7 +163,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--schedule", type=stages, default=stages("0.4:4x64,0.75:8x32,1:16x16"), help="until:FRAMESxBATCH,...")
+    parser.add_argument(
+        "--schedule", type=stages, default=stages("0.4:4x64,0.75:8x32,1:16x16"), help="until:FRAMESxBATCH,..."
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

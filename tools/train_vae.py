@@ -1,6 +1,6 @@
 """Trains the video autoencoder of the model in the box: diffusers' AutoencoderKLWan, small, on tools/scenes.py.
 
-    python tools/train_vae.py --out build/train --steps 4000
+    python tools/train_vae.py --out build/train --steps 3200
 
 L1 and squared error, a little Kullback-Leibler; no adversary. Every batch is a function of --seed and its number:
 the same command gives the same weights on the same machine, and one that was stopped goes on where it was.
@@ -18,29 +18,42 @@ import numpy as np
 import scenes
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
+from torch import nn
 
-CONFIG = {"base_dim": 12, "decoder_base_dim": 12, "z_dim": 12, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
+CONFIG = {"base_dim": 24, "decoder_base_dim": 24, "z_dim": 12, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1}
+LINEAR = ("conv_in", "conv_out", "conv_shortcut", "quant_conv")  # with the samplers' convolutions: the trunk
 KL_WEIGHT = 1e-4  # of the mean per latent number, beside the mean per pixel
 GUIDED = 0.4  # of the steps, with less and less weight
-IMAGES = 0.3  # of the steps on single frames, four times as many: colours and edges first, motion then
-CLIP = 9  # frames: three latents
+IMAGES = 0.35  # of the steps on single frames, four times as many: colours and edges first, motion then
+LONG = 0.8  # of the steps are done when clips become long, and few
+CLIP, LONG_CLIP = 9, 33  # frames. What lies seven latents back still reaches a frame, through the caches of both halves
 
 
 def make_vae() -> AutoencoderKLWan:
     vae = AutoencoderKLWan(**CONFIG, latents_mean=[0.0] * CONFIG["z_dim"], latents_std=[1.0] * CONFIG["z_dim"])
+    # Begin linear: with PyTorch's own initial values the trunk fades against the residual branches, whose norms keep
+    # only the direction of a pixel's channels. For the last norm of encoder and decoder, which is left, large biases:
+    # without them the direction of a flat colour says its sign and no more.
+    for name, part in vae.named_modules():
+        if isinstance(part, WanResidualBlock):
+            nn.init.zeros_(part.conv2.weight)
+            nn.init.zeros_(part.conv2.bias)
+        elif isinstance(part, nn.Conv2d) or (isinstance(part, nn.Conv3d) and name.endswith(LINEAR)):
+            seen = part.weight[0] if part.weight.ndim == 4 else part.weight[0, :, -1]  # of a first frame, by one output
+            nn.init.normal_(part.weight, std=seen.numel() ** -0.5)
+        if name.endswith("conv_in"):
+            nn.init.normal_(part.bias, std=0.5)
     # A posterior as wide as the prior drowns what an untrained encoder has to say: begin narrow.
-    torch.nn.init.constant_(vae.quant_conv.bias[CONFIG["z_dim"] :], -4.0)
-    # The norms keep the direction of a pixel's channels only. With PyTorch's small biases the direction of a flat
-    # colour says little more than its sign, and training ends where all pictures have one of two colours.
-    for part in (vae.encoder, vae.decoder):
-        torch.nn.init.normal_(part.conv_in.bias, std=0.5)
+    nn.init.zeros_(vae.quant_conv.weight[CONFIG["z_dim"] :])
+    nn.init.constant_(vae.quant_conv.bias[CONFIG["z_dim"] :], -4.0)
     return vae
 
 
 class Guide:
     """Principal components of patches of 8 x 8 pixels and four frames: what latents look like in early training.
 
-    Left alone the encoder of a small batch tells two pictures apart and no more (see ``make_vae``).
+    They show the encoder what is worth telling long before the decoder could.
     """
 
     def __init__(self, seed: int, components: int) -> None:
@@ -90,7 +103,7 @@ def clips(seed: int, step: int, batch: int, frames: int) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for vae.safetensors and vae.jsonl")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -113,6 +126,8 @@ def main() -> None:
             group["lr"] = options.lr * min((step + 1) / 100, 1.0) * max(0.02, 1 - step / options.steps)
         images = step < options.steps * IMAGES
         shape = (4 * options.batch, 1) if images else (options.batch, CLIP)
+        if step >= options.steps * LONG:
+            shape = max(1, options.batch * CLIP // LONG_CLIP), LONG_CLIP
         video = clips(options.seed, step, *shape).to(device)
         torch.manual_seed(step)
         with torch.autocast(device.type, torch.bfloat16):
@@ -126,7 +141,7 @@ def main() -> None:
             loss = loss + (1 - step / (options.steps * GUIDED)) * guided
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0 or step + 1 == options.steps:
             row = {
@@ -138,7 +153,7 @@ def main() -> None:
                 "seconds": round(time.perf_counter() - began, 1),
             }
             print(json.dumps(row), file=log, flush=True)
-        if (step + 1) % 500 == 0 or step + 1 == options.steps:
+        if (step + 1) % 250 == 0 or step + 1 == options.steps:
             checkpoint.save(path, step + 1, {"vae": vae}, [optimizer])
 
 

@@ -1,0 +1,81 @@
+"""The commands that train the model in the box (tools/), at a tiny setting: they run, learn, go on and export."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+TOOLS = Path(__file__).parents[1] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import scenes
+
+
+def run(script: str, *arguments: object) -> None:
+    command = [sys.executable, str(TOOLS / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("train")
+    run("train_vae.py", "--out", out, "--steps", 40, "--batch", 2)
+    run("make_latents.py", "--out", out, "--clips", 16)
+    run("train_transformer.py", "--out", out, "--steps", 60, "--schedule", "0.5:2x16,1:4x8")
+    return out
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_it_learns(trained: Path) -> None:
+    assert rows(trained / "vae.jsonl")[-1]["l1"] < 0.9 * rows(trained / "vae.jsonl")[0]["l1"]
+    assert rows(trained / "transformer.jsonl")[-1]["loss"] < 1.7  # 2: what a model that says nothing has
+
+
+def test_a_stopped_run_goes_on_where_it_was(trained: Path, tmp_path: Path) -> None:
+    for name, stops in (("straight", [1e9]), ("stopped", [0, 0, 1e9])):  # 0 minutes: one step at a time
+        out = tmp_path / name
+        out.mkdir()
+        (out / "latents").symlink_to(trained / "latents")
+        for minutes in stops:
+            run("train_transformer.py", "--out", out, "--steps", 4, "--schedule", "1:2x4", "--minutes", minutes)
+    states = [load_file(tmp_path / name / "transformer.safetensors") for name in ("straight", "stopped")]
+    assert states[0].keys() == states[1].keys() and int(states[1]["step"]) == 4
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+
+
+def test_the_export_is_a_pipeline(trained: Path, tmp_path: Path) -> None:
+    import dualparal
+
+    run("export_model.py", "--out", trained, "--model", tmp_path / "model")
+    engine = dualparal.Engine.from_pretrained(tmp_path / "model", frames_per_block=2, context_frames=1, device="cpu")
+    frames = engine(
+        "a red circle on a dark background", height=64, width=64, num_frames=17, num_inference_steps=2
+    ).frames
+    assert np.asarray(frames).shape[-4:] == (17, 64, 64, 3)
+
+
+def test_scenes_never_overlap_and_keep_their_truth() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        scene = scenes.sample_scene(rng)
+        positions, _ = scenes.trajectories(scene, 40, rng)
+        offset = positions[:, :, None] - positions[:, None]
+        offset = (offset + scenes.SIZE / 2) % scenes.SIZE - scenes.SIZE / 2
+        radii = np.array([thing.radius for thing in scene.things])
+        gap = np.hypot(*np.moveaxis(offset, -1, 0)) - radii[:, None] - radii + 1e9 * np.eye(len(radii))
+        assert gap.min() > 0, scene
+        if not scene.motion.startswith("drifting"):
+            assert (positions - radii[:, None]).min() > -1 and (positions + radii[:, None]).max() < scenes.SIZE + 1
+        words = set(scene.caption(rng).split()) | set(scene.caption().split())
+        assert words <= set(scenes.vocabulary()), words
