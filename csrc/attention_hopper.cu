@@ -239,6 +239,7 @@ template <DType kType, int kHeadDim>
 void launch(const AttentionHopperParams& p, cudaStream_t stream) {
     const auto kernel = attention_hopper_kernel<kType, kHeadDim>;
     constexpr int bytes = int(Shared<kHeadDim>::kBytes);
+    static_assert(bytes <= 227 * 1024, "what a thread block may have");
     // Per device and cheap, and no operation of a stream: allowed while a graph is captured.
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
                "cudaFuncSetAttribute(attention_hopper, shared memory)");
