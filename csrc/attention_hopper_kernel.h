@@ -13,10 +13,12 @@
 #define DP_DEVICE __device__ __forceinline__
 #define DP_CONSTANT __host__ __device__ constexpr
 #define DP_UNROLL _Pragma("unroll")
+#define DP_ROLLED _Pragma("unroll 1")
 #else
 #define DP_DEVICE inline
 #define DP_CONSTANT constexpr
 #define DP_UNROLL
+#define DP_ROLLED
 #endif
 
 namespace dualparal {
@@ -124,6 +126,7 @@ DP_DEVICE void produce(const Problem& p, uint32_t shared, typename Gpu::Map q, t
         }
     };
     const int count = tiles(p.k_rows, kBlockN);
+    DP_ROLLED
     for (int n = 0; n <= count; ++n) {  // in the order of use: the keys of a tile before the values of the last one
         if (n < count) load_tile(k, At::kKeys, At::kKeysFull, At::kKeysEmpty, n);
         if (n > 0) load_tile(v, At::kValues, At::kValuesFull, At::kValuesEmpty, n - 1);
@@ -226,6 +229,7 @@ DP_DEVICE void consume(const Problem& p, uint32_t shared, typename Gpu::Map out,
     // products of the other. The first to go is consumer 0.
     if (consumer == 1) Gpu::pass_turn(0);
     const int count = tiles(p.k_rows, kBlockN);
+    DP_ROLLED
     for (int n = 1; n < count; ++n) {
         wait_full(At::kKeysFull, n);
         wait_full(At::kValuesFull, n - 1);
