@@ -16,10 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import embeds
+from dualparal.engine import Engine
 from dualparal.kernels import backend as backends
+from dualparal.kernels import environment
 from dualparal.kernels.attention import attention, choice, implementations, reference
 from dualparal.kernels.attention.cases import Case, ragged
 from dualparal.testing import assert_no_worse, nan_filled_memory
+from dualparal.tiny import build_tiny_pipeline
 from kernel_common import random
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -51,7 +55,8 @@ def emulator(tmp_path_factory):
 def problem(program: Path, dtype: torch.dtype, case: Case, seed: int) -> str:
     """What the emulation finds wrong; the weights are rounded to the dtype once, as in any such kernel."""
     arguments = [HALVES[dtype], case.head_dim, case.q_rows, case.k_rows, case.heads, case.padding, seed]
-    done = subprocess.run([str(part) for part in [program, *arguments]], capture_output=True, text=True, check=False)
+    command = [str(part) for part in [program, *arguments]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         return done.stderr or f"exit code {done.returncode}"
     error, lse_error = map(float, done.stdout.split())
@@ -70,7 +75,7 @@ def test_emulated_on_ragged_shapes(emulator, head_dim, dtype):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_emulated_in_many_orders(emulator, head_dim):
     """Slow and fast copies and products, warps that run ahead or fall behind: no deadlock, nothing overwritten."""
-    case = Case("", 64, 1100, heads=1, head_dim=head_dim, padding=8)
+    case = Case("", 64, 700, heads=1, head_dim=head_dim, padding=8)
     for seed in range(40):
         assert not problem(emulator, torch.bfloat16, case, seed), seed
 
@@ -103,7 +108,7 @@ def test_the_emulation_finds(tmp_path, before, after):
     assert text.count(before) == 1
     (tmp_path / KERNEL.name).write_text(text.replace(before, after))
     program = build(tmp_path)
-    orders = itertools.product(range(40), (Case("", 64, 1100, 1, 128, 8), Case("", 65, 700, 1, 64)))
+    orders = itertools.product(range(40), (Case("", 64, 700, 1, 128, 8), Case("", 65, 700, 1, 64)))
     assert any(problem(program, torch.bfloat16, case, seed) for seed, case in orders)
 
 
@@ -257,7 +262,7 @@ def test_how_it_is_called(card, with_lse):
     native = Native("90a-real")
     card.setattr(backends, "_C", native, raising=False)
     card.setattr(backends, "where", lambda device: {"device": 3, "stream": 7, "threads": 1})
-    q, arena = random(5, 256, dtype=torch.bfloat16), random(9, 300, dtype=torch.bfloat16)
+    q, arena = random(5, 256, dtype=torch.bfloat16), random(9, 304, dtype=torch.bfloat16)
     k, v = arena[:7, :256], arena[2:, :256]
     out, lse = implementations.IMPLEMENTATIONS["hopper"](q, k, v, 2, with_lse)
     assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
@@ -265,12 +270,24 @@ def test_how_it_is_called(card, with_lse):
     assert native.calls == [
         dict(
             q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), lse=backends.pointer(lse), q_rows=5,
-            k_rows=7, heads=2, head_dim=128, q_stride=256, k_stride=300, v_stride=300, dtype=1, device=3,
+            k_rows=7, heads=2, head_dim=128, q_stride=256, k_stride=304, v_stride=304, dtype=1, device=3,
             stream=7,
         )
     ]  # fmt: skip
     if lse is not None:
         assert lse.shape == (2, 5) and lse.dtype == torch.float32 and lse.is_contiguous()
+
+
+def test_rows_that_tma_cannot_read_are_copied():
+    arena = random(9, 301, dtype=torch.bfloat16)
+    aligned, odd, shifted = arena[:, :256].contiguous(), arena[:, :256], random(9, 256, dtype=torch.bfloat16)[:, 1:129]
+    assert implementations._for_tma(aligned) is aligned
+    assert implementations._for_tma(aligned[:1]).data_ptr() == aligned.data_ptr()
+    single = arena[:1, :256]  # one row has no distance to a next one
+    assert implementations._for_tma(single) is single
+    for x in (odd, shifted):
+        copy = implementations._for_tma(x)
+        assert torch.equal(copy, x) and copy.is_contiguous() and copy.data_ptr() % 16 == 0
 
 
 GOOD = dict(
@@ -372,6 +389,29 @@ def test_captured_bits_are_eager_bits(head_dim):
         q.copy_(source)
         graph.replay()
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(captured, expected))
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_whole_video(tmp_path, monkeypatch):
+    """In the layers of an engine: the bits of any number of stages, eager and captured, and near those of sdpa."""
+    model = build_tiny_pipeline(tmp_path / "model", head_dim=64)
+    call = {"height": 64, "width": 96, "num_frames": 45, "num_inference_steps": 4, "output_type": "latent"}
+    common = {"frames_per_block": 4, "context_frames": 2, "device": "cuda", "dtype": "bfloat16"}
+
+    def generate(backend, **options):
+        choice.forget()
+        monkeypatch.setenv(environment.ATTENTION_BACKEND, backend)
+        engine = Engine.from_pretrained(model, **common, **options)
+        return engine(**embeds(engine), **call).frames
+
+    ours = generate("hopper")
+    for stages, graphs in ((1, True), (2, False), (2, True)):
+        assert torch.equal(generate("hopper", stages=stages, graphs=graphs), ours), (stages, graphs)
+    plain = generate("sdpa")
+    choice.forget()
+    # On a CPU, sdpa and the definition differ by 0.012 of the standard deviation in this very video.
+    assert (ours.float() - plain.float()).std() < 0.05 * plain.float().std()
 
 
 @pytest.mark.gpu

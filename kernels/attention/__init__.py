@@ -57,7 +57,7 @@ def attention(
         q: [S_q, inner], float32, bfloat16 or float16; inner = heads * head_dim.
         k, v: [S_k, inner] of q's dtype, S_k of 1 or more. Rows of all three are contiguous and may lie apart.
             For "triton" a distance that is a multiple of 16 elements; others are right, but slow. For "hopper"
-            a multiple of 8, and tensors that begin at a multiple of 16 bytes; others are refused.
+            a multiple of 8, and tensors that begin at a multiple of 16 bytes; others are copied first.
         backend: "auto" or one of ``BACKENDS``.
         return_lse: also the log-sum-exp of the logits, for ``merge``.
 

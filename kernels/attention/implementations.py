@@ -94,7 +94,15 @@ def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, w
     return out[0].flatten(1), lse[0][:, : len(q)].contiguous()
 
 
+def _for_tma(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy where its rows do not all begin at multiples of 16 bytes."""
+    if x.data_ptr() % 16 == 0 and (len(x) == 1 or x.stride(0) * x.element_size() % 16 == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, with_lse: bool) -> Result:
+    q, k, v = map(_for_tma, (q, k, v))  # kept until the launch: copies of the caching allocator may go after it
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, len(q), dtype=torch.float32, device=q.device) if with_lse else None
     where = backends.where(q.device)
