@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from record import record
 
-from dualparal.calibrate import Function, Row, callable_backends, measure, time_together
+from dualparal.calibrate import Function, Row, callable_backends, measure, time_together, trial
 from dualparal.kernels.attention import attention_segments, choice
 from dualparal.kernels.attention.cases import WAN, Case
 
@@ -71,7 +71,7 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def to_record(row: Row, sdpa: float | None, peak: float) -> dict[str, object]:
+def to_record(row: Row, sdpa: float | None, cudnn: float | None, peak: float) -> dict[str, object]:
     timed = row.milliseconds is not None and row.tflops is not None
     return {
         "case": row.case,
@@ -80,6 +80,7 @@ def to_record(row: Row, sdpa: float | None, peak: float) -> dict[str, object]:
         "ms": round(row.milliseconds, 4) if timed else "",
         "tflops": round(row.tflops, 3) if timed else "",
         "times_sdpa": round(sdpa / row.milliseconds, 3) if timed and sdpa is not None else "",
+        "times_cudnn": round(cudnn / row.milliseconds, 3) if timed and cudnn is not None else "",
         "of_peak": round(row.tflops / peak, 3) if timed else "",
         "peak_tflops": round(peak, 3),
         "problem": row.problem,
@@ -106,6 +107,10 @@ def main() -> None:
     with torch.inference_mode():
         peak = peak_tflops(device, dtype)
         print(f"matrix product: {peak:.2f} TFLOP/s", flush=True)
+        for name in choice.UNTRIED:
+            kind = (name, device, dtype, cases[0].head_dim)
+            if problem := choice.absent(*kind) or trial(*kind):
+                print(f"without {name}: {problem}", flush=True)
         for case in cases:
             if time.monotonic() - started > arguments.seconds:
                 print(f"{case.name}: left out, time is up", flush=True)
@@ -119,13 +124,14 @@ def main() -> None:
             except torch.OutOfMemoryError:
                 print(f"{case.name}: left out, it does not fit this card", flush=True)
                 continue
-            sdpa = next(row.milliseconds for row in rows if row.backend == "sdpa")
-            records = [to_record(row, sdpa, peak) for row in rows]
+            times = {row.backend: row.milliseconds for row in rows}
+            records = [to_record(row, times["sdpa"], times.get("cudnn"), peak) for row in rows]
             for row in records:
                 print(f"attention {row['case']:20s} {row['backend']:28s} " + (
                     f"not timed: {row['problem']}" if row["problem"] else
                     f"{row['ms']:9.4f} ms | {row['tflops']:8.2f} TFLOP/s, {100 * row['of_peak']:3.0f} % of matmul | "  # type: ignore[operator]
-                    f"{row['times_sdpa']:.2f}x sdpa"), flush=True)  # fmt: skip
+                    f"{row['times_sdpa']:.2f}x sdpa" + (
+                        f", {row['times_cudnn']:.2f}x cudnn" if row["times_cudnn"] else "")), flush=True)  # fmt: skip
             if not arguments.no_record:  # at once: a run that is cut off keeps what it has
                 record("attention_cpu" if cpu else "attention", records)
 

@@ -22,16 +22,17 @@ MINUTES = 9.0
 
 # Only these: the rest of the tests needs packages that a bare GPU machine may lack, and no GPU.
 TESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_kernels_*.py"))
+# By itself: this kernel has never run, and a crash would take the tests after it along.
+HOPPER = "tests/test_kernels_attention_hopper.py"
+TESTS.remove(HOPPER)
+PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", "-p", "no:cacheprovider"]
 
 # name, share of the time, command. In order of worth: what is cut off at the end is missed least.
 PARTS = [
     ("doctor", 0.05, ["-m", "dualparal.doctor"]),
-    (
-        "ops and engine",
-        0.35,
-        ["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", *TESTS, "--timeout", "120", "-p", "no:cacheprovider"],
-    ),
+    ("ops and engine", 0.30, [*PYTEST, "tests/test_gpu.py", *TESTS]),
     ("layer and block-step", 0.25, ["bench/bench_layer.py"]),
+    ("attention for Hopper", 0.10, [*PYTEST, HOPPER]),
     ("attention", 0.15, ["bench/bench_attention.py"]),
     ("graphs", 0.15, ["bench/bench_graphs.py"]),
 ]

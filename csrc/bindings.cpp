@@ -10,6 +10,7 @@ namespace py = pybind11;
 void register_residual_norm(py::module_& m);
 void register_qk_norm_rope(py::module_& m);
 void register_combine_guidance(py::module_& m);
+void register_attention_hopper(py::module_& m);
 
 #ifdef DUALPARAL_WITH_CUDA
 constexpr bool kCuda = true;
@@ -49,4 +50,5 @@ PYBIND11_MODULE(_C, m) {
     dualparal::register_residual_norm(m);
     dualparal::register_qk_norm_rope(m);
     dualparal::register_combine_guidance(m);
+    dualparal::register_attention_hopper(m);
 }

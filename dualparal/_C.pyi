@@ -40,6 +40,24 @@ def qk_norm_rope(
     stream: int,
     threads: int,
 ) -> None: ...
+def attention_hopper(
+    *,
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    lse: int,
+    q_rows: int,
+    k_rows: int,
+    heads: int,
+    head_dim: int,
+    q_stride: int,
+    k_stride: int,
+    v_stride: int,
+    dtype: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def combine_guidance(
     *,
     cond: int,

@@ -1,14 +1,19 @@
 """``dualparal calibrate``: which attention backend is the fastest on this card, measured once and kept.
 
 Every backend is checked before it is timed: it may not be further from the definition than torch's own choice by more
-than a factor. The result is a table in the cache folder, which ``backend="auto"`` prefers while card, driver and
-library versions stay the same (``kernels/attention/table.py``).
+than a factor. One that has not run on any card yet is tried on ragged shapes first, in a process of its own: a wrong
+result, a crash or a hang leaves it out. The table that comes out is kept in the cache folder, and ``backend="auto"``
+prefers it while card, driver and library versions stay the same (``kernels/attention/table.py``).
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,13 +22,16 @@ from pathlib import Path
 import torch
 
 from dualparal.kernels.attention import attention, choice, reference, table
-from dualparal.kernels.attention.cases import WAN, Case
-from dualparal.testing import assert_no_worse
+from dualparal.kernels.attention.cases import WAN, Case, ragged
+from dualparal.testing import assert_no_worse, nan_filled_memory
+
+log = logging.getLogger("dualparal")
 
 TIE = 0.02  # torch's own choice wins unless another is faster by more
 ERROR_FACTOR = 2.0
 AHEAD = 2_000_000  # clock cycles, about 1 ms, that a GPU waits while the host prepares: its time is not measured
 CHECKED_ROWS = 256  # queries that are compared; all of them would need more memory than a card has
+TRIAL_SECONDS = 120.0  # for a process that imports torch and runs a few small shapes
 
 
 Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # of q, k, v and heads
@@ -175,13 +183,62 @@ def fastest(rows: Sequence[Row]) -> list[dict[str, object]]:
     return chosen
 
 
+def with_backend(name: str) -> Function:
+    return lambda q, k, v, heads: attention(q, k, v, heads=heads, backend=name)
+
+
 def callable_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Function]:
-    """Every backend that can run there, as ``measure`` wants them."""
+    """Every backend that can run there, as ``measure`` wants them; of the untried those that pass their trial."""
+    names = choice.available(device, dtype, head_dim)
+    for name in choice.UNTRIED:
+        if not choice.absent(name, device, dtype, head_dim) and not trial(name, device, dtype, head_dim):
+            names.append(name)
+    return {name: with_backend(name) for name in names}
 
-    def with_backend(name: str) -> Function:
-        return lambda q, k, v, heads: attention(q, k, v, heads=heads, backend=name)
 
-    return {name: with_backend(name) for name in choice.available(device, dtype, head_dim)}
+def ragged_problem(function: Function, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What is wrong with ``function`` at small ragged shapes, or an empty string.
+
+    New memory is full of NaN, and so is an arena behind its last key: neither may show in a result.
+    """
+    for case in ragged(head_dim):
+        q, k, v = inputs(case, dtype, device)
+        check = Check(q, k, v, case.heads, with_backend("sdpa")(q, k, v, case.heads))
+        arenas = torch.full((2, len(k) + 130, k.shape[1] + case.padding), math.nan, dtype=dtype, device=device)
+        for arena, x in zip(arenas, (k, v)):
+            arena[: len(x), : x.shape[1]] = x
+        k, v = arenas[:, : len(k), : k.shape[1]]
+        with nan_filled_memory():
+            out = function(q, k, v, case.heads)
+        if problem := check.problem(out):
+            return f"{case.name}: {problem}"
+    return ""
+
+
+@functools.cache
+def trial(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What is wrong with a backend that may give anything, crash or hang: ``ragged_problem`` in a process of its own.
+
+    Empty when nothing is; logged when something is. On one device, at most once per process.
+    """
+    code = (
+        "import torch; from dualparal.calibrate import ragged_problem, with_backend\n"
+        "with torch.inference_mode():\n"
+        f"    print(ragged_problem(with_backend({backend!r}), torch.device({str(device)!r}), {dtype}, {head_dim}))"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        problem = f"it did not end within {TRIAL_SECONDS:g} s"
+    else:
+        said = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+        said = [line for line in said if "Error" in line] or said  # CUDA's errors end in advice
+        problem = said[-1] if said else f"exit code {done.returncode}" if done.returncode else ""
+    if problem:
+        log.warning("attention: %s is left out, its trial failed: %s", backend, problem)
+    return problem
 
 
 def calibrate(

@@ -1,4 +1,4 @@
-"""Compiles a Triton kernel for a GPU that is not there, and reads from the machine code what it will cost.
+"""Compiles a kernel for a GPU that is not there, and reads from the machine code what it will cost.
 
 Registers, stack, shared memory, the width of loads and stores and whether wgmma runs asynchronously are all
 decided by the compiler, so they can be checked without a card. Uses the ptxas, cuobjdump and nvdisasm that the
@@ -6,11 +6,12 @@ triton wheel carries. For tests and ``bench/kernel_report.py``; nothing here run
 """
 
 import importlib.util
+import itertools
 import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 ARCHS = (80, 89, 90, 100, 120)  # A100, Ada, Hopper, Blackwell for data centres, Blackwell for desks
 
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}  # 4 bytes bear no mark
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _GMMA = re.compile(r"\b[HQI]GMMA\b")
 
 
@@ -151,6 +153,90 @@ def compile_offline(
     )
 
 
+@dataclass(frozen=True)
+class HopperReport:
+    """What nvcc made of one instance of csrc/attention_hopper.cu."""
+
+    dtype: str
+    head_dim: int
+    registers: int  # per thread at launch
+    stack: int  # bytes per thread
+    local: int  # bytes per thread
+    spill_instructions: int
+    gmma: int
+    gmma_waits: int
+    exp2: int
+    tma_loads: int
+    tma_stores: int
+    setmaxnreg: int
+    warnings: tuple[str, ...]  # of ptxas: that it ignores setmaxnreg (C7508) or serialises wgmma (C7510, C7515)
+
+
+def hopper_reports(nvcc: str, csrc: Path) -> list[HopperReport]:
+    """Compiles attention_hopper.cu for sm_90a, as CMake does, and reads the result; a few seconds.
+
+    Raises:
+        RuntimeError: nvcc or the tools of the triton wheel fail.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        target = "-gencode=arch=compute_90a,code=sm_90a"
+        command = [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "--fmad=false",
+            target,
+            "-cubin",
+            csrc / "attention_hopper.cu",
+            "-o",
+            cubin,
+        ]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"nvcc: {done.stderr[-1000:]}")
+        text = _dump(cubin)
+    usage = {
+        name: dict(zip(("REG", "STACK", "LOCAL"), map(int, numbers)))
+        for name, *numbers in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    }
+    found = []
+    for section in text.split("Function : ")[1:]:
+        name = section.split(maxsplit=1)[0]
+        # dualparal::DType is 1 for bf16 and 2 for f16 (csrc/common.h).
+        instance = re.search(r"attention_hopper_kernelI\w*?E(\d)ELi(\d+)E", name)
+        if instance is None:
+            raise RuntimeError(f"a kernel of another name: {name}")
+        found.append(
+            HopperReport(
+                dtype={"1": "bf16", "2": "f16"}[instance[1]],
+                head_dim=int(instance[2]),
+                registers=usage[name]["REG"],
+                stack=usage[name]["STACK"],
+                local=usage[name]["LOCAL"],
+                spill_instructions=_count(r"\b(?:STL|LDL)\b", section),
+                gmma=len(_GMMA.findall(section)),
+                gmma_waits=_count(r"\bWARPGROUP\.DEPBAR\b", section),
+                exp2=_count(r"\bMUFU\.EX2\b", section),
+                tma_loads=_count(r"\bUTMALDG\b", section),
+                tma_stores=_count(r"\bUTMASTG\b", section),
+                setmaxnreg=_count(r"\bUSETMAXREG\b", section),
+                warnings=tuple(re.findall(r".*(?:warning|\(C7\d+\)).*", done.stderr)),
+            )
+        )
+    return sorted(found, key=lambda report: (report.dtype, report.head_dim))
+
+
+HOPPER_COLUMNS = ("dtype", "head dimension", "registers", "stack", "wgmma", "waits", "exp2", "TMA loads / stores")
+
+
+def hopper_row(report: HopperReport) -> dict[str, str]:
+    """One line of docs/kernels.md: its columns by name."""
+    moves = f"{report.tma_loads} / {report.tma_stores}"
+    values = (report.dtype, report.head_dim, report.registers, report.stack, report.gmma, report.gmma_waits)
+    return dict(zip(HOPPER_COLUMNS, map(str, (*values, report.exp2, moves))))
+
+
 def offline_cases() -> list[tuple[str, OfflineCase]]:
     """Every op's OFFLINE, with the name of the op. Needs triton."""
     import dualparal.kernels
@@ -177,15 +263,24 @@ def row(op: str, case: OfflineCase, report: OfflineReport) -> dict[str, str]:
 
 
 def write_table(rows: list[dict[str, str]]) -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([row[column] for column in COLUMNS] for row in rows)]
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def read_table(text: str) -> list[dict[str, str]]:
+def read_table(text: str, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
     """The rows of the first table in ``text`` that has these columns."""
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    start = lines.index(list(COLUMNS)) + 2
-    return [dict(zip(COLUMNS, line)) for line in lines[start:]]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    start = lines.index(list(columns)) + 2
+    return [dict(zip(columns, line)) for line in itertools.takewhile(bool, lines[start:])]
+
+
+def replace_table(text: str, rows: list[dict[str, str]]) -> str:
+    """``text`` with these rows in its table of the same columns."""
+    before = write_table(read_table(text, list(rows[0])))
+    if before not in text:
+        raise ValueError("a table was not written by write_table")
+    return text.replace(before, write_table(rows))
 
 
 def read_widths(text: str) -> tuple[dict[int, int], dict[int, int]]:
@@ -199,18 +294,24 @@ def read_widths(text: str) -> tuple[dict[int, int], dict[int, int]]:
 
 def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
     """Resource usage and machine code of a cubin."""
-    import triton
-
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    text = done.stdout + done.stderr
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    if done.returncode or usage is None or "EXIT" not in text:
-        raise RuntimeError(f"cuobjdump ({command[0]}) does not read the kernel: {text[-500:] or 'no output'}")
+        text = _dump(file)
+    usage = _USAGE.search(text)
+    assert usage is not None  # _dump looks
     return dict(zip(("REG", "STACK", "SHARED", "LOCAL"), map(int, usage.groups()))), text
+
+
+def _dump(cubin: Path) -> str:
+    import triton
+
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    text = done.stdout + done.stderr
+    if done.returncode or _USAGE.search(text) is None or "EXIT" not in text:
+        raise RuntimeError(f"cuobjdump ({command[0]}) does not read the kernel: {text[-500:] or 'no output'}")
+    return text
 
 
 def _count(pattern: str, code: str) -> int:

@@ -301,6 +301,53 @@ def test_the_command(root, monkeypatch, capsys):
     assert capsys.readouterr().out == f"a row\nkept in {root}/table.json; remove it to go back to the built-in table\n"
 
 
+# A kernel that nobody has seen run ----------------------------------------------------------------------------------
+
+
+def test_a_trial_in_a_process_of_its_own(root, caplog):
+    assert calibrate.trial("sdpa", CPU, torch.bfloat16, 64) == ""
+    assert not caplog.records
+    problem = calibrate.trial("cudnn", CPU, torch.bfloat16, 64)
+    assert "takes tensors on cuda, not on cpu" in problem and "cudnn is left out, its trial failed" in caplog.text
+
+
+def test_a_trial_that_hangs(root, monkeypatch):
+    monkeypatch.setattr(calibrate, "TRIAL_SECONDS", 0.01)
+    assert calibrate.trial("flash", CPU, torch.float32, 64) == "it did not end within 0.01 s"
+
+
+def leaking(q, k, v, heads):
+    """Reads a key too many, with a weight of zero."""
+    behind = v.as_strided((len(v) + 1, v.shape[1]), v.stride())[-1]
+    return right(q, k, v, heads) + 0 * behind
+
+
+def half_written(q, k, v, heads):
+    out = torch.empty(q.shape, dtype=q.dtype)
+    out[:, :-1] = right(q, k, v, heads)[:, :-1]
+    return out
+
+
+def test_what_a_trial_finds():
+    def found(function):
+        return calibrate.ragged_problem(function, CPU, torch.bfloat16, 64)
+
+    assert found(right) == ""
+    assert found(slightly_wrong).startswith("ragged-1-1: checked queries: largest error")
+    for function in (leaking, half_written, unwritten):
+        assert "are not finite" in found(function)
+    # Right wherever the sizes are those of tiles.
+    assert found(lambda q, k, v, heads: (right if len(k) % 64 == 0 else unwritten)(q, k, v, heads))
+
+
+def test_calibrate_refuses_what_fails_its_trial(root, monkeypatch):
+    monkeypatch.setattr(choice, "UNTRIED", ("hopper",))
+    monkeypatch.setattr(choice, "absent", lambda backend, *kind: "" if backend in ("sdpa", "hopper") else "not here")
+    for problem, names in (("wrong", ["sdpa"]), ("", ["sdpa", "hopper"])):
+        monkeypatch.setattr(calibrate, "trial", lambda *kind, problem=problem: problem)
+        assert list(calibrate.callable_backends(CPU, torch.bfloat16, 64)) == names
+
+
 # The benchmark that shares the measuring ----------------------------------------------------------------------------
 
 

@@ -9,7 +9,8 @@ needs side by side. Backends:
 | sdpa | torch.nn.functional.scaled_dot_product_attention, which picks a kernel of its own |
 | cudnn, flash, efficient | that kernel of torch |
 | flash-attn | the package of that name |
-| triton | ours (``triton_kernel``) |
+| hopper | ours in CUDA (``csrc/attention_hopper_kernel.h``), for compute capability 9.0 |
+| triton | ours for every card (``triton_kernel``) |
 | reference | the definition, in float32; needs memory for heads * S_q * S_k logits |
 
 "auto" is a table (``table``), decided once per process and kind (``choice``).
@@ -55,7 +56,8 @@ def attention(
     Args:
         q: [S_q, inner], float32, bfloat16 or float16; inner = heads * head_dim.
         k, v: [S_k, inner] of q's dtype, S_k of 1 or more. Rows of all three are contiguous and may lie apart.
-            For "triton" a distance that is a multiple of 16 elements; others are right, but slow.
+            For "triton" a distance that is a multiple of 16 elements; others are right, but slow. For "hopper"
+            a multiple of 8, and tensors that begin at a multiple of 16 bytes; others are copied first.
         backend: "auto" or one of ``BACKENDS``.
         return_lse: also the log-sum-exp of the logits, for ``merge``.
 

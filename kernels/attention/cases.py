@@ -47,6 +47,12 @@ CASES = [
 ]
 
 
+def ragged(head_dim: int) -> list[Case]:
+    """Around the sizes of tiles and of what a warpgroup takes: for a kernel that nobody has seen run."""
+    sizes = ((1, 1), (63, 129), (64, 128), (65, 127), (127, 1), (128, 64), (129, 640), (200, 1560))
+    return [Case(f"ragged-{q_rows}-{k_rows}", q_rows, k_rows, 3, head_dim, padding=64) for q_rows, k_rows in sizes]
+
+
 class SegmentsCase(NamedTuple):
     """Keys in several places; ``padding`` is the number of elements between their rows."""
 

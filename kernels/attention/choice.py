@@ -11,13 +11,18 @@ import logging
 
 import torch
 
+from .. import backend as backends
 from .. import environment
 from . import table
 
 log = logging.getLogger("dualparal")
 
 # The preferred first, among equals of the table and of a calibration.
-BACKENDS = ("sdpa", "cudnn", "flash", "efficient", "flash-attn", "triton", "reference")
+BACKENDS = ("sdpa", "cudnn", "flash", "efficient", "flash-attn", "hopper", "triton", "reference")
+
+# Have not run on any card: taken when asked for by name, or once a trial in a process of its own found them right
+# (dualparal.calibrate.trial). Whoever sees one pass there may take it out of here.
+UNTRIED = ("hopper",)
 
 _HALVES = (torch.bfloat16, torch.float16)
 _ALL = (torch.float32, *_HALVES)
@@ -29,6 +34,7 @@ _TAKES = {
     "flash": (_HALVES, 8, 256),
     "efficient": (_ALL, 8, None),
     "flash-attn": (_HALVES, 8, 256),
+    "hopper": (_HALVES, 64, 128),
 }
 
 
@@ -56,12 +62,16 @@ def absent(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
         return f"it needs a card of compute capability 8.0 or more, this one has {architecture(device) / 10:.1f}"
     if backend == "triton":
         return _absent_triton(dtype, head_dim)
+    if backend == "hopper" and architecture(device) != 90:
+        return f"it needs a card of compute capability 9.0, this one has {architecture(device) / 10:.1f}"
     dtypes, step, largest = _TAKES[backend]
     if dtype not in dtypes:
         return f"it takes {_list(dtypes)}, not {dtype}"
     if head_dim % step or (largest is not None and head_dim > largest):
         limit = "" if largest is None else f" up to {largest}"
         return f"it takes head dimensions that are multiples of {step}{limit}, not {head_dim}"
+    if backend == "hopper":
+        return _absent_hopper()
     if backend == "flash-attn":
         return _absent_package("flash_attn", "pip install flash-attn --no-build-isolation")
     return _refused_by_torch(backend, device, dtype, head_dim)
@@ -82,6 +92,19 @@ def _refused_by_torch(backend: str, device: torch.device, dtype: torch.dtype, he
         f"this torch ({torch.__version__}) refuses it for this card; torch.backends.cuda.{ask.__name__} with "
         "debug=True says why, and another build of torch may have it"
     )
+
+
+def _absent_hopper() -> str:
+    if backends.NOT_BUILT:
+        return f"{backends.NOT_BUILT}; reinstall dualparal where there is a C++ compiler"
+    archs = backends._C.build_info()["archs"]
+    if not any(arch.startswith("90a") for arch in archs):
+        built = f"for {' '.join(archs)}" if archs else "without CUDA"
+        return (
+            f"dualparal._C was built without sm_90a ({built}); reinstall dualparal where nvcc is on the PATH, with "
+            "DUALPARAL_CUDA_ARCHS unset or 90a-real in it"
+        )
+    return ""
 
 
 def _absent_triton(dtype: torch.dtype, head_dim: int) -> str:
@@ -181,8 +204,9 @@ def preview(device: torch.device) -> table.Choice:
 
 
 def available(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """The backends that can run there, but for the slow definition."""
-    return [b for b in BACKENDS if b != "reference" and not absent(b, device, dtype, head_dim)]
+    """The backends that can run there, but for the slow definition and ``UNTRIED``."""
+    left_out = ("reference", *UNTRIED)
+    return [b for b in BACKENDS if b not in left_out and not absent(b, device, dtype, head_dim)]
 
 
 def forget() -> None:

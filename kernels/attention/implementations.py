@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
+from .. import backend as backends
 from . import reference
 
 aten = torch.ops.aten
@@ -93,6 +94,38 @@ def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, w
     return out[0].flatten(1), lse[0][:, : len(q)].contiguous()
 
 
+def _for_tma(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy where its rows do not all begin at multiples of 16 bytes."""
+    if x.data_ptr() % 16 == 0 and (len(x) == 1 or x.stride(0) * x.element_size() % 16 == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, with_lse: bool) -> Result:
+    q, k, v = map(_for_tma, (q, k, v))  # kept until the launch: copies of the caching allocator may go after it
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(heads, len(q), dtype=torch.float32, device=q.device) if with_lse else None
+    where = backends.where(q.device)
+    backends._C.attention_hopper(
+        q=backends.pointer(q),
+        k=backends.pointer(k),
+        v=backends.pointer(v),
+        out=backends.pointer(out),
+        lse=backends.pointer(lse),
+        q_rows=len(q),
+        k_rows=len(k),
+        heads=heads,
+        head_dim=q.shape[1] // heads,
+        q_stride=q.stride(0),
+        k_stride=k.stride(0),
+        v_stride=v.stride(0),
+        dtype=backends.DTYPES[q.dtype],
+        device=where["device"],
+        stream=where["stream"],
+    )
+    return out, lse
+
+
 def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, with_lse: bool) -> Result:
     from . import triton_kernel
 
@@ -105,6 +138,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "flash": _flash,
     "efficient": _efficient,
     "flash-attn": _flash_attn,
+    "hopper": _hopper,
     "triton": _triton,
     "reference": _reference,
 }

@@ -129,6 +129,24 @@ def bad(native: Any) -> int:
         except TypeError:
             continue
         raise AssertionError(f"{op} needs every argument")
+    right = dict(
+        q=16, k=16, v=16, out=16, lse=0, q_rows=3, k_rows=3, heads=2, head_dim=64, q_stride=128, k_stride=128,
+        v_stride=128, dtype=1, device=0, stream=0,
+    )  # fmt: skip
+    for change in (
+        dict(),  # this build has no CUDA
+        *({name: pointer} for name in ("q", "k", "v", "out") for pointer in (0, 8, -16, 1 << 64)),
+        *({name: size} for name in ("q_rows", "k_rows", "heads") for size in (0, -1, 1 << 30, 1 << 63)),
+        *({name: stride} for name in ("q_stride", "k_stride", "v_stride") for stride in (0, -128, 132, 1 << 62)),
+        *(dict(head_dim=head_dim) for head_dim in (0, 32, 96, 256)),
+        *(dict(dtype=0), dict(dtype=3), dict(device=-1), dict(stream=None)),
+    ):
+        calls += 1
+        try:
+            native.attention_hopper(**{**right, **change})
+        except (ValueError, TypeError):
+            continue
+        raise AssertionError(f"attention_hopper took {change}")
     return calls
 
 
