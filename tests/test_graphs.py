@@ -35,7 +35,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def capture(function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         # A real capture runs nothing; this one has to, to learn the result's shape, and undoes what it wrote.
-        tensors = [t for s in stores for layers in s._buffers.values() for pair in layers for t in pair]
+        tensors = [buffer for store in stores for buffer in store._buffers]
         kept = [t.clone() for t in tensors]
         result = torch.full_like(function(), float("nan"))
         for tensor, old in zip(tensors, kept, strict=True):
