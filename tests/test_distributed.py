@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dualparal.eight_bit import EightBitSchedule
 from dualparal.engine import Engine
 from dualparal.supervisor import Limits, Result, supervise
 
@@ -41,7 +42,8 @@ def case(model: Path, policy: str = "cached", guidance: float = 5.0, **more: Any
 
 def alone(case: dict[str, Any]) -> torch.Tensor:
     """What one process with one stage gives."""
-    engine = Engine.from_pretrained(case["model"], device="cpu", **case["options"])
+    eight_bit = EightBitSchedule(**case.get("eight_bit", {}))
+    engine = Engine.from_pretrained(case["model"], device="cpu", attention_8bit=eight_bit, **case["options"])
     call = dict(case["call"])
     if "later" in case:
         call["prompt"] = {0: call["prompt"], case["later"]: "a dog"}
@@ -64,6 +66,10 @@ def test_ranks_give_the_bits_of_one_process(tmp_path: Path, wan21: Path, wan22: 
         case(wan21, shape=(2, 2, 3, 21)),  # C = B
         case(wan21, "paper", shape=(2, 2, 3, 33), options={"depth": 1}),
         case(wan21, options={"depth": 3}, later=17),
+    ]
+    cases += [
+        case(model, policy, eight_bit={"mode": "int8", "first_steps": 1}, options={"dtype": "bfloat16"})
+        for model, policy in ((wan21, "cached"), (wan21, "prior"), (wan22, "paper"))
     ]
     assert launch(tmp_path, ranks, cases) == Result(0)
     for index, each in enumerate(cases):
