@@ -127,7 +127,7 @@ MISTAKES: dict[str, tuple[str, Any]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_equality_can_fail(engine: Build, monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
-    """cached: the tail begins inside of a tile; the head is converted at the first step in 8 bits, and after the last."""
+    """cached: the tail begins inside of a tile; the head is converted at the first step in 8 bits, after the last."""
     options = {"attention_8bit": EightBitSchedule("int8", first_steps=1, last_steps=1)}
     asked = call(9, 4)
     made = latents(build(engine, **options), asked)
