@@ -229,6 +229,13 @@ What it says:
 - Tiny Wan has random weights. How far a trained model's video moves has to be measured on one, with a quality gate,
   before anything but "off" becomes a default.
 
+In the engine it is an option (`attention_8bit=`, `--attention-8bit`) for self-attention; attention to the text stays in
+16 bits. Keys are int8 in both modes. A block takes from its keys, per layer and branch, their mean of the step before;
+at its first step in 8 bits it looks at them twice and takes their own. Layers and steps can be kept in 16 bits, and
+features that were made on the other side of that border are converted by their reader. A layer in 8 bits at all steps
+keeps features of three quarters ("int8") or half ("fp8") the size, and up to a tile of 128 tokens each more; one that
+changes keeps slots for the larger of the two.
+
 What the machine code looks like: [attention-8bit-code.md](attention-8bit-code.md).
 """
 

@@ -124,10 +124,11 @@ class FeatureStore:
         found: dict[bool, list[torch.Tensor]] = {}
         for eight_bit, tensors in formats.items():
             parts = buffer[:, : sum(sizes(tensors))].split(sizes(tensors), dim=1)
-            found[eight_bit] = [
-                part[:, : tensor.nbytes].view(_movable(tensor.dtype)).unflatten(1, tensor.shape)
+            views = (
+                part[:, : tensor.nbytes].view(tensor.dtype).unflatten(1, tensor.shape)
                 for part, tensor in zip(parts, tensors, strict=True)
-            ]
+            )
+            found[eight_bit] = [_as(view, _movable(view)) for view in views]
         return found
 
     @property
@@ -149,9 +150,11 @@ class FeatureStore:
             view.index_copy_(0, row, _as(source, view.dtype).unsqueeze(0))
 
 
-def _movable(dtype: torch.dtype) -> torch.dtype:
-    """fp8 as bytes: torch does not index it everywhere."""
-    return torch.uint8 if dtype.itemsize == 1 else dtype
+def _movable(tensor: torch.Tensor) -> torch.dtype:
+    """8-bit numbers as integers, eight at a time: torch does not index fp8 everywhere, and copies by the element."""
+    if tensor.dtype.itemsize > 1:
+        return tensor.dtype
+    return torch.int64 if tensor.shape[-1] % 8 == 0 else torch.uint8
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

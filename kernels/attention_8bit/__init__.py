@@ -21,10 +21,10 @@ and says which, and it need not be the true one. For a query q, own mean m and a
 scores differ from the own ones by q . (n - m): one number per query and neighbour, the ``bias``, which
 qk_norm_rope_8bit makes from the queries before they are rounded. This is exact for any means (a test says so in
 float64), costs 1 / keys of the product of queries and keys, and no neighbour has to be read again or re-centred.
-The mean to use is the block's own of the step before (from ``k_sums``, zeros at first): known before the pass
-starts, so that qkv crosses memory once, and a function of the block and its step alone, so that the video does not
-depend on the number of GPUs. It is part of a block's state. A mean after rotation does nothing for channels that
-rotate fast; that is true of every scheme that smooths rotated keys.
+The mean to use is the block's own of the step before (from ``k_sums``): known before the pass starts, so that qkv
+crosses memory once (at a block's first step twice), and a function of the block and its step alone, so that the video
+does not depend on the number of GPUs. It is part of a block's state. A mean after rotation does nothing for channels
+that rotate fast; that is true of every scheme that smooths rotated keys.
 
 **Layout.** An arena (``KeysValues8``) holds one or up to three segments (own, next, previous), each from a row that
 is a multiple of TILE on. ``spans`` says which rows count. Keys lent from the middle of a block are copied from the

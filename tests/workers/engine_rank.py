@@ -46,6 +46,7 @@ def main(path: Path) -> None:
             rank = engine.mesh.rank
             if rank == case.get("differs"):
                 engine.blocks = engine.blocks.__class__(context="prior")
+                engine.attention_8bit = EightBitSchedule("int8")
             made = run(engine, case, rank)
             if rank == 0:
                 assert made is not None
