@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from shapes import Shape
 
 from dualparal.features import Context8, Features8, KeysValues, to_8bit
-from dualparal.kernels.attention_8bit import key_mean
+from dualparal.kernels.attention_8bit import FP8, key_mean
 from dualparal.models.base import Pending, Rotary, TimeCondition
 from dualparal.models.wan import WanSlice
 from dualparal.workspace import Workspace8
@@ -115,7 +115,8 @@ class OursStep8:
         own, lent, heads = len(inputs.hidden), shape.context * shape.grid.tokens, shape.heads
         self.neighbours: list[list[Features8]] = [[to_8bit(n, heads, fp8) for n in layer] for layer in neighbours]
         starts = dict.fromkeys(("head", "tail")[: len(neighbours[0])], 0)
-        workspace = Workspace8(own, starts, lent, shape.inner, heads, fp8, weights.dtype, weights.device)
+        values = FP8 if fp8 else weights.dtype
+        workspace = Workspace8(own, starts, lent, shape.inner, heads, values, weights.device)
         self.view = workspace.view(own, [(side, True) for side in starts], (), first=False)
         self.means = [torch.zeros(shape.inner, device=weights.device) for _ in neighbours]
 

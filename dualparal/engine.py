@@ -140,6 +140,9 @@ class Engine:
             raise ValueError(
                 f"depth={depth!r}: at least one message must fit between two stages; 2 lets transfers overlap compute"
             )
+        eight_bit = attention_8bit
+        if not isinstance(eight_bit, EightBitSchedule):
+            eight_bit = EightBitSchedule(eight_bit)  # type: ignore[arg-type]
         source: ModelSource
         if isinstance(model, (str, Path)):
             source = resolve_model(model)
@@ -167,9 +170,6 @@ class Engine:
             mesh = Mesh.local(kind)
             stages = 1 if stages is None else stages
         split_layers(source.spec.num_layers, stages)
-        eight_bit = attention_8bit
-        if not isinstance(eight_bit, EightBitSchedule):
-            eight_bit = EightBitSchedule(eight_bit)  # type: ignore[arg-type]
         if eight_bit.on:
             _check_8bit(eight_bit, source, mesh.device, dtype)
         if isinstance(source, ModelFiles):

@@ -19,7 +19,7 @@ import torch
 
 from dualparal.kernels.attention_8bit import KeysValues8, quantise_features, restore_features
 
-_ALIGNMENT = 256  # bytes: as torch aligns memory of its own
+_ALIGNMENT = 16  # bytes: of a slot
 
 
 class KeysValues(NamedTuple):
@@ -44,8 +44,9 @@ class Features8(NamedTuple):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """What a slot holds. skip is not among them: it is the same for all features of a side."""
-        return [tensor for tensor in (*self.keys_values, self.mean) if tensor is not None]
+        """What a slot holds, keys and values first as in 16 bits. All features of a side have the same skip."""
+        k, k_scale, v, v_scale = self.keys_values
+        return [tensor for tensor in (k, v, k_scale, v_scale, self.mean) if tensor is not None]
 
 
 class Context8(NamedTuple):
@@ -83,8 +84,7 @@ Format = Sequence[torch.Tensor]  # shapes and dtypes of what a slot holds; tenso
 class FeatureStore:
     """What outlives a unit, per layer, side, slot and branch. Fixed buffers, allocated once.
 
-    A slot of a side that is kept in either format, since 8-bit attention is on at some steps only, is as large as the
-    larger of them.
+    Where 8-bit attention is on at some steps only, a slot can hold either format, and is as large as the larger.
 
     Args:
         slots: number of slots per side, e.g. {"head": 1, "tail": 9}.
@@ -113,22 +113,17 @@ class FeatureStore:
     def _allocate(
         self, count: int, formats: Mapping[bool, Format], device: torch.device
     ) -> dict[bool, list[torch.Tensor]]:
-        """``count`` slots that hold any of the formats: views of one buffer of bytes."""
-
-        def sizes(tensors: Format) -> list[int]:
-            return [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
-
-        width = max(sum(sizes(tensors)) for tensors in formats.values())
-        buffer = torch.empty(count, width, dtype=torch.uint8, device=device)
-        self._buffers.append(buffer)
-        found: dict[bool, list[torch.Tensor]] = {}
-        for eight_bit, tensors in formats.items():
-            parts = buffer[:, : sum(sizes(tensors))].split(sizes(tensors), dim=1)
-            views = (
-                part[:, : tensor.nbytes].view(tensor.dtype).unflatten(1, tensor.shape)
-                for part, tensor in zip(parts, tensors, strict=True)
-            )
-            found[eight_bit] = [_as(view, _movable(view)) for view in views]
+        """``count`` slots that hold any of the formats: the same buffers of bytes for the first tensor of each, the
+        second, ..."""
+        found: dict[bool, list[torch.Tensor]] = {eight_bit: [] for eight_bit in formats}
+        for number in range(max(map(len, formats.values()))):
+            sharing = {eight_bit: tensors[number] for eight_bit, tensors in formats.items() if number < len(tensors)}
+            width = max(tensor.nbytes for tensor in sharing.values())
+            buffer = torch.empty(count, -(-width // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8, device=device)
+            self._buffers.append(buffer)
+            for eight_bit, tensor in sharing.items():
+                view = buffer[:, : tensor.nbytes].view(tensor.dtype).unflatten(1, tensor.shape)
+                found[eight_bit].append(_as(view, _movable(view)))
         return found
 
     @property

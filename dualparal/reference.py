@@ -116,20 +116,18 @@ def arena(
     own: int, mean: torch.Tensor | None, neighbours: Sequence[Features8], like: torch.Tensor, heads: int, fp8: bool
 ) -> Context8:
     """The neighbours' features behind ``own`` rows to be written; mean: what to take from these, if it is known."""
-    inner, dtype, device = like.shape[1], FP8 if fp8 else like.dtype, like.device
-    parts = [(len(part.keys_values.k), part.skip) for part in neighbours]
-    made = KeysValues8.empty(
-        sum(tiles_of(n) for n in (own, *(rows for rows, _ in parts))) * TILE, inner, heads, dtype, device
-    )
-    means = [torch.zeros(inner, device=device) if mean is None else mean, *(part.mean for part in neighbours)]
-    at = tiles_of(own) * TILE
-    for part, (rows, _) in zip(neighbours, parts, strict=True):
-        for target, source in zip(made.rows(at, rows), part.keys_values, strict=True):
+    inner = like.shape[1]
+    parts = [(own, 0), *((len(part.keys_values.k), part.skip) for part in neighbours)]
+    tiles = [tiles_of(rows) for rows, _ in parts]
+    made = KeysValues8.empty(sum(tiles) * TILE, inner, heads, FP8 if fp8 else like.dtype, like.device)
+    sums = torch.zeros(tiles[0], inner, dtype=torch.float32, device=like.device)
+    means = torch.stack([sums[0] if mean is None else mean, *(part.mean for part in neighbours)])
+    for number, part in enumerate(neighbours, 1):
+        rows = made.rows(sum(tiles[:number]) * TILE, parts[number][0])
+        for target, source in zip(rows, part.keys_values, strict=True):
             if target is not None and source is not None:
                 target.copy_(source)
-        at += tiles_of(rows) * TILE
-    sums = torch.empty(tiles_of(own), inner, device=device)
-    return Context8(made, place([(own, 0), *parts]), torch.stack(means), sums, mean is None)
+    return Context8(made, place(parts), means, sums, mean is None)
 
 
 def lend(made: KeysValues | Context8, start: int, count: int) -> KeysValues | Features8:

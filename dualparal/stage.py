@@ -19,7 +19,7 @@ import torch
 
 from dualparal.eight_bit import EightBitSchedule
 from dualparal.features import Context8, FeatureStore, Format, KeysValues, to_8bit, to_16bit
-from dualparal.kernels.attention_8bit import key_mean
+from dualparal.kernels.attention_8bit import FP8, key_mean
 from dualparal.models.base import Grid, Pending, Rotary, Slice, TimeCondition
 from dualparal.schedule import Features, Unit
 from dualparal.workspace import Read, View, Workspace, Workspace8
@@ -99,12 +99,13 @@ class Stage:
         self._on = [any(self._covered) and eight_bit.at(step, steps) for step in range(steps)]
         self._fp8 = eight_bit.mode == "fp8"
         sizes = max_tokens, {side: starts[side] for side in ("head", "tail") if slots[side]}, context_tokens
-        kind = slice_.dtype, slice_.device
         self._workspace = self._workspace8 = None
         if not (all(self._covered) and all(self._on)):
-            self._workspace = Workspace(*sizes, self.inner_dim, *kind)
+            self._workspace = Workspace(*sizes, self.inner_dim, slice_.dtype, slice_.device)
         if any(self._on):
-            self._workspace8 = Workspace8(*sizes, self.inner_dim, slice_.heads, self._fp8, *kind)
+            self._workspace8 = Workspace8(
+                *sizes, self.inner_dim, slice_.heads, FP8 if self._fp8 else slice_.dtype, slice_.device
+            )
         self._slots = slots
         self.store = FeatureStore(slots, branches, [self._formats(sizes[1], c) for c in self._covered], slice_.device)
         self._step = wrap(self.forward) if wrap else self.forward
@@ -237,7 +238,7 @@ class Stage:
             if self._workspace8 is not None and covered:
                 found[side][True] = self._workspace8.fresh(side, "meta").tensors
         if covered and any(self._on):
-            found["mean"] = {True: [torch.empty(self.inner_dim, device="meta")]}
+            found["mean"] = {True: [torch.empty(self.inner_dim, dtype=torch.float32, device="meta")]}
         return found
 
     def _row(self, features: Features) -> torch.Tensor:

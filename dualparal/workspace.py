@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from dualparal.features import Context8, Features8, Format, KeysValues
-from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, lent, place, tiles_of
+from dualparal.kernels.attention_8bit import TILE, KeysValues8, lent, place, tiles_of
 
 Read = tuple[str, bool]  # a side of the features, and whether they were made at a step with 8-bit attention
 
@@ -53,7 +53,7 @@ class Workspace:
 class Workspace8:
     """In 8 bits: every part begins at a multiple of TILE, and what is lent begins with a whole tile.
 
-    Args: as ``Workspace``; fp8: values, too, instead of ``dtype``.
+    Args: as ``Workspace``; values: their dtype, FP8 or one of 16 bits.
     """
 
     def __init__(
@@ -63,30 +63,28 @@ class Workspace8:
         lent_rows: int,
         inner: int,
         heads: int,
-        fp8: bool,
-        dtype: torch.dtype,
+        values: torch.dtype,
         device: torch.device,
     ) -> None:
         self._lent = lent_rows
         self._shares = {side: lent(start, lent_rows) for side, start in starts.items()}
-        self._sizes = inner, heads, FP8 if fp8 else dtype
+        self._sizes = inner, heads, values
         self._device = device
         tiles = tiles_of(tokens) + sum(tiles_of(share.rows) for share in self._shares.values())
         self._memory = KeysValues8.empty(tiles * TILE, *self._sizes, device)
-        self._means = torch.empty(1 + len(starts), inner, device=device)
-        self._k_sums = torch.empty(tiles_of(tokens), inner, device=device)
+        self._means = torch.empty(1 + len(starts), inner, dtype=torch.float32, device=device)
+        self._k_sums = torch.empty(tiles_of(tokens), inner, dtype=torch.float32, device=device)
 
     def fresh(self, side: str, device: str | None = None) -> Features8:
         """Memory for what a side lends."""
-        where = device or self._device
         share = self._shares[side]
-        return Features8(
-            KeysValues8.empty(share.rows, *self._sizes, where), torch.empty(self._sizes[0], device=where), share.skip
-        )
+        keys_values = KeysValues8.empty(share.rows, *self._sizes, device or self._device)
+        return Features8(keys_values, torch.empty_like(self._means[0], device=device), share.skip)
 
     def view(self, own: int, reads: Sequence[Read], writes: Sequence[str], first: bool) -> View:
-        # What was made in 16 bits has no tile to begin with
-        parts = [self._shares[side][1:] if made_8bit else (self._lent, 0) for side, made_8bit in reads]
+        # What was made in 16 bits, and is converted, has no rows in front
+        shares = [self._shares[side] if made_8bit else lent(0, self._lent) for side, made_8bit in reads]
+        parts = [(share.rows, share.skip) for share in shares]
         at = tiles_of(own) * TILE
         places: list[Format] = []
         for number, (rows, skip) in enumerate(parts, 1):
