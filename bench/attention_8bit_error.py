@@ -20,6 +20,8 @@ from dualparal.kernels.attention import reference as attention_reference
 from dualparal.kernels.attention_8bit import (
     FP8,
     TILE,
+    KeysValues8,
+    Queries8,
     attention_8bit,
     place,
     quantise_features,
@@ -167,20 +169,14 @@ def eight_bit(x: Sample, keys: torch.dtype, fp8: bool, smooth: bool) -> torch.Te
     means = torch.stack(x.means or [k.mean(0) for k in x.keys]) * float(smooth)
     spans = place([(len(k), 0) for k in x.keys])
     rows, inner = tiles_of(spans[-1]) * TILE, x.q.shape[1]
-    k, k_scale, v16 = torch.zeros(rows, inner).to(keys), torch.ones(x.heads, rows // TILE), torch.zeros(rows, inner)
-    v8, v_scale = torch.zeros(inner, rows).to(FP8), torch.ones(x.heads, rows // TILE)
-    for start, k_part, v_part, mean in zip(spans[::2], x.keys, x.values, means):
-        made = quantise_features(k_part, v_part, mean, heads=x.heads, dtype=keys)
-        at = slice(start, start + len(k_part))
-        tiles = slice(start // TILE, start // TILE + tiles_of(len(k_part)))
-        k[at], k_scale[:, tiles], v16[at] = made[0], made[1], v_part
-        v8[:, start : start + made[2].shape[1]], v_scale[:, tiles] = made[2], made[3]
-    q, q_scale = reference.quantise_rows(x.q, x.heads, keys)
-    bias = reference.key_bias(x.q, means, x.heads)
-    v = v8 if fp8 else v16.bfloat16()
-    return attention_8bit(
-        q, q_scale, bias, k, k_scale, v, spans, v_scale=v_scale if fp8 else None, heads=x.heads, backend="torch"
-    )
+    arena = KeysValues8.empty(rows, inner, x.heads, FP8 if fp8 else torch.bfloat16, keys=keys)
+    for start, k, v, mean in zip(spans[::2], x.keys, x.values, means):
+        made = quantise_features(k, v, mean, heads=x.heads, fp8=fp8, dtype=keys)
+        for target, source in zip(arena.rows(start, len(k)), made):
+            if target is not None and source is not None:
+                target.copy_(source)
+    queries = Queries8(*reference.quantise_rows(x.q, x.heads, keys), reference.key_bias(x.q, means, x.heads))
+    return attention_8bit(queries, arena, spans, heads=x.heads, backend="torch")
 
 
 def scale_table() -> str:
@@ -232,6 +228,13 @@ What it says:
   correction.
 - Tiny Wan has random weights. How far a trained model's video moves has to be measured on one, with a quality gate,
   before anything but "off" becomes a default.
+
+In the engine it is an option (`attention_8bit=`, `--attention-8bit`) for self-attention; attention to the text stays in
+16 bits. Keys are int8 in both modes. A block takes from its keys, per layer and branch, their mean of the step before;
+at its first step in 8 bits it looks at them twice and takes their own. Layers and steps can be kept in 16 bits, and
+features that were made on the other side of that border are converted by their reader. A layer in 8 bits at all steps
+keeps features of three quarters ("int8") or half ("fp8") the size, and up to a tile of 128 tokens each more; one that
+changes keeps slots for the larger of the two.
 
 What the machine code looks like: [attention-8bit-code.md](attention-8bit-code.md).
 """

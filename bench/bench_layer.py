@@ -6,6 +6,7 @@
 layer: the same queries and keys (B frames, no neighbours) through ours, diffusers eager, and torch.compile of it.
 block-step: one step of one block with guidance and both neighbours: ours ``cached`` (two units of B frames reading
 stored features) against the authors' (a batch of two of B + C frames, raw cache joined, normalised and rotated again).
+"int8" and "fp8" rows: ours with self-attention in 8 bits (GPU only), against the same rivals and against ours in 16.
 Results are checked against float32 before anything is timed.
 """
 
@@ -18,10 +19,11 @@ from collections.abc import Callable
 
 import torch
 from record import record
-from rivals import AuthorsStep, Inputs, Weights, diffusers_step, ours_step
+from rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, ours_step
 from shapes import CPU_SHAPES, GPU_SHAPES, Shape
 
 from dualparal.features import KeysValues
+from dualparal.kernels import attention_8bit
 
 
 def measure(functions: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, float]:
@@ -70,6 +72,16 @@ def bench(
         "step ours": lambda: [ours_step(weights, own, neighbours) for _ in range(2)],
         "step authors": lambda: authors(wide, use_cache=True),
     }
+    modes = [] if device.type == "cpu" else ["int8", "fp8"]
+    for mode in list(modes):
+        reason = attention_8bit.absent(device, shape.head_dim, mode == "fp8")
+        if reason:
+            print(f"no {mode} rows: {reason}", flush=True)
+            modes.remove(mode)
+            continue
+        functions[f"layer {mode}"] = OursStep8(weights, own, nobody, mode == "fp8")
+        step = OursStep8(weights, own, neighbours, mode == "fp8")
+        functions[f"step {mode}"] = lambda step=step: [step() for _ in range(2)]  # type: ignore[misc]
     if compile_:
         blocks = [torch.compile(block) for block in weights.blocks]
 
@@ -86,19 +98,31 @@ def bench(
             truth = diffusers_step(exact, Inputs(exact, shape.frames))
             ours, theirs = (error(f(), truth) for f in (functions["layer ours"], functions["layer diffusers"]))  # type: ignore[arg-type]
             assert ours <= 2 * theirs + 1e-5, f"{shape.name}: error {ours:.2e} against diffusers' own {theirs:.2e}"
+            for mode in modes:  # attention alone: up to 4 (int8) and 15 (fp8) times (docs/attention-8bit.md)
+                ours = error(functions[f"layer {mode}"](), truth)  # type: ignore[arg-type]
+                assert ours <= 5 * theirs, f"{shape.name}: error {ours:.2e} in {mode}, diffusers' own {theirs:.2e}"
         times = measure(functions, device, seconds)
     rows = []
-    for what, rival in (("layer", "diffusers"), ("layer", "compiled"), ("step", "authors")):
+    pairs = [("layer", "ours", "diffusers"), ("layer", "ours", "compiled"), ("step", "ours", "authors")]
+    for mode in modes:
+        pairs += [
+            ("layer", mode, "ours"),
+            ("layer", mode, "diffusers"),
+            ("step", mode, "ours"),
+            ("step", mode, "authors"),
+        ]
+    for what, which, rival in pairs:
         if f"{what} {rival}" not in times:
             continue
-        ours, theirs = times[f"{what} ours"] / shape.layers, times[f"{what} {rival}"] / shape.layers
+        ours, theirs = times[f"{what} {which}"] / shape.layers, times[f"{what} {rival}"] / shape.layers
         tokens = own.hidden.shape[0]
         keys = tokens + (2 * lent if what == "step" else 0)
         flops = shape.layer_flops(tokens, keys) * (2 if what == "step" else 1)
-        rows.append({"what": what, "shape": shape.name, "dtype": str(dtype).split(".")[1], "rival": rival,
+        ours_dtype = str(dtype).split(".")[1] + ("" if which == "ours" else f" {which}")
+        rows.append({"what": what, "shape": shape.name, "dtype": ours_dtype, "rival": rival,
                      "ours_ms": round(ours, 3), "rival_ms": round(theirs, 3), "ratio": round(theirs / ours, 3),
                      "tflops": round(flops / ours / 1e9, 1)})  # fmt: skip
-        print(f"{what:6s} {shape.name:16s} ours {ours:8.3f} ms per layer | {rival} {theirs:8.3f} ms | "
+        print(f"{what:6s} {shape.name:16s} {which:4s} {ours:8.3f} ms per layer | {rival} {theirs:8.3f} ms | "
               f"{theirs / ours:.2f}x | {flops / ours / 1e9:.1f} TFLOP/s", flush=True)  # fmt: skip
     return rows
 

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from shapes import Shape
 
-from dualparal.features import KeysValues
+from dualparal.features import Context8, Features8, KeysValues, to_8bit
+from dualparal.kernels.attention_8bit import FP8, key_mean
 from dualparal.models.base import Pending, Rotary, TimeCondition
 from dualparal.models.wan import WanSlice
+from dualparal.workspace import Workspace8
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -99,6 +101,39 @@ def ours_step(weights: Weights, inputs: Inputs, neighbours: list[list[KeysValues
         text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
         hidden, pending_ = weights.ours.layer(index, hidden, pending_, inputs.time, text, inputs.rotary, workspace)
     return weights.ours.finish(hidden, pending_)
+
+
+class OursStep8:
+    """The same with self-attention in 8 bits, as the engine does it at a block's second step and later.
+
+    neighbours[layer]: features in 16 bits, of the next and the previous block, or none. They are kept in 8 bits.
+    """
+
+    def __init__(self, weights: Weights, inputs: Inputs, neighbours: list[list[KeysValues]], fp8: bool) -> None:
+        shape = weights.shape
+        self.weights, self.inputs = weights, inputs
+        own, lent, heads = len(inputs.hidden), shape.context * shape.grid.tokens, shape.heads
+        self.neighbours: list[list[Features8]] = [[to_8bit(n, heads, fp8) for n in layer] for layer in neighbours]
+        starts = dict.fromkeys(("head", "tail")[: len(neighbours[0])], 0)
+        values = FP8 if fp8 else weights.dtype
+        workspace = Workspace8(own, starts, lent, shape.inner, heads, values, weights.device)
+        self.view = workspace.view(own, [(side, True) for side in starts], (), first=False)
+        self.means = [torch.zeros(shape.inner, device=weights.device) for _ in neighbours]
+
+    def __call__(self) -> torch.Tensor:
+        inputs, ours, context = self.inputs, self.weights.ours, self.view.context
+        assert isinstance(context, Context8)
+        hidden = inputs.hidden
+        pending: Pending | None = None
+        for index, mean in enumerate(self.means):
+            context.means[0].copy_(mean)
+            for place, features in zip(self.view.places, self.neighbours[index], strict=True):
+                for target, source in zip(place, features.tensors, strict=True):
+                    target.copy_(source)
+            text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
+            hidden, pending = ours.layer(index, hidden, pending, inputs.time, text, inputs.rotary, context)
+            mean.copy_(key_mean(context.k_sums, len(hidden)))
+        return ours.finish(hidden, pending)
 
 
 def diffusers_step(weights: Weights, inputs: Inputs) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dualparal.config import BlockConfig, VideoConfig
+    from dualparal.eight_bit import EightBitSchedule
     from dualparal.engine import Chunk, Engine, EngineOutput
     from dualparal.schedule import Schedule
 
@@ -18,12 +19,22 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "BlockConfig": "config",
     "Chunk": "engine",
+    "EightBitSchedule": "eight_bit",
     "Engine": "engine",
     "EngineOutput": "engine",
     "Schedule": "schedule",
     "VideoConfig": "config",
 }
-__all__ = ["BlockConfig", "Chunk", "Engine", "EngineOutput", "Schedule", "VideoConfig", "__version__"]
+__all__ = [
+    "BlockConfig",
+    "Chunk",
+    "EightBitSchedule",
+    "Engine",
+    "EngineOutput",
+    "Schedule",
+    "VideoConfig",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ import typer
 
 from dualparal import __version__
 from dualparal.config import BlockConfig, VideoConfig, split_layers
+from dualparal.eight_bit import EightBitSchedule
 from dualparal.heartbeat import Heartbeat
 from dualparal.progress import Display
 
@@ -61,6 +62,7 @@ class Job:
     dtype: str | None
     depth: int
     graphs: bool
+    attention_8bit: EightBitSchedule
     threads: int
     sampler: str | None
     flow_shift: float | None
@@ -87,6 +89,16 @@ def _prompts(prompt: str, later: list[str], num_frames: int) -> dict[int, str]:
             raise ValueError(f"--prompt-at {entry!r}: frame {int(frame)} has a text already; give one per frame")
         prompts[int(frame)] = text.strip()
     return prompts
+
+
+def _eight_bit(mode: str | None, keep_layers: str, first: int, last: int) -> EightBitSchedule:
+    try:
+        layers = tuple(int(layer) for layer in keep_layers.split(",") if keep_layers)
+    except ValueError:
+        raise ValueError(
+            f"--attention-8bit-keep-layers {keep_layers!r}: use numbers of layers from 0 on, such as 0,29"
+        ) from None
+    return EightBitSchedule(mode or "off", layers, first, last)  # type: ignore[arg-type]
 
 
 def _count_stages(gpus: int | None, stages: int | None, device: str | None) -> int:
@@ -160,6 +172,17 @@ def generate(
     ] = None,
     depth: Annotated[int, typer.Option(help="Messages that fit between two stages.")] = 2,
     graphs: Annotated[bool, typer.Option(help="Run every stage step as a CUDA graph (cuda only).")] = False,
+    attention_8bit: Annotated[
+        str | None,
+        typer.Option(help="int8 (queries and keys) or fp8 (values besides): self-attention in 8 bits. Default: off."),
+    ] = None,
+    attention_8bit_keep_layers: Annotated[
+        str, typer.Option(help="Layers that stay in 16 bits, such as 0,29.", show_default=False)
+    ] = "",
+    attention_8bit_keep_first_steps: Annotated[
+        int, typer.Option(help="So many steps at the start stay in 16 bits.")
+    ] = 0,
+    attention_8bit_keep_last_steps: Annotated[int, typer.Option(help="The same at the end.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads per stage; 0: the cores divided by the stages.")] = 0,
     fps: Annotated[float, typer.Option(help="Frames per second of the video file.")] = 16.0,
     keep_blocks: Annotated[bool, typer.Option(help="Keep the video's segments after they were joined.")] = False,
@@ -202,6 +225,12 @@ def generate(
             dtype=dtype,
             depth=depth,
             graphs=graphs,
+            attention_8bit=_eight_bit(
+                attention_8bit,
+                attention_8bit_keep_layers,
+                attention_8bit_keep_first_steps,
+                attention_8bit_keep_last_steps,
+            ),
             threads=_threads(threads, count),
             sampler=sampler,
             flow_shift=flow_shift,
@@ -286,6 +315,7 @@ def _engine(job: Job, stages: int | None, report: Callable[..., None] | None = N
         dtype=job.dtype,
         depth=job.depth,
         graphs=job.graphs,
+        attention_8bit=job.attention_8bit,
         report=report,
     )
     if job.sampler is not None or job.flow_shift is not None:

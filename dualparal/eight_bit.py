@@ -22,7 +22,8 @@ class EightBitSchedule:
         first_steps, last_steps: so many steps at each end stay in 16 bits.
 
     Raises:
-        ValueError: a value is out of range; the message names the value, the rule and the way out.
+        ValueError: a value is out of range, or there are exceptions to "off"; the message names the value, the rule
+            and the way out.
     """
 
     mode: EightBitMode = "off"
@@ -45,29 +46,48 @@ class EightBitSchedule:
                     f"{name}={getattr(self, name)!r}: a number of steps to leave in 16 bits; use an integer from 0 on"
                 )
 
-    def enabled(self, layer: int, step: int, num_steps: int) -> bool:
-        """Does ``layer`` of the model attend in 8 bits at ``step`` (from 0 on) of ``num_steps``?
+        if self.mode == "off" and (self.keep_layers or self.first_steps or self.last_steps):
+            raise ValueError(
+                f"keep_layers={self.keep_layers}, first_steps={self.first_steps}, last_steps={self.last_steps} with "
+                "8-bit attention off: they are exceptions from it; choose a mode ('int8' or 'fp8') or leave them out"
+            )
 
-        Raises:
-            ValueError: there is no such step or layer.
-        """
-        if layer < 0 or not 0 <= step < num_steps:
-            raise ValueError(f"layer={layer}, step={step} of {num_steps}: expected a layer and a step, counted from 0")
-        return (
-            self.mode != "off"
-            and layer not in self.keep_layers
-            and self.first_steps <= step < num_steps - self.last_steps
-        )
+    @property
+    def on(self) -> bool:
+        return self.mode != "off"
 
-    def check_layers(self, num_layers: int) -> None:
-        """Raises ValueError when keep_layers names a layer that a model of ``num_layers`` does not have."""
-        beyond = [layer for layer in self.keep_layers if layer >= num_layers]
-        if beyond:
+    def covers(self, layer: int) -> bool:
+        """Does ``layer`` of the model attend in 8 bits at the steps at which that is on?"""
+        return self.on and layer not in self.keep_layers
+
+    def at(self, step: int, num_steps: int) -> bool:
+        """Is it on at ``step`` (from 0 on) of ``num_steps``, for the layers that it covers?"""
+        return self.on and self.first_steps <= step < num_steps - self.last_steps
+
+    def check(self, num_layers: int) -> None:
+        """Raises ValueError when keep_layers does not fit a model of ``num_layers``, or leaves no layer."""
+        if any(layer >= num_layers for layer in self.keep_layers):
             raise ValueError(
                 f"keep_layers={self.keep_layers}: the model has {num_layers} layers; use indices from 0 to "
                 f"{num_layers - 1}"
+            )
+        if len(self.keep_layers) == num_layers:
+            raise ValueError(
+                f"keep_layers={self.keep_layers} leaves none of the model's {num_layers} layers to 8-bit attention; "
+                "name fewer, or turn it off"
+            )
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raises ValueError when a video of ``num_steps`` steps would have none in 8 bits."""
+        if self.on and self.first_steps + self.last_steps >= num_steps:
+            raise ValueError(
+                f"first_steps={self.first_steps} and last_steps={self.last_steps} leave none of {num_steps} steps to "
+                "8-bit attention; keep fewer, use more steps, or turn it off"
             )
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+OFF = EightBitSchedule()

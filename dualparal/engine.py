@@ -19,10 +19,11 @@ import torch.distributed as dist
 import dualparal
 from dualparal.config import BlockConfig, OutputType, VideoConfig, split_layers
 from dualparal.decode import StreamingDecoder
+from dualparal.eight_bit import OFF, EightBitSchedule
 from dualparal.executor import LatentQueue, StageExecutor, StepCallback, run_together
-from dualparal.features import FeatureStore
 from dualparal.graphs import Graphed, cuda_capture
 from dualparal.handshake import handshake
+from dualparal.kernels import attention_8bit as kernels_8bit
 from dualparal.lane import Chunk, DecodeLane
 from dualparal.loading import LoadedPipeline, ModelFiles, ModelSource, resolve_model
 from dualparal.mesh import Mesh, in_distributed_run
@@ -74,6 +75,7 @@ class Engine:
         depth: int = 2,
         graphs: bool = False,
         report: Callable[..., None] | None = None,
+        attention_8bit: EightBitSchedule = OFF,
     ) -> None:
         self.source = source
         self.blocks = blocks
@@ -83,6 +85,7 @@ class Engine:
         self.depth = depth
         self.graphs = graphs
         self.report = report
+        self.attention_8bit = attention_8bit
         self.layers = split_layers(source.spec.num_layers, stages)
         self.scheduler: Any = source.load_scheduler()  # diffusers' name; assign another one as in diffusers
         self.stats: RunStats | None = None  # of the last run, on rank 0
@@ -109,6 +112,7 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         depth: int = 2,
         graphs: bool = False,
+        attention_8bit: str | EightBitSchedule = "off",
         report: Callable[..., None] | None = None,
     ) -> Engine:
         """An engine for a model. Weights are read at the first request, and then only this rank's.
@@ -123,6 +127,9 @@ class Engine:
             dtype: of the transformer; default bfloat16 on CUDA, float32 on the CPU. The VAE runs in float32.
             depth: messages that fit between two stages.
             graphs: run each stage step as a CUDA graph; the same bits, less work for the host.
+            attention_8bit: "int8" (queries and keys of self-attention), "fp8" (values and weights besides), or an
+                ``EightBitSchedule``, which can leave layers and steps out; with a dtype of 16 bits. Another video, near
+                that of "off"; the same for any number of stages.
             report: called with (phase, block=, step=, stage=) before every action; for supervisors.
 
         Raises:
@@ -133,6 +140,9 @@ class Engine:
             raise ValueError(
                 f"depth={depth!r}: at least one message must fit between two stages; 2 lets transfers overlap compute"
             )
+        eight_bit = attention_8bit
+        if not isinstance(eight_bit, EightBitSchedule):
+            eight_bit = EightBitSchedule(eight_bit)  # type: ignore[arg-type]
         source: ModelSource
         if isinstance(model, (str, Path)):
             source = resolve_model(model)
@@ -160,9 +170,11 @@ class Engine:
             mesh = Mesh.local(kind)
             stages = 1 if stages is None else stages
         split_layers(source.spec.num_layers, stages)
+        if eight_bit.on:
+            _check_8bit(eight_bit, source, mesh.device, dtype)
         if isinstance(source, ModelFiles):
             source.check_weights()
-        return cls(source, blocks, stages, mesh, dtype, depth, graphs, report)
+        return cls(source, blocks, stages, mesh, dtype, depth, graphs, report, eight_bit)
 
     # Requests -----------------------------------------------------------------------------------------------
 
@@ -253,6 +265,7 @@ class Engine:
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
+        self.attention_8bit.check_steps(len(request.sampler))
         if self._running:
             raise RuntimeError(
                 "this engine is making a video: exhaust or close that stream first, or use another engine"
@@ -361,6 +374,7 @@ class Engine:
             "schedule": asdict(schedule),
             "video": {k: v for k, v in asdict(request.video).items() if k != "output_type"},
             "frames_per_block": self.blocks.frames_per_block,
+            "attention_8bit": asdict(self.attention_8bit),
         }
         store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
         handshake(store, self.mesh.rank, self.mesh.world_size, info, HANDSHAKE_SECONDS)
@@ -411,30 +425,29 @@ class Engine:
         experts = [spec.expert(float(t), request.sampler.num_train_timesteps) for t in request.sampler.timesteps]
         lent = self.blocks.context_frames * grid.tokens
         slots = {side: schedule.slots(side) for side in ("head", "tail")}
+        if self.attention_8bit.on:
+            slots["mean"] = schedule.max_in_flight
+        # Who lends is a whole block; the head lies behind what is fed in front of it.
+        starts = {
+            "head": layout.fed_context(1) * grid.tokens,
+            "tail": self.blocks.frames_per_block * grid.tokens - lent,
+        }
         result = []
         for index, clock in zip(owned, clocks, strict=True):
-            slices = self._slices[index]
-            store = None
-            if any(slots.values()):
-                store = FeatureStore(
-                    slices[0].num_layers,
-                    slots,
-                    schedule.branches,
-                    lent,
-                    spec.inner_dim,
-                    self.dtype,
-                    self.mesh.device,
-                )
             stage = Stage(
-                slices,
+                self._slices[index],
                 experts,
                 request.sampler.timesteps,
-                store,
+                slots,
+                schedule.branches,
                 grid,
                 request.max_window_frames * grid.tokens,
                 lent,
+                starts,
                 first=index == 0,
                 last=index == self.num_stages - 1,
+                layers=self.layers[index],
+                eight_bit=self.attention_8bit,
                 wrap=self._graphed if self.graphs else None,
             )
             queue = self._queue(request, schedule, experts) if index == 0 else None
@@ -539,3 +552,17 @@ class Engine:
         if lane is not None:
             done = lane.progress
             self.stats = RunStats(done.blocks, done.frames, seconds, done.first or None, tuple(ranks))
+
+
+def _check_8bit(eight_bit: EightBitSchedule, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError when the model, the dtype or the device has no 8-bit attention like this."""
+    eight_bit.check(source.spec.num_layers)
+    if dtype == torch.float32:
+        raise ValueError(
+            f"attention_8bit={eight_bit.mode!r} with dtype=float32: values and weights beside 8-bit keys have 16 bits; "
+            "use dtype='bfloat16'"
+        )
+    head_dim = source.spec.inner_dim // source.spec.heads
+    reason = kernels_8bit.absent(device, head_dim, eight_bit.mode == "fp8") if device.type == "cuda" else ""
+    if reason:
+        raise ValueError(f"attention_8bit={eight_bit.mode!r} cannot run: {reason}; leave it out")

@@ -1,15 +1,25 @@
-"""The store of neighbour features: keys and values of context frames, per layer, side, slot and branch.
+"""Features: keys and values that blocks lend each other, in 16 or in 8 bits, and the store that keeps them.
 
-It knows slots, not blocks: which block's features lie in a slot is the schedule's business. Features are stored
-after norm and rotation at absolute positions, ready to be read. Rows are numbered by tensors in device memory, so
-that a captured graph can be told another slot.
+The store knows slots, not blocks: which block's features lie in a slot is the schedule's business. Features are
+stored after norm and rotation at absolute positions, ready to be read. Rows are numbered by tensors in device memory,
+so that a captured graph can be told another slot.
+
+The reader's step decides how features are read, the maker's step how they are kept; where 8-bit attention is on at
+only one of the two, the reader converts (``to_8bit``, ``to_16bit``). That is the case at the first and last of the
+steps that are in 8 bits: the next block's features are one step behind, those of the previous block with ``prior``
+one step ahead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+
+from dualparal.kernels.attention_8bit import KeysValues8, quantise_features, restore_features
+
+_ALIGNMENT = 16  # bytes: of a slot
 
 
 class KeysValues(NamedTuple):
@@ -22,49 +32,125 @@ class KeysValues(NamedTuple):
         return KeysValues(self.keys[start : start + count], self.values[start : start + count])
 
 
+class Features8(NamedTuple):
+    """Features in 8 bits: whole rows of an arena from the start of a tile on, and what was taken from the keys.
+
+    mean: float32 [inner]. skip: so many rows in front were not lent, they are there for their tile.
+    """
+
+    keys_values: KeysValues8
+    mean: torch.Tensor
+    skip: int
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What a slot holds, keys and values first as in 16 bits. All features of a side have the same skip."""
+        k, k_scale, v, v_scale = self.keys_values
+        return [tensor for tensor in (k, v, k_scale, v_scale, self.mean) if tensor is not None]
+
+
+class Context8(NamedTuple):
+    """What self-attention in 8 bits reads and writes, in place of ``KeysValues``.
+
+    arena: [own | neighbours], each from a multiple of TILE on; the neighbours' rows are there, the own are written.
+    spans: which rows of it count.
+    means: float32 [segments, inner], the own and then the neighbours'; the own one is written when ``first``.
+    k_sums: float32 [tiles_of(own), inner], written: what the mean of the own keys is made from.
+    first: is it the block's first step in 8 bits? Nothing is known of its keys then, and they are looked at twice.
+    """
+
+    arena: KeysValues8
+    spans: list[int]
+    means: torch.Tensor
+    k_sums: torch.Tensor
+    first: bool
+
+
+def to_8bit(features: KeysValues, heads: int, fp8: bool) -> Features8:
+    """Features kept in 16 bits for a reader in 8 bits: less their own mean; fp8: values, too."""
+    mean = features.keys.float().mean(0)
+    return Features8(quantise_features(*features, mean, heads=heads, fp8=fp8), mean, 0)
+
+
+def to_16bit(features: Features8, dtype: torch.dtype) -> KeysValues:
+    """Features kept in 8 bits for a reader in 16 bits."""
+    restored = restore_features(features.keys_values, features.mean, dtype)
+    return KeysValues(*(tensor[features.skip :] for tensor in restored))
+
+
+Format = Sequence[torch.Tensor]  # shapes and dtypes of what a slot holds; tensors on "meta" will do
+
+
 class FeatureStore:
-    """Fixed buffers, allocated once: ``layers`` x (``slots`` x ``branches``) rows x ``tokens`` keys and values.
+    """What outlives a unit, per layer, side, slot and branch. Fixed buffers, allocated once.
+
+    Where 8-bit attention is on at some steps only, a slot can hold either format, and is as large as the larger.
 
     Args:
         slots: number of slots per side, e.g. {"head": 1, "tail": 9}.
-        tokens: context frames times tokens per frame.
+        formats: per layer and side, what a slot can hold: {in 8 bits?: format}.
     """
 
     def __init__(
         self,
-        layers: int,
-        slots: dict[str, int],
+        slots: Mapping[str, int],
         branches: int,
-        tokens: int,
-        inner: int,
-        dtype: torch.dtype,
+        formats: Sequence[Mapping[str, Mapping[bool, Format]]],
         device: torch.device,
     ) -> None:
         self._branches = branches
-        self._buffers = {
-            side: [
-                KeysValues(*torch.empty(2, count * branches, tokens, inner, dtype=dtype, device=device).unbind())
-                for _ in range(layers)
-            ]
-            for side, count in slots.items()
-        }
+        self._buffers: list[torch.Tensor] = []
+        self._views: list[dict[tuple[str, bool], list[torch.Tensor]]] = []
+        for layer in formats:
+            views = {}
+            for side, by_format in layer.items():
+                for eight_bit, tensors in self._allocate(slots[side] * branches, by_format, device).items():
+                    views[side, eight_bit] = tensors
+            self._views.append(views)
         numbers = torch.arange(max(slots.values(), default=0) * branches, device=device)
         self._numbers = list(numbers.split(1))  # made once: a view per unit would cost more than its use
 
+    def _allocate(
+        self, count: int, formats: Mapping[bool, Format], device: torch.device
+    ) -> dict[bool, list[torch.Tensor]]:
+        """``count`` slots that hold any of the formats: the same buffers of bytes for the first tensor of each, the
+        second, ..."""
+        found: dict[bool, list[torch.Tensor]] = {eight_bit: [] for eight_bit in formats}
+        for number in range(max(map(len, formats.values()))):
+            sharing = {eight_bit: tensors[number] for eight_bit, tensors in formats.items() if number < len(tensors)}
+            width = max(tensor.nbytes for tensor in sharing.values())
+            buffer = torch.empty(count, -(-width // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8, device=device)
+            self._buffers.append(buffer)
+            for eight_bit, tensor in sharing.items():
+                view = buffer[:, : tensor.nbytes].view(tensor.dtype).unflatten(1, tensor.shape)
+                found[eight_bit].append(_as(view, _movable(view)))
+        return found
+
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for layers in self._buffers.values() for pair in layers for tensor in pair)
+        return sum(buffer.nbytes for buffer in self._buffers)
 
     def row(self, side: str, slot: int, branch: int) -> torch.Tensor:
         """int64 [1], the row of a slot and branch."""
         return self._numbers[slot * self._branches + branch]
 
-    def load(self, layer: int, side: str, row: torch.Tensor, out: KeysValues) -> None:
-        """Copies a row's keys and values into ``out``, contiguous [tokens, inner] each."""
-        for buffer, target in zip(self._buffers[side][layer], out, strict=True):
-            torch.index_select(buffer, 0, row, out=target.unsqueeze(0))
+    def load(self, layer: int, side: str, eight_bit: bool, row: torch.Tensor, out: Sequence[torch.Tensor]) -> None:
+        """Copies what lies in a row into tensors of its format."""
+        for view, target in zip(self._views[layer][side, eight_bit], out, strict=True):
+            torch.index_select(view, 0, row, out=_as(target, view.dtype).unsqueeze(0))
 
-    def save(self, layer: int, side: str, row: torch.Tensor, made: KeysValues) -> None:
-        """Copies keys and values [tokens, inner] into a row."""
-        for buffer, source in zip(self._buffers[side][layer], made, strict=True):
-            buffer.index_copy_(0, row, source.unsqueeze(0))
+    def save(self, layer: int, side: str, eight_bit: bool, row: torch.Tensor, made: Sequence[torch.Tensor]) -> None:
+        """Copies tensors of a format into a row."""
+        for view, source in zip(self._views[layer][side, eight_bit], made, strict=True):
+            view.index_copy_(0, row, _as(source, view.dtype).unsqueeze(0))
+
+
+def _movable(tensor: torch.Tensor) -> torch.dtype:
+    """8-bit numbers as integers, eight at a time: torch does not index fp8 everywhere, and copies by the element."""
+    if tensor.dtype.itemsize > 1:
+        return tensor.dtype
+    return torch.int64 if tensor.shape[-1] % 8 == 0 else torch.uint8
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)

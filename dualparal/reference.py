@@ -1,18 +1,21 @@
 """The whole method in one process with a plain loop: the oracle that every faster way must equal.
 
 No schedule, no transport, no slots: neighbour features lie in a dictionary under the name of the unit that made
-them. One new block enters per iteration; block b is at step i - b in iteration i (DualParal, section 3).
+them, and with 8-bit attention the means of a block's keys in another. One new block enters per iteration; block b is
+at step i - b in iteration i (DualParal, section 3).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from itertools import count
 
 import torch
 
 from dualparal.config import Layout
-from dualparal.features import KeysValues
+from dualparal.eight_bit import OFF, EightBitSchedule
+from dualparal.features import Context8, Features8, KeysValues, to_8bit, to_16bit
+from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, key_mean, lent, place, tiles_of
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.models.base import Grid, ModelSpec, Pending, Slice
 from dualparal.sampler import Sampler
@@ -30,6 +33,7 @@ def generate(
     noise: Callable[[int], torch.Tensor],
     prompt_embeds: Callable[[int], torch.Tensor],
     guidance_scales: Sequence[float],
+    eight_bit: EightBitSchedule = OFF,
 ) -> torch.Tensor:
     """Final latents [1, C, L, H, W] float32 of a video of ``layout.num_latents`` frames.
 
@@ -38,12 +42,17 @@ def generate(
         noise: block -> initial latents of its own frames.
         prompt_embeds: block -> [1 or 2, sequence, text_dim], the conditional row first; two rows mean guidance.
         guidance_scales: one per expert.
+        eight_bit: where self-attention has 8 bits. A block takes from its keys their mean of the step before, at its
+            first such step that of this one. Features are kept as their maker's step and layer have them, and a
+            reader whose own have it otherwise converts them.
     """
     assert layout.num_blocks is not None, "the reference makes finite videos"
     policy, context, steps = layout.blocks.context, layout.blocks.context_frames, len(sampler)
     states = [sampler.start() for _ in range(layout.num_blocks)]
     latents: list[torch.Tensor] = []
-    features: dict[Name, KeysValues] = {}
+    features: dict[Name, KeysValues | Features8] = {}
+    means: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer, block and branch
+    fp8 = eight_bit.mode == "fp8"
 
     def forward(block: int, step: int, branch: int, newest: int) -> torch.Tensor:
         timestep = sampler.timesteps[step]
@@ -57,23 +66,32 @@ def generate(
         rotary = expert.rotary(layout.window_start(block), window.shape[2], grid)
         hidden = expert.embed(window)
         pending: Pending | None = None
-        own, lent, first = len(hidden), context * grid.tokens, fed * grid.tokens
+        own, count, first = len(hidden), context * grid.tokens, fed * grid.tokens
         for layer in range(expert.num_layers):
-            parts = [KeysValues(torch.empty_like(hidden), torch.empty_like(hidden))]  # own, to be written
+            parts = []
             if context and policy != "prior" and block < newest:
                 parts.append(features[layer, "head", block + 1, step - 1, branch])
             if context and policy != "paper" and block > 0:
                 made_at = step if policy == "cached" else min(step + 1, steps - 1)
                 parts.append(features[layer, "tail", block - 1, made_at, branch])
-            keys_values = KeysValues(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))
+            keys_values: KeysValues | Context8
+            if eight_bit.covers(layer) and eight_bit.at(step, steps):
+                read = [part if isinstance(part, Features8) else to_8bit(part, spec.heads, fp8) for part in parts]
+                keys_values = arena(own, means.get((layer, block, branch)), read, hidden, spec.heads, fp8)
+            else:
+                made = [to_16bit(part, hidden.dtype) if isinstance(part, Features8) else part for part in parts]
+                made = [KeysValues(torch.empty_like(hidden), torch.empty_like(hidden)), *made]  # own, to be written
+                keys_values = KeysValues(torch.cat([p.keys for p in made]), torch.cat([p.values for p in made]))
             text_condition = KeysValues(text[layer, 0], text[layer, 1])
             hidden, pending = expert.layer(layer, hidden, pending, time, text_condition, rotary, keys_values)
-            features[layer, "head", block, step, branch] = keys_values.rows(first, lent)
-            features[layer, "tail", block, step, branch] = keys_values.rows(own - lent, lent)
+            for side, start in (("head", first), ("tail", own - count)):
+                features[layer, side, block, step, branch] = lend(keys_values, start, count)
+            if isinstance(keys_values, Context8):
+                means[layer, block, branch] = key_mean(keys_values.k_sums, own)
         own_pending = None if pending is None else (pending[0][first:], pending[1])
         return expert.head(hidden[first:], own_pending, time, grid)
 
-    for iteration in count():
+    for iteration in itertools.count():
         newest = min(iteration, layout.num_blocks - 1)
         blocks = range(max(0, iteration - steps + 1), newest + 1)
         if not blocks:
@@ -92,3 +110,29 @@ def generate(
         # Nothing older than this iteration's blocks of the last one is read again.
         features = {n: kv for n, kv in features.items() if n[2] + n[3] >= iteration}
     return torch.cat(latents, dim=2)[:, :, : layout.num_latents]
+
+
+def arena(
+    own: int, mean: torch.Tensor | None, neighbours: Sequence[Features8], like: torch.Tensor, heads: int, fp8: bool
+) -> Context8:
+    """The neighbours' features behind ``own`` rows to be written; mean: what to take from these, if it is known."""
+    inner = like.shape[1]
+    parts = [(own, 0), *((len(part.keys_values.k), part.skip) for part in neighbours)]
+    tiles = [tiles_of(rows) for rows, _ in parts]
+    made = KeysValues8.empty(sum(tiles) * TILE, inner, heads, FP8 if fp8 else like.dtype, like.device)
+    sums = torch.zeros(tiles[0], inner, dtype=torch.float32, device=like.device)
+    means = torch.stack([sums[0] if mean is None else mean, *(part.mean for part in neighbours)])
+    for number, part in enumerate(neighbours, 1):
+        rows = made.rows(sum(tiles[:number]) * TILE, parts[number][0])
+        for target, source in zip(rows, part.keys_values, strict=True):
+            if target is not None and source is not None:
+                target.copy_(source)
+    return Context8(made, place(parts), means, sums, mean is None)
+
+
+def lend(made: KeysValues | Context8, start: int, count: int) -> KeysValues | Features8:
+    """``count`` rows from ``start`` on, as they are kept."""
+    if isinstance(made, KeysValues):
+        return made.rows(start, count)
+    share = lent(start, count)
+    return Features8(made.arena.rows(share.first, share.rows), made.means[0], share.skip)

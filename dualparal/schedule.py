@@ -124,6 +124,11 @@ class Schedule:
     def num_units(self) -> int | None:
         return None if self.num_blocks is None else self.num_blocks * self.num_steps * self.branches
 
+    @property
+    def max_in_flight(self) -> int:
+        """Blocks that are on their way at once. They are consecutive: block % max_in_flight is a place for each."""
+        return self.num_steps if self.num_blocks is None else min(self.num_steps, self.num_blocks)
+
     # What a unit reads and leaves ---------------------------------------------------------------------------
 
     def previous_latents(self, unit: Unit) -> int | None:

@@ -5,18 +5,24 @@ text per prompt, rotary angles per window. Layers share one workspace for keys a
 
 ``forward`` is a function of tensors and a ``StepShape`` alone: slot numbers are tensors too, so that a captured
 graph of it (``graphs.py``) serves every block.
+
+With 8-bit attention a block has a state in every layer and branch: the mean of its keys at the step before, which is
+what it takes from them at this one. It lies in the store, as features do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from dualparal.features import FeatureStore, KeysValues
+from dualparal.eight_bit import EightBitSchedule
+from dualparal.features import Context8, FeatureStore, Format, KeysValues, to_8bit, to_16bit
+from dualparal.kernels.attention_8bit import FP8, key_mean
 from dualparal.models.base import Grid, Pending, Rotary, Slice, TimeCondition
 from dualparal.schedule import Features, Unit
+from dualparal.workspace import Read, View, Workspace, Workspace8
 
 
 class StepShape(NamedTuple):
@@ -26,8 +32,10 @@ class StepShape(NamedTuple):
     branch: int
     frames: int
     fed_context: int  # leading frames that belong to the previous block (``paper``)
-    reads: tuple[str, ...]  # sides of the features read, in the order in which their keys follow the own ones
-    writes: tuple[str, ...]
+    reads: tuple[Read, ...]  # features read, in the order in which their keys follow the own ones
+    writes: tuple[str, ...]  # sides
+    eight_bit: bool = False  # is 8-bit attention on, in the layers that take part?
+    first_8bit: bool = False  # for the first time in this block?
 
 
 class StepInputs(NamedTuple):
@@ -39,6 +47,7 @@ class StepInputs(NamedTuple):
     rotary: Rotary
     read_at: tuple[torch.Tensor, ...]  # int64 [1] each: rows of the feature store
     write_at: tuple[torch.Tensor, ...]
+    mean_at: tuple[torch.Tensor, ...] = ()  # the same, of the block's state; with 8-bit attention only
 
 
 Forward = Callable[[StepShape, StepInputs], torch.Tensor]
@@ -51,10 +60,12 @@ class Stage:
         experts: the same layers of each transformer of the model.
         expert_of_step: which of them runs at each step.
         timesteps: the sampler's, [T].
-        store: slots for the features of neighbours; None when no block reads another.
+        slots: of the features of neighbours, by side ("head", "tail"), and of what a block keeps ("mean").
+        branches: 2 with guidance.
         max_tokens: own tokens of the largest window.
-        context_tokens: tokens that a neighbour lends.
+        context_tokens: tokens that a neighbour lends. starts: the first of them among its own, by side.
         first, last: whether this stage embeds latents, and whether it makes velocities.
+        layers: which layers of the model these are. eight_bit: where they attend in 8 bits.
         wrap: what to put around ``forward``, such as ``graphs.Graphed``.
     """
 
@@ -63,28 +74,40 @@ class Stage:
         experts: Sequence[Slice],
         expert_of_step: Sequence[int],
         timesteps: torch.Tensor,
-        store: FeatureStore | None,
+        slots: Mapping[str, int],
+        branches: int,
         grid: Grid,
         max_tokens: int,
         context_tokens: int,
+        starts: Mapping[str, int],
         *,
         first: bool,
         last: bool,
+        layers: range,
+        eight_bit: EightBitSchedule,
         wrap: Callable[[Forward], Forward] | None = None,
     ) -> None:
         self.experts = experts
         self.expert_of_step = expert_of_step
         self.timesteps = timesteps
-        self.store = store
         self.grid = grid
-        self.context_tokens = context_tokens
         self.first, self.last = first, last
-        self.inner_dim = experts[0].inner_dim
         slice_ = experts[0]
-        rows = max_tokens + (2 * context_tokens if store is not None else 0)
-        self.workspace = KeysValues(
-            *(torch.empty(rows, self.inner_dim, dtype=slice_.dtype, device=slice_.device) for _ in range(2))
-        )
+        self.inner_dim = slice_.inner_dim
+        steps = len(expert_of_step)
+        self._covered = [eight_bit.covers(layer) for layer in layers]
+        self._on = [any(self._covered) and eight_bit.at(step, steps) for step in range(steps)]
+        self._fp8 = eight_bit.mode == "fp8"
+        sizes = max_tokens, {side: starts[side] for side in ("head", "tail") if slots[side]}, context_tokens
+        self._workspace = self._workspace8 = None
+        if not (all(self._covered) and all(self._on)):
+            self._workspace = Workspace(*sizes, self.inner_dim, slice_.dtype, slice_.device)
+        if any(self._on):
+            self._workspace8 = Workspace8(
+                *sizes, self.inner_dim, slice_.heads, FP8 if self._fp8 else slice_.dtype, slice_.device
+            )
+        self._slots = slots
+        self.store = FeatureStore(slots, branches, [self._formats(sizes[1], c) for c in self._covered], slice_.device)
         self._step = wrap(self.forward) if wrap else self.forward
         self._time: dict[int, TimeCondition] = {}
         self._prompts: dict[int, torch.Tensor] = {}
@@ -129,9 +152,16 @@ class Stage:
             Hidden states [tokens, inner], or on the last stage the velocity [1, C, own frames, H, W]. Good until the
             next unit.
         """
-        expert = self.expert_of_step[unit.step]
+        expert, eight_bit = self.expert_of_step[unit.step], self._on[unit.step]
         shape = StepShape(
-            expert, unit.branch, window[1], fed_context, tuple(f.side for f in reads), tuple(f.side for f in writes)
+            expert,
+            unit.branch,
+            window[1],
+            fed_context,
+            tuple((f.side, self._on[f.step]) for f in reads),
+            tuple(f.side for f in writes),
+            eight_bit,
+            eight_bit and not (unit.step and self._on[unit.step - 1]),
         )
         inputs = StepInputs(
             hidden,
@@ -140,37 +170,79 @@ class Stage:
             self._angles(*window),
             tuple(self._row(features) for features in reads),
             tuple(self._row(features) for features in writes),
+            (self.store.row("mean", unit.block % self._slots["mean"], unit.branch),) if eight_bit else (),
         )
         return self._step(shape, inputs)
 
     def forward(self, shape: StepShape, inputs: StepInputs) -> torch.Tensor:
         """The arithmetic of a unit; nothing else decides its result."""
-        expert, lent, tokens = self.experts[shape.expert], self.context_tokens, self.grid.tokens
+        expert, tokens = self.experts[shape.expert], self.grid.tokens
         hidden = expert.embed(inputs.hidden) if self.first else inputs.hidden
-        own = len(hidden)
-        context = self.workspace.rows(0, own + lent * len(shape.reads))
         first_own = shape.fed_context * tokens
-        rows = {"head": first_own, "tail": own - lent}
+        views = self._views(shape, len(hidden))
         pending: Pending | None = None
         for index in range(expert.num_layers):
-            for place, (side, at) in enumerate(zip(shape.reads, inputs.read_at, strict=True)):
-                self._features.load(index, side, at, context.rows(own + place * lent, lent))
+            eight_bit = shape.eight_bit and self._covered[index]
+            view = views[eight_bit]
+            self._read(index, eight_bit, view, shape, inputs)
             text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
-            hidden, pending = expert.layer(index, hidden, pending, inputs.time, text, inputs.rotary, context)
+            hidden, pending = expert.layer(index, hidden, pending, inputs.time, text, inputs.rotary, view.context)
             for side, at in zip(shape.writes, inputs.write_at, strict=True):
-                self._features.save(index, side, at, context.rows(rows[side], lent))
+                self.store.save(index, side, eight_bit, at, view.lends[side])
+            if isinstance(view.context, Context8):
+                mean = key_mean(view.context.k_sums, len(hidden))
+                self.store.save(index, "mean", True, inputs.mean_at[0], [mean])
         if not self.last:
             return expert.finish(hidden, pending)
         assert pending is not None, "a stage has at least one layer"
         return expert.head(hidden[first_own:], (pending[0][first_own:], pending[1]), inputs.time, self.grid)
 
-    @property
-    def _features(self) -> FeatureStore:
-        assert self.store is not None, "the schedule reads features but the stage has no store"
-        return self.store
+    def _views(self, shape: StepShape, own: int) -> dict[bool, View]:
+        """The workspaces as the unit's layers see them, by whether they attend in 8 bits."""
+        found = {}
+        if self._workspace is not None:
+            found[False] = self._workspace.view(own, shape.reads, shape.writes)
+        if self._workspace8 is not None and shape.eight_bit:
+            found[True] = self._workspace8.view(own, shape.reads, shape.writes, shape.first_8bit)
+        return found
+
+    def _read(self, index: int, eight_bit: bool, view: View, shape: StepShape, inputs: StepInputs) -> None:
+        """Neighbours' features to their places, converted where their maker's setting was another."""
+        if isinstance(view.context, Context8) and not shape.first_8bit:
+            self.store.load(index, "mean", True, inputs.mean_at[0], [view.context.means[0]])
+        for (side, on), at, target in zip(shape.reads, inputs.read_at, view.places, strict=True):
+            made_8bit = on and self._covered[index]
+            if made_8bit == eight_bit:
+                self.store.load(index, side, made_8bit, at, target)
+                continue
+            assert self._workspace is not None and self._workspace8 is not None
+            converted: Format
+            if made_8bit:
+                features = self._workspace8.fresh(side)
+                self.store.load(index, side, True, at, features.tensors)
+                converted = to_16bit(features, self.experts[0].dtype)
+            else:
+                plain = self._workspace.fresh()
+                self.store.load(index, side, False, at, plain)
+                converted = to_8bit(plain, self.experts[0].heads, self._fp8).tensors
+            for tensor, source in zip(target, converted, strict=True):
+                tensor.copy_(source)
+
+    def _formats(self, starts: Mapping[str, int], covered: bool) -> dict[str, dict[bool, Format]]:
+        """What the slots of a layer hold. Only layers that attend in 8 bits at all steps need no other format."""
+        found: dict[str, dict[bool, Format]] = {}
+        for side in starts:
+            found[side] = {}
+            if self._workspace is not None and not (covered and all(self._on)):
+                found[side][False] = self._workspace.fresh("meta")
+            if self._workspace8 is not None and covered:
+                found[side][True] = self._workspace8.fresh(side, "meta").tensors
+        if covered and any(self._on):
+            found["mean"] = {True: [torch.empty(self.inner_dim, dtype=torch.float32, device="meta")]}
+        return found
 
     def _row(self, features: Features) -> torch.Tensor:
-        return self._features.row(features.side, features.slot, features.branch)
+        return self.store.row(features.side, features.slot, features.branch)
 
     def _time_condition(self, step: int) -> TimeCondition:
         if step not in self._time:

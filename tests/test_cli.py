@@ -32,6 +32,8 @@ from safetensors.torch import load_file, save_file
 
 from dualparal import __version__, cli, supervisor
 from dualparal.config import BlockConfig, Layout
+from dualparal.eight_bit import EightBitSchedule
+from dualparal.engine import Engine
 from dualparal.loading import ModelFiles
 from dualparal.noise import BlockNoise
 from dualparal.tiny import build_tiny_pipeline
@@ -40,6 +42,8 @@ SMALL = ["--prompt", "a cat", "--device", "cpu", "--height", "32", "--width", "3
 SHORT = [*SMALL, "--frames-per-block", "4", "--context-frames", "2", "--num-frames", "33"]  # blocks of 13, 16, 4
 LONG = [*SMALL, "--num-frames", "8001", "--out", "a.mp4", "--threads", "1"]  # ended by a signal: 251 blocks
 LATENTS = [1, 16, 9, 4, 4]  # of SHORT
+SHORT_CALL = {"prompt": "a cat", "height": 32, "width": 32, "num_frames": 33, "num_inference_steps": 2}
+EIGHT_BIT = ["--attention-8bit", "int8", "--dtype", "bfloat16"]
 CLOSING = re.compile(
     r"(\d+) frames in (\d+) blocks?, [\d.]+ s \([\d.]+ frames/s\), first frames after [\d.]+ s, bubble [\d.]+ %, "
     r"peak memory per rank ([\d., ]+) GiB"
@@ -259,6 +263,22 @@ def test_latents_are_float32_and_noise_goes_in_as_it_would_be_drawn(
     again = dualparal(*short, "--latents-in", "given.safetensors", "--latents-out", "again.safetensors")
     assert again.code == 0, again.stderr
     assert not torch.equal(load_file(tmp_path / "again.safetensors")["latents"], latents)
+
+
+def test_8_bit_flags_reach_the_engine(dualparal: Callable[..., Outcome], wan21: Path, tmp_path: Path) -> None:
+    keep = ["--attention-8bit-keep-layers", "0,2", "--attention-8bit-keep-last-steps", 1]
+    run = dualparal(
+        "generate", *SHORT, *EIGHT_BIT, *keep, "--model", wan21, "--threads", 1, "--latents-out", "a.safetensors"
+    )
+    assert run.code == 0, run.stderr
+    made = load_file(tmp_path / "a.safetensors")["latents"]
+    options: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "frames_per_block": 4, "context_frames": 2}
+    schedule = EightBitSchedule("int8", keep_layers=(0, 2), last_steps=1)
+    wanted = []
+    for attention_8bit in (schedule, "off"):
+        engine = Engine.from_pretrained(wan21, attention_8bit=attention_8bit, **options)
+        wanted.append(engine(**SHORT_CALL, output_type="latent").frames)
+    assert torch.equal(made, wanted[0]) and not torch.equal(made, wanted[1])
 
 
 def test_pictures_blocks_and_the_model_made_on_the_spot(dualparal: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -512,6 +532,15 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "slow fps": (["--fps", "0.0001"], ["--fps 0.0001", "1/1001"]),
     "device": (["--device", "tpu"], ["--device tpu", "cuda or cpu"]),
     "depth": (["--depth", "0"], ["depth=0", "at least one"]),
+    "8-bit mode": (["--attention-8bit", "int4"], ["mode='int4'", "int8"]),
+    "8 bits beside 32": (["--attention-8bit", "fp8"], ["attention_8bit='fp8'", "dtype=float32", "bfloat16"]),
+    "8-bit layers": (
+        [*EIGHT_BIT, "--attention-8bit-keep-layers", "0,x"],
+        ["--attention-8bit-keep-layers '0,x'", "0,29"],
+    ),
+    "8-bit layers beyond": ([*EIGHT_BIT, "--attention-8bit-keep-layers", "0,4"], ["(0, 4)", "4 layers", "0 to 3"]),
+    "8-bit layers, off": (["--attention-8bit-keep-layers", "0"], ["(0,)", "off", "choose a mode"]),
+    "no step in 8 bits": ([*EIGHT_BIT, "--attention-8bit-keep-last-steps", "99"], ["last_steps=99", "leave none of"]),
     "threads": (["--threads", "-1"], ["--threads -1", "from 1"]),
 }
 

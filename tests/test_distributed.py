@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dualparal.eight_bit import EightBitSchedule
 from dualparal.engine import Engine
 from dualparal.supervisor import Limits, Result, supervise
 
@@ -41,7 +42,8 @@ def case(model: Path, policy: str = "cached", guidance: float = 5.0, **more: Any
 
 def alone(case: dict[str, Any]) -> torch.Tensor:
     """What one process with one stage gives."""
-    engine = Engine.from_pretrained(case["model"], device="cpu", **case["options"])
+    eight_bit = EightBitSchedule(**case.get("eight_bit", {}))
+    engine = Engine.from_pretrained(case["model"], device="cpu", attention_8bit=eight_bit, **case["options"])
     call = dict(case["call"])
     if "later" in case:
         call["prompt"] = {0: call["prompt"], case["later"]: "a dog"}
@@ -64,6 +66,10 @@ def test_ranks_give_the_bits_of_one_process(tmp_path: Path, wan21: Path, wan22: 
         case(wan21, shape=(2, 2, 3, 21)),  # C = B
         case(wan21, "paper", shape=(2, 2, 3, 33), options={"depth": 1}),
         case(wan21, options={"depth": 3}, later=17),
+    ]
+    cases += [
+        case(model, policy, eight_bit={"mode": "int8", "first_steps": 1}, options={"dtype": "bfloat16"})
+        for model, policy in ((wan21, "cached"), (wan21, "prior"), (wan22, "paper"))
     ]
     assert launch(tmp_path, ranks, cases) == Result(0)
     for index, each in enumerate(cases):
@@ -90,7 +96,8 @@ def test_ranks_that_disagree_say_in_what(tmp_path: Path, wan21: Path) -> None:
     result = launch(tmp_path, 2, [case(wan21, differs=1, shape=(8, 4, 2, 29))])
     assert result.exit_code == 3 and result.failure is not None
     text = str(result.failure)
-    assert 'ranks disagree: schedule.context: rank 0 = "cached", rank 1 = "prior"' in text
+    assert 'ranks disagree: attention_8bit.mode: rank 0 = "off", rank 1 = "int8"' in text
+    assert 'schedule.context: rank 0 = "cached", rank 1 = "prior"' in text
 
 
 def test_more_ranks_than_layers_are_refused_by_every_rank(tmp_path: Path, wan21: Path) -> None:

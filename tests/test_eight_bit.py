@@ -4,20 +4,26 @@ from dualparal.eight_bit import EightBitSchedule
 
 
 def test_off_unless_asked_for():
-    assert not any(EightBitSchedule().enabled(layer, step, 6) for layer in range(4) for step in range(6))
+    schedule = EightBitSchedule()
+    assert not schedule.on and not any(map(schedule.covers, range(4)))
+    assert not any(schedule.at(step, 6) for step in range(6))
 
 
 @pytest.mark.parametrize("mode", ["int8", "fp8"])
 def test_what_is_left_out(mode):
     schedule = EightBitSchedule(mode, keep_layers=(0, 3), first_steps=2, last_steps=1)
-    on = {(layer, step) for layer in range(5) for step in range(6) if schedule.enabled(layer, step, 6)}
-    assert on == {(layer, step) for layer in (1, 2, 4) for step in (2, 3, 4)}
+    assert [layer for layer in range(5) if schedule.covers(layer)] == [1, 2, 4]
+    assert [step for step in range(6) if schedule.at(step, 6)] == [2, 3, 4]
 
 
 def test_everything_left_out():
     schedule = EightBitSchedule("int8", first_steps=3, last_steps=3)
-    assert not any(schedule.enabled(0, step, 5) for step in range(5))
-    assert schedule.enabled(0, 3, 7)
+    assert not any(schedule.at(step, 5) for step in range(5))
+    assert schedule.at(3, 7)
+    schedule.check_steps(7)
+    with pytest.raises(ValueError, match="none of 6 steps"):
+        schedule.check_steps(6)
+    EightBitSchedule().check_steps(1)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +37,8 @@ def test_everything_left_out():
         (dict(first_steps=-1), "first_steps=-1"),
         (dict(last_steps=1.5), "last_steps=1.5"),
         (dict(last_steps=True), "last_steps=True"),
+        (dict(first_steps=1), "exceptions"),
+        (dict(keep_layers=(1,)), "exceptions"),
     ],
 )
 def test_bad_values_are_named(options, says):
@@ -38,16 +46,12 @@ def test_bad_values_are_named(options, says):
         EightBitSchedule(**options)
 
 
-@pytest.mark.parametrize("layer, step, num_steps", [(-1, 0, 4), (0, -1, 4), (0, 4, 4)])
-def test_no_such_step(layer, step, num_steps):
-    with pytest.raises(ValueError, match="counted from 0"):
-        EightBitSchedule("int8").enabled(layer, step, num_steps)
-
-
 def test_layers_of_the_model():
-    EightBitSchedule("int8", keep_layers=(0, 29)).check_layers(30)
+    EightBitSchedule("int8", keep_layers=(0, 29)).check(30)
     with pytest.raises(ValueError, match="0 to 27"):
-        EightBitSchedule("int8", keep_layers=(0, 29)).check_layers(28)
+        EightBitSchedule("int8", keep_layers=(0, 29)).check(28)
+    with pytest.raises(ValueError, match="none of the model's 2 layers"):
+        EightBitSchedule("int8", keep_layers=(0, 1)).check(2)
 
 
 def test_frozen():

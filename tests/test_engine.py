@@ -38,13 +38,14 @@ def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: A
     second = video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2
     return reference.generate(
         spec,
-        engine.source.load_slices(range(spec.num_layers), torch.float32, torch.device("cpu")),
+        engine.source.load_slices(range(spec.num_layers), engine.dtype, torch.device("cpu")),
         request.sampler,
         request.layout,
         request.grid,
         BlockNoise(request.layout, (spec.in_channels, request.grid.height, request.grid.width), video.seed),
         lambda block: rows,
         [video.guidance_scale, second],
+        engine.attention_8bit,
     )
 
 

@@ -10,12 +10,19 @@ import pytest
 import torch
 
 from conftest import embeds
+from dualparal.eight_bit import EightBitSchedule
 from dualparal.engine import Engine
+from dualparal.tiny import build_tiny_pipeline
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 CALL = {"height": 64, "width": 96, "num_frames": 77, "num_inference_steps": 6, "output_type": "latent"}
 OPTIONS = {"frames_per_block": 4, "context_frames": 2, "device": "cuda"}
+
+
+@pytest.fixture(scope="module")
+def wan64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_pipeline(tmp_path_factory.mktemp("models") / "wan64", layers=4, head_dim=64)
 
 
 def generate(model: Path, **options: Any) -> torch.Tensor:
@@ -39,6 +46,23 @@ def test_same_bits_for_any_number_of_stages_eager_and_captured(wan21: Path, poli
 
 def test_two_experts_captured(wan22: Path) -> None:
     assert torch.equal(generate(wan22, stages=2, graphs=True), generate(wan22))
+
+
+@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
+@pytest.mark.parametrize("mode", ["int8", "fp8"])
+def test_8_bits_for_any_number_of_stages_eager_and_captured(wan64: Path, policy: str, mode: str) -> None:
+    """Triton's kernels, of which the tiny model's usual head_dim is none, and the way between 16 and 8 bits."""
+    if mode == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8")
+    schedule = EightBitSchedule(mode, keep_layers=(1,), first_steps=1, last_steps=1)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"context": policy, "dtype": "bfloat16"}
+    plain = generate(wan64, **options)
+    for attention_8bit in (mode, schedule):
+        expected = generate(wan64, attention_8bit=attention_8bit, **options)
+        assert 1e-4 < (expected - plain).norm() / plain.norm() < 3e-2
+        for stages, graphs in ((1, True), (2, False), (4, True)):
+            made = generate(wan64, attention_8bit=attention_8bit, stages=stages, graphs=graphs, **options)
+            assert torch.equal(made, expected), (stages, graphs, attention_8bit)
 
 
 def test_gpu_and_cpu_agree(wan21: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import dualparal.engine
 from conftest import embeds
+from dualparal.eight_bit import EightBitSchedule
 from dualparal.engine import Engine
 from dualparal.features import FeatureStore
 from dualparal.graphs import Graphed
@@ -35,7 +36,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def capture(function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         # A real capture runs nothing; this one has to, to learn the result's shape, and undoes what it wrote.
-        tensors = [t for s in stores for layers in s._buffers.values() for pair in layers for t in pair]
+        tensors = [buffer for store in stores for buffer in store._buffers]
         kept = [t.clone() for t in tensors]
         result = torch.full_like(function(), float("nan"))
         for tensor, old in zip(tensors, kept, strict=True):
@@ -68,6 +69,22 @@ def test_replays_give_the_bits_of_eager(
         assert torch.equal(built(**embeds(built), **CALL).frames, eager)
         units = 2 * CALL["num_inference_steps"] * 6 * stages
         assert len(recorded) > units / 2, "most units are replays"
+
+
+@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
+@pytest.mark.parametrize("mode", ["int8", "fp8"])
+def test_replays_with_8_bits(engine: Callable[..., Engine], recorded: list[int], policy: str, mode: str) -> None:
+    """The steps differ in their operations, the blocks must not: means and slots travel through static tensors."""
+    schedule = EightBitSchedule(mode, keep_layers=(1,), first_steps=1, last_steps=1)  # type: ignore[arg-type]
+    options = {"frames_per_block": 2, "context_frames": 1, "context": policy, "dtype": "bfloat16"}
+    built = engine(attention_8bit=schedule, **options)
+    eager = built(**embeds(built), **CALL).frames
+    for stages in (1, 2):
+        built = engine(attention_8bit=schedule, stages=stages, **options)
+        built.graphs = True
+        recorded.clear()
+        assert torch.equal(built(**embeds(built), **CALL).frames, eager)
+        assert len(recorded) > 2 * CALL["num_inference_steps"] * 6 * stages / 3
 
 
 def test_a_prompt_change_reaches_captured_steps(engine: Callable[..., Engine], recorded: list[int]) -> None:

@@ -10,6 +10,8 @@ from dualparal.kernels.attention import reference as attention_reference
 from dualparal.kernels.attention_8bit import (
     FP8,
     TILE,
+    KeysValues8,
+    Queries8,
     attention_8bit,
     key_mean,
     lent,
@@ -17,8 +19,7 @@ from dualparal.kernels.attention_8bit import (
     qk_norm_rope_8bit,
     quantise_features,
     reference,
-    restore_keys,
-    restore_values,
+    restore_features,
     tiles_of,
 )
 from dualparal.kernels.attention_8bit import cases as named
@@ -42,35 +43,33 @@ class Inputs:
         self.means = random(len(self.segments), case.inner, seed=2)
         self.keys, self.values = torch.zeros(2, rows, case.inner)
         wide = case.inner + case.padding
-        self.k = torch.zeros(rows, wide).to(dtype)[:, : case.inner]
-        self.k_scale = torch.full((case.heads, tiles_of(rows)), torch.nan)
-        self.v = torch.full((rows, wide), torch.nan, dtype=torch.bfloat16)[:, : case.inner]
-        self.v_scale = self.k_scale.clone() if fp8 else None
+        k = torch.zeros(rows, wide).to(dtype)[:, : case.inner]
+        k_scale = torch.full((case.heads, tiles_of(rows)), torch.nan)
+        v = torch.full((rows, wide), torch.nan, dtype=torch.bfloat16)[:, : case.inner]
         if fp8:
-            self.v = torch.full((case.inner, rows + case.padding), torch.nan).to(FP8)[:, :rows]
+            v = torch.full((case.inner, rows + case.padding), torch.nan).to(FP8)[:, :rows]
+        self.arena = KeysValues8(k, k_scale, v, k_scale.clone() if fp8 else None)
         for i, ((length, skip), (start, end)) in enumerate(zip(case.segments, self.segments)):
-            first, tiles = start - skip, slice((start - skip) // TILE, (start - skip) // TILE + tiles_of(length))
+            first = start - skip
             keys, values = random(2, length, case.inner, seed=3 + i)
             keys += 2 * self.means[i]
-            k, k_scale, v, v_scale = quantise_features(keys, values, self.means[i], heads=case.heads, dtype=dtype)
             self.keys[first:end], self.values[first:end] = keys, values
-            self.k[first:end], self.k_scale[:, tiles] = k, k_scale
-            if self.v_scale is None:
-                self.v[first:end] = values.bfloat16()
-            else:
-                self.v[:, first : first + v.shape[1]], self.v_scale[:, tiles] = v, v_scale
-            if junk and self.v_scale is None:
-                self.v[first:start] = torch.nan
+            made = quantise_features(keys, values, self.means[i], heads=case.heads, fp8=fp8, dtype=dtype)
+            for target, source in zip(self.arena.rows(first, length), made):
+                if target is not None:
+                    target.copy_(source)
+            if junk and not fp8:
+                v[first:start] = torch.nan
             elif junk:
-                self.v[:, first:start] = torch.nan
-                self.v[:, end : first + v.shape[1]] = torch.nan
-        self.q, self.q_scale = reference.quantise_rows(q, case.heads, dtype)
-        self.bias = reference.key_bias(q, self.means, case.heads)
+                v[:, first:start] = torch.nan
+                v[:, end : first + tiles_of(length) * TILE] = torch.nan
+        bias = reference.key_bias(q, self.means, case.heads)
+        self.queries = Queries8(*reference.quantise_rows(q, case.heads, dtype), bias)
         self.raw_q = q
 
     @property
     def args(self):
-        return self.q, self.q_scale, self.bias, self.k, self.k_scale, self.v
+        return self.queries, self.arena, self.spans
 
     def truth(self):
         """Attention over what was quantised, float64."""
@@ -80,13 +79,10 @@ class Inputs:
 
     def exact(self):
         """Attention over what quantising made of it, float64, weights not rounded."""
-        args = (*self.args, self.v_scale, self.spans)
-        return reference.attention_8bit(*args, heads=self.case.heads, dtype=torch.bfloat16, exact=True)
+        return reference.attention_8bit(*self.args, heads=self.case.heads, dtype=torch.bfloat16, exact=True)
 
     def run(self, backend="auto"):
-        return attention_8bit(
-            *self.args, self.spans, v_scale=self.v_scale, heads=self.case.heads, dtype=torch.bfloat16, backend=backend
-        )
+        return attention_8bit(*self.args, heads=self.case.heads, dtype=torch.bfloat16, backend=backend)
 
 
 def small(module=named):
@@ -130,10 +126,10 @@ def test_smoothing_lowers_the_error_of_common_parts():
             mean.copy_((2 * mean + offset) * scale)
         for i, (start, end) in enumerate(x.segments):
             tiles = slice(start // TILE, start // TILE + tiles_of(end - start))
-            x.k[start:end], x.k_scale[:, tiles] = reference.quantise_tiles(
+            x.arena.k[start:end], x.arena.k_scale[:, tiles] = reference.quantise_tiles(
                 x.keys[start:end] - x.means[i], 1, torch.int8
             )
-        x.bias = reference.key_bias(x.raw_q, x.means, 1)
+        x.queries = x.queries._replace(bias=reference.key_bias(x.raw_q, x.means, 1))
         errors[name] = rms(x.run().double() - x.truth())
     assert errors["smooth"] < 0.3 * errors["plain"], errors
 
@@ -185,8 +181,6 @@ def test_kernel_is_as_near_as_the_definition(case, config, kind):
         patch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
         ours = kernel.attention_8bit(
             *x.args,
-            x.v_scale,
-            x.spans,
             heads=case.heads,
             dtype=torch.bfloat16,
             config=kernel.Config(block_m, block_n, 4, 1, tma),
@@ -198,25 +192,21 @@ def test_kernel_is_as_near_as_the_definition(case, config, kind):
 def test_kernel_on_other_dtypes(kind):
     kernel, case = triton_kernel(), named.Case("dtypes", 18, ((70, 0), (40, 10)), heads=1, head_dim=64)
     x = Inputs(case, kind)
-    if x.v_scale is None:
-        x.v = x.v.half()
+    if x.arena.v_scale is None:
+        x.arena = x.arena._replace(v=x.arena.v.half())
     for dtype in (torch.float16, torch.float32):
         with interpreted():
-            ours = kernel.attention_8bit(
-                *x.args, x.v_scale, x.spans, heads=1, dtype=dtype, config=kernel.Config(32, 64, 4, 1, False)
-            )
-        want = attention_8bit(*x.args, x.spans, v_scale=x.v_scale, heads=1, dtype=dtype)
+            ours = kernel.attention_8bit(*x.args, heads=1, dtype=dtype, config=kernel.Config(32, 64, 4, 1, False))
+        want = attention_8bit(*x.args, heads=1, dtype=dtype)
         assert_no_worse(ours, want, x.exact(), 1.5, f"{kind} {dtype}")
 
 
 def test_unaligned_rows_are_read_without_tma():
     kernel, case = triton_kernel(), named.Case("unaligned", 18, ((70, 0),), heads=1, head_dim=64, padding=7)
     x = Inputs(case, "int8")
-    assert not kernel.aligned(x.k) and kernel.aligned(x.q)
+    assert not kernel.aligned(x.arena.k) and kernel.aligned(x.queries.q)
     with interpreted():
-        ours = kernel.attention_8bit(
-            *x.args, None, x.spans, heads=1, dtype=torch.bfloat16, config=kernel.Config(32, 64, 4, 1, True)
-        )
+        ours = kernel.attention_8bit(*x.args, heads=1, dtype=torch.bfloat16, config=kernel.Config(32, 64, 4, 1, True))
     assert_no_worse(ours, x.run(), x.exact(), 1.5, "unaligned")
 
 
@@ -227,10 +217,10 @@ def test_a_nan_is_not_hidden(kind):
     kernel, case = triton_kernel(), named.Case("nan", 18, ((70, 0),), heads=2, head_dim=64)
     for which in ("q", "k"):
         x = Inputs(case, kind)
-        (x.q_scale if which == "q" else x.k_scale)[1, 0] = torch.nan
+        (x.queries.scale if which == "q" else x.arena.k_scale)[1, 0] = torch.nan
         with interpreted():
             ours = kernel.attention_8bit(
-                *x.args, x.v_scale, x.spans, heads=2, dtype=torch.bfloat16, config=kernel.Config(32, 64, 4, 1, False)
+                *x.args, heads=2, dtype=torch.bfloat16, config=kernel.Config(32, 64, 4, 1, False)
             )
         for out in (ours, x.run()):
             rows = slice(0, 1) if which == "q" else slice(None)
@@ -256,33 +246,26 @@ class Pass:
             angles.sin(),
             random(segments, inner, seed=5),
         ]
-        self.k_out = torch.full((rows, inner + padding), 99.0).to(self.key_dtype)[:, :inner]
-        self.k_scale = torch.full((heads, tiles + 3), torch.nan)[:, :tiles]
-        self.v_out = torch.full((rows, inner + padding), torch.nan, dtype=dtype)[:, :inner]
-        self.v8_out = torch.full((inner, (tiles + 1) * TILE), torch.nan).to(FP8)[:, : tiles * TILE] if fp8 else None
-        self.v_scale = self.k_scale.clone() if fp8 else None
+        k_scale = torch.full((heads, tiles + 3), torch.nan)[:, :tiles]
+        v = torch.full((rows, inner + padding), torch.nan, dtype=dtype)[:, :inner]
+        if fp8:
+            v = torch.full((inner, (tiles + 1) * TILE), torch.nan).to(FP8)[:, : tiles * TILE]
+        k = torch.full((rows, inner + padding), 99.0).to(self.key_dtype)[:, :inner]
+        self.out = KeysValues8(k, k_scale, v, k_scale.clone() if fp8 else None)
         self.k_sums = torch.full((tiles, inner), torch.nan)
 
-    @property
-    def outputs(self):
-        return dict(v_out=self.v_out, v8_out=self.v8_out, v_scale=self.v_scale, k_sums=self.k_sums)
-
     def run(self):
-        made = qk_norm_rope_8bit(
-            *self.given, self.k_out, self.k_scale, **self.outputs, heads=self.heads, eps=EPS, backend="torch"
-        )
-        return [*made, self.k_out, self.k_scale, *self.outputs.values()]
+        made = qk_norm_rope_8bit(*self.given, self.out, k_sums=self.k_sums, heads=self.heads, eps=EPS, backend="torch")
+        return [*made, *self.out, self.k_sums]
 
     def interpret(self):
         kernel = triton_kernel()
         with interpreted():
-            made = kernel.qk_norm_rope_8bit(
-                *self.given, self.k_out, self.k_scale, *self.outputs.values(), heads=self.heads, eps=EPS
-            )
-        return [*made, self.k_out, self.k_scale, *self.outputs.values()]
+            made = kernel.qk_norm_rope_8bit(*self.given, self.out, self.k_sums, heads=self.heads, eps=EPS)
+        return [*made, *self.out, self.k_sums]
 
 
-NAMES = ("q", "q_scale", "bias", "k", "k_scale", "v", "v8", "v_scale", "k_sums")
+NAMES = ("q", "q_scale", "bias", "k", "k_scale", "v", "v_scale", "k_sums")
 
 
 @kinds
@@ -292,18 +275,18 @@ def test_pass_against_norm_and_rotation(kind):
     qkv, means = x.given[0], x.given[5]
     true_k, true_v = torch.empty(2, x.rows, x.inner, dtype=torch.float64)
     true_q = norm_reference.qk_norm_rope(*(t.double() for t in x.given[:5]), true_k, true_v, heads=x.heads, eps=EPS)
-    q, q_scale, bias, k, k_scale, v, v8, v_scale, k_sums = x.run()
+    q, q_scale, bias, *_, k_sums = x.run()
     step = 1 / 254 if x.key_dtype == torch.int8 else 1 / 28  # half a step of the largest
     by_head = true_q.unflatten(1, (x.heads, -1))
     got = q.float().unflatten(1, (x.heads, -1)) * q_scale.T[..., None]
     assert ((got - by_head).abs() <= by_head.abs().amax(-1, keepdim=True) * step * 1.01).all()
-    restored = restore_keys(k, k_scale, means[0], torch.float32)
+    restored, values = restore_features(x.out, means[0], torch.float32)
     assert (restored - true_k).abs().max() <= (true_k - means[0]).abs().max() * step * 1.01
-    assert torch.equal(v, qkv[:, 2 * x.inner :])
-    if v8 is not None:
-        restored = restore_values(v8, v_scale, x.rows, torch.float32)
-        assert (restored - true_v).abs().max() <= true_v.abs().max() / 28 * 1.01
-        assert not v8[:, x.rows :].float().any()
+    if x.out.v_scale is None:
+        assert torch.equal(values, qkv[:, 2 * x.inner :].float())
+    else:
+        assert (values - true_v).abs().max() <= true_v.abs().max() / 28 * 1.01
+        assert not x.out.v[:, x.rows :].float().any()
     torch.testing.assert_close(key_mean(k_sums, x.rows).double(), true_k.mean(0), rtol=0, atol=1e-5)
     wanted = reference.key_bias(true_q, means.double(), x.heads)
     torch.testing.assert_close(bias.double(), wanted, rtol=0, atol=1e-3)
@@ -326,7 +309,7 @@ def test_kernel_of_the_pass(options, kind):
     for name, ours, want in zip(NAMES, x.interpret(), y.run()):
         if want is None:
             continue
-        if name in ("q", "k", "v8"):  # sums in another order may tip a tie
+        if name in ("q", "k") or ours.dtype == FP8:  # sums in another order may tip a tie
             same = ours.float() == want.float()
             assert same.float().mean() > 0.999, name
             steps = ours.view(torch.int8).int() - want.view(torch.int8).int()
@@ -337,13 +320,11 @@ def test_kernel_of_the_pass(options, kind):
             torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_values_are_optional():
-    x, y = Pass(kind="fp8 values"), Pass(kind="fp8 values")
-    x.v_out = x.k_sums = None
-    y.v8_out = y.v_scale = None
-    made = dict(zip(NAMES, x.interpret())), dict(zip(NAMES, y.interpret()))
-    assert torch.equal(made[0]["q"], made[1]["q"]) and torch.equal(made[0]["k"], made[1]["k"])
-    assert made[0]["v8"].float().isfinite().all() and made[1]["v"].isfinite().all()
+def test_sums_are_optional():
+    x, y = Pass(), Pass()
+    x.k_sums = None
+    for ours, want in zip(x.interpret()[:-1], y.interpret()):
+        assert (ours is None and want is None) or torch.equal(ours, want)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the NaN
@@ -372,21 +353,17 @@ def test_a_whole_layer_of_two_blocks():
     blocks[0].run()
     share = lent(start, borrowed)
     spans = place([(rows, 0), (share.rows, share.skip)])
-    arena_rows = tiles_of(spans[-1]) * TILE
-    k = torch.zeros(arena_rows, inner, dtype=torch.int8)
-    v = torch.full((inner, arena_rows), torch.nan).to(FP8)
-    k_scale, v_scale = torch.full((2, heads, arena_rows // TILE), torch.nan)
+    arena = KeysValues8.empty(tiles_of(spans[-1]) * TILE, inner, heads, FP8)
+    for tensor in arena:
+        tensor.view(torch.int8).fill_(-1)  # as floats: NaN
     made = Pass(rows=rows, heads=heads, head_dim=head_dim, segments=2, kind="fp8 values")
     made.given = blocks[1].given
-    made.k_out, made.k_scale = k[:rows], k_scale[:, : tiles_of(rows)]
-    made.v8_out, made.v_scale = v[:, : tiles_of(rows) * TILE], v_scale[:, : tiles_of(rows)]
+    made.out = arena.rows(0, rows)
     q, q_scale, bias, *_ = made.run()
-    at, tiles = tiles_of(rows) * TILE, tiles_of(share.rows)
-    k[at : at + share.rows] = blocks[0].k_out[share.first : share.first + share.rows]
-    k_scale[:, at // TILE : at // TILE + tiles] = blocks[0].k_scale[:, share.tiles]
-    v[:, at : at + tiles * TILE] = blocks[0].v8_out[:, share.columns]
-    v_scale[:, at // TILE : at // TILE + tiles] = blocks[0].v_scale[:, share.tiles]
-    ours = attention_8bit(q, q_scale, bias, k, k_scale, v, spans, v_scale=v_scale, heads=heads)
+    borrowed_rows = blocks[0].out.rows(share.first, share.rows)
+    for target, source in zip(arena.rows(tiles_of(rows) * TILE, share.rows), borrowed_rows):
+        target.copy_(source)
+    ours = attention_8bit(Queries8(q, q_scale, bias), arena, spans, heads=heads)
 
     true = []
     for block in (blocks[0], made):
@@ -406,17 +383,28 @@ def test_a_whole_layer_of_two_blocks():
 def test_features_there_and_back():
     k, v = random(2, 200, 128, seed=1)
     mean = random(128, seed=2)
-    k8, k_scale, v8, v_scale = quantise_features(k, v, mean, heads=2)
-    assert (restore_keys(k8, k_scale, mean, torch.float32) - k).abs().max() < (k - mean).abs().max() / 254 * 1.01
-    assert (restore_values(v8, v_scale, 200, torch.float32) - v).abs().max() < v.abs().max() / 28 * 1.01
-    empty = quantise_features(k[:0], v[:0], mean, heads=2)
+    for fp8, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        made = quantise_features(k, v.to(dtype), mean, heads=2, fp8=fp8)
+        keys, values = restore_features(made, mean, dtype)
+        assert keys.dtype == values.dtype == dtype
+        assert (restore_features(made, mean, torch.float32)[0] - k).abs().max() < (k - mean).abs().max() / 254 * 1.01
+        assert (values - v).abs().max() < v.abs().max() / 28 * 1.01 if fp8 else torch.equal(values, v.to(dtype))
+    empty = quantise_features(k[:0], v[:0], mean, heads=2, fp8=True)
     assert [list(t.shape) for t in empty] == [[0, 128], [2, 0], [128, 0], [2, 0]]
 
 
 def test_lent_rows():
-    assert lent(0, 200) == (0, 200, 0, slice(0, 2))
-    assert lent(300, 100) == (256, 144, 44, slice(2, 4))
-    assert lent(300, 100).columns == slice(256, 512)
+    assert lent(0, 200) == (0, 200, 0)
+    assert lent(300, 100) == (256, 144, 44)
+    for values in (torch.bfloat16, FP8):
+        part = KeysValues8.empty(400, 12, 2, values).rows(256, 144)
+        shapes = [None if t is None else list(t.shape) for t in part]
+        assert shapes == [[144, 12], [2, 2], *([[12, 256], [2, 2]] if values == FP8 else [[144, 12], None])]
+        assert [t.storage_offset() for t in part if t is not None] == [
+            256 * 12,
+            2,
+            *([256, 2] if values == FP8 else [256 * 12]),
+        ]
     assert place([(200, 0), (144, 44), (0, 0)]) == [0, 200, 300, 400, 512, 512]
 
 
@@ -425,20 +413,17 @@ def test_lent_rows():
 
 X = Inputs(named.Case("good", 5, ((130, 0), (20, 5)), heads=2, head_dim=6), "int8")
 V8 = Inputs(named.Case("good", 5, ((130, 0), (20, 5)), heads=2, head_dim=6), "fp8")
-GOOD = dict(
-    q=X.q, q_scale=X.q_scale, bias=X.bias, k=X.k, k_scale=X.k_scale, v=X.v, spans=X.spans, heads=2, dtype=torch.bfloat16
-)
-BAD = {
-    "batch dimension": (dict(q=X.q[None]), "[1, 5, 12]"),
+BAD = {  # parts of the arguments
+    "batch dimension": (dict(q=X.queries.q[None]), "[1, 5, 12]"),
     "heads": (dict(heads=5), "heads=5"),
-    "dtype of q": (dict(q=X.q.float()), "torch.float32"),
-    "k unlike q": (dict(k=X.k.to(FP8)), "float8_e4m3fn"),
-    "tiles": (dict(k_scale=X.k_scale[:, :1]), "[2, 1]"),
-    "heads of q_scale": (dict(q_scale=X.q_scale[:1]), "[1, 5]"),
-    "bias of another number of segments": (dict(bias=X.bias[:0]), "[0, 2, 5]"),
-    "fp32 values": (dict(v=X.v.float()), "torch.float32"),
-    "fp8 values, not transposed": (dict(v=V8.v.T, v_scale=V8.v_scale), "[384, 12]"),
-    "fp8 values, no scale": (dict(v=V8.v), "fp8 with v_scale"),
+    "dtype of q": (dict(q=X.queries.q.float()), "torch.float32"),
+    "k unlike q": (dict(k=X.arena.k.to(FP8)), "float8_e4m3fn"),
+    "tiles": (dict(k_scale=X.arena.k_scale[:, :1]), "[2, 1]"),
+    "heads of q_scale": (dict(scale=X.queries.scale[:1]), "[1, 5]"),
+    "bias of another number of segments": (dict(bias=X.queries.bias[:0]), "[0, 2, 5]"),
+    "fp32 values": (dict(v=X.arena.v.float()), "torch.float32"),
+    "fp8 values, not transposed": (dict(v=V8.arena.v.T, v_scale=V8.arena.v_scale), "[384, 12]"),
+    "fp8 values, no scale": (dict(v=V8.arena.v), "fp8 with v_scale"),
     "dtype": (dict(dtype=torch.float64), "torch.float64"),
     "odd spans": (dict(spans=[0, 3, 4]), "[0, 3, 4]"),
     "four segments": (dict(spans=[0, 1, 128, 129, 256, 256, 256, 256]), "1 to 3 segments"),
@@ -451,17 +436,24 @@ BAD = {
 }
 
 
+def put(struct, change):
+    """The struct with those of its fields that ``change`` has, which are taken from there."""
+    return struct._replace(**{name: change.pop(name) for name in struct._fields if name in change})
+
+
 @pytest.mark.parametrize("change, says", BAD.values(), ids=BAD.keys())
 def test_bad_arguments_are_named(change, says):
-    attention_8bit(**GOOD)
+    change = dict(change)
+    queries, arena, spans = put(X.queries, change), put(X.arena, change), change.pop("spans", X.spans)
+    attention_8bit(*X.args, heads=2)
     with pytest.raises(ValueError) as error:
-        attention_8bit(**{**GOOD, **change})
+        attention_8bit(queries, arena, spans, **{"heads": 2, **change})
     assert says in str(error.value)
 
 
 P = Pass(rows=5, head_dim=6, kind="fp8 values")
 ARGUMENTS = ("qkv", "norm_q", "norm_k", "cos", "sin", "means")
-GOOD_PASS = dict(zip(ARGUMENTS, P.given)) | dict(k_out=P.k_out, k_scale=P.k_scale, **P.outputs, heads=2, eps=EPS)
+GOOD_PASS = dict(zip(ARGUMENTS, P.given)) | dict(out=P.out, k_sums=P.k_sums, heads=2, eps=EPS)
 BAD_PASS = {
     "heads": (dict(heads=4), "heads=4"),
     "integers": (dict(qkv=P.given[0].int()), "torch.int32"),
@@ -469,11 +461,11 @@ BAD_PASS = {
     "full-width cos": (dict(cos=torch.zeros(5, 6)), "[5, 6]"),
     "one mean": (dict(means=P.given[5][0]), "[12]"),
     "four means": (dict(means=torch.zeros(4, 12)), "1 to 3"),
-    "float keys": (dict(k_out=torch.zeros(5, 12)), "torch.float32"),
+    "float keys": (dict(k=torch.zeros(5, 12)), "torch.float32"),
     "tiles": (dict(k_scale=torch.zeros(2, 2)), "[2, 2]"),
-    "v_out": (dict(v_out=P.v_out.float()), "torch.float32"),
-    "v8_out as rows": (dict(v8_out=torch.zeros(5, 12).to(FP8)), "[5, 12]"),
-    "v8_out alone": (dict(v_scale=None), "come together"),
+    "values of another dtype": (dict(v=torch.zeros(5, 12), v_scale=None), "torch.float32"),
+    "fp8 values as rows": (dict(v=torch.zeros(5, 12).to(FP8)), "[5, 12]"),
+    "fp8 values alone": (dict(v_scale=None), "expected torch.bfloat16"),
     "k_sums": (dict(k_sums=torch.zeros(12)), "[12]"),
     "gradient": (dict(qkv=P.given[0].clone().requires_grad_()), "gradient"),
     "backend": (dict(backend="cuda"), "'cuda' is unknown"),
@@ -483,8 +475,9 @@ BAD_PASS = {
 @pytest.mark.parametrize("change, says", BAD_PASS.values(), ids=BAD_PASS.keys())
 def test_bad_arguments_of_the_pass_are_named(change, says):
     qk_norm_rope_8bit(**GOOD_PASS)
+    change = dict(change)
     with pytest.raises(ValueError) as error:
-        qk_norm_rope_8bit(**{**GOOD_PASS, **change})
+        qk_norm_rope_8bit(**{**GOOD_PASS, "out": put(P.out, change), **change})
     assert says in str(error.value)
 
 
@@ -506,17 +499,16 @@ def test_where_triton_runs(monkeypatch):
 def test_opcheck(kind):
     x = Inputs(named.Case("opcheck", 5, ((130, 0), (20, 5)), heads=2, head_dim=6), kind, junk=False)
     p = Pass(rows=5, head_dim=6, kind=kind)
-    for tensor in (x.k_scale, x.v, x.v_scale, p.k_scale, p.v_scale, p.k_sums, p.v_out):
-        if tensor is not None and tensor.dtype != FP8:  # opcheck compares; NaN equals nothing
+    for tensor in (*x.arena, *p.out, p.k_sums):
+        if tensor is not None and tensor.dtype.itemsize > 1:  # opcheck compares; NaN equals nothing
             tensor.nan_to_num_(0.5)
     ops = torch.ops.dualparal
-    outputs = (p.k_out, p.k_scale, p.v_out, p.v8_out, p.v_scale, p.k_sums)
     # torch cannot compare two tensors in fp8, so opcheck's other tests end in an error of its own
     tests = {} if kind == "int8" else {"test_utils": "test_faketensor"}
     torch.library.opcheck(
-        ops.attention_8bit.default, (*x.args, x.v_scale, x.spans, 2, torch.bfloat16, "torch"), **tests
+        ops.attention_8bit.default, (*x.queries, *x.arena, x.spans, 2, torch.bfloat16, "torch"), **tests
     )
-    torch.library.opcheck(ops.qk_norm_rope_8bit.default, (*p.given, *outputs, 2, EPS, "torch"), **tests)
+    torch.library.opcheck(ops.qk_norm_rope_8bit.default, (*p.given, *p.out, p.k_sums, 2, EPS, "torch"), **tests)
 
 
 def test_schemas_say_what_is_written():
@@ -525,7 +517,7 @@ def test_schemas_say_what_is_written():
         for argument in torch.ops.dualparal.qk_norm_rope_8bit.default._schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    assert written == ["k_out", "k_scale", "v_out", "v8_out", "v_scale", "k_sums"]
+    assert written == ["k", "k_scale", "v", "v_scale", "k_sums"]
     assert not torch.ops.dualparal.attention_8bit.default._schema.is_mutable
 
 
@@ -534,16 +526,15 @@ def test_full_graph(kind):
     """The pass and attention after it in one graph: the arena is written before it is read."""
 
     def layer(p):
-        q, q_scale, bias = qk_norm_rope_8bit(*p.given, p.k_out, p.k_scale, **p.outputs, heads=2, eps=EPS)
-        v = p.v_out if p.v8_out is None else p.v8_out[:, :5]
-        return attention_8bit(q, q_scale, bias, p.k_out, p.k_scale, v, [0, 5], v_scale=p.v_scale, heads=2) * 2
+        queries = qk_norm_rope_8bit(*p.given, p.out, k_sums=p.k_sums, heads=2, eps=EPS)
+        return attention_8bit(queries, p.out, [0, 5], heads=2) * 2
 
     plain, traced = (Pass(rows=5, head_dim=6, segments=1, kind=kind) for _ in range(2))
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         assert torch.equal(layer(plain), compiled(traced))
-    assert torch.equal(plain.k_out.float(), traced.k_out.float()) and torch.equal(plain.k_sums, traced.k_sums)
+    assert torch.equal(plain.out.k.float(), traced.out.k.float()) and torch.equal(plain.k_sums, traced.k_sums)
 
 
 # Machine code

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-from rivals import AuthorsStep, Inputs, Weights, diffusers_step, ours_step
+from rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, ours_step
 from shapes import Shape
 
 from dualparal.features import KeysValues
@@ -28,6 +28,23 @@ def test_a_layer_is_diffusers_layer(weights: Weights) -> None:
     inputs = Inputs(weights, SHAPE.frames)
     nobody: list[list[KeysValues]] = [[] for _ in range(SHAPE.layers)]
     assert (ours_step(weights, inputs, nobody) - diffusers_step(weights, inputs)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@torch.inference_mode()
+def test_a_step_in_8_bits_is_near_ours(fp8: bool) -> None:
+    weights = Weights(SHAPE, torch.bfloat16, torch.device("cpu"))
+    inputs, lent = Inputs(weights, SHAPE.frames), SHAPE.context * SHAPE.grid.tokens
+    generator = torch.Generator().manual_seed(0)
+    for count in (0, 2):
+        neighbours = [
+            [KeysValues(*torch.randn(2, lent, SHAPE.inner, generator=generator).bfloat16()) for _ in range(count)]
+            for _ in range(SHAPE.layers)
+        ]
+        plain, step = ours_step(weights, inputs, neighbours), OursStep8(weights, inputs, neighbours, fp8)
+        for _ in range(2):  # without a mean, and with that of the step before
+            made = step()
+            assert 0 < (made - plain).norm() < 0.02 * plain.norm()
 
 
 @torch.inference_mode()

@@ -43,6 +43,15 @@ def test_every_schedule_runs_and_reads_what_it_names(schedule: Schedule) -> None
     assert set(runs) == expected and set(runs.values()) == {schedule.num_stages}
 
 
+def test_blocks_in_flight_have_a_place_each() -> None:
+    for blocks, steps in ((7, 3), (2, 5), (None, 4)):
+        schedule = Schedule(num_stages=1, num_steps=steps, num_blocks=blocks)
+        flights = [list(schedule.in_flight(iteration)) for iteration in range(12)]
+        assert max(map(len, flights)) == schedule.max_in_flight
+        for flight in flights:
+            assert len({block % schedule.max_in_flight for block in flight}) == len(flight)
+
+
 @settings(max_examples=100, deadline=None)
 @given(schedules)
 def test_the_order_of_units_does_not_depend_on_the_number_of_stages(schedule: Schedule) -> None:

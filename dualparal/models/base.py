@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from dualparal.features import KeysValues
+from dualparal.features import Context8, KeysValues
 
 Pending = tuple[torch.Tensor, torch.Tensor | None]  # (y, gate): x + y * gate is still to be done, by the next norm
 
@@ -52,6 +52,7 @@ class Slice(Protocol):
 
     num_layers: int
     inner_dim: int
+    heads: int
     dtype: torch.dtype
     device: torch.device
 
@@ -79,12 +80,13 @@ class Slice(Protocol):
         time: TimeCondition,
         text: KeysValues,
         rotary: Rotary,
-        context: KeysValues,
+        context: KeysValues | Context8,
     ) -> tuple[torch.Tensor, Pending]:
         """One layer. Returns hidden states and what is still to be added to them.
 
         Args:
             context: rows [own | neighbours]; the neighbours' keys and values are there, the own ones are written.
+                ``Context8``: self-attention in 8 bits; attention to the text stays as it is.
         """
         ...
 
@@ -104,6 +106,7 @@ class ModelSpec(Protocol):
     num_experts: int
     in_channels: int
     inner_dim: int
+    heads: int
     text_dim: int
 
     def expert(self, timestep: float, num_train_timesteps: int) -> int:

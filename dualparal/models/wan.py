@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dualparal.features import KeysValues
+from dualparal.features import Context8, KeysValues
 from dualparal.kernels.attention import attention
+from dualparal.kernels.attention_8bit import attention_8bit, key_mean, qk_norm_rope_8bit
 from dualparal.kernels.qk_norm_rope import qk_norm_rope
 from dualparal.kernels.residual_norm import residual, residual_norm
 from dualparal.models.base import Grid, Pending, Rotary, TimeCondition, component_config
@@ -195,7 +196,7 @@ class WanSlice:
         self.spec = spec
         self.eps = float(config["eps"])
         self.num_layers = len(layers)
-        self.inner_dim = spec.inner_dim
+        self.inner_dim, self.heads = spec.inner_dim, spec.heads
         cross_norm = bool(config["cross_attn_norm"])
         self._layers = [_Layer(tensors, index, cross_norm) for index in layers]
         self._tables = torch.cat([tensors[f"blocks.{i}.scale_shift_table"] for i in layers]).float()
@@ -290,28 +291,17 @@ class WanSlice:
         time: TimeCondition,
         text: KeysValues,
         rotary: Rotary,
-        context: KeysValues,
+        context: KeysValues | Context8,
     ) -> tuple[torch.Tensor, Pending]:
-        layer, heads, eps = self._layers[index], self.spec.heads, self.eps
+        layer, heads, eps = self._layers[index], self.heads, self.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.layers[index]
         y, y_gate = pending or (None, None)
 
         # Self-attention over [own | neighbours]. Non-causal, so the order of keys only has to be fixed.
         hidden, normed = residual_norm(hidden, y, y_gate, scale, shift, eps=eps)
-        own = context.rows(0, len(hidden))
         qkv = F.linear(normed, *layer.qkv)
-        query = qk_norm_rope(
-            qkv,
-            layer.norm_q,
-            layer.norm_k,
-            rotary.cos,
-            rotary.sin,
-            own.keys,
-            own.values,
-            heads=heads,
-            eps=eps,
-        )
-        attended = F.linear(attention(query, context.keys, context.values, heads=heads), *layer.out)
+        attend = self._attend_8bit if isinstance(context, Context8) else self._attend
+        attended = F.linear(attend(layer, qkv, rotary, context), *layer.out)  # type: ignore[arg-type]
 
         # Cross-attention to the text
         if layer.cross_norm is None:
@@ -325,6 +315,21 @@ class WanSlice:
         hidden, normed = residual_norm(hidden, attended, None, ffn_scale, ffn_shift, eps=eps)
         y = F.linear(F.gelu(F.linear(normed, *layer.ffn_in), approximate="tanh"), *layer.ffn_out)
         return hidden, (y, ffn_gate)
+
+    def _attend(self, layer: _Layer, qkv: torch.Tensor, rotary: Rotary, context: KeysValues) -> torch.Tensor:
+        own = context.rows(0, len(qkv))
+        norms = layer.norm_q, layer.norm_k
+        query = qk_norm_rope(qkv, *norms, *rotary, own.keys, own.values, heads=self.heads, eps=self.eps)
+        return attention(query, context.keys, context.values, heads=self.heads)
+
+    def _attend_8bit(self, layer: _Layer, qkv: torch.Tensor, rotary: Rotary, context: Context8) -> torch.Tensor:
+        given = qkv, layer.norm_q, layer.norm_k, *rotary, context.means, context.arena.rows(0, len(qkv))
+        options: dict[str, Any] = {"k_sums": context.k_sums, "heads": self.heads, "eps": self.eps}
+        if context.first:  # one look at the keys for their mean, and one to use it
+            qk_norm_rope_8bit(*given, **options)  # the sums do not depend on what is taken away
+            context.means[0].copy_(key_mean(context.k_sums, len(qkv)))
+        queries = qk_norm_rope_8bit(*given, **options)
+        return attention_8bit(queries, context.arena, context.spans, heads=self.heads, dtype=qkv.dtype)
 
     def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
         return hidden if pending is None else residual(hidden, *pending)

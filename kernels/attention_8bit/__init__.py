@@ -21,16 +21,16 @@ and says which, and it need not be the true one. For a query q, own mean m and a
 scores differ from the own ones by q . (n - m): one number per query and neighbour, the ``bias``, which
 qk_norm_rope_8bit makes from the queries before they are rounded. This is exact for any means (a test says so in
 float64), costs 1 / keys of the product of queries and keys, and no neighbour has to be read again or re-centred.
-The mean to use is the block's own of the step before (from ``k_sums``, zeros at first): known before the pass
-starts, so that qkv crosses memory once, and a function of the block and its step alone, so that the video does not
-depend on the number of GPUs. It is part of a block's state. A mean after rotation does nothing for channels that
-rotate fast; that is true of every scheme that smooths rotated keys.
+The mean to use is the block's own of the step before (from ``k_sums``): known before the pass starts, so that qkv
+crosses memory once (at a block's first step twice), and a function of the block and its step alone, so that the video
+does not depend on the number of GPUs. It is part of a block's state. A mean after rotation does nothing for channels
+that rotate fast; that is true of every scheme that smooths rotated keys.
 
-**Layout.** An arena [rows, inner] holds one or up to three segments (own, next, previous), each from a row that is
-a multiple of TILE on. ``spans`` says which rows count. Keys lent from the middle of a block are copied from the
-start of their tile on, and the span starts behind it: ``lent`` has the rows, ``place`` the spans. fp8 values lie
-transposed, [inner, rows]: tensor cores read 8-bit operands along the keys, and the kernel would otherwise turn
-them byte by byte.
+**Layout.** An arena (``KeysValues8``) holds one or up to three segments (own, next, previous), each from a row that
+is a multiple of TILE on. ``spans`` says which rows count. Keys lent from the middle of a block are copied from the
+start of their tile on, and the span starts behind it: ``lent`` has the rows, ``KeysValues8.rows`` the tensors,
+``place`` the spans. fp8 values lie transposed, [inner, rows]: tensor cores read 8-bit operands along the keys, and the
+kernel would otherwise turn them byte by byte.
 
 A NaN or an infinity in qkv makes its scale NaN, and so the output: integers would have hidden it.
 
@@ -40,26 +40,27 @@ sums outside of the tensor cores: 2411.10958), FlashAttention-3 (fp8 layouts: 24
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import backend as backends
 from . import reference
-from .reference import FP8, TILE, tiles_of
+from .reference import FP8, TILE, KeysValues8, Queries8, tiles_of
 
 __all__ = [
     "FP8",
     "TILE",
+    "KeysValues8",
     "Lent",
+    "Queries8",
     "attention_8bit",
     "key_mean",
     "lent",
     "place",
     "qk_norm_rope_8bit",
     "quantise_features",
-    "restore_keys",
-    "restore_values",
+    "restore_features",
     "tiles_of",
 ]
 
@@ -70,24 +71,17 @@ KEY_DTYPES = (torch.int8, FP8)
 
 
 class Lent(NamedTuple):
-    """What to copy to lend rows of an arena: whole tiles of scales, and rows from the start of a tile on."""
+    """Which rows of an arena to copy to lend some of them: ``arena.rows(first, rows)``."""
 
     first: int  # row, a multiple of TILE
     rows: int  # from there on
     skip: int  # of them: the reader's span starts behind these
-    tiles: slice  # of the scales
-
-    @property
-    def columns(self) -> slice:
-        """Of transposed values: whole tiles."""
-        return slice(self.first, self.first + tiles_of(self.rows) * TILE)
 
 
 def lent(start: int, count: int) -> Lent:
     """What to copy of an arena so that a neighbour can read ``count`` rows from row ``start`` on."""
     first = start // TILE * TILE
-    rows = start + count - first
-    return Lent(first, rows, start - first, slice(first // TILE, first // TILE + tiles_of(rows)))
+    return Lent(first, start + count - first, start - first)
 
 
 def place(segments: Sequence[tuple[int, int]]) -> list[int]:
@@ -113,30 +107,34 @@ def key_mean(k_sums: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def quantise_features(
-    k: torch.Tensor, v: torch.Tensor, mean: torch.Tensor, *, heads: int, dtype: torch.dtype = torch.int8
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mean: torch.Tensor,
+    *,
+    heads: int,
+    fp8: bool = False,
+    dtype: torch.dtype = torch.int8,
+) -> KeysValues8:
     """Features stored in 16 bits, as this family reads them: for the step at which 8-bit attention begins.
 
     Args:
         k, v: [S, inner]. mean: [inner], what to take from the keys; any will do, the true one is best.
-
-    Returns:
-        keys [S, inner] of dtype, their scales [heads, tiles], fp8 values [inner, tiles * TILE], their scales.
+        fp8: values, too; otherwise they stay as they are. dtype: of the keys.
     """
-    return *reference.quantise_tiles(k.float() - mean, heads, dtype), *reference.quantise_values(v.float(), heads)
+    keys, k_scale = reference.quantise_tiles(k.float() - mean, heads, dtype)
+    return KeysValues8(keys, k_scale, *(reference.quantise_values(v.float(), heads) if fp8 else (v, None)))
 
 
-def restore_keys(k: torch.Tensor, k_scale: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys [S, inner] as 16-bit attention reads them: for the step at which 8-bit attention ends."""
-    heads = len(k_scale)
-    scale = k_scale.T.repeat_interleave(TILE, 0)[: len(k), :, None]  # [S, heads, 1]
-    return (k.float().unflatten(1, (heads, -1)) * scale).flatten(1).add(mean).to(dtype)
+def restore_features(lent: KeysValues8, mean: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [S, inner] as 16-bit attention reads them: for the step at which 8-bit attention ends."""
+    rows, heads = len(lent.k), len(lent.k_scale)
 
+    def widened(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:  # x: [S, inner]
+        by_row = scale.T.repeat_interleave(TILE, 0)[:rows, :, None]  # [S, heads, 1]
+        return (x.float().unflatten(1, (heads, -1)) * by_row).flatten(1)
 
-def restore_values(v: torch.Tensor, v_scale: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """fp8 values [inner, columns] as [rows, inner] of ``dtype``."""
-    scale = v_scale.repeat_interleave(TILE, 1)[:, None, :rows]  # [heads, 1, rows]
-    return (v[:, :rows].float().unflatten(0, (len(v_scale), -1)) * scale).flatten(0, 1).T.to(dtype).contiguous()
+    values = lent.v if lent.v_scale is None else widened(lent.v[:, :rows].T, lent.v_scale)
+    return widened(lent.k, lent.k_scale).add(mean).to(dtype), values.to(dtype)
 
 
 def qk_norm_rope_8bit(
@@ -146,17 +144,13 @@ def qk_norm_rope_8bit(
     cos: torch.Tensor,
     sin: torch.Tensor,
     means: torch.Tensor,
-    k_out: torch.Tensor,
-    k_scale: torch.Tensor,
+    out: KeysValues8,
     *,
-    v_out: torch.Tensor | None = None,
-    v8_out: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
     k_sums: torch.Tensor | None = None,
     heads: int,
     eps: float,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Queries8:
     """qk_norm_rope (see there), with queries and keys in 8 bits: norm, rotation, smoothing, scales in one pass.
 
     Computed in float32 and rounded once, to nearest even.
@@ -167,17 +161,13 @@ def qk_norm_rope_8bit(
         cos, sin: [S, head_dim // 2] float32.
         means: [segments, inner] float32, one to three rows: what is taken from the own keys, and what was taken
             from those of each neighbour, in the order of the spans.
-        k_out: [S, inner], int8 or float8_e4m3fn: rows of an arena from a multiple of TILE on, contiguous, any
-            distance apart.
-        k_scale: [heads, tiles_of(S)] float32, rows any distance apart: part of the arena's.
-        v_out: [S, inner] of qkv's dtype, rows any distance apart: where values go as they are; or None.
-        v8_out: [inner, tiles_of(S) * TILE] float8_e4m3fn, rows any distance apart: values, transposed, with zeros
-            behind S; or None. It comes with v_scale, like k_scale.
-        k_sums: [tiles_of(S), inner] float32: sums of the keys of each tile before smoothing; or None.
+        out: S rows of an arena, written: keys; values, of qkv's dtype as they are, or fp8, transposed, with zeros
+            behind S. Rows are contiguous, any distance apart.
+        k_sums: [tiles_of(S), inner] float32, written: sums of the keys of each tile before smoothing; or None.
         backend: "auto" (Triton on a GPU, the definition on a CPU), "triton" (head_dim 64 or 128) or "torch".
 
     Returns:
-        q [S, inner] of k_out's dtype, its scales [heads, S] float32, and bias [segments - 1, heads, S] float32.
+        The queries, q of the keys' dtype.
 
     Raises:
         ValueError: a shape, dtype, device or layout is not as above, or the backend cannot run.
@@ -200,34 +190,20 @@ def qk_norm_rope_8bit(
             f"means is {list(means.shape)}; expected [segments, {inner}] with 1 to {MAX_SEGMENTS} segments"
         )
     backends.check("means", means, (len(means), inner), torch.float32, device)
-    _check_key_dtype("k_out", k_out)
-    backends.check("k_out", k_out, (rows, inner), k_out.dtype, device, row_stride=True)
-    backends.check("k_scale", k_scale, (heads, tiles), torch.float32, device, row_stride=True)
-    if v_out is not None:
-        backends.check("v_out", v_out, (rows, inner), qkv.dtype, device, row_stride=True)
-    if (v8_out is None) != (v_scale is None):
-        raise ValueError("v8_out and v_scale come together: give both or neither")
-    if v8_out is not None and v_scale is not None:
-        backends.check("v8_out", v8_out, (inner, tiles * TILE), FP8, device, row_stride=True)
-        backends.check("v_scale", v_scale, (heads, tiles), torch.float32, device, row_stride=True)
+    _check_keys_values(out, rows, inner, heads, out.k.dtype, qkv.dtype, device)
     if k_sums is not None:
         backends.check("k_sums", k_sums, (tiles, inner), torch.float32, device)
-    fp8 = v8_out is not None or k_out.dtype == FP8
+    fp8 = out.v_scale is not None or out.k.dtype == FP8
     chosen = _choose("qk_norm_rope_8bit", device, backend, inner // heads, fp8)
     run = torch.ops.dualparal.qk_norm_rope_8bit if _recorded(qkv) else _qk_norm_rope_8bit
-    return run(qkv, norm_q, norm_k, cos, sin, means, k_out, k_scale, v_out, v8_out, v_scale, k_sums, heads, eps, chosen)
+    return Queries8(*run(qkv, norm_q, norm_k, cos, sin, means, *out, k_sums, heads, eps, chosen))
 
 
 def attention_8bit(
-    q: torch.Tensor,
-    q_scale: torch.Tensor,
-    bias: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    v: torch.Tensor,
+    queries: Queries8,
+    keys_values: KeysValues8,
     spans: Sequence[int],
     *,
-    v_scale: torch.Tensor | None = None,
     heads: int,
     dtype: torch.dtype = torch.bfloat16,
     backend: str = "auto",
@@ -237,12 +213,10 @@ def attention_8bit(
     Scores and sums are float32; weights are rounded to the dtype of v. Rows outside of the spans may hold anything.
 
     Args:
-        q: [S, inner] int8 or float8_e4m3fn, contiguous; inner = heads * head_dim.
-        q_scale: [heads, S] float32. bias: [segments - 1, heads, S] float32, added to the scores of the second and
-            third segment before they are scaled by sqrt(head_dim).
-        k: [rows, inner] of q's dtype. k_scale: [heads, tiles_of(rows)] float32.
-        v: [rows, inner], bfloat16 or float16; or with v_scale (like k_scale) [inner, rows] float8_e4m3fn.
-            Rows of k, v and scales are contiguous and may lie apart.
+        queries: q [S, inner] int8 or float8_e4m3fn, contiguous; inner = heads * head_dim. The bias is added to the
+            scores of the second and third segment before they are scaled by sqrt(head_dim).
+        keys_values: of an arena; keys of q's dtype, values in bfloat16 or float16, or fp8: whole tiles, then.
+            Rows of all its tensors are contiguous and may lie apart.
         spans: start and end of one to three segments, as ``place`` makes them: ascending, in separate tiles, empty
             ones allowed (their start is their end), at least one row in all.
         dtype: of the result, bfloat16, float16 or float32.
@@ -255,6 +229,8 @@ def attention_8bit(
     Raises:
         ValueError: a shape, dtype, device or layout is not as above, or the backend cannot run.
     """
+    q, q_scale, bias = queries
+    k, v = keys_values.k, keys_values.v
     if q.ndim != 2 or heads < 1 or q.shape[1] == 0 or q.shape[1] % heads:
         raise ValueError(f"q is {list(q.shape)} with heads={heads}; expected [S, heads * head_dim]")
     if k.ndim != 2 or v.ndim != 2:
@@ -263,25 +239,18 @@ def attention_8bit(
         )
     rows, inner, device = k.shape[0], q.shape[1], q.device
     _check_spans(spans, rows)
-    segments = len(spans) // 2
-    _check_key_dtype("q", q)
     backends.check("q", q, q.shape, q.dtype, device)
     backends.check("q_scale", q_scale, (heads, len(q)), torch.float32, device)
-    backends.check("bias", bias, (segments - 1, heads, len(q)), torch.float32, device)
-    backends.check("k", k, (rows, inner), q.dtype, device, row_stride=True)
-    backends.check("k_scale", k_scale, (heads, tiles_of(rows)), torch.float32, device, row_stride=True)
-    if v_scale is not None:
-        backends.check("v", v, (inner, rows), FP8, device, row_stride=True)
-        backends.check("v_scale", v_scale, (heads, tiles_of(rows)), torch.float32, device, row_stride=True)
-    else:
-        if v.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"v is {v.dtype}; expected torch.bfloat16 or torch.float16, or fp8 with v_scale")
-        backends.check("v", v, (rows, inner), v.dtype, device, row_stride=True)
+    backends.check("bias", bias, (len(spans) // 2 - 1, heads, len(q)), torch.float32, device)
+    if keys_values.v_scale is None and v.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"v is {v.dtype}; expected torch.bfloat16 or torch.float16, or fp8 with v_scale")
+    _check_keys_values(keys_values, rows, inner, heads, q.dtype, v.dtype, device)
     if dtype not in backends.DTYPES:
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, backends.DTYPES))}")
-    fp8 = v_scale is not None or q.dtype == FP8
+    fp8 = keys_values.v_scale is not None or q.dtype == FP8
     chosen = _choose("attention_8bit", device, backend, inner // heads, fp8)
     run = torch.ops.dualparal.attention_8bit if _recorded(q) else _attention_8bit
+    _, k_scale, _, v_scale = keys_values
     return run(q, q_scale, bias, k, k_scale, v, v_scale, list(spans), heads, dtype, chosen)
 
 
@@ -318,9 +287,26 @@ def _recorded(tensor: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) is not torch.Tensor
 
 
-def _check_key_dtype(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in KEY_DTYPES:
-        raise ValueError(f"{name} is {tensor.dtype}; expected {' or '.join(map(str, KEY_DTYPES))}")
+def _check_keys_values(
+    given: KeysValues8,
+    rows: int,
+    inner: int,
+    heads: int,
+    keys: torch.dtype,
+    values: torch.dtype,
+    device: torch.device,
+) -> None:
+    """keys, values: the dtypes expected of them; of values unless they are fp8."""
+    if keys not in KEY_DTYPES:
+        raise ValueError(f"keys are {keys}; expected {' or '.join(map(str, KEY_DTYPES))}")
+    scales = (heads, tiles_of(rows))
+    backends.check("k", given.k, (rows, inner), keys, device, row_stride=True)
+    backends.check("k_scale", given.k_scale, scales, torch.float32, device, row_stride=True)
+    if given.v_scale is None:
+        backends.check("v", given.v, (rows, inner), values, device, row_stride=True)
+    else:
+        backends.check("v", given.v, (inner, scales[1] * TILE), FP8, device, row_stride=True)
+        backends.check("v_scale", given.v_scale, scales, torch.float32, device, row_stride=True)
 
 
 def _check_spans(spans: Sequence[int], rows: int) -> None:
@@ -340,6 +326,9 @@ def _check_spans(spans: Sequence[int], rows: int) -> None:
         raise ValueError(f"spans={list(spans)}: expected {problem}; dualparal.kernels.attention_8bit.place makes them")
 
 
+# Below the dispatcher tensors come one by one: what torch.compile and torch.export record.
+
+
 def _qk_norm_rope_8bit(
     qkv: torch.Tensor,
     norm_q: torch.Tensor,
@@ -347,10 +336,9 @@ def _qk_norm_rope_8bit(
     cos: torch.Tensor,
     sin: torch.Tensor,
     means: torch.Tensor,
-    k_out: torch.Tensor,
+    k: torch.Tensor,
     k_scale: torch.Tensor,
-    v_out: torch.Tensor | None,
-    v8_out: torch.Tensor | None,
+    v: torch.Tensor,
     v_scale: torch.Tensor | None,
     k_sums: torch.Tensor | None,
     heads: int,
@@ -362,15 +350,12 @@ def _qk_norm_rope_8bit(
         from . import triton_kernel
 
         run = triton_kernel.qk_norm_rope_8bit
-    return run(
-        qkv, norm_q, norm_k, cos, sin, means, k_out, k_scale, v_out, v8_out, v_scale, k_sums, heads=heads, eps=eps
-    )
+    out = KeysValues8(k, k_scale, v, v_scale)
+    return run(qkv, norm_q, norm_k, cos, sin, means, out, k_sums, heads=heads, eps=eps)
 
 
 _qk_norm_rope_8bit_op = torch.library.custom_op(
-    "dualparal::qk_norm_rope_8bit",
-    _qk_norm_rope_8bit,
-    mutates_args=("k_out", "k_scale", "v_out", "v8_out", "v_scale", "k_sums"),
+    "dualparal::qk_norm_rope_8bit", _qk_norm_rope_8bit, mutates_args=("k", "k_scale", "v", "v_scale", "k_sums")
 )
 
 
@@ -382,21 +367,13 @@ def _(
     cos: torch.Tensor,
     sin: torch.Tensor,
     means: torch.Tensor,
-    k_out: torch.Tensor,
+    k: torch.Tensor,
     k_scale: torch.Tensor,
-    v_out: torch.Tensor | None,
-    v8_out: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    k_sums: torch.Tensor | None,
-    heads: int,
-    eps: float,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, inner = qkv.shape[0], qkv.shape[1] // 3
-    return (
-        k_out.new_empty((rows, inner)),
-        k_scale.new_empty((heads, rows)),
-        k_scale.new_empty((means.shape[0] - 1, heads, rows)),
+    *rest: object,
+) -> Queries8:
+    heads, rows = k_scale.shape[0], qkv.shape[0]
+    return Queries8(
+        k.new_empty(k.shape), k_scale.new_empty((heads, rows)), k_scale.new_empty((means.shape[0] - 1, heads, rows))
     )
 
 
@@ -415,30 +392,17 @@ def _attention_8bit(
 ) -> torch.Tensor:
     if len(q) == 0:
         return q.new_empty(q.shape, dtype=dtype)
+    queries, keys_values = Queries8(q, q_scale, bias), KeysValues8(k, k_scale, v, v_scale)
     if backend == "triton":
         from . import triton_kernel
 
-        return triton_kernel.attention_8bit(q, q_scale, bias, k, k_scale, v, v_scale, spans, heads=heads, dtype=dtype)
-    return reference.attention_8bit(
-        q, q_scale, bias, k, k_scale, v, v_scale, spans, heads=heads, dtype=dtype
-    ).contiguous()
+        return triton_kernel.attention_8bit(queries, keys_values, spans, heads=heads, dtype=dtype)
+    return reference.attention_8bit(queries, keys_values, spans, heads=heads, dtype=dtype).contiguous()
 
 
 _attention_8bit_op = torch.library.custom_op("dualparal::attention_8bit", _attention_8bit, mutates_args=())
 
 
 @_attention_8bit_op.register_fake
-def _(
-    q: torch.Tensor,
-    q_scale: torch.Tensor,
-    bias: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    v: torch.Tensor,
-    v_scale: torch.Tensor | None,
-    spans: Sequence[int],
-    heads: int,
-    dtype: torch.dtype,
-    backend: str,
-) -> torch.Tensor:
-    return q.new_empty(q.shape, dtype=dtype)
+def _(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return q.new_empty(q.shape, dtype=rest[-2])

@@ -4,7 +4,10 @@ Everything is computed in float32 (float64 stays float64), and rounded where the
 queries, keys and values when they are quantised, weights before they meet the values.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +17,60 @@ TILE = 128  # keys that share one scale per head; a segment of an arena starts a
 FP8 = torch.float8_e4m3fn
 LIMITS = {torch.int8: 127.0, FP8: 448.0}  # the largest number of each type
 SMALLEST = 1e-12  # of what scales are made from: a row of zeros has a scale, too
+
+
+class Queries8(NamedTuple):
+    """Queries in 8 bits, and what they lose to the means of the keys.
+
+    q: [S, inner]; scale: float32 [heads, S]; bias: float32 [segments - 1, heads, S].
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+
+class KeysValues8(NamedTuple):
+    """Keys and values as this family writes and reads them: an arena, rows of one, or what a neighbour lends.
+
+    k: [rows, inner] int8 or float8_e4m3fn; k_scale: float32 [heads, tiles_of(rows)].
+    v: [rows, inner], 16 bits, and no v_scale; or float8_e4m3fn [inner, tiles_of(rows) * TILE], with zeros or junk
+        behind the rows, and v_scale like k_scale.
+    """
+
+    k: torch.Tensor
+    k_scale: torch.Tensor
+    v: torch.Tensor
+    v_scale: torch.Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        rows: int,
+        inner: int,
+        heads: int,
+        values: torch.dtype,
+        device: torch.device | str = "cpu",
+        keys: torch.dtype = torch.int8,
+    ) -> KeysValues8:
+        """Memory for ``rows``; float8_e4m3fn ``values`` are the transposed ones."""
+        tiles = tiles_of(rows)
+        shape = (inner, tiles * TILE) if values == FP8 else (rows, inner)
+        return cls(
+            torch.empty(rows, inner, dtype=keys, device=device),
+            torch.empty(heads, tiles, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=values, device=device),
+            torch.empty(heads, tiles, dtype=torch.float32, device=device) if values == FP8 else None,
+        )
+
+    def rows(self, start: int, count: int) -> KeysValues8:
+        """``count`` rows from ``start`` on, a multiple of TILE, with their whole tiles of scales and fp8 values."""
+        assert start % TILE == 0, start
+        tiles = slice(start // TILE, start // TILE + tiles_of(count))
+        k, k_scale = self.k[start : start + count], self.k_scale[:, tiles]
+        if self.v_scale is None:
+            return KeysValues8(k, k_scale, self.v[start : start + count])
+        return KeysValues8(k, k_scale, self.v[:, start : start + tiles_of(count) * TILE], self.v_scale[:, tiles])
 
 
 def quantise(x: torch.Tensor, largest: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,42 +147,29 @@ def qk_norm_rope_8bit(
     cos: torch.Tensor,
     sin: torch.Tensor,
     means: torch.Tensor,
-    k_out: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_out: torch.Tensor | None,
-    v8_out: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
+    out: KeysValues8,
     k_sums: torch.Tensor | None,
     *,
     heads: int,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Queries8:
     wide = torch.promote_types(qkv.dtype, torch.float32)
     raw_q, raw_k, v = qkv.to(wide).chunk(3, dim=1)  # [S, inner] each
     q = rotate(rms_norm(raw_q, norm_q, eps), cos, sin, heads)
     k = rotate(rms_norm(raw_k, norm_k, eps), cos, sin, heads)
     if k_sums is not None:
         k_sums.copy_(tile_sums(k))
-    for out, scales, made in (
-        (k_out, k_scale, quantise_tiles(k - means[0], heads, k_out.dtype)),
-        (v8_out, v_scale, quantise_values(v, heads)),
-    ):
-        if out is not None and scales is not None:
-            out.copy_(made[0])
-            scales.copy_(made[1])
-    if v_out is not None:
-        v_out.copy_(v)
-    return *quantise_rows(q, heads, k_out.dtype), key_bias(q, means, heads).float()
+    keys, scale = quantise_tiles(k - means[0], heads, out.k.dtype)
+    made = KeysValues8(keys, scale, *((v, None) if out.v_scale is None else quantise_values(v, heads)))
+    for target, source in zip(out, made):
+        if target is not None and source is not None:
+            target.copy_(source)
+    return Queries8(*quantise_rows(q, heads, out.k.dtype), key_bias(q, means, heads).float())
 
 
 def attention_8bit(
-    q: torch.Tensor,
-    q_scale: torch.Tensor,
-    bias: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    v: torch.Tensor,
-    v_scale: torch.Tensor | None,
+    queries: Queries8,
+    keys_values: KeysValues8,
     spans: Sequence[int],
     *,
     heads: int,
@@ -133,6 +177,7 @@ def attention_8bit(
     exact: bool = False,
 ) -> torch.Tensor:
     """See the package. ``exact``: float64, and the weights are not rounded: what tests take for the truth."""
+    (q, q_scale, bias), (k, k_scale, v, v_scale) = queries, keys_values
     wide = torch.float64 if exact else torch.float32
     pairs = list(zip(spans[::2], spans[1::2]))
     rows = torch.cat([torch.arange(start, end, device=q.device) for start, end in pairs])

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..offline import OfflineCase
-from .reference import LIMITS, SMALLEST, TILE
+from .reference import LIMITS, SMALLEST, TILE, KeysValues8, Queries8
 
 LOG2E = 1.4426950408889634
 LOG2_448 = tl.constexpr(8.807354922057604)
@@ -217,15 +217,13 @@ def norm_rope_kernel(
     K,  # [S, inner] like Q
     K_SCALE,  # [heads, tiles]
     K_SUMS,  # [tiles, inner]
-    V,  # [S, inner] like QKV
-    V8,  # [inner, tiles * ROWS] fp8
+    V,  # [S, inner] like QKV, or [inner, tiles * ROWS] fp8
     V_SCALE,  # [heads, tiles]
     S,
     heads,
     inner,
     k_stride,
     v_stride,
-    v8_stride,
     k_scale_stride,
     v_scale_stride,
     eps,
@@ -233,8 +231,7 @@ def norm_rope_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_SUMS: tl.constexpr,
-    HAS_V: tl.constexpr,
-    HAS_V8: tl.constexpr,
+    V8: tl.constexpr,
     LIMIT: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
@@ -251,16 +248,16 @@ def norm_rope_kernel(
     if which == 2:
         for head in range(0, heads):
             raw = tl.load(source + head * D, mask=inside[:, None], other=0.0)
-            if HAS_V:
-                tl.store(V + wide_rows * v_stride + head * D + d[None, :], raw, mask=inside[:, None])
-            if HAS_V8:
+            if V8:
                 v = raw.to(tl.float32)
                 v_largest = tl.maximum(tl.max(tl.max(tl.abs(v), 1), 0), SMALLEST)
                 # Maxima lose a NaN, and so would 8-bit integers; 0 * NaN and 0 * infinity are NaN.
                 v_scale = v_largest / 448.0 + 0.0 * tl.sum(tl.sum(v, 1), 0)
                 tl.store(V_SCALE + head * v_scale_stride + tile, v_scale)
-                made = tl.trans((v * (448.0 / v_largest)).to(V8.dtype.element_ty))  # zeros behind the end
-                tl.store(V8 + ((head * D + d).to(tl.int64)[:, None] * v8_stride + rows[None, :]), made)
+                made = tl.trans((v * (448.0 / v_largest)).to(V.dtype.element_ty))  # zeros behind the end
+                tl.store(V + ((head * D + d).to(tl.int64)[:, None] * v_stride + rows[None, :]), made)
+            else:
+                tl.store(V + wide_rows * v_stride + head * D + d[None, :], raw, mask=inside[:, None])
     else:
         squares = tl.zeros([ROWS, D], tl.float32)
         for head in range(0, heads):
@@ -346,13 +343,8 @@ def descriptor(x: torch.Tensor, rows: int, columns: int) -> object:
 
 
 def attention_8bit(
-    q: torch.Tensor,
-    q_scale: torch.Tensor,
-    bias: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    v: torch.Tensor,
-    v_scale: torch.Tensor | None,
+    queries: Queries8,
+    keys_values: KeysValues8,
     spans: Sequence[int],
     *,
     heads: int,
@@ -363,6 +355,7 @@ def attention_8bit(
 
     Rows that TMA cannot read (not a multiple of 16 bytes apart) are read without it.
     """
+    (q, q_scale, bias), (k, k_scale, v, v_scale) = queries, keys_values
     rows, inner = q.shape
     head_dim = inner // heads
     config = config or attention_config(arch_of(q.device))
@@ -417,24 +410,19 @@ def qk_norm_rope_8bit(
     cos: torch.Tensor,
     sin: torch.Tensor,
     means: torch.Tensor,
-    k_out: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_out: torch.Tensor | None,
-    v8_out: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
+    out: KeysValues8,
     k_sums: torch.Tensor | None,
     *,
     heads: int,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Queries8:
     """As the package describes it, for head_dim 64 or 128."""
     rows, inner = qkv.shape[0], qkv.shape[1] // 3
-    q = torch.empty((rows, inner), dtype=k_out.dtype, device=qkv.device)
+    k, k_scale, v, v_scale = out
+    q = torch.empty((rows, inner), dtype=k.dtype, device=qkv.device)
     q_scale = torch.empty((heads, rows), dtype=torch.float32, device=qkv.device)
     bias = torch.empty((len(means) - 1, heads, rows), dtype=torch.float32, device=qkv.device)
-    some_v, some_v8, some_scale, some_sums = (x if x is not None else y for x, y in (
-        (v_out, qkv), (v8_out, k_out), (v_scale, k_scale), (k_sums, k_scale)
-    ))  # fmt: skip
+    some_scale, some_sums = k_scale if v_scale is None else v_scale, k_scale if k_sums is None else k_sums
     with on(qkv.device):
         norm_rope_kernel[(triton.cdiv(rows, TILE), 3)](
             qkv,
@@ -446,18 +434,16 @@ def qk_norm_rope_8bit(
             q,
             q_scale,
             bias,
-            k_out,
+            k,
             k_scale,
             some_sums,
-            some_v,
-            some_v8,
+            v,
             some_scale,
             rows,
             heads,
             inner,
-            k_out.stride(0),
-            some_v.stride(0),
-            some_v8.stride(0),
+            k.stride(0),
+            v.stride(0),
             k_scale.stride(0),
             some_scale.stride(0),
             eps,
@@ -465,13 +451,12 @@ def qk_norm_rope_8bit(
             D=inner // heads,
             ROWS=TILE,
             HAS_SUMS=k_sums is not None,
-            HAS_V=v_out is not None,
-            HAS_V8=v8_out is not None,
-            LIMIT=LIMITS[k_out.dtype],
+            V8=v_scale is not None,
+            LIMIT=LIMITS[k.dtype],
             SMALLEST=SMALLEST,
             num_warps=8,
         )
-    return q, q_scale, bias
+    return Queries8(q, q_scale, bias)
 
 
 # What tests and reports compile, per architecture
@@ -511,14 +496,12 @@ def attention_case(keys: str, values: str, head_dim: int, config: Config, segmen
 def norm_rope_case(values: str, head_dim: int) -> OfflineCase:
     """int8 keys, values as they are ("bf16") or in "fp8"."""
     fp8 = values == "fp8"
-    signature = dict.fromkeys(("QKV", "V"), "*bf16") | dict.fromkeys(("Q", "K"), "*i8")
+    signature = {"QKV": "*bf16", "V": "*fp8e4nv" if fp8 else "*bf16"} | dict.fromkeys(("Q", "K"), "*i8")
     signature |= dict.fromkeys(("NORM_Q", "NORM_K", "COS", "SIN", "MEANS", "Q_SCALE", "BIAS"), "*fp32")
-    signature |= dict.fromkeys(("K_SCALE", "K_SUMS", "V_SCALE"), "*fp32") | {"V8": "*fp8e4nv" if fp8 else "*i8"}
+    signature |= dict.fromkeys(("K_SCALE", "K_SUMS", "V_SCALE"), "*fp32")
     signature |= dict.fromkeys(("S", "heads", "k_scale_stride", "v_scale_stride"), "i32") | {"eps": "fp32"}
-    signature |= dict.fromkeys(("inner", "k_stride", "v_stride", "v8_stride"), "i32:16")
-    constexprs = dict(
-        SEGMENTS=3, D=head_dim, ROWS=TILE, HAS_SUMS=True, HAS_V=not fp8, HAS_V8=fp8, LIMIT=127.0, SMALLEST=SMALLEST
-    )
+    signature |= dict.fromkeys(("inner", "k_stride", "v_stride"), "i32:16")
+    constexprs = dict(SEGMENTS=3, D=head_dim, ROWS=TILE, HAS_SUMS=True, V8=fp8, LIMIT=127.0, SMALLEST=SMALLEST)
     name = f"qk_norm_rope, keys int8, values {values}, head_dim {head_dim}"
     return OfflineCase(name, norm_rope_kernel, signature, constexprs, num_warps=8)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dualparal.eight_bit import EightBitSchedule
 from dualparal.engine import Engine
 from dualparal.heartbeat import Heartbeat
 from dualparal.transport import PeerLost
@@ -40,10 +41,12 @@ def main(path: Path) -> None:
     try:
         for index, case in enumerate(cases):
             options = dict(case["options"])
+            options["attention_8bit"] = EightBitSchedule(**case.get("eight_bit", {}))
             engine = Engine.from_pretrained(case["model"], device="cpu", report=heartbeat.phase, **options)
             rank = engine.mesh.rank
             if rank == case.get("differs"):
                 engine.blocks = engine.blocks.__class__(context="prior")
+                engine.attention_8bit = EightBitSchedule("int8")
             made = run(engine, case, rank)
             if rank == 0:
                 assert made is not None
