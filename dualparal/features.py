@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from dualparal.kernels.qk_norm_rope import Lend
+
 
 class KeysValues(NamedTuple):
     """Keys and values of a run of tokens in one layer, [tokens, inner] each."""
@@ -64,7 +66,6 @@ class FeatureStore:
         for buffer, target in zip(self._buffers[side][layer], out, strict=True):
             torch.index_select(buffer, 0, row, out=target.unsqueeze(0))
 
-    def save(self, layer: int, side: str, row: torch.Tensor, made: KeysValues) -> None:
-        """Copies keys and values [tokens, inner] into a row."""
-        for buffer, source in zip(self._buffers[side][layer], made, strict=True):
-            buffer.index_copy_(0, row, source.unsqueeze(0))
+    def lend(self, layer: int, side: str, row: torch.Tensor, first: int) -> Lend:
+        """Where a layer puts the keys and values it makes from token ``first`` on, as many as a row holds."""
+        return Lend(*self._buffers[side][layer], row, first)

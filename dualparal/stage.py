@@ -156,9 +156,11 @@ class Stage:
             for place, (side, at) in enumerate(zip(shape.reads, inputs.read_at, strict=True)):
                 self._features.load(index, side, at, context.rows(own + place * lent, lent))
             text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
-            hidden, pending = expert.layer(index, hidden, pending, inputs.time, text, inputs.rotary, context)
-            for side, at in zip(shape.writes, inputs.write_at, strict=True):
-                self._features.save(index, side, at, context.rows(rows[side], lent))
+            lends = [
+                self._features.lend(index, side, at, rows[side])
+                for side, at in zip(shape.writes, inputs.write_at, strict=True)
+            ]
+            hidden, pending = expert.layer(index, hidden, pending, inputs.time, text, inputs.rotary, context, lends)
         if not self.last:
             return expert.finish(hidden, pending)
         assert pending is not None, "a stage has at least one layer"

@@ -7,7 +7,7 @@ follows it (``dualparal.kernels``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from dualparal.features import KeysValues
 from dualparal.kernels.attention import attention
-from dualparal.kernels.qk_norm_rope import qk_norm_rope
+from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
 from dualparal.kernels.residual_norm import residual, residual_norm
 from dualparal.models.base import Grid, Pending, Rotary, TimeCondition, component_config
 
@@ -291,6 +291,7 @@ class WanSlice:
         text: KeysValues,
         rotary: Rotary,
         context: KeysValues,
+        lends: Sequence[Lend] = (),
     ) -> tuple[torch.Tensor, Pending]:
         layer, heads, eps = self._layers[index], self.spec.heads, self.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.layers[index]
@@ -310,6 +311,7 @@ class WanSlice:
             own.values,
             heads=heads,
             eps=eps,
+            lends=lends,
         )
         attended = F.linear(attention(query, context.keys, context.values, heads=heads), *layer.out)
 
