@@ -19,7 +19,7 @@ shared is bytes per thread block, `24x16` is 24 instructions that move 16 bytes 
 `tests/test_kernels_report.py` compiles the kernels anew and compares.
 
 A row longer than the tile that one instruction per thread covers needs several; the narrow moves of
-combine_guidance are its last thread block, the only one with a mask.
+combine_guidance are its last thread block, the only one with a mask, those of qk_norm_rope the numbers of slots.
 
 """
 

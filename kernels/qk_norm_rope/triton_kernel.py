@@ -40,12 +40,11 @@ def rotated(
 
 
 @triton.jit
-def lend(STORE, SLOT, first, tokens, row, at, x, DIM: tl.constexpr, FULL: tl.constexpr):
+def lend(STORE, slot, first, tokens, row, at, x, DIM: tl.constexpr, FULL: tl.constexpr):
     """Writes one tile of a row to the store as well, if the row is among those lent. STORE may be None."""
     if STORE is not None:  # noqa: SIM102  decided by the compiler, the rest by each row
         if (row >= first) & (row < first + tokens):
-            to = tl.load(SLOT) * tokens + row - first
-            store(STORE + to * DIM, at, x, DIM, FULL)
+            store(STORE + (slot * tokens + row - first) * DIM, at, x, DIM, FULL)
 
 
 # Not specialised: they change with the block, and knowing them to be 1 or a multiple of 16 aligns no address better.
@@ -66,17 +65,19 @@ def qk_norm_rope_kernel(
     high = tl.arange(0, HIGH)
     low = HIGH + tl.arange(0, LOW if LOW > 0 else 1)
     source = QKV + (row * 3 + part) * DIM
+    slot_0 = 0 if SLOT_0 is None else tl.load(SLOT_0)  # before the row, so that nothing waits for it
+    slot_1 = 0 if SLOT_1 is None else tl.load(SLOT_1)
     if part == 2:
         target = V + row * v_stride
         v_high = load(source, high, DIM, True)
         store(target, high, v_high, DIM, True)
-        lend(VALUES_0, SLOT_0, first_0, tokens_0, row, high, v_high, DIM, True)
-        lend(VALUES_1, SLOT_1, first_1, tokens_1, row, high, v_high, DIM, True)
+        lend(VALUES_0, slot_0, first_0, tokens_0, row, high, v_high, DIM, True)
+        lend(VALUES_1, slot_1, first_1, tokens_1, row, high, v_high, DIM, True)
         if LOW > 0:
             v_low = load(source, low, DIM, full)
             store(target, low, v_low, DIM, full)
-            lend(VALUES_0, SLOT_0, first_0, tokens_0, row, low, v_low, DIM, full)
-            lend(VALUES_1, SLOT_1, first_1, tokens_1, row, low, v_low, DIM, full)
+            lend(VALUES_0, slot_0, first_0, tokens_0, row, low, v_low, DIM, full)
+            lend(VALUES_1, slot_1, first_1, tokens_1, row, low, v_low, DIM, full)
     else:
         if part == 0:
             target = Q + row * DIM
@@ -96,15 +97,15 @@ def qk_norm_rope_kernel(
         turned_high = rotated(weight, cos, sin, high, pair, a, b, factor, DIM, HALF, True, HIGH)
         store(target, high, turned_high, DIM, True)
         if part == 1:
-            lend(KEYS_0, SLOT_0, first_0, tokens_0, row, high, turned_high, DIM, True)
-            lend(KEYS_1, SLOT_1, first_1, tokens_1, row, high, turned_high, DIM, True)
+            lend(KEYS_0, slot_0, first_0, tokens_0, row, high, turned_high, DIM, True)
+            lend(KEYS_1, slot_1, first_1, tokens_1, row, high, turned_high, DIM, True)
         if LOW > 0:
             pair = HIGH // 2 + tl.arange(0, LOW // 2)
             turned_low = rotated(weight, cos, sin, low, pair, c, d, factor, DIM, HALF, full, LOW)
             store(target, low, turned_low, DIM, full)
             if part == 1:
-                lend(KEYS_0, SLOT_0, first_0, tokens_0, row, low, turned_low, DIM, full)
-                lend(KEYS_1, SLOT_1, first_1, tokens_1, row, low, turned_low, DIM, full)
+                lend(KEYS_0, slot_0, first_0, tokens_0, row, low, turned_low, DIM, full)
+                lend(KEYS_1, slot_1, first_1, tokens_1, row, low, turned_low, DIM, full)
 
 
 ABSENT = (None, None, None, 0, 0)  # arguments of a lend that there is not
