@@ -1,8 +1,11 @@
 #include "qk_norm_rope.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
+#include <tuple>
+#include <vector>
 
 #include "rows.h"
 
@@ -22,14 +25,43 @@ void qk_norm_rope_cpu(const QkNormRopeParams& p, int threads) {
             store_row(p.dtype, scratch, inner, to);
         };
         part(from, p.norm_q, static_cast<char*>(p.q) + row * inner * size);
-        part(from + inner * size, p.norm_k, static_cast<char*>(p.k) + row * p.k_stride * size);
-        std::memcpy(static_cast<char*>(p.v) + row * p.v_stride * size, from + 2 * inner * size, size_t(inner * size));
+        char* k = static_cast<char*>(p.k) + row * p.k_stride * size;
+        const char* v = from + 2 * inner * size;
+        part(from + inner * size, p.norm_k, k);
+        std::memcpy(static_cast<char*>(p.v) + row * p.v_stride * size, v, size_t(inner * size));
+        for (const QkNormRopeLend& lend : p.lends) {
+            if (row < lend.first || row >= lend.first + lend.tokens) continue;
+            const int64_t at = (*lend.slot * lend.tokens + row - lend.first) * inner * size;
+            std::memcpy(static_cast<char*>(lend.keys) + at, k, size_t(inner * size));  // k is still in the cache
+            std::memcpy(static_cast<char*>(lend.values) + at, v, size_t(inner * size));
+        }
     });
+}
+
+// As Python gives it: keys, values, slot, slots, tokens, first.
+using LendArguments = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
+
+static QkNormRopeLend to_lend(const LendArguments& arguments, int64_t rows, int device) {
+    const auto [keys, values, slot, slots, tokens, first] = arguments;
+    DP_CHECK(slots >= 1 && slots < (int64_t{1} << 31), "a lend's slots=", slots, ": 1 to 2^31 - 1 expected");
+    DP_CHECK(tokens >= 0 && tokens <= rows, "a lend's tokens=", tokens, ": 0 to rows=", rows, " expected");
+    DP_CHECK(first >= 0 && first <= rows - tokens, "a lend's first=", first, ": 0 to ", rows - tokens,
+             " expected, for tokens=", tokens, " of rows=", rows);
+    check_pointer("a lend's keys", keys, tokens);
+    check_pointer("a lend's values", values, tokens);
+    check_pointer("a lend's slot", slot, tokens);
+    const QkNormRopeLend lend{as<void>(keys), as<void>(values), as<const int64_t>(slot), slots, tokens, first};
+    if (device < 0 && tokens > 0) {
+        DP_CHECK(*lend.slot >= 0 && *lend.slot < slots, "a lend's slot is ", *lend.slot, ": 0 to ", slots - 1,
+                 " expected, the store has no other");
+    }
+    return lend;
 }
 
 static void qk_norm_rope(uintptr_t qkv, uintptr_t norm_q, uintptr_t norm_k, uintptr_t cos, uintptr_t sin, uintptr_t q,
                          uintptr_t k, uintptr_t v, int64_t rows, int64_t heads, int64_t head_dim, int64_t k_stride,
-                         int64_t v_stride, double eps, int dtype, int device, uintptr_t stream, int threads) {
+                         int64_t v_stride, const std::vector<LendArguments>& lends, double eps, int dtype, int device,
+                         uintptr_t stream, int threads) {
     check_where({device, stream, threads});
     DP_CHECK(heads >= 1 && heads < (1 << 20), "heads=", heads, ": 1 to 2^20 - 1 expected");
     DP_CHECK(head_dim >= 2 && head_dim < (1 << 20) && head_dim % 2 == 0, "head_dim=", head_dim,
@@ -48,9 +80,11 @@ static void qk_norm_rope(uintptr_t qkv, uintptr_t norm_q, uintptr_t norm_k, uint
     check_pointer("q", q, rows);
     check_pointer("k_out", k, rows);
     check_pointer("v_out", v, rows);
-    const QkNormRopeParams p{as<const void>(qkv), as<const float>(norm_q), as<const float>(norm_k), as<const float>(cos),
-                             as<const float>(sin), as<void>(q), as<void>(k), as<void>(v), rows, heads, head_dim, k_stride,
-                             v_stride, float(eps), to_dtype(dtype)};
+    DP_CHECK(lends.size() <= kMaxLends, lends.size(), " lends: at most ", kMaxLends, " expected");
+    QkNormRopeParams p{as<const void>(qkv), as<const float>(norm_q), as<const float>(norm_k), as<const float>(cos),
+                       as<const float>(sin), as<void>(q), as<void>(k), as<void>(v), rows, heads, head_dim, k_stride,
+                       v_stride, float(eps), to_dtype(dtype), {}};
+    for (size_t i = 0; i < lends.size(); ++i) p.lends[i] = to_lend(lends[i], rows, device);
     if (rows == 0) return;
 #ifdef DUALPARAL_WITH_CUDA
     if (device >= 0) return qk_norm_rope_cuda(p, device, stream);
@@ -62,8 +96,8 @@ void register_qk_norm_rope(pybind11::module_& m) {
     namespace py = pybind11;
     using namespace py::literals;
     m.def("qk_norm_rope", &qk_norm_rope, py::kw_only(), "qkv"_a, "norm_q"_a, "norm_k"_a, "cos"_a, "sin"_a, "q"_a, "k"_a,
-          "v"_a, "rows"_a, "heads"_a, "head_dim"_a, "k_stride"_a, "v_stride"_a, "eps"_a, "dtype"_a, "device"_a, "stream"_a,
-          "threads"_a, py::call_guard<py::gil_scoped_release>());
+          "v"_a, "rows"_a, "heads"_a, "head_dim"_a, "k_stride"_a, "v_stride"_a, "lends"_a, "eps"_a, "dtype"_a, "device"_a,
+          "stream"_a, "threads"_a, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace dualparal

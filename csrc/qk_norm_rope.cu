@@ -7,7 +7,8 @@ namespace {
 constexpr int kThreads = 256;
 
 // Three thread blocks per row: q, k, v. N is even, and divides head_dim: a pack holds whole pairs of one head.
-template <class T, int N, bool kAligned>
+// Without kLends nothing of the lends remains.
+template <class T, int N, bool kAligned, bool kLends>
 __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const QkNormRopeParams p) {
     extern __shared__ float values[];  // [inner]
     using Packed = Pack<T, N>;
@@ -36,8 +37,32 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const QkNormRope
         }
     };
 
+    // Where the row goes besides; null where it is not lent.
+    T* lent[kMaxLends] = {};
+    const auto aim = [&] {
+        if constexpr (kLends) {
+            for (int side = 0; side < kMaxLends; ++side) {
+                const QkNormRopeLend& lend = p.lends[side];
+                const int64_t at = row - lend.first;
+                if (part == 0 || at < 0 || at >= lend.tokens) continue;
+                const int64_t slot = *lend.slot;
+                if (slot < 0 || slot >= lend.slots) __trap();  // the first place that knows; better than a wrong video
+                lent[side] = static_cast<T*>(part == 1 ? lend.keys : lend.values) + (slot * lend.tokens + at) * inner;
+            }
+        }
+    };
+    const auto write = [&](int i, const Packed& pack) {
+        store(to + i, pack);
+        if constexpr (kLends) {
+            for (T* other : lent) {
+                if (other) store(other + i, pack);
+            }
+        }
+    };
+
     if (part == 2) {
-        for (int i = threadIdx.x * N; i < inner; i += kThreads * N) store(to + i, load(from + i));
+        aim();
+        for (int i = threadIdx.x * N; i < inner; i += kThreads * N) write(i, load(from + i));
         return;
     }
 
@@ -53,6 +78,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const QkNormRope
     }
     const float factor = 1.0f / sqrtf(block_sum(local) / float(inner) + p.eps);
 
+    aim();
     const float* weight = part == 0 ? p.norm_q : p.norm_k;
     for (int i = threadIdx.x * N; i < inner; i += kThreads * N) {
         const int64_t angle = row * (head_dim / 2) + i % head_dim / 2;
@@ -66,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const QkNormRope
             out.at[j] = from_float<T>(a * cos - b * sin);
             out.at[j + 1] = from_float<T>(a * sin + b * cos);
         }
-        store(to + i, out);
+        write(i, out);
     }
 }
 
@@ -78,9 +104,15 @@ void qk_norm_rope_cuda(const QkNormRopeParams& p, int device, uintptr_t stream) 
     with_dtype(p.dtype, [&](auto zero) {
         using T = decltype(zero);
         constexpr int N = kPack<T>;
-        const bool aligned = aligned16(p.qkv) && aligned16(p.q) && aligned16(p.k) && aligned16(p.v) &&
-                             p.head_dim % N == 0 && p.k_stride % N == 0 && p.v_stride % N == 0;
-        const auto kernel = aligned ? qk_norm_rope_kernel<T, N, true> : qk_norm_rope_kernel<T, 2, false>;
+        bool aligned = aligned16(p.qkv) && aligned16(p.q) && aligned16(p.k) && aligned16(p.v) &&
+                       p.head_dim % N == 0 && p.k_stride % N == 0 && p.v_stride % N == 0;
+        bool lends = false;
+        for (const QkNormRopeLend& lend : p.lends) {
+            aligned = aligned && aligned16(lend.keys) && aligned16(lend.values);
+            lends = lends || lend.tokens > 0;
+        }
+        const auto kernel = lends ? (aligned ? qk_norm_rope_kernel<T, N, true, true> : qk_norm_rope_kernel<T, 2, false, true>)
+                                  : (aligned ? qk_norm_rope_kernel<T, N, true, false> : qk_norm_rope_kernel<T, 2, false, false>);
         kernel<<<dim3(unsigned(p.rows), 3), kThreads, shared, as<CUstream_st>(stream)>>>(p);
     });
     check_cuda(cudaGetLastError(), "qk_norm_rope launch");

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 def build_info() -> dict[str, Any]: ...
@@ -34,6 +35,7 @@ def qk_norm_rope(
     head_dim: int,
     k_stride: int,
     v_stride: int,
+    lends: Sequence[tuple[int, int, int, int, int, int]],  # keys, values, slot, slots, tokens, first
     eps: float,
     dtype: int,
     device: int,

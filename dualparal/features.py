@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from dualparal.kernels.attention_8bit import KeysValues8, quantise_features, restore_features
+from dualparal.kernels.qk_norm_rope import Lend
 
 _ALIGNMENT = 16  # bytes: of a slot
 
@@ -118,6 +119,12 @@ class FeatureStore:
         found: dict[bool, list[torch.Tensor]] = {eight_bit: [] for eight_bit in formats}
         for number in range(max(map(len, formats.values()))):
             sharing = {eight_bit: tensors[number] for eight_bit, tensors in formats.items() if number < len(tensors)}
+            if len(formats) == 1:
+                [(eight_bit, tensor)] = sharing.items()
+                whole = torch.empty(count, *tensor.shape, dtype=tensor.dtype, device=device)
+                self._buffers.append(whole)
+                found[eight_bit].append(_as(whole, _movable(whole)))
+                continue
             width = max(tensor.nbytes for tensor in sharing.values())
             buffer = torch.empty(count, -(-width // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8, device=device)
             self._buffers.append(buffer)
@@ -143,6 +150,16 @@ class FeatureStore:
         """Copies tensors of a format into a row."""
         for view, source in zip(self._views[layer][side, eight_bit], made, strict=True):
             view.index_copy_(0, row, _as(source, view.dtype).unsqueeze(0))
+
+    def lend(self, layer: int, side: str, row: torch.Tensor, first: int) -> Lend | None:
+        """Where a layer puts the keys and values it makes from token ``first`` on, as many as a row holds.
+
+        None where the slots can hold 8 bits, too: what is made for them is saved afterwards.
+        """
+        if (side, True) in self._views[layer]:
+            return None
+        keys, values = self._views[layer][side, False]
+        return Lend(keys, values, row, first)
 
 
 def _movable(tensor: torch.Tensor) -> torch.dtype:

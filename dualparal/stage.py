@@ -20,6 +20,7 @@ import torch
 from dualparal.eight_bit import EightBitSchedule
 from dualparal.features import Context8, FeatureStore, Format, KeysValues, to_8bit, to_16bit
 from dualparal.kernels.attention_8bit import FP8, key_mean
+from dualparal.kernels.qk_norm_rope import Lend
 from dualparal.models.base import Grid, Pending, Rotary, Slice, TimeCondition
 from dualparal.schedule import Features, Unit
 from dualparal.workspace import Read, View, Workspace, Workspace8
@@ -107,6 +108,7 @@ class Stage:
                 *sizes, self.inner_dim, slice_.heads, FP8 if self._fp8 else slice_.dtype, slice_.device
             )
         self._slots = slots
+        self._starts = starts
         self.store = FeatureStore(slots, branches, [self._formats(sizes[1], c) for c in self._covered], slice_.device)
         self._step = wrap(self.forward) if wrap else self.forward
         self._time: dict[int, TimeCondition] = {}
@@ -186,9 +188,13 @@ class Stage:
             view = views[eight_bit]
             self._read(index, eight_bit, view, shape, inputs)
             text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
-            hidden, pending = expert.layer(index, hidden, pending, inputs.time, text, inputs.rotary, view.context)
+            lends = {} if eight_bit else self._lends(index, shape, inputs)
+            hidden, pending = expert.layer(
+                index, hidden, pending, inputs.time, text, inputs.rotary, view.context, list(lends.values())
+            )
             for side, at in zip(shape.writes, inputs.write_at, strict=True):
-                self.store.save(index, side, eight_bit, at, view.lends[side])
+                if side not in lends:
+                    self.store.save(index, side, eight_bit, at, view.lends[side])
             if isinstance(view.context, Context8):
                 mean = key_mean(view.context.k_sums, len(hidden))
                 self.store.save(index, "mean", True, inputs.mean_at[0], [mean])
@@ -227,6 +233,14 @@ class Stage:
                 converted = to_8bit(plain, self.experts[0].heads, self._fp8).tensors
             for tensor, source in zip(target, converted, strict=True):
                 tensor.copy_(source)
+
+    def _lends(self, index: int, shape: StepShape, inputs: StepInputs) -> dict[str, Lend]:
+        """What the layer itself puts into the store, by side."""
+        found = {
+            side: self.store.lend(index, side, at, self._starts[side])
+            for side, at in zip(shape.writes, inputs.write_at, strict=True)
+        }
+        return {side: lend for side, lend in found.items() if lend is not None}
 
     def _formats(self, starts: Mapping[str, int], covered: bool) -> dict[str, dict[bool, Format]]:
         """What the slots of a layer hold. Only layers that attend in 8 bits at all steps need no other format."""

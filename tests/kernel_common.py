@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dualparal.kernels import backend
+from dualparal.kernels.qk_norm_rope import Lend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU_ELEMENTS = 600_000  # larger cases are for benchmarks and GPUs
@@ -39,3 +40,21 @@ def native(device: str) -> str:
 def random(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+
+class Stores:
+    """For every lend of a case of qk_norm_rope: stores of three slots in the middle of NaN, to be written once."""
+
+    def __init__(self, case, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.memory, self.lends = [], []
+        for slot, (first, tokens) in enumerate(case.lends, start=1):
+            memory = torch.full((2, 5, tokens, case.inner), torch.nan, dtype=dtype, device=device)
+            self.memory.append(memory)
+            self.lends.append(Lend(*memory[:, 1:4], torch.tensor([slot], device=device), first))
+
+    def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """The slots hold the rows lent, and nothing else was written."""
+        for memory, (keys, values, slot, first) in zip(self.memory, self.lends):
+            for store, made in ((keys, k), (values, v)):
+                assert torch.equal(store[int(slot)], made[first : first + store.shape[1]])
+            assert memory.isnan().sum() == memory.numel() // 5 * 4

@@ -1,5 +1,6 @@
 import logging
 
+import numpy
 import pytest
 import torch
 
@@ -70,9 +71,10 @@ def test_build_info():
 PLACE = dict(dtype=0, device=-1, stream=0, threads=1)
 GUIDANCE = dict(cond=8, uncond=8, out=8, size=0, scale=1.0, **PLACE)
 NORM = dict(x=8, y=8, gate=0, weight=0, bias=0, x_new=8, h=8, rows=0, dim=4, eps=1e-6, **PLACE)
+SLOT = numpy.array([7])
 ROPE = dict(
     **dict.fromkeys(("qkv", "norm_q", "norm_k", "cos", "sin", "q", "k", "v"), 8),
-    **dict(rows=0, heads=2, head_dim=4, k_stride=8, v_stride=8, eps=1e-6, **PLACE),
+    **dict(rows=0, heads=2, head_dim=4, k_stride=8, v_stride=8, lends=[], eps=1e-6, **PLACE),
 )
 RAW = [
     ("combine_guidance", GUIDANCE, dict(size=-1), "size=-1"),
@@ -92,6 +94,12 @@ RAW = [
     ("qk_norm_rope", ROPE, dict(heads=0), "heads=0"),
     ("qk_norm_rope", ROPE, dict(rows=2, k_stride=7), "stride 7 is less than its row of 8"),
     ("qk_norm_rope", ROPE, dict(rows=1, v=0), "v_out is a null pointer"),
+    ("qk_norm_rope", ROPE, dict(lends=[(0, 0, 0, 1, 0, 0)] * 3), "3 lends: at most 2"),
+    ("qk_norm_rope", ROPE, dict(lends=[(8, 8, 8, 0, 0, 0)]), "slots=0"),
+    ("qk_norm_rope", ROPE, dict(lends=[(8, 8, 8, 1, 1, 0)]), "tokens=1: 0 to rows=0"),
+    ("qk_norm_rope", ROPE, dict(rows=2, lends=[(8, 8, 8, 1, 1, 2)]), "first=2: 0 to 1 expected"),
+    ("qk_norm_rope", ROPE, dict(rows=2, lends=[(8, 0, 8, 1, 1, 1)]), "a lend's values is a null pointer"),
+    ("qk_norm_rope", ROPE, dict(rows=2, lends=[(8, 8, SLOT.ctypes.data, 7, 1, 1)]), "slot is 7: 0 to 6 expected"),
 ]
 
 

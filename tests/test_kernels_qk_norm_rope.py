@@ -3,10 +3,10 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 
 from dualparal.kernels.attention import attention
+from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope, reference
 from dualparal.kernels.qk_norm_rope import cases as named
-from dualparal.kernels.qk_norm_rope import qk_norm_rope, reference
 from dualparal.testing import assert_no_worse, nan_filled_memory
-from kernel_common import DEVICES, DTYPES, cases, native, random
+from kernel_common import DEVICES, DTYPES, Stores, cases, native, random
 
 EPS = 1e-6
 
@@ -29,9 +29,9 @@ def arenas(case, dtype, device="cpu"):
     return both, both[0, 1 : case.rows + 1, : case.inner], both[1, 1 : case.rows + 1, : case.inner]
 
 
-def run(case, args, backend, device="cpu"):
+def run(case, args, backend, device="cpu", lends=()):
     arena, k, v = arenas(case, args[0].dtype, device)
-    q = qk_norm_rope(*args, k, v, heads=case.heads, eps=EPS, backend=backend)
+    q = qk_norm_rope(*args, k, v, heads=case.heads, eps=EPS, backend=backend, lends=lends)
     return q, k, v, arena
 
 
@@ -49,6 +49,19 @@ def test_no_worse_than_torch(case, dtype, device):
     assert torch.equal(v, args[0][:, 2 * case.inner :])
     # Written: the two slices. Everything around them is as it was.
     assert arena.isnan().sum() == arena.numel() - 2 * case.rows * case.inner
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["native", "torch"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in cases(named) if case.values[0].lends])
+def test_lent_rows_are_the_rows_made(case, dtype, device, plain):
+    backend = "torch" if plain else native(device)
+    args, stores = inputs(case, dtype, device), Stores(case, dtype, device)
+    alone = run(case, args, backend, device)
+    made = run(case, args, backend, device, stores.lends)
+    assert all(torch.equal(a, b) for a, b in zip(made[:3], alone[:3]))
+    stores.check(*made[1:3])
 
 
 def run_double(case, args):
@@ -121,7 +134,10 @@ QKV = torch.zeros(5, 3 * 12)
 W = torch.ones(12)
 ANGLES = torch.zeros(5, 3)
 OUT = torch.zeros(5, 12)
-GOOD = dict(qkv=QKV, norm_q=W, norm_k=W, cos=ANGLES, sin=ANGLES, k_out=OUT, v_out=OUT.clone(), heads=2)
+LEND = Lend(torch.zeros(3, 4, 12), torch.zeros(3, 4, 12), torch.tensor([2]), 1)
+GOOD = dict(
+    qkv=QKV, norm_q=W, norm_k=W, cos=ANGLES, sin=ANGLES, k_out=OUT, v_out=OUT.clone(), heads=2, lends=[LEND]
+)  # fmt: skip
 BAD = {
     "batch dimension": (dict(qkv=QKV[None]), "[1, 5, 36]"),
     "odd head_dim": (dict(heads=4), "heads=4"),
@@ -137,6 +153,19 @@ BAD = {
     "columns of v_out": (dict(v_out=torch.zeros(12, 5).T), "(1, 5)"),
     "overlapping rows": (dict(k_out=torch.zeros(16).as_strided((5, 12), (1, 1))), "(1, 1)"),
     "backend": (dict(backend="triton"), "'triton'"),
+    "three lends": (dict(lends=[LEND] * 3), "3 lends: a block has 2 neighbours"),
+    "no slots": (dict(lends=[LEND._replace(keys=torch.zeros(0, 4, 12))]), "[0, 4, 12]"),
+    "one slot without its dimension": (dict(lends=[LEND._replace(keys=OUT)]), "keys of lends[0] are [5, 12]"),
+    "other values than keys": (dict(lends=[LEND._replace(values=torch.zeros(3, 3, 12))]), "[3, 3, 12]"),
+    "width of a store": (dict(lends=[LEND._replace(keys=torch.zeros(3, 4, 6))]), "[3, 4, 6]"),
+    "dtype of a store": (dict(lends=[LEND._replace(values=LEND.values.half())]), "torch.float16"),
+    "a store is a view": (dict(lends=[LEND._replace(keys=torch.zeros(3, 8, 12)[:, ::2])]), "(96, 24, 1)"),
+    "slot is a number": (dict(lends=[LEND._replace(slot=torch.tensor(2))]), "slot of lends[0] is torch.int64 []"),
+    "narrow slot": (dict(lends=[LEND._replace(slot=torch.tensor([2]).int())]), "torch.int32"),
+    "slot behind the last": (dict(lends=[LEND, LEND._replace(slot=torch.tensor([3]))]), "slot of lends[1] is 3"),
+    "slot before the first": (dict(lends=[LEND._replace(slot=torch.tensor([-1]))]), "is -1; its store has 3"),
+    "lends more than there is": (dict(lends=[LEND._replace(first=2)]), "4 tokens from first=2 on, and qkv has 5 rows"),
+    "lends from before": (dict(lends=[LEND._replace(first=-1)]), "first=-1"),
 }
 
 

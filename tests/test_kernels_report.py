@@ -27,7 +27,8 @@ def test_the_passes_move_16_bytes(line):
     assert line["stack"] == "0"
     assert loads[16] and stores[16]
     if line["op"] != "combine_guidance":  # there, the last thread block has a mask
-        assert set(loads) == set(stores) == {16}
+        slots = {8: 2} if line["case"].endswith("lent twice") else {}  # one number each, in device memory
+        assert loads == {16: loads[16], **slots} and set(stores) == {16}
 
 
 @pytest.mark.parametrize("op, case, arch", CASES)

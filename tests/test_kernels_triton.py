@@ -30,7 +30,7 @@ from dualparal.kernels.residual_norm import residual, residual_norm
 from dualparal.kernels.residual_norm import triton_kernel as norm_kernel
 from dualparal.kernels.rows import LONGEST, tiles
 from dualparal.testing import assert_no_worse, nan_filled_memory
-from kernel_common import DTYPES, random
+from kernel_common import DTYPES, Stores, random
 from triton_interpreter import interpreted
 
 EPS = 1e-6
@@ -120,8 +120,22 @@ def run_rope(case, args, run):
     return run(*args, k, v, heads=case.heads, eps=EPS), k, v, arena
 
 
+ROPE_CASES = [case for case in fewer_rows(rope_cases) if not case.values[0].lends]
+LENDING = [pytest.param(case, id=case.name) for case in rope_cases.CASES if case.lends and case.rows < 10]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", fewer_rows(rope_cases))
+@pytest.mark.parametrize("case", LENDING)
+def test_lent_rows_are_the_rows_made(triton_on_cpu, case, dtype):
+    args, stores = rope_inputs(case, dtype), Stores(case, dtype)
+    alone = run_rope(case, args, lambda *a, **b: qk_norm_rope(*a, **b, backend="triton"))
+    made = run_rope(case, args, lambda *a, **b: qk_norm_rope(*a, **b, backend="triton", lends=stores.lends))
+    assert all(torch.equal(a, b) for a, b in zip(made[:3], alone[:3]))
+    stores.check(*made[1:3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ROPE_CASES)
 def test_qk_norm_rope(triton_on_cpu, case, dtype):
     args = rope_inputs(case, dtype)
     with nan_filled_memory():
@@ -193,6 +207,7 @@ def test_limits_are_named(triton_on_cpu):
 def test_the_longest_row_fits_the_registers(dim):
     assert not norm_kernel.offline_case("", dim).compile(90).spills
     assert not rope_kernel.offline_case("", dim, 2).compile(90).spills
+    assert not rope_kernel.offline_case("", dim, 2, lends=2).compile(90).spills
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -208,7 +223,8 @@ def test_every_case_of_residual_norm_compiles(case, dtype):
 @pytest.mark.parametrize("case", rope_cases.CASES, ids=lambda case: case.name)
 def test_every_case_of_qk_norm_rope_compiles(case, dtype):
     stride = "i32" if (case.inner + case.padding) % 16 else "i32:16"
-    assert not rope_kernel.offline_case(case.name, case.inner, case.head_dim, dtype, stride).compile(90).spills
+    made = rope_kernel.offline_case(case.name, case.inner, case.head_dim, dtype, stride, len(case.lends))
+    assert not made.compile(90).spills
 
 
 def test_more_than_2_to_the_31_elements_compile():

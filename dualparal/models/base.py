@@ -6,12 +6,13 @@ latent-frame indices of the video, so features made for one block are right for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from dualparal.features import Context8, KeysValues
+from dualparal.kernels.qk_norm_rope import Lend
 
 Pending = tuple[torch.Tensor, torch.Tensor | None]  # (y, gate): x + y * gate is still to be done, by the next norm
 
@@ -81,12 +82,14 @@ class Slice(Protocol):
         text: KeysValues,
         rotary: Rotary,
         context: KeysValues | Context8,
+        lends: Sequence[Lend] = (),
     ) -> tuple[torch.Tensor, Pending]:
         """One layer. Returns hidden states and what is still to be added to them.
 
         Args:
             context: rows [own | neighbours]; the neighbours' keys and values are there, the own ones are written.
                 ``Context8``: self-attention in 8 bits; attention to the text stays as it is.
+            lends: where own keys and values go besides, for neighbours to read; in 16 bits only.
         """
         ...
 

@@ -7,7 +7,7 @@ follows it (``dualparal.kernels``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from dualparal.features import Context8, KeysValues
 from dualparal.kernels.attention import attention
 from dualparal.kernels.attention_8bit import attention_8bit, key_mean, qk_norm_rope_8bit
-from dualparal.kernels.qk_norm_rope import qk_norm_rope
+from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
 from dualparal.kernels.residual_norm import residual, residual_norm
 from dualparal.models.base import Grid, Pending, Rotary, TimeCondition, component_config
 
@@ -292,6 +292,7 @@ class WanSlice:
         text: KeysValues,
         rotary: Rotary,
         context: KeysValues | Context8,
+        lends: Sequence[Lend] = (),
     ) -> tuple[torch.Tensor, Pending]:
         layer, heads, eps = self._layers[index], self.heads, self.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.layers[index]
@@ -300,8 +301,11 @@ class WanSlice:
         # Self-attention over [own | neighbours]. Non-causal, so the order of keys only has to be fixed.
         hidden, normed = residual_norm(hidden, y, y_gate, scale, shift, eps=eps)
         qkv = F.linear(normed, *layer.qkv)
-        attend = self._attend_8bit if isinstance(context, Context8) else self._attend
-        attended = F.linear(attend(layer, qkv, rotary, context), *layer.out)  # type: ignore[arg-type]
+        if isinstance(context, Context8):
+            attended = self._attend_8bit(layer, qkv, rotary, context)
+        else:
+            attended = self._attend(layer, qkv, rotary, context, lends)
+        attended = F.linear(attended, *layer.out)
 
         # Cross-attention to the text
         if layer.cross_norm is None:
@@ -316,10 +320,12 @@ class WanSlice:
         y = F.linear(F.gelu(F.linear(normed, *layer.ffn_in), approximate="tanh"), *layer.ffn_out)
         return hidden, (y, ffn_gate)
 
-    def _attend(self, layer: _Layer, qkv: torch.Tensor, rotary: Rotary, context: KeysValues) -> torch.Tensor:
+    def _attend(
+        self, layer: _Layer, qkv: torch.Tensor, rotary: Rotary, context: KeysValues, lends: Sequence[Lend]
+    ) -> torch.Tensor:
         own = context.rows(0, len(qkv))
         norms = layer.norm_q, layer.norm_k
-        query = qk_norm_rope(qkv, *norms, *rotary, own.keys, own.values, heads=self.heads, eps=self.eps)
+        query = qk_norm_rope(qkv, *norms, *rotary, *own, heads=self.heads, eps=self.eps, lends=lends)
         return attention(query, context.keys, context.values, heads=self.heads)
 
     def _attend_8bit(self, layer: _Layer, qkv: torch.Tensor, rotary: Rotary, context: Context8) -> torch.Tensor:

@@ -9,6 +9,7 @@ class Case(NamedTuple):
     heads: int
     head_dim: int
     padding: int = 0  # elements between the rows of k_out and v_out
+    lends: tuple[tuple[int, int], ...] = ()  # first row and number of rows
 
     @property
     def inner(self) -> int:
@@ -30,4 +31,10 @@ CASES = [
     Case("one-pair", rows=3, heads=1, head_dim=2),
     Case("one-row", rows=1, heads=12, head_dim=128, padding=64),
     Case("empty", rows=0, heads=12, head_dim=128),
+    Case("wan1.3b-480p-lends", rows=8 * 1560, heads=12, head_dim=128, lends=((0, 4 * 1560), (4 * 1560, 4 * 1560))),
+    Case("wan1.3b-few-rows-lends", rows=67, heads=12, head_dim=128, lends=((0, 33), (34, 33))),
+    Case("lends-overlap", rows=7, heads=3, head_dim=64, padding=7, lends=((0, 5), (2, 5))),
+    Case("lends-everything-twice", rows=5, heads=2, head_dim=24, lends=((0, 5), (0, 5))),
+    Case("lends-the-middle", rows=9, heads=5, head_dim=6, lends=((3, 4),)),
+    Case("lends-two-sizes", rows=3, heads=1, head_dim=2, lends=((2, 1), (0, 2))),
 ]

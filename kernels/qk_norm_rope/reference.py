@@ -4,7 +4,23 @@ One difference, towards the truth: nothing is rounded between norm and rotation.
 float32; float64 stays float64.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
+
+
+class Lend(NamedTuple):
+    """Rows of k and v that go to one slot of a store as well: as many as a slot holds, from row ``first`` on."""
+
+    keys: torch.Tensor  # [slots, tokens, inner]
+    values: torch.Tensor
+    slot: torch.Tensor  # int64 [1], beside the keys: a captured graph can be told another slot
+    first: int
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.shape[1]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -29,9 +45,13 @@ def qk_norm_rope(
     *,
     heads: int,
     eps: float,
+    lends: Sequence[Lend] = (),
 ) -> torch.Tensor:
     q, k, v = qkv.chunk(3, dim=1)  # [S, inner] each
     wide = torch.promote_types(qkv.dtype, torch.float32)
     k_out.copy_(rotate(rms_norm(k.to(wide), norm_k, eps), cos, sin, heads))
     v_out.copy_(v)
+    for lend in lends:
+        for buffer, made in ((lend.keys, k_out), (lend.values, v_out)):
+            buffer.index_copy_(0, lend.slot, made[None, lend.first : lend.first + lend.tokens])
     return rotate(rms_norm(q.to(wide), norm_q, eps), cos, sin, heads).to(qkv.dtype)

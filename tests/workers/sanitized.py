@@ -40,7 +40,16 @@ def norm(rows: int, dim: int, dtype: Any, threads: int = 1, absent: str = "") ->
     )  # fmt: skip
 
 
-def rope(rows: int, heads: int, head_dim: int, dtype: Any, threads: int = 1, padding: int = 0) -> dict[str, Any]:
+def lend(tokens: int, inner: int, first: int, dtype: Any, slot: int = 2) -> tuple[int, ...]:
+    """Stores of three slots, of which the last has nothing behind it."""
+    keys, values = (pointer(data(3, tokens, inner, dtype=dtype)) for _ in range(2))
+    return keys, values, pointer(np.array([slot])), 3, tokens, first
+
+
+def rope(
+    rows: int, heads: int, head_dim: int, dtype: Any, threads: int = 1, padding: int = 0, lent: int = 0
+) -> dict[str, Any]:
+    """lent: rows from the start and rows from the end."""
     inner, stride = heads * head_dim, heads * head_dim + padding
     arguments = {"qkv": pointer(data(rows, 3 * inner, dtype=dtype)), "q": pointer(data(rows, inner, dtype=dtype))}
     last = max(rows - 1, 0) * stride + (inner if rows else 0)  # nothing after the last row
@@ -49,6 +58,7 @@ def rope(rows: int, heads: int, head_dim: int, dtype: Any, threads: int = 1, pad
     arguments |= {name: pointer(data(rows, head_dim // 2)) for name in ("cos", "sin")}
     return dict(
         **arguments, rows=rows, heads=heads, head_dim=head_dim, k_stride=stride, v_stride=stride, eps=EPS,
+        lends=[lend(lent, inner, first, dtype) for first in (0, rows - lent)],
         dtype=CODES[dtype], device=-1, stream=0, threads=threads,
     )  # fmt: skip
 
@@ -64,14 +74,14 @@ def good(native: Any) -> int:
             for absent in ("", "gate", "y x_new gate", "weight bias h", "y x_new gate weight bias"):
                 native.residual_norm(**norm(rows, dim, dtype, threads=3, absent=absent))
                 calls += 1
-        for rows, heads, head_dim, padding in (
-            (0, 1, 2, 0),
-            (1, 1, 2, 0),
-            (5, 3, 6, 7),
-            (3, 12, 128, 64),
-            (24, 12, 128, 0),
+        for rows, heads, head_dim, padding, lent in (
+            (0, 1, 2, 0, 0),
+            (1, 1, 2, 0, 1),
+            (5, 3, 6, 7, 3),
+            (3, 12, 128, 64, 3),
+            (24, 12, 128, 0, 5),
         ):
-            native.qk_norm_rope(**rope(rows, heads, head_dim, dtype, threads=3, padding=padding))
+            native.qk_norm_rope(**rope(rows, heads, head_dim, dtype, threads=3, padding=padding, lent=lent))
             calls += 1
     # The arithmetic, once: the instrumented code is the code that is shipped.
     arguments = guidance(100, np.float32)
@@ -90,6 +100,7 @@ def bad(native: Any) -> int:
         *(dict(stream="0"), dict(dtype=None), dict(threads=1.5)),
     ]
     sizes = [*(dict(rows=rows) for rows in (-1, 1 << 31, 1 << 63, 1 << 70)), dict(eps=-1.0), dict(eps=float("nan"))]
+    right = lend(2, 12, 1, np.float32)
     changes = {
         "combine_guidance": [
             *({name: 0} for name in ("cond", "uncond", "out")),
@@ -107,25 +118,34 @@ def bad(native: Any) -> int:
             *(dict(heads=heads) for heads in (0, -1, 1 << 20)),
             *(dict(head_dim=head_dim) for head_dim in (0, 1, 3, -2, 1 << 20)),
             *(dict(heads=(1 << 20) - 1, head_dim=(1 << 20) - 2), dict(k_stride=11), dict(v_stride=-12)),
+            *(dict(lends=lends) for lends in (None, [right[:5]], [(*right, 0)], [None], [right] * 3)),
+            *(
+                dict(lends=[right, (*right[:at], value, *right[at + 1 :])])
+                for at, values in enumerate(
+                    [(0, -8, 1 << 64, "8"), (0,), (0,), (0, -1, 1 << 31), (-1, 4, 1 << 63), (-1, 2, 1 << 62)]
+                )
+                for value in values
+            ),
+            *(dict(lends=[lend(2, 12, 1, np.float32, slot=slot)]) for slot in (-1, 3, 1 << 62)),
         ],
     }
     calls = 0
-    for op, right in (
+    for op, given in (
         ("combine_guidance", guidance(64, np.float32)),
         ("residual_norm", norm(3, 8, np.float32)),
-        ("qk_norm_rope", rope(3, 2, 6, np.float32)),
+        ("qk_norm_rope", {**rope(3, 2, 6, np.float32), "lends": [right]}),
     ):
-        getattr(native, op)(**right)
+        getattr(native, op)(**given)
         for change in common + changes[op]:
             calls += 1
             try:
-                getattr(native, op)(**{**right, **change})
+                getattr(native, op)(**{**given, **change})
             except (ValueError, TypeError):
                 continue
             raise AssertionError(f"{op} took {change}")
         calls += 1
         try:
-            getattr(native, op)(**dict(list(right.items())[1:]))
+            getattr(native, op)(**dict(list(given.items())[1:]))
         except TypeError:
             continue
         raise AssertionError(f"{op} needs every argument")
