@@ -1,6 +1,9 @@
 """Captured against eager stage steps on one GPU, where tokens are few and the host is the limit.
 
-python bench/bench_graphs.py
+    python bench/bench_graphs.py [--timeline captured.json.gz]
+
+The timeline (Perfetto, chrome://tracing) is of a few blocks over two stages on one card, captured: the graphs of both,
+the copies between them on their streams, and what the host does meanwhile.
 """
 
 from __future__ import annotations
@@ -19,27 +22,36 @@ from dualparal.tiny import build_tiny_pipeline
 REPEATS = 5
 
 
-def seconds(model: Path, height: int, stages: int, graphs: bool) -> float:
-    """Of one run after one that captures; 6 blocks of 8 frames, 20 steps, guidance."""
-    engine = Engine.from_pretrained(model, device="cuda", stages=stages, graphs=graphs)
+def run(engine: Engine, height: int, steps: int) -> float:
+    """Seconds of 6 blocks of 8 frames with guidance."""
     zero = torch.zeros(1, 64, engine.source.spec.text_dim)
-    call = {"height": height, "width": height, "num_frames": 4 * 47 + 1, "num_inference_steps": 20}
-    found = []
-    for _ in range(REPEATS):
-        for _chunk in engine.stream(
-            prompt_embeds=zero, negative_prompt_embeds=zero, output_type="latent", **call
-        ):  # fmt: skip
-            pass
-        torch.cuda.synchronize()
-        assert engine.stats is not None
-        found.append(engine.stats.seconds)
+    call = {"height": height, "width": height, "num_frames": 4 * 47 + 1, "num_inference_steps": steps}
+    for _ in engine.stream(prompt_embeds=zero, negative_prompt_embeds=zero, output_type="latent", **call):
+        pass
+    torch.cuda.synchronize()
+    assert engine.stats is not None
+    return engine.stats.seconds
+
+
+def seconds(model: Path, height: int, stages: int, graphs: bool) -> float:
+    engine = Engine.from_pretrained(model, device="cuda", stages=stages, graphs=graphs)
+    found = [run(engine, height, 20) for _ in range(REPEATS)]
     # A run makes its own stages and captures anew; the best of several is the least disturbed.
     return statistics.median(found)
+
+
+def timeline(model: Path, path: Path) -> None:
+    engine = Engine.from_pretrained(model, device="cuda", stages=2, graphs=True)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run(engine, 64, 4)
+    profile.export_chrome_trace(str(path))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--no-record", action="store_true", help="print only")
+    parser.add_argument("--timeline", type=Path, help="write a trace there (.json or .json.gz)")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -51,6 +63,8 @@ def main() -> None:
                              "captured_s": round(captured, 3), "ratio": round(eager / captured, 3)})  # fmt: skip
                 print(f"graphs {height:4d}x{height} {stages} stages: eager {eager:.3f} s, captured {captured:.3f} s, "
                       f"{eager / captured:.2f}x", flush=True)  # fmt: skip
+        if arguments.timeline is not None:
+            timeline(model, arguments.timeline)
     if not arguments.no_record:
         record("graphs", rows)
 

@@ -25,6 +25,7 @@ TESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("te
 # By itself: this kernel has never run, and a crash would take the tests after it along.
 HOPPER = "tests/test_kernels_attention_hopper.py"
 TESTS.remove(HOPPER)
+TIMELINE = ROOT / "bench" / "results" / "captured.json.gz"
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", "-p", "no:cacheprovider"]
 
 # name, share of the time, command. In order of worth: what is cut off at the end is missed least.
@@ -34,7 +35,7 @@ PARTS = [
     ("layer and block-step", 0.25, ["bench/bench_layer.py"]),
     ("attention for Hopper", 0.10, [*PYTEST, HOPPER]),
     ("attention", 0.15, ["bench/bench_attention.py"]),
-    ("graphs", 0.15, ["bench/bench_graphs.py"]),
+    ("graphs", 0.15, ["bench/bench_graphs.py", "--timeline", str(TIMELINE)]),
 ]
 
 
@@ -71,7 +72,8 @@ def main() -> int:
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "suite.log").write_text("\n".join(log))
-        for path in (ROOT / "bench" / "results").glob("*.csv"):
+        results = ROOT / "bench" / "results"
+        for path in [*results.glob("*.csv"), *results.glob(TIMELINE.name)]:
             shutil.copy(path, arguments.out)
     print(f"== {len(PARTS) - len(failed)} parts ok" + (f", not: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0

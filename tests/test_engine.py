@@ -136,7 +136,8 @@ def test_one_block_equals_diffusers(request: pytest.FixtureRequest, engine: Buil
         made = built(**call, latents=latents, output_type="latent").frames
         assert (made - expected).abs().max() < 5e-5
         video = built(**call, latents=latents, output_type="np").frames
-        assert video.shape == frames.shape and np.abs(video - frames).max() < 5e-5
+        # The random VAE makes more of a last bit: 6e-5 on an AMD EPYC, less on a Xeon. A gray level is 4e-3.
+        assert video.shape == frames.shape and np.abs(video - frames).max() < 2e-4
 
 
 def test_a_loaded_pipeline_gives_the_same_video_as_its_files(engine: Build, wan21: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,3 +81,17 @@ def test_frames_and_prompts(wan21: Path, engine: Callable[..., Engine]) -> None:
         built = Engine.from_pretrained(wan21, **OPTIONS, stages=stages, graphs=graphs)
         made.append(built({0: "a cat", 20: "a dog"}, **call).frames)
     assert made[0].shape == (1, 45, 64, 96, 3) and (made[0] == made[1]).all()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_no_op_reads_or_writes_where_it_may_not(tool: str) -> None:
+    """The attention for Hopper has a test of its own (test_kernels_attention_hopper.py)."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer")
+    worker = Path(__file__).with_name("workers") / "sanitized_gpu.py"
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(worker)],
+        capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import scenes
+
+TOOLS = Path(scenes.__file__).parent
 
 
 def run(script: str, *arguments: object) -> None:
@@ -27,9 +28,9 @@ def run(script: str, *arguments: object) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("train")
-    run("train_vae.py", "--out", out, "--steps", 40, "--batch", 2)
+    run("train_vae.py", "--out", out, "--schedule", "30:1x4,40:5x1")
     run("make_latents.py", "--out", out, "--clips", 16)
-    run("train_transformer.py", "--out", out, "--steps", 60, "--schedule", "0.5:2x16,1:4x8")
+    run("train_transformer.py", "--out", out, "--schedule", "30:2x16,60:4x8")
     return out
 
 
@@ -48,7 +49,7 @@ def test_a_stopped_run_goes_on_where_it_was(trained: Path, tmp_path: Path) -> No
         out.mkdir()
         (out / "latents").symlink_to(trained / "latents")
         for minutes in stops:
-            run("train_transformer.py", "--out", out, "--steps", 4, "--schedule", "1:2x4", "--minutes", minutes)
+            run("train_transformer.py", "--out", out, "--schedule", "4:2x4", "--minutes", minutes)
     states = [load_file(tmp_path / name / "transformer.safetensors") for name in ("straight", "stopped")]
     assert states[0].keys() == states[1].keys() and int(states[1]["step"]) == 4
     assert all(states[0][name].equal(states[1][name]) for name in states[0])

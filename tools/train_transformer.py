@@ -1,9 +1,9 @@
 """Trains the transformer and the text encoder of the model in the box on the latents of tools/make_latents.py.
 
-    python tools/train_transformer.py --out build/train --steps 5000
+    python tools/train_transformer.py --out build/train
 
 Flow matching as Wan does it: x_s = (1 - s) x + s noise, the model says noise - x, s is shifted towards noise. Windows
-of a few latent frames, then of more (--schedule); a window starts at the start of its video in a quarter of the cases
+of a few latent frames, then of more (SCHEDULE); a window starts at the start of its video in a quarter of the cases
 (the first latent frame of a video stands for one frame, all others for four), else anywhere. Captions are dropped
 in a tenth of the cases, for classifier-free guidance. Muon for the matrices of the layers, AdamW for the rest; what
 is kept is the exponential average of the weights. Every batch is a function of --seed and its number.
@@ -26,6 +26,7 @@ from diffusers import WanTransformer3DModel
 from make_latents import scene_of
 from scenes import vocabulary
 from torch import nn
+from train_vae import stages
 from transformers import UMT5Config, UMT5EncoderModel
 
 from dualparal.tiny import make_tokenizer
@@ -44,6 +45,7 @@ TRANSFORMER = {
     "num_layers": 8,
 }
 DROP_CAPTION = 0.1
+SCHEDULE = "2000:4x64,3750:8x32,5000:16x16"  # first what a scene looks like, then how it moves
 SHIFT = 2.0  # of the noise levels that are trained
 EMA = 0.999
 
@@ -149,23 +151,10 @@ class Data:
         return " ".join(words)
 
 
-def stages(text: str) -> list[tuple[float, int, int]]:
-    """ "0.5:5x48,1:16x16" to [(until which share of the steps, frames, batch), ...]."""
-    found = []
-    for part in text.split(","):
-        until, _, shape = part.partition(":")
-        frames, _, batch = shape.partition("x")
-        found.append((float(until), int(frames), int(batch)))
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument(
-        "--schedule", type=stages, default=stages("0.4:4x64,0.75:8x32,1:16x16"), help="until:FRAMESxBATCH,..."
-    )
+    parser.add_argument("--schedule", type=stages, default=stages(SCHEDULE), help="until step:FRAMESxBATCH,...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -181,19 +170,20 @@ def main() -> None:
     trained = nn.ModuleDict({"transformer": model, "text": text}).to(device)
     average = copy.deepcopy(trained)
     optimizers = make_optimizers(model, text)
+    steps = options.schedule[-1][0]
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     path = options.out / "transformer.safetensors"
     state = {"trained": trained, "average": average}
     start = checkpoint.load(path, state, optimizers)
     log = (options.out / "transformer.jsonl").open("a")
     began, losses = time.perf_counter(), []
-    for step in range(start, options.steps):
-        share = step / options.steps
+    for step in range(start, steps):
+        share = step / steps
         warm, decay = min((step + 1) / 200, 1.0), min(1.0, max(0.0, 1 - share) / 0.4)  # trapezoid
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * warm * decay
-        _, frames, batch = next(stage for stage in options.schedule if share < stage[0])
+        _, frames, batch = next(stage for stage in options.schedule if step < stage[0])
         rng = np.random.default_rng([options.seed, 2, step])
         clean, captions = data.batch(rng, batch, frames)
         generator = torch.Generator(device).manual_seed(step)
@@ -216,7 +206,7 @@ def main() -> None:
             for mine, new in zip(average.parameters(), trained.parameters(), strict=True):
                 mine.lerp_(new, 1 - keep)
         losses.append(loss.item())
-        last = step + 1 == options.steps or time.perf_counter() - began > 60 * options.minutes
+        last = step + 1 == steps or time.perf_counter() - began > 60 * options.minutes
         if (step + 1) % 100 == 0 or last:
             row = {"step": step + 1, "frames": frames, "loss": float(np.mean(losses))}
             print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), file=log, flush=True)

@@ -1,6 +1,6 @@
 """Trains the video autoencoder of the model in the box: diffusers' AutoencoderKLWan, small, on tools/scenes.py.
 
-    python tools/train_vae.py --out build/train --steps 3200
+    python tools/train_vae.py --out build/train
 
 L1 and squared error, a little Kullback-Leibler; no adversary. Every batch is a function of --seed and its number:
 the same command gives the same weights on the same machine, and one that was stopped goes on where it was.
@@ -24,10 +24,21 @@ from torch import nn
 CONFIG = {"base_dim": 24, "decoder_base_dim": 24, "z_dim": 12, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1}
 LINEAR = ("conv_in", "conv_out", "conv_shortcut", "quant_conv")  # with the samplers' convolutions: the trunk
 KL_WEIGHT = 1e-4  # of the mean per latent number, beside the mean per pixel
-GUIDED = 0.4  # of the steps, with less and less weight
-IMAGES = 0.35  # of the steps on single frames, four times as many: colours and edges first, motion then
-LONG = 0.8  # of the steps are done when clips become long, and few
-CLIP, LONG_CLIP = 9, 33  # frames. What lies seven latents back still reaches a frame, through the caches of both halves
+GUIDED = 1000  # steps, with less and less weight
+# Single frames first, for colours and edges, then motion, then length: what lies many latents back still reaches a
+# frame, through the caches of both halves, and a model of short clips falls apart behind them.
+SCHEDULE = "900:1x16,2600:9x4,4800:33x1"
+OBJECTS = 4  # times more does a pixel of an object count: most of a picture is background
+
+
+def stages(text: str) -> list[tuple[int, int, int]]:
+    """ "900:1x16,4800:33x1" to [(until which step, frames, batch), ...]."""
+    found = []
+    for part in text.split(","):
+        until, _, shape = part.partition(":")
+        frames, _, batch = shape.partition("x")
+        found.append((int(until), int(frames), int(batch)))
+    return found
 
 
 def make_vae() -> AutoencoderKLWan:
@@ -57,7 +68,7 @@ class Guide:
     """
 
     def __init__(self, seed: int, components: int) -> None:
-        patches = self._patches(clips(seed, 1 << 31, 64, CLIP)[:, :, 1:])
+        patches = self._patches(clips(seed, 1 << 31, 64, 9)[:, :, 1:])
         self.mean = patches.mean(0)
         _, scale, basis = torch.linalg.svd(
             patches[torch.randperm(len(patches))[:8192]] - self.mean, full_matrices=False
@@ -103,8 +114,7 @@ def clips(seed: int, step: int, batch: int, frames: int) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for vae.safetensors and vae.jsonl")
-    parser.add_argument("--steps", type=int, default=3200)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--schedule", type=stages, default=stages(SCHEDULE), help="until step:FRAMESxBATCH,...")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -119,31 +129,31 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "vae.safetensors"
     start = checkpoint.load(path, {"vae": vae}, [optimizer])
+    steps = options.schedule[-1][0]
     log = (path.parent / "vae.jsonl").open("a")
     began = time.perf_counter()
-    for step in range(start, options.steps):
+    for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * min((step + 1) / 100, 1.0) * max(0.02, 1 - step / options.steps)
-        images = step < options.steps * IMAGES
-        shape = (4 * options.batch, 1) if images else (options.batch, CLIP)
-        if step >= options.steps * LONG:
-            shape = max(1, options.batch * CLIP // LONG_CLIP), LONG_CLIP
-        video = clips(options.seed, step, *shape).to(device)
+            group["lr"] = options.lr * min((step + 1) / 100, 1.0) * max(0.02, 1 - step / steps)
+        _, frames, batch = next(stage for stage in options.schedule if step < stage[0])
+        video = clips(options.seed, step, batch, frames).to(device)
         torch.manual_seed(step)
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(video).latent_dist
             restored = decode(vae, posterior.sample())
         error = restored.float() - video
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        loss = error.abs().mean() + error.square().mean() + KL_WEIGHT * kl
-        if step < options.steps * GUIDED:
+        ground = video.flatten(2).median(2).values[..., None, None, None]
+        weight = 1 + OBJECTS * ((video - ground).abs().amax(1, keepdim=True) > 0.2)
+        loss = (weight * (error.abs() + error.square())).mean() + KL_WEIGHT * kl
+        if step < GUIDED:
             guided = (posterior.mean.float() - guide(video)).square().mean()
-            loss = loss + (1 - step / (options.steps * GUIDED)) * guided
+            loss = loss + (1 - step / GUIDED) * guided
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 0 or step + 1 == options.steps:
+        if step % 50 == 0 or step + 1 == steps:
             row = {
                 "step": step,
                 "l1": error.abs().mean().item(),
@@ -153,7 +163,7 @@ def main() -> None:
                 "seconds": round(time.perf_counter() - began, 1),
             }
             print(json.dumps(row), file=log, flush=True)
-        if (step + 1) % 250 == 0 or step + 1 == options.steps:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             checkpoint.save(path, step + 1, {"vae": vae}, [optimizer])
 
 
