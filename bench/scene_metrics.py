@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations
 from pathlib import Path
 
@@ -19,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from scenes import BACKGROUNDS, COLOURS, ORBIT, SHAPES, SIZE, SPEEDS, SWING, Scene, video
 
 COLOUR_NAMES, COLOUR_VALUES = tuple(COLOURS), np.array(list(COLOURS.values()), np.float32)
+GROUND_VALUES = np.array(list(BACKGROUNDS.values()), np.float32)
 OPAQUE = 0.5  # a pixel that is more object than background
 OFF_PALETTE = 0.25  # a pixel this far from any mix of the background and one colour belongs to nobody
+DEEP = 12  # pixels of a piece that is left three pixels in; a circle of radius 7 has 50
 MIN_AREA = 25.0  # pixels; the smallest object of a scene, a triangle of radius 7, has 64
 FAR = 8.0  # pixels between two frames: not the same object
 ENDS = 16  # frames at the start and at the end that drift compares
@@ -42,7 +45,7 @@ class Blobs:
     area: np.ndarray  # [blobs], pixels; edge pixels count by their share
     centre: np.ndarray  # [blobs, 2], x and y
     fill: np.ndarray  # [blobs], area over that of the circle round it
-    contrast: np.ndarray  # [blobs], how far its inner pixels are on the way from background to palette colour
+    contrast: np.ndarray  # [blobs], its inner pixels' distance from the background over that of the palette's colours
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,9 @@ def track(frames: np.ndarray) -> Seen:
 
     The background of a frame is its median colour. A pixel is a mix of the background and one palette colour: the
     colour whose line from the background passes nearest; the share of colour is its alpha. Objects are 4-connected
-    pixels of one colour on the torus of the picture with alpha of at least ``OPAQUE``, eroded by a pixel first so
-    that two that touch stay two, then grown back by three with their blurred rim. Less than ``MIN_AREA``: nobody.
+    pixels of one colour on the torus of the picture with alpha of at least ``OPAQUE``, without their outermost
+    pixels and cut where they only touch (``_split``), then grown back by three with their blurred rim. Less than
+    ``MIN_AREA``: nobody.
     """
     parts, background = [], np.empty((len(frames), 3), np.float32)
     for first in range(0, len(frames), CHUNK):
@@ -92,47 +96,73 @@ def track(frames: np.ndarray) -> Seen:
 
 
 def _find(pixels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    number = len(pixels)
-    ground = np.median(pixels.reshape(number, -1, 3), axis=1)  # [F, 3]
-    colour, alpha, inner_alpha, off = _unmix(pixels, ground)
-    solid = (alpha >= OPAQUE) & (off <= OFF_PALETTE)
-    kind = np.where(solid, colour, -1)
-    inner = solid.copy()
-    for shift in _NEIGHBOURS:
-        inner &= np.roll(kind, shift, (1, 2)) == kind
-    label = _components(np.where(inner, colour, -1))
-    core = label.copy()
-    rim = (alpha > 0.1) & (off <= OFF_PALETTE)
+    ground = np.median(pixels.reshape(len(pixels), -1, 3), axis=1)  # [F, 3]
+    colour, alpha, off = _unmix(pixels, ground)
+    kind = np.where((alpha >= OPAQUE) & (off <= OFF_PALETTE), colour, -1)
+    core = _split(kind)
+    label, rim = core, (alpha > 0.1) & (off <= OFF_PALETTE)
     for _ in range(3):
-        for shift in _NEIGHBOURS:
-            near = np.roll(label, shift, (1, 2))
-            # The neighbour's colour, not a pixel's own: on the rim the colour is a guess.
-            label = np.where((label < 0) & rim & (np.roll(colour, shift, (1, 2)) == colour), near, label)
+        label = _grow(label, colour, rim)
     # A checkered background has two levels, and the median is one of them.
     away = (alpha < OPAQUE) & (label < 0)
-    weight = np.maximum(away.sum((1, 2)), 1)
-    background = np.where(away[..., None], pixels, 0).sum((1, 2)) / weight[:, None]
-    return _measure(label, core, colour, alpha, inner_alpha), background
+    background = np.where(away[..., None], pixels, 0).sum((1, 2)) / np.maximum(away.sum((1, 2)), 1)[:, None]
+    return _measure(label, core, colour, alpha, pixels, background), background
+
+
+def _split(kind: np.ndarray) -> np.ndarray:
+    """Labels of objects without their outermost pixels; -1 elsewhere. kind: colour or -1.
+
+    Circles a fraction of a pixel apart are joined by some rows of full pixels. Three pixels in they are two again,
+    whereas what is convex stays in one piece however much is taken off.
+    """
+    inner = _erode(kind)
+    label, deep = _components(inner), _components(_erode(_erode(inner)))
+    for piece in np.flatnonzero(np.bincount(deep[deep >= 0], minlength=1) < DEEP):
+        deep[deep == piece] = -1
+    pairs = np.unique(np.stack([label[deep >= 0], deep[deep >= 0]]), axis=1)
+    parents, pieces = np.unique(pairs[0], return_counts=True)
+    joined = np.isin(label, parents[pieces > 1])
+    if joined.any():
+        parts = np.where(joined & (deep >= 0), deep + label.max() + 1, -1)
+        for _ in range(2):
+            parts = _grow(parts, inner, joined)
+        label = np.where(joined, parts, label)
+        label[label >= 0] = np.unique(label[label >= 0], return_inverse=True)[1]  # no gaps in the numbers
+    return label
+
+
+def _erode(kind: np.ndarray) -> np.ndarray:
+    inside = kind >= 0
+    for shift in _NEIGHBOURS:
+        inside &= np.roll(kind, shift, (1, 2)) == kind
+    return np.where(inside, kind, -1)
+
+
+def _grow(label: np.ndarray, colour: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Labels by one pixel larger, into pixels of ``where`` of their colour."""
+    for shift in _NEIGHBOURS:
+        free = (label < 0) & where & (np.roll(colour, shift, (1, 2)) == colour)
+        label = np.where(free, np.roll(label, shift, (1, 2)), label)
+    return label
 
 
 _NEIGHBOURS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
 
 def _unmix(pixels: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Per pixel: the colour it is mixed with, its share in [0, 1], the share not clipped, and the distance left."""
+    """Per pixel: the colour it is mixed with, that colour's share in [0, 1], and the distance that is left."""
     line = COLOUR_VALUES[None] - ground[:, None]  # [F, K, 3]
     length = (line**2).sum(-1)[:, None]
     delta = (pixels - ground[:, None, None]).reshape(len(pixels), -1, 3)
     dot = delta @ line.transpose(0, 2, 1)  # [F, pixels, K]
-    raw = dot / length
-    share = np.clip(raw, 0, 1)
+    share = np.clip(dot / length, 0, 1)
     left = (delta**2).sum(-1, keepdims=True) - 2 * share * dot + share**2 * length
     colour = left.argmin(-1)
 
     def of(values: np.ndarray) -> np.ndarray:
         return np.take_along_axis(values, colour[..., None], -1)[..., 0].reshape(pixels.shape[:3])
 
-    return colour.reshape(pixels.shape[:3]), of(share), of(raw), np.sqrt(np.maximum(of(left), 0))
+    return colour.reshape(pixels.shape[:3]), of(share), np.sqrt(np.maximum(of(left), 0))
 
 
 def _components(kind: np.ndarray) -> np.ndarray:
@@ -159,32 +189,44 @@ def _components(kind: np.ndarray) -> np.ndarray:
 
 
 def _measure(
-    label: np.ndarray, core: np.ndarray, colour: np.ndarray, alpha: np.ndarray, inner_alpha: np.ndarray
+    label: np.ndarray,
+    core: np.ndarray,
+    colour: np.ndarray,
+    alpha: np.ndarray,
+    pixels: np.ndarray,
+    background: np.ndarray,
 ) -> dict[str, np.ndarray]:
     number = int(label.max(initial=-1)) + 1
     frame, y, x = np.nonzero(label >= 0)
-    which, share = label[label >= 0], alpha[label >= 0]
+    which = label[label >= 0]
     _, first = np.unique(which, return_index=True)
-    origin = np.stack([x[first], y[first]], -1) if number else np.zeros((0, 2))
-    offset = (np.stack([x, y], -1) - origin[which] + SIZE // 2) % SIZE - SIZE // 2
+    in_core = core[label >= 0] >= 0
 
     def total(weights: np.ndarray) -> np.ndarray:
         return np.bincount(which, weights, number)
 
+    def inner_mean(values: np.ndarray) -> np.ndarray:
+        return total(values * in_core) / np.maximum(total(in_core), 1)
+
+    share = alpha[label >= 0]
+    share = np.minimum(share / inner_mean(share)[which], 1)  # a pale object is not a small one
+    origin = np.stack([x[first], y[first]], -1)
+    offset = (np.stack([x, y], -1) - origin[which] + SIZE // 2) % SIZE - SIZE // 2
     area = total(share)
     mean = np.stack([total(share * offset[:, axis]) for axis in range(2)], -1) / np.maximum(area, 1e-9)[:, None]
-    distance = np.where(share >= OPAQUE, np.hypot(*(offset - mean[which]).T), 0)
     reach = np.zeros(number)
-    np.maximum.at(reach, which, distance)
-    in_core = core[label >= 0] >= 0
-    contrast = total(inner_alpha[label >= 0] * in_core) / np.maximum(total(in_core), 1)
+    np.maximum.at(reach, which, np.where(share >= 0.5, np.hypot(*(offset - mean[which]).T), 0))
+    kind, at = colour[frame[first], y[first], x[first]], frame[first]
+    inside = np.stack([inner_mean(pixels[label >= 0][:, channel]) for channel in range(3)], -1)
+    nearest = np.linalg.norm(background[:, None] - GROUND_VALUES, axis=-1).argmin(1)
+    full = np.linalg.norm(COLOUR_VALUES[kind] - GROUND_VALUES[nearest[at]], axis=-1)
     found = {
-        "frame": frame[first],
-        "colour": colour[frame[first], y[first], x[first]] if number else np.zeros(0, int),
+        "frame": at,
+        "colour": kind,
         "area": area,
         "centre": (origin + mean + 0.5) % SIZE,
         "fill": area / (np.pi * (reach + 0.5) ** 2),  # a pixel's middle is half a pixel from the rim
-        "contrast": contrast,
+        "contrast": np.linalg.norm(inside - background[at], axis=-1) / full,
     }
     keep = np.flatnonzero(area >= MIN_AREA)
     keep = keep[np.argsort(found["frame"][keep], kind="stable")]
@@ -268,12 +310,16 @@ def held(seen: Seen) -> float:
 
 
 def size_drift(seen: Seen) -> float:
-    """Mean over colours of |ln(mean area at the end / at the start)|, of the first and last ``ENDS`` frames."""
+    """Mean over colours of |ln(mean area at the end / at the start)|, of the first and last ``ENDS`` frames.
+
+    Of colours with as many objects at the end as at the start (the median): else it would be another object's size.
+    """
     blobs, drifts = seen.blobs, []
     for colour in range(len(COLOUR_NAMES)):
         own = blobs.colour == colour
         start, end = own & (blobs.frame < ENDS), own & (blobs.frame >= seen.frames - ENDS)
-        if start.any() and end.any():
+        count = seen.counts[:, colour]
+        if start.any() and end.any() and np.median(count[:ENDS]) == np.median(count[-ENDS:]):
             drifts.append(abs(np.log(blobs.area[end].mean() / blobs.area[start].mean())))
     return float(np.mean(drifts)) if drifts else float("nan")
 
@@ -304,8 +350,12 @@ def jitter_ratio(seen: Seen, scene: Scene) -> float:
 
     ``UNSEEN`` is added to both: the truth's is next to nothing where the speed happens to be a pixel per frame.
     """
-    truth = [jitter(track(video(scene, 61, np.random.default_rng([7, n])))) for n in range(4)]
-    return (jitter(seen) + UNSEEN) / (float(np.mean(truth)) + UNSEEN)
+    return (jitter(seen) + UNSEEN) / (_true_jitter(scene) + UNSEEN)
+
+
+@lru_cache(1000)
+def _true_jitter(scene: Scene) -> float:
+    return float(np.mean([jitter(track(video(scene, 61, np.random.default_rng([7, n])))) for n in range(4)]))
 
 
 def motion_right(seen: Seen, scene: Scene) -> float:
@@ -360,16 +410,14 @@ def background_drift(seen: Seen) -> np.ndarray:
 
 def background_right(seen: Seen, scene: Scene) -> np.ndarray:
     """[frames] bool: of the four backgrounds, the caption's is the nearest."""
-    names, values = list(BACKGROUNDS), np.array(list(BACKGROUNDS.values()))
-    nearest = np.linalg.norm(seen.background[:, None] - values, axis=-1).argmin(1)
-    return nearest == names.index(scene.background)
+    nearest = np.linalg.norm(seen.background[:, None] - GROUND_VALUES, axis=-1).argmin(1)
+    return nearest == list(BACKGROUNDS).index(scene.background)
 
 
 def contrast_kept(seen: Seen) -> float:
     """Contrast of the last ``ENDS`` frames over that of the first.
 
-    The contrast of an object is how far its inner pixels are on the way from the background of the frame to the
-    palette colour (1 in the truth).
+    The contrast of an object is the distance of its inner colour from the background's, over the same of the palette.
     """
     blobs = seen.blobs
     start, end = blobs.frame < ENDS, blobs.frame >= seen.frames - ENDS
