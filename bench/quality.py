@@ -74,7 +74,7 @@ VARIANTS = {
         Variant("vae", method="vae"),
         Variant("whole", frames_per_block=None, context_frames=0),
         Variant("independent", context_frames=0),
-        Variant("fifo", method="fifo", steps=32),
+        Variant("fifo", method="fifo", steps=24),
         *(Variant(policy, context=policy) for policy in ("paper", "cached", "prior")),
         *(Variant(f"{p} C{c}", context=p, context_frames=c) for p in ("paper", "cached", "prior") for c in (2, 8)),
         *(Variant(f"{p} B4", context=p, frames_per_block=4) for p in ("paper", "cached", "prior")),
@@ -90,34 +90,41 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Which variants at which lengths (latent frames), and of how many captions and seeds."""
+class Part:
+    """Variants at one length (in latent frames), and of how many captions and seeds. Part of a preset."""
 
-    lengths: dict[int, tuple[str, ...]]
+    latents: int
+    names: tuple[str, ...]
     prompts: int
     seeds: int
 
 
 POLICIES = ("paper", "cached", "prior")
 PRESETS = {
-    "smoke": Preset({2 * TRAINED: ("truth", "vae", "independent", "cached T4")}, 1, 2),
-    "first": Preset(
-        {TRAINED: ("truth", "vae", "whole"), 5 * TRAINED: ("truth", "independent", "fifo", *POLICIES)}, 6, 2
+    "smoke": (Part(2 * TRAINED, ("truth", "vae", "independent", "cached T4"), 1, 2),),
+    "first": (
+        Part(TRAINED, ("truth", "vae", "whole"), 6, 2),
+        Part(5 * TRAINED, ("truth", "vae", "independent", "fifo", *POLICIES), 6, 1),
     ),
-    "table": Preset(
-        {
-            TRAINED: ("truth", "vae", "whole", "whole T4", "whole T8", "whole T50", "whole euler"),
-            5 * TRAINED: (
-                "truth", "vae", "independent", "fifo", *POLICIES,
-                *(f"{p} {change}" for p in POLICIES for change in ("C2", "C8", "T8")),
-                *(f"cached {change}" for change in ("B4", "B12", "T4", "T50", "own noise", "same noise", "euler")),
+    # As much as two cores do in about twenty minutes: many captions where videos are short.
+    "table": (
+        Part(TRAINED, ("truth", "vae", "whole", "whole T4", "whole T8", "whole T50", "whole euler"), 10, 2),
+        Part(5 * TRAINED, ("truth", "vae", "independent", "fifo", *POLICIES), 6, 2),
+        Part(
+            5 * TRAINED,
+            (
+                *(f"{policy} {change}" for policy in POLICIES for change in ("C2", "C8")),
+                *(
+                    f"cached {change}"
+                    for change in ("B4", "B12", "T4", "T8", "T50", "own noise", "same noise", "euler")
+                ),
             ),
-            20 * TRAINED: ("truth", "independent", "fifo", *POLICIES),
-        },
-        12,
-        2,
+            6,
+            1,
+        ),
+        Part(20 * TRAINED, ("truth", "independent", "fifo", *POLICIES), 3, 1),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -311,15 +318,19 @@ def reference(cache: Path, prompts: int) -> list[np.ndarray]:
         return [kept[str(prompt)] for prompt in range(prompts)]
 
 
-def plan(options: argparse.Namespace) -> Preset:
+def plan(options: argparse.Namespace) -> list[Part]:
     if options.variants:
         unknown = [name for name in options.variants if name not in VARIANTS]
         if unknown:
             raise SystemExit(f"no variant {', '.join(map(repr, unknown))}; use some of: {', '.join(VARIANTS)}")
-        preset = Preset({length: tuple(options.variants) for length in options.latents}, 4, 2)
+        parts = [Part(latents, tuple(options.variants), 4, 2) for latents in options.latents]
     else:
-        preset = PRESETS[options.preset]
-    return replace(preset, prompts=options.prompts or preset.prompts, seeds=options.seeds or preset.seeds)
+        parts = list(PRESETS[options.preset])
+    short = [part.latents for part in parts if 4 * part.latents - 3 < scene_classifier.SPAN]
+    if short:
+        least = (scene_classifier.SPAN + 3 + 3) // 4
+        raise SystemExit(f"--latents {short[0]}: the classifier reads {scene_classifier.SPAN} frames; from {least}")
+    return [replace(p, prompts=options.prompts or p.prompts, seeds=options.seeds or p.seeds) for p in parts]
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -336,7 +347,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw curves and filmstrips there, and the table")
     parser.add_argument("--record", action="store_true", help="append rows to bench/results/quality.csv")
     options = parser.parse_args(arguments)
-    preset = plan(options)
+    parts = plan(options)
     start_worker()
 
     def variant(name: str) -> Variant:
@@ -344,32 +355,32 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         return found if options.guidance_scale is None else replace(found, guidance_scale=options.guidance_scale)
 
     jobs = [
-        Job(variant(name), length, prompt, seed)
-        for prompt in range(preset.prompts)  # a stopped run has few captions of every variant, not the reverse
-        for length, names in preset.lengths.items()
-        for name in names
-        for seed in range(preset.seeds)
+        Job(variant(name), part.latents, prompt, seed)
+        for part in parts
+        for prompt in range(part.prompts)
+        for name in part.names
+        for seed in range(part.seeds)
     ]
     console = Console()
     console.width = max(console.width, 190)  # the table; a narrow terminal breaks its lines
-    results = progress(
-        run_all(options.model, options.cache, jobs, options.workers), "videos", len(jobs), console=console
-    )
+    done = run_all(options.model, options.cache, jobs, options.workers)
     videos: dict[tuple[int, str], dict[tuple[int, int], dict[str, np.ndarray]]] = {
-        (length, name): {} for length, names in preset.lengths.items() for name in names
+        (part.latents, name): {} for part in parts for name in part.names
     }
-    for job, result in results:
+    for job, result in progress(done, "videos", len(jobs), console=console):
         videos[job.latents, job.variant.name][job.prompt, job.seed] = result
-    truth = reference(options.cache, preset.prompts)
+    truth = reference(options.cache, max(part.prompts for part in parts))
     rows = [
-        {"latents": length, "variant": name, **quality_report.summarise(found, truth)}
-        for (length, name), found in videos.items()
+        {"latents": part.latents, "variant": name, "prompts": part.prompts, "seeds": part.seeds}
+        | quality_report.summarise(videos[part.latents, name], truth)
+        for part in parts
+        for name in part.names
     ]
-    console.print(quality_report.table(rows, preset.prompts, preset.seeds))
+    console.print(quality_report.table(rows))
     if options.figures:
         quality_report.draw(options.figures, videos, rows, jobs[0].scene().caption())
     if options.record:
-        record("quality", [{**row, "prompts": preset.prompts, "seeds": preset.seeds} for row in rows])
+        record("quality", rows)
     return rows
 
 

@@ -130,24 +130,30 @@ def _named(name: str, values: Any) -> dict[str, float]:
     return {key: round(float(value), 5) for key, value in zip((name, f"{name}_low", f"{name}_high"), values)}
 
 
-def table(rows: list[dict[str, Any]], prompts: int, seeds: int) -> Table:
-    found = Table(title=f"{prompts} captions, {seeds} seeds; below: 95 % interval over captions")
-    for title in ("latents", "variant", *(column.title for column in COLUMNS)):
+def table(rows: list[dict[str, Any]]) -> Table:
+    found = Table(title="below a figure: its 95 % interval over captions")
+    for title in _TITLES:
         found.add_column(title, justify="left" if title == "variant" else "right")
     for row in rows:
         cells = [f"{c.show(row[c.name])}\n[dim]{_interval(c, row)}[/dim]" for c in COLUMNS]
-        found.add_row(str(row["latents"]), row["variant"], *cells)
+        found.add_row(*_head(row), *cells)
     return found
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table, intervals in small print."""
-    titles = ["latents", "variant", *(column.title for column in COLUMNS)]
-    lines = [titles, ["---"] * len(titles)]
+    lines = [_TITLES, ["---"] * len(_TITLES)]
     for row in rows:
         cells = [f"{c.show(row[c.name])} <sub>{_interval(c, row)}</sub>" for c in COLUMNS]
-        lines.append([str(row["latents"]), row["variant"], *(cell.replace(" <sub></sub>", "") for cell in cells)])
+        lines.append([*_head(row), *(cell.replace(" <sub></sub>", "") for cell in cells)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+_TITLES = ["latents", "variant", "videos", *(column.title for column in COLUMNS)]
+
+
+def _head(row: Mapping[str, Any]) -> list[str]:
+    return [str(row["latents"]), row["variant"], f"{row['prompts']}×{row['seeds']}"]
 
 
 def _interval(column: Column, row: Mapping[str, Any]) -> str:

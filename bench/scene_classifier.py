@@ -48,12 +48,12 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = [(7, 16, (1, 2, 2)), (16, 32, (2, 2, 2)), (32, 48, (2, 1, 1)), (48, 48, (2, 1, 1))]
+        sizes = [(5, 16, (1, 2, 2)), (16, 32, (2, 2, 2)), (32, 48, (2, 1, 1)), (48, 48, (2, 1, 1))]
         layers: list[nn.Module] = []
         for inputs, outputs, stride in sizes:
-            layers += [nn.Conv3d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU()]
+            layers += [nn.Conv3d(inputs, outputs, 3, stride, 1), nn.BatchNorm3d(outputs), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.neck = nn.Linear(48, FEATURES)
+        self.neck = nn.Linear(48 + 3 * FRAMES, FEATURES)
         self.head = nn.Linear(FEATURES, sum(HEADS.values()))
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("std", torch.ones(FEATURES))
@@ -62,9 +62,9 @@ class Classifier(nn.Module):
         small = F.avg_pool3d(clips, (1, 2, 2))
         line = torch.linspace(-1, 1, small.shape[-1], device=clips.device)
         places = torch.stack(torch.meshgrid(line, line, indexing="ij"))  # circling is about the middle
-        places = places[None, :, None].expand(len(small), -1, small.shape[2], -1, -1)
-        hidden = self.body(torch.cat([small * 2 - 1, 10 * flow(small), places], dim=1))
-        features = F.silu(self.neck(hidden.mean((2, 3, 4))))
+        around = places[None, :, None].expand(len(small), -1, small.shape[2], -1, -1)
+        hidden = self.body(torch.cat([small * 2 - 1, around], dim=1)).mean((2, 3, 4))
+        features = F.silu(self.neck(torch.cat([hidden, flow(small, places)], dim=1)))
         return features, dict(zip(HEADS, self.head(features).split(list(HEADS.values()), dim=1)))
 
     @torch.inference_mode()
@@ -76,12 +76,18 @@ class Classifier(nn.Module):
         return features.numpy(), {name: torch.cat([a[name] for _, a in parts]).argmax(1).numpy() for name in HEADS}
 
 
-def flow(clips: torch.Tensor) -> torch.Tensor:
-    """Change in time times slope in y and in x, [N, 2, F, H, W]: against motion. Left alone, motion is learned last."""
+def flow(clips: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """How the picture as a whole moves and turns from frame to frame, [N, 3 F]: optical flow, one for all pixels.
+
+    The least-squares answer of change = - velocity * slope, along y, along x, and round the middle. Given to the
+    network because it would learn it last.
+    """
     change = torch.diff(clips, dim=2, append=clips[:, :, -1:])
     mid = clips + change / 2
-    slopes = [(mid.roll(-1, axis) - mid.roll(1, axis)) / 2 for axis in (3, 4)]
-    return torch.stack([(change * slope).sum(1) for slope in slopes], dim=1)
+    slope_y, slope_x = ((mid.roll(-1, axis) - mid.roll(1, axis)) / 2 for axis in (3, 4))
+    slopes = [slope_y, slope_x, places[1] * slope_y - places[0] * slope_x]
+    found = [-(change * slope).sum((1, 3, 4)) / (slope.square().sum((1, 3, 4)) + 0.1) for slope in slopes]
+    return torch.cat(found, dim=1)
 
 
 def cut(frames: np.ndarray) -> np.ndarray:

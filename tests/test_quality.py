@@ -53,7 +53,7 @@ def draw(scene: Scene, positions: np.ndarray, angles: np.ndarray) -> np.ndarray:
     return np.rint(render(scene, positions, angles) * 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_truth_is_ideal(seed: int) -> None:
     rng = np.random.default_rng([5, seed])
     scene = sample_scene(rng)
@@ -234,8 +234,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny", layers=2, vae_dim=2))
 
 
-def test_fifo_is_the_whole_clip_where_all_frames_have_one_level(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its arithmetic against a model that says what takes any noised frame back to a known clean one."""
+def test_fifo_takes_every_frame_through_all_levels(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that knows the clean frame, and believes the level it is told, ends on it only if levels are right."""
     pipe = quality.load_pipe(model)
     clean = torch.linspace(-1, 1, 16).view(1, 16, 1, 1, 1)  # one value per channel
 
