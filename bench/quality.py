@@ -362,7 +362,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         for seed in range(part.seeds)
     ]
     console = Console()
-    console.width = max(console.width, 190)  # the table; a narrow terminal breaks its lines
+    console.width = max(console.width, 220)  # the table; a narrow terminal breaks its lines
     done = run_all(options.model, options.cache, jobs, options.workers)
     videos: dict[tuple[int, str], dict[tuple[int, int], dict[str, np.ndarray]]] = {
         (part.latents, name): {} for part in parts for name in part.names

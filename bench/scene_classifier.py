@@ -48,7 +48,7 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = [(5, 16, (1, 2, 2)), (16, 32, (2, 2, 2)), (32, 48, (2, 1, 1)), (48, 48, (2, 1, 1))]
+        sizes = [(5, 16, (2, 2, 2)), (16, 32, (2, 2, 2)), (32, 48, (1, 2, 2)), (48, 48, (2, 1, 1))]
         layers: list[nn.Module] = []
         for inputs, outputs, stride in sizes:
             layers += [nn.Conv3d(inputs, outputs, 3, stride, 1), nn.BatchNorm3d(outputs), nn.SiLU()]
@@ -59,12 +59,13 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.ones(FEATURES))
 
     def forward(self, clips: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        small = F.avg_pool3d(clips, (1, 2, 2))
-        line = torch.linspace(-1, 1, small.shape[-1], device=clips.device)
+        line = torch.linspace(-1, 1, clips.shape[-1], device=clips.device)
         places = torch.stack(torch.meshgrid(line, line, indexing="ij"))  # circling is about the middle
-        around = places[None, :, None].expand(len(small), -1, small.shape[2], -1, -1)
-        hidden = self.body(torch.cat([small * 2 - 1, around], dim=1)).mean((2, 3, 4))
-        features = F.silu(self.neck(torch.cat([hidden, flow(small, places)], dim=1)))
+        around = places[None, :, None].expand(len(clips), -1, clips.shape[2], -1, -1)
+        hidden = self.body(torch.cat([clips * 2 - 1, around], dim=1)).mean((2, 3, 4))
+        small = F.avg_pool3d(clips, (1, 2, 2))
+        moves = flow(small, F.avg_pool2d(places, 2))
+        features = F.silu(self.neck(torch.cat([hidden, moves], dim=1)))
         return features, dict(zip(HEADS, self.head(features).split(list(HEADS.values()), dim=1)))
 
     @torch.inference_mode()
@@ -140,7 +141,9 @@ def batch(seed: int, step: int, size: int) -> tuple[torch.Tensor, dict[str, torc
 def soften(clips: torch.Tensor, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
     blur, noise = torch.rand(2, len(clips), 1, 1, 1, 1, generator=generator)
-    soft = F.avg_pool3d(clips, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
+    soft = clips
+    for axis in (3, 4):
+        soft = (soft + soft.roll(1, axis) + soft.roll(-1, axis)) / 3
     return clips.lerp(soft, blur) + 0.04 * noise * torch.randn(clips.shape, generator=generator)
 
 
