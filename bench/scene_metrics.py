@@ -269,9 +269,9 @@ def expected_counts(scene: Scene) -> np.ndarray:
 def seam_energy(frames: np.ndarray, starts: list[int]) -> float:
     """Second temporal difference where a block begins, over that where another latent frame begins.
 
-    starts: latent frames at which blocks begin, without 0. Latent l > 0 is frames 4l - 3 to 4l, so the step into it
-    is from frame 4l - 4 to 4l - 3. Its energy is the mean square over pixels of x[t-1] - 2 x[t] + x[t+1] at the
-    t = 4l - 4 and 4l - 3 that hold the step. The figure is the mean energy of block starts over that of the latents
+    starts: latent frames at which blocks begin, without 0. Latent l > 0 is frames 4l - 3 to 4l. Its energy is the
+    mean square over pixels of x[t-1] - 2 x[t] + x[t+1] at t = 4l - 4 to 4l - 1: from the step into it on, as a
+    decoder smears a step over some frames. The figure is the mean energy of block starts over that of the latents
     near it: 2 and 1 before and 2 after (1 after may still ring, the decoder is causal). Objects swing and bounce:
     frames far away have another motion. 1: seams cannot be told from other frames. NaN without block starts.
     """
@@ -282,7 +282,7 @@ def seam_energy(frames: np.ndarray, starts: list[int]) -> float:
         return float("nan")
 
     def energy(latent: int) -> float:
-        near = frames[4 * latent - 5 : 4 * latent - 1].astype(np.float32) / 255
+        near = frames[4 * latent - 5 : 4 * latent + 1].astype(np.float32) / 255
         return float(np.square(np.diff(near, n=2, axis=0)).mean())
 
     tiny = 1e-6  # of a picture that stands still
