@@ -254,6 +254,19 @@ def test_fifo_takes_every_frame_through_all_levels(model: str, monkeypatch: pyte
         fifo.generate(pipe, "a", size=(8, 8), num_latents=6, steps=20, guidance_scale=2.0, seed=0)
 
 
+@torch.inference_mode()
+def test_a_timestep_per_token_is_the_timestep_where_all_are_equal(model: str) -> None:
+    """What fifo.py builds on: diffusers' model, with times as a matrix."""
+    transformer = quality.load_pipe(model).transformer
+    latents = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(1, 5, transformer.config.text_dim, generator=torch.Generator().manual_seed(1))
+    one = transformer(latents, torch.tensor([700.0]), text, return_dict=False)[0]
+    each = transformer(latents, torch.full((1, 3 * 16), 700.0), text, return_dict=False)[0]
+    assert (one - each).abs().max() < 1e-4
+    each = transformer(latents, torch.tensor([[700.0] * 32 + [100.0] * 16]), text, return_dict=False)[0]
+    assert (one - each)[:, :, 2].abs().max() > 1e-2
+
+
 def test_the_command_goes_on_where_it_stopped(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
