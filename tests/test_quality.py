@@ -203,11 +203,11 @@ def test_frechet_distance_of_normal_distributions() -> None:
 
 def test_the_classifier_reads_the_truth() -> None:
     scored: dict[str, list[bool]] = {}
-    for seed in range(12):
+    for seed in range(24):
         rng = np.random.default_rng([6, seed])
         scene = sample_scene(rng)
-        features, said = scene_classifier.load().read(video(scene, 61, rng))
-        assert features.shape == (3, scene_classifier.FEATURES)
+        features, said = scene_classifier.load().read(video(scene, scene_classifier.SPAN, rng))
+        assert features.shape == (1, scene_classifier.FEATURES)
         for name, answer in scene_classifier.answers(scene).items():
             scored.setdefault(name.split()[0], []).extend(said[name] == answer)
     chance = {
@@ -219,7 +219,7 @@ def test_the_classifier_reads_the_truth() -> None:
         "shape": 1 / 3,
     }
     for name, right in scored.items():
-        assert np.mean(right) > (1 + chance[name]) / 2, name
+        assert np.mean(right) > chance[name] + 0.3 * (1 - chance[name]), name
     assert scene_classifier.WEIGHTS.stat().st_size <= 400_000
 
 
