@@ -1,0 +1,212 @@
+"""From measured videos to figures with intervals, a table, curves and filmstrips (quality.py makes the videos).
+
+Intervals are 95 %, by bootstrap over captions: captions are drawn with replacement, each with all of its seeds, as
+videos of one caption are no independent samples. They say what other captions of this kind would have given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+RENDERINGS = 12  # of the truth per caption, that features are compared with
+RESAMPLES = 1000
+Videos = Mapping[tuple[int, int], dict[str, np.ndarray]]  # (prompt, seed) -> what quality.run found
+
+
+class Column:
+    """A figure of the table. ``ratio``: averaged as logarithms, and 1 is ideal."""
+
+    def __init__(self, name: str, title: str, digits: int, *, percent: bool = False, ratio: bool = False) -> None:
+        self.name, self.title, self.digits, self.percent, self.ratio = name, title, digits, percent, ratio
+
+    def show(self, value: float) -> str:
+        return "-" if np.isnan(value) else f"{100 * value if self.percent else value:.{self.digits}f}"
+
+
+COLUMNS = [
+    Column("seam", "seam", 2, ratio=True),
+    Column("right", "count %", 0, percent=True),
+    Column("held", "held %", 0, percent=True),
+    Column("kept", "kept %", 0, percent=True),
+    Column("size", "size drift", 2),
+    Column("shape", "shape %", 0, percent=True),
+    Column("motion", "motion %", 0, percent=True),
+    Column("jitter", "jitter", 2, ratio=True),
+    Column("ground", "ground drift", 3),
+    Column("contrast", "contrast", 2, ratio=True),
+    Column("ground_right", "ground %", 0, percent=True),
+    Column("caption", "caption %", 0, percent=True),
+    Column("frechet", "Frechet", 2),
+    Column("diversity", "diversity", 2),
+    Column("seconds", "core s", 1),
+]
+
+
+def frechet(first: np.ndarray, second: np.ndarray) -> float:
+    """Frechet distance of two sets of features [clips, features], as normal distributions.
+
+    |difference of means|^2 + trace(A + B - 2 (A B)^(1/2)) with covariances A, B. Features are standardised on the
+    truth, so that their number (32) is what a set at one point would be away from it. Small sets are biased upwards:
+    compare with the row "truth" of the same length, never with 0.
+    """
+    a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    root = np.sqrt(np.maximum(np.linalg.eigvals(a @ b).real, 0)).sum()
+    return float(((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root)
+
+
+def spread(features: list[np.ndarray]) -> float:
+    """Mean distance between videos of one caption, over pairs and over clips at the same place.
+
+    features: [clips, features] per video. NaN for one video.
+    """
+    pairs = [np.linalg.norm(a - b, axis=-1).mean() for i, a in enumerate(features) for b in features[:i]]
+    return float(np.mean(pairs)) if pairs else float("nan")
+
+
+def interval(statistic: Callable[[np.ndarray], float], prompts: int, *, biased: bool = False) -> tuple[float, ...]:
+    """(value, low, high) of a statistic of prompt numbers (with repetitions).
+
+    biased: resamples of a Frechet distance lie higher than the value, as they hold fewer different captions; the
+    interval is then the value and 1.96 of their standard deviations to both sides.
+    """
+    value = statistic(np.arange(prompts))
+    rng = np.random.default_rng(0)
+    drawn = np.array([statistic(rng.integers(prompts, size=prompts)) for _ in range(100 if biased else RESAMPLES)])
+    drawn = drawn[~np.isnan(drawn)]
+    if prompts < 2 or np.isnan(value) or not len(drawn):
+        return value, float("nan"), float("nan")
+    if biased:
+        wide = 1.96 * drawn.std()
+        return value, max(0.0, value - wide), value + wide
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return value, float(low), float(high)
+
+
+def summarise(videos: Videos, truth: list[np.ndarray]) -> dict[str, float]:
+    """Of one variant at one length: every figure, and NAME_low and NAME_high of its interval.
+
+    truth: per prompt, features [renderings, clips, features] (``quality.reference``).
+    """
+    prompts, row = sorted({prompt for prompt, _ in videos}), {}
+
+    def of(prompt: int) -> list[dict[str, np.ndarray]]:
+        return [found for (p, _), found in videos.items() if p == prompt]
+
+    for column in COLUMNS:
+        if column.name in ("frechet", "diversity"):
+            continue
+        scale: Callable[[Any], Any] = np.log if column.ratio else lambda x: x
+        back: Callable[[float], float] = np.exp if column.ratio else lambda x: x
+        values = [scale(np.array([float(v[f"figure {column.name}"]) for v in of(prompt)])) for prompt in prompts]
+
+        def mean(chosen: np.ndarray, values: list[np.ndarray] = values) -> float:
+            joined = np.concatenate([values[i] for i in chosen])
+            joined = joined[~np.isnan(joined)]
+            return float(joined.mean()) if len(joined) else float("nan")
+
+        row |= _named(column.name, [back(x) for x in interval(mean, len(prompts))])
+
+    features = [[v["features"] for v in of(prompt)] for prompt in prompts]
+    ideal = [truth[prompt].reshape(-1, truth[prompt].shape[-1]) for prompt in prompts]
+
+    def distance(chosen: np.ndarray) -> float:
+        return frechet(
+            np.concatenate([f for i in chosen for f in features[i]]), np.concatenate([ideal[i] for i in chosen])
+        )
+
+    own = np.array([spread(f) for f in features])
+    true = np.array([spread(list(truth[prompt])) for prompt in prompts])
+    row |= _named("frechet", interval(distance, len(prompts), biased=True))
+    row |= _named("diversity", interval(lambda chosen: float(own[chosen].sum() / true[chosen].sum()), len(prompts)))
+    return row
+
+
+def _named(name: str, values: Any) -> dict[str, float]:
+    return {key: round(float(value), 5) for key, value in zip((name, f"{name}_low", f"{name}_high"), values)}
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    found = Table(title="below a figure: its 95 % interval over captions")
+    for title in _TITLES:
+        found.add_column(title, justify="left" if title == "variant" else "right")
+    for row in rows:
+        cells = [f"{c.show(row[c.name])}\n[dim]{_interval(c, row)}[/dim]" for c in COLUMNS]
+        found.add_row(*_head(row), *cells)
+    return found
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, intervals in small print."""
+    lines = [_TITLES, ["---"] * len(_TITLES)]
+    for row in rows:
+        cells = [f"{c.show(row[c.name])} <sub>{_interval(c, row)}</sub>" for c in COLUMNS]
+        lines.append([*_head(row), *(cell.replace(" <sub></sub>", "") for cell in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+_TITLES = ["latents", "variant", "videos", *(column.title for column in COLUMNS)]
+
+
+def _head(row: Mapping[str, Any]) -> list[str]:
+    return [str(row["latents"]), row["variant"], f"{row['prompts']}×{row['seeds']}"]
+
+
+def _interval(column: Column, row: Mapping[str, Any]) -> str:
+    low, high = column.show(row[f"{column.name}_low"]), column.show(row[f"{column.name}_high"])
+    return "" if "-" in (low, high) or low == high else f"{low}..{high}"
+
+
+# Pictures ------------------------------------------------------------------------------------------------------
+
+
+def draw(folder: Path, videos: Mapping[tuple[int, str], Videos], rows: list[dict[str, Any]], caption: str) -> None:
+    """quality-table.md; per length quality-curves-N.png, and quality-strips-N.png of the first caption and seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "quality-table.md").write_text(markdown(rows))
+    for length in sorted({length for length, _ in videos}):
+        chosen = {name: found for (n, name), found in videos.items() if n == length}
+        _curves(folder / f"quality-curves-{length}.png", chosen)
+        _strips(folder / f"quality-strips-{length}.png", chosen, caption)
+
+
+def _curves(path: Path, variants: Mapping[str, Videos]) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.5), constrained_layout=True)
+    for index, (name, videos) in enumerate(variants.items()):
+        style = {"color": pyplot.get_cmap("tab20")(index % 20), "linestyle": "-" if index < 20 else "--"}
+        for axis, curve in zip(axes, ("right", "ground")):
+            mean = np.mean([found[f"curve {curve}"] for found in videos.values()], axis=0)
+            width = max(1, len(mean) // 40)
+            smooth = np.convolve(mean, np.ones(width) / width, mode="valid")
+            axis.plot(np.arange(len(smooth)) + width // 2, smooth, label=name, linewidth=1.5, **style)
+    axes[0].set(title="videos whose objects are as the caption says", xlabel="frame", ylim=(-0.02, 1.02))
+    axes[1].set(title="distance of the background's colour from the start", xlabel="frame", ylim=(0, None))
+    axes[1].legend(fontsize="small", ncols=1 + len(variants) // 12, loc="upper left")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _strips(path: Path, variants: Mapping[str, Videos], caption: str) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(variants), 1, figsize=(13, 0.9 * len(variants) + 0.5), squeeze=False)
+    for axis, (name, videos) in zip(axes[:, 0], variants.items()):
+        strip = videos[min(videos)]["strip"]
+        axis.imshow(np.concatenate(list(np.pad(strip, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)), axis=1))
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
+        axis.set(xticks=[], yticks=[])
+        for side in axis.spines.values():
+            side.set_visible(False)
+    figure.suptitle(f"{caption}; from the first frame to the last", fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
