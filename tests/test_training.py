@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import scenes
 
 TOOLS = Path(scenes.__file__).parent
+pytestmark = pytest.mark.timeout(900)  # processes that import diffusers, on what may be one busy core
 
 
 def run(script: str, *arguments: object) -> None:
