@@ -37,5 +37,6 @@ def load(path: Path, modules: dict[str, nn.Module], optimizers: list[torch.optim
         for key, tensor in under(f"optimizer{number}").items():
             index, _, entry = key.partition("/")
             state.setdefault(int(index), {})[entry] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if state:  # a file of weights alone is a start, too
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(tensors["step"])
