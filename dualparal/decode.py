@@ -24,9 +24,9 @@ OutputType = Literal["pt", "np", "pil"]
 class StreamingDecoder:
     """Decodes one video with a diffusers `AutoencoderKLWan` (Wan 2.1, or the residual one of Wan 2.2).
 
-    Feeding latents in pieces of any length gives exactly the frames of `vae.decode` on the whole (from 2x2
-    latents on, the least a Wan transformer makes: a convolution of one point rounds otherwise). The VAE is
-    only read: its own cache is not touched, and other decoders may use it between two pushes.
+    However the latents are cut, the frames are the same, and those of `vae.decode` on the whole: bit for bit
+    from twelve points a latent frame on (3x4), and within rounding below, where a convolution of one point may
+    add in another order on some CPUs. The VAE is only read: its own cache is not touched, and other decoders may use it between two pushes.
     `vae.use_slicing` has no effect: it splits batches, and here the batch is one video.
     """
 

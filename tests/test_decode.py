@@ -76,16 +76,17 @@ def test_any_chunking_equals_the_whole(case: str, dtype: torch.dtype, cuts: list
 @settings(max_examples=10, deadline=None)
 @given(
     cuts=st.lists(st.integers(1, 4), min_size=1, max_size=5),
-    size=st.tuples(st.integers(2, 4), st.integers(2, 4)),
+    size=st.tuples(st.integers(3, 5), st.integers(4, 5)),
 )
 def test_random_chunkings(cuts: list[int], size: tuple[int, int]) -> None:
     vae, latents = make_vae("wan2.1-shallow"), make_latents(sum(cuts), height=size[0], width=size[1])
     assert torch.equal(push_all(StreamingDecoder(vae), latents, cuts), decode_whole(vae, latents))
 
 
-def test_one_point_is_decoded_the_same_in_any_chunking() -> None:
-    # Not bit for bit vae.decode: a 1x1x1 convolution of a single point adds in another order.
-    vae, latents = make_vae("wan2.1-shallow"), make_latents(5, height=1, width=1)
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 3)], ids=str)
+def test_a_few_points_are_decoded_the_same_in_any_chunking(size: tuple[int, int]) -> None:
+    # Not bit for bit vae.decode: a 1x1x1 convolution of less than twelve points may add in another order.
+    vae, latents = make_vae("wan2.1-shallow"), make_latents(5, height=size[0], width=size[1])
     frames = StreamingDecoder(vae).push(latents)
     assert torch.equal(push_all(StreamingDecoder(vae), latents, [2, 1, 2]), frames)
     assert torch.allclose(frames, decode_whole(vae, latents), rtol=0, atol=1e-5)
@@ -116,7 +117,7 @@ def test_reset_starts_a_new_video_of_any_size(vae: AutoencoderKLWan) -> None:
     decoder = StreamingDecoder(vae)
     decoder.push(make_latents(3))
     decoder.reset()
-    latents = make_latents(2, height=4, width=2)
+    latents = make_latents(2, height=4, width=3)
     assert torch.equal(decoder.push(latents), decode_whole(vae, latents))
 
 

@@ -41,7 +41,7 @@ def rows(path: Path) -> list[dict[str, float]]:
 
 def test_it_learns(trained: Path) -> None:
     assert rows(trained / "vae.jsonl")[-1]["l1"] < 0.9 * rows(trained / "vae.jsonl")[0]["l1"]
-    assert rows(trained / "transformer.jsonl")[-1]["loss"] < 1.7  # 2: what a model that says nothing has
+    assert rows(trained / "transformer.jsonl")[-1]["loss"] < 1.9  # mean of all steps; saying nothing gives 2
 
 
 def test_a_stopped_run_goes_on_where_it_was(trained: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 SIZE = 64  # pixels, both ways
 MAX_OBJECTS = 3
-RADII = (6.5, 9.0)
+RADII = (8.0, 11.0)
 SPEEDS = (0.7, 1.3)  # pixels per frame
 ORBIT = 20.0  # pixels, radius of the circle on which objects circle
 SWING = 7.0  # pixels, to either side

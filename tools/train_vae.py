@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import checkpoint
 import numpy as np
+import parallel
 import scenes
 import torch
 from diffusers import AutoencoderKLWan
@@ -68,7 +70,7 @@ class Guide:
     """
 
     def __init__(self, seed: int, components: int) -> None:
-        patches = self._patches(clips(seed, 1 << 31, 64, 9)[:, :, 1:])
+        patches = self._patches(clips(seed, 1 << 31, range(64), 9)[:, :, 1:])
         self.mean = patches.mean(0)
         _, scale, basis = torch.linalg.svd(
             patches[torch.randperm(len(patches))[:8192]] - self.mean, full_matrices=False
@@ -100,11 +102,11 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     return torch.cat(frames, dim=2)
 
 
-def clips(seed: int, step: int, batch: int, frames: int) -> torch.Tensor:
-    """[batch, 3, frames, SIZE, SIZE] in [-1, 1]."""
-    rng = np.random.default_rng([seed, 0, step])
+def clips(seed: int, step: int, items: Iterable[int], frames: int) -> torch.Tensor:
+    """[items, 3, frames, SIZE, SIZE] in [-1, 1]: these of the step's batch."""
     found = []
-    for _ in range(batch):
+    for item in items:
+        rng = np.random.default_rng([seed, 0, step, item])
         scene = scenes.sample_scene(rng)
         positions, angles = scenes.trajectories(scene, frames, rng)
         found.append(scenes.render(scene, positions, angles))
@@ -122,6 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+    rank, ranks = parallel.start()
     device = torch.device(options.device)
     vae = make_vae().to(device)
     guide = Guide(options.seed, CONFIG["z_dim"])
@@ -129,15 +132,16 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "vae.safetensors"
     start = checkpoint.load(path, {"vae": vae}, [optimizer])
+    cold = 0 if optimizer.state else start  # where the optimizer has no past: from nothing, or from weights alone
     steps = options.schedule[-1][0]
     log = (path.parent / "vae.jsonl").open("a")
     began = time.perf_counter()
     for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * min((step + 1) / 100, 1.0) * max(0.02, 1 - step / steps)
+            group["lr"] = options.lr * min((step + 1 - cold) / 100, 1.0) * max(0.02, 1 - step / steps)
         _, frames, batch = next(stage for stage in options.schedule if step < stage[0])
-        video = clips(options.seed, step, batch, frames).to(device)
-        torch.manual_seed(step)
+        video = clips(options.seed, step, range(rank, batch, ranks), frames).to(device)
+        torch.manual_seed(step * ranks + rank)
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(video).latent_dist
             restored = decode(vae, posterior.sample())
@@ -151,9 +155,10 @@ def main() -> None:
             loss = loss + (1 - step / GUIDED) * guided
         optimizer.zero_grad()
         loss.backward()
+        parallel.average_gradients(vae.parameters())
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 0 or step + 1 == steps:
+        if rank == 0 and (step % 50 == 0 or step + 1 == steps):
             row = {
                 "step": step,
                 "l1": error.abs().mean().item(),
@@ -163,7 +168,7 @@ def main() -> None:
                 "seconds": round(time.perf_counter() - began, 1),
             }
             print(json.dumps(row), file=log, flush=True)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if rank == 0 and ((step + 1) % 250 == 0 or step + 1 == steps):
             checkpoint.save(path, step + 1, {"vae": vae}, [optimizer])
 
 
