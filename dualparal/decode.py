@@ -26,8 +26,8 @@ class StreamingDecoder:
 
     However the latents are cut, the frames are the same, and those of `vae.decode` on the whole: bit for bit
     from twelve points a latent frame on (3x4), and within rounding below, where a convolution of one point may
-    add in another order on some CPUs. The VAE is only read: its own cache is not touched, and other decoders may use it between two pushes.
-    `vae.use_slicing` has no effect: it splits batches, and here the batch is one video.
+    add in another order on some CPUs. The VAE is only read: its own cache is not touched, and other decoders may
+    use it between two pushes. `vae.use_slicing` has no effect: it splits batches, and here the batch is one video.
     """
 
     def __init__(self, vae: Any) -> None:
