@@ -1,6 +1,6 @@
 """Encodes procedural videos with the trained autoencoder: the data set of tools/train_transformer.py.
 
-    python tools/make_latents.py --out build/train --clips 6144
+    python tools/make_latents.py --out build/train --clips 3072     (or torchrun --nproc-per-node 3 tools/...)
 
 Reads vae.safetensors of tools/train_vae.py from --out and writes latents/000000.npy ... there: float16
 [PER_FILE, latent frames, channels, height, width], as the encoder's mean, not normalised. Clip i is a function of
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import checkpoint
 import numpy as np
+import parallel
 import scenes
 import torch
 from train_vae import make_vae
@@ -34,18 +35,19 @@ def scene_of(seed: int, index: int) -> tuple[scenes.Scene, np.random.Generator]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--clips", type=int, default=6144)
+    parser.add_argument("--clips", type=int, default=3072)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    rank, ranks = parallel.start()
     device = torch.device(options.device)
     vae = make_vae().to(device).eval()
     checkpoint.load(options.out / "vae.safetensors", {"vae": vae}, [])
     folder = options.out / "latents"
     folder.mkdir(exist_ok=True)
-    for number in range(-(-options.clips // PER_FILE)):
+    for number in range(rank, -(-options.clips // PER_FILE), ranks):
         path = folder / f"{number:06}.npy"
         if path.exists():
             continue

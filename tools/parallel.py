@@ -1,7 +1,7 @@
-"""Data parallelism of the trainings: `torchrun --nproc-per-node 3 tools/train_vae.py ...`; one process without it.
+"""Data parallelism over the cores of a machine: `torchrun --nproc-per-node 3 tools/train_vae.py ...`.
 
-Every rank takes its share of the batch that a single process would make, so the number of ranks changes the order of
-sums and nothing else.
+Every rank takes its share of the batch that one process without torchrun would make, so the number of ranks changes
+the order of sums and, in the autoencoder, the noise of the posterior.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def start() -> tuple[int, int]:
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -32,3 +32,12 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     flat /= dist.get_world_size()
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def any_rank(said: bool) -> bool:
+    """Whether a rank says so; all of them get the same answer."""
+    if not dist.is_initialized():
+        return said
+    votes = torch.tensor(float(said))
+    dist.all_reduce(votes)
+    return bool(votes > 0)

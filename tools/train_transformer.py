@@ -15,11 +15,13 @@ import argparse
 import copy
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 
 import checkpoint
 import numpy as np
+import parallel
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
@@ -45,7 +47,7 @@ TRANSFORMER = {
     "num_layers": 8,
 }
 DROP_CAPTION = 0.1
-SCHEDULE = "2000:4x64,3750:8x32,5000:16x16"  # first what a scene looks like, then how it moves
+SCHEDULE = "1200:4x96,2200:8x48,3400:16x48"  # first what a scene looks like, then how it moves
 SHIFT = 2.0  # of the noise levels that are trained
 EMA = 0.999
 
@@ -162,9 +164,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+    rank, ranks = parallel.start()
     device = torch.device(options.device)
     data = Data(options.out / "latents", options.seed, device)
-    tokenizer = make_tokenizer(options.out / "tokenizer", vocabulary())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = make_tokenizer(folder, vocabulary())
     model, processor = make_transformer()
     text = Text(tokenizer)
     trained = nn.ModuleDict({"transformer": model, "text": text}).to(device)
@@ -189,6 +193,7 @@ def main() -> None:
         generator = torch.Generator(device).manual_seed(step)
         noise = torch.randn(clean.shape, generator=generator, device=device)
         u = torch.rand(batch, generator=generator, device=device)
+        clean, noise, u, captions = (whole[rank::ranks] for whole in (clean, noise, u, captions))
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         level = sigma.view(-1, 1, 1, 1, 1)
         with torch.autocast(device.type, torch.bfloat16):
@@ -198,6 +203,7 @@ def main() -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
+        parallel.average_gradients(trained.parameters())
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -206,12 +212,12 @@ def main() -> None:
             for mine, new in zip(average.parameters(), trained.parameters(), strict=True):
                 mine.lerp_(new, 1 - keep)
         losses.append(loss.item())
-        last = step + 1 == steps or time.perf_counter() - began > 60 * options.minutes
-        if (step + 1) % 100 == 0 or last:
+        last = step + 1 == steps or parallel.any_rank(time.perf_counter() - began > 60 * options.minutes)
+        if rank == 0 and ((step + 1) % 100 == 0 or last):
             row = {"step": step + 1, "frames": frames, "loss": float(np.mean(losses))}
             print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), file=log, flush=True)
             losses.clear()
-        if (step + 1) % 500 == 0 or last:
+        if rank == 0 and ((step + 1) % 500 == 0 or last):
             checkpoint.save(path, step + 1, state, optimizers)
         if last:
             break

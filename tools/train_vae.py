@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--decoder-only", action="store_true", help="latents stay what they are, and so of use")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -128,7 +129,11 @@ def main() -> None:
     device = torch.device(options.device)
     vae = make_vae().to(device)
     guide = Guide(options.seed, CONFIG["z_dim"])
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    if options.decoder_only:
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
+    learning = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "vae.safetensors"
     start = checkpoint.load(path, {"vae": vae}, [optimizer])
@@ -155,8 +160,8 @@ def main() -> None:
             loss = loss + (1 - step / GUIDED) * guided
         optimizer.zero_grad()
         loss.backward()
-        parallel.average_gradients(vae.parameters())
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        parallel.average_gradients(learning)
+        nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         if rank == 0 and (step % 50 == 0 or step + 1 == steps):
             row = {
