@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --constraint constraints.txt
 # The install is editable, so only what is compiled or declared calls for another one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
-PROMPT ?= a red ball rolls over green grass
+PROMPT ?= two red circles and a blue square drifting left on a dark background
 
 .PHONY: demo test clean
 

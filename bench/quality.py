@@ -1,6 +1,6 @@
 """How good are long videos? Makes many of the same captions with several methods and measures them against the truth.
 
-    python bench/quality.py --model DIR --preset table --workers 2 --figures docs --record
+    python bench/quality.py --preset table --workers 2 --figures docs --record
     python bench/quality.py --model DIR --variants cached prior "paper C8" --latents 80 --prompts 4 --seeds 2
 
 What is measured is defined in scene_metrics.py (one video), scene_classifier.py (features) and quality_report.py
@@ -37,8 +37,10 @@ from rich.console import Console
 from rich.progress import track as progress
 from scenes import SIZE, Scene, sample_scene, video
 
+import dualparal
 from dualparal.config import BlockConfig, Layout
 
+MODEL = str(Path(dualparal.__file__).with_name("moving_shapes"))
 TRAINED = 16  # latent frames of a training clip
 PROMPTS = 20  # number of the list of captions: another number, other captions
 
@@ -337,7 +339,7 @@ def plan(options: argparse.Namespace) -> list[Part]:
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder in diffusers' format, trained on tools/scenes.py")
+    parser.add_argument("--model", default=MODEL, help="folder in diffusers' format, trained on tools/scenes.py")
     parser.add_argument("--preset", choices=PRESETS, default="first")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"instead of a preset: {', '.join(VARIANTS)}")
     parser.add_argument("--latents", nargs="+", type=int, default=[5 * TRAINED], help="lengths, with --variants")

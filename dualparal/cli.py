@@ -7,13 +7,11 @@ quick and a rank's heartbeat starts before the slow imports.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +23,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dualparal import __version__
-from dualparal.config import BlockConfig, VideoConfig, split_layers
+from dualparal.config import BUILT_IN, BUILT_IN_SIZE, BlockConfig, VideoConfig, split_layers
 from dualparal.eight_bit import EightBitSchedule
 from dualparal.heartbeat import Heartbeat
 from dualparal.progress import Display
@@ -33,7 +31,6 @@ from dualparal.progress import Display
 logger = logging.getLogger("dualparal")
 
 BAD_INPUT, RANK_FAILED, STORAGE, NUMERICS = 2, 3, 5, 6
-TINY_SIZE = 64, 96  # height and width without --model
 _SAMPLERS = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "FlowMatchEulerDiscreteScheduler",
@@ -137,18 +134,18 @@ def generate(
         typer.Option(help="A .mp4 file, or a folder for PNG files. Default video.mp4, or none with --latents-out."),
     ] = None,
     model: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="Wan text-to-video pipeline: a directory in diffusers format or a hub id. Default: a tiny "
-            "one with random weights, made on the spot."
+            help="Wan text-to-video pipeline: a directory in diffusers format, a hub id, or the small model of moving "
+            "shapes that ships with this package."
         ),
-    ] = None,
+    ] = BUILT_IN,
     gpus: Annotated[int | None, typer.Option(help="Number of GPUs, one stage each.", show_default=False)] = None,
     stages: Annotated[int | None, typer.Option(help="Number of stages (processes). Default: --gpus, or 1.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    height: Annotated[int | None, typer.Option(help="Pixels. Default 480 (64 without --model).")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. Default 832 (96 without --model).")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. Default 480 (64 for the model of the package).")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. Default 832 (64 for the model of the package).")] = None,
     steps: Annotated[
         int, typer.Option("--steps", "--num-inference-steps", help="Denoising steps of every block.")
     ] = 50,
@@ -197,57 +194,53 @@ def generate(
     if not heartbeat.supervised:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)  # until there is something to keep
-    tiny = model is None
-    default_height, default_width = TINY_SIZE if tiny else (480, 832)
+    default_height, default_width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)
     count = _count_stages(gpus, stages, device)
     if out is None and latents_out is None:
         out = Path("video.mp4")
-    # Only where it is needed: a rank that is killed cannot remove it.
-    scratch = tempfile.TemporaryDirectory(prefix="dualparal-model-") if tiny else contextlib.nullcontext("")
-    with scratch as folder:
-        job = Job(
-            prompt=_prompts(prompt, prompt_at or [], num_frames),
-            negative_prompt=negative_prompt,
-            video=VideoConfig(
-                default_height if height is None else height,
-                default_width if width is None else width,
-                num_frames,
-                steps,
-                guidance_scale,
-                guidance_scale_2,
-                seed,
-                "latent" if out is None else "uint8",
-            ),
-            blocks=BlockConfig(frames_per_block, context_frames, context),  # type: ignore[arg-type]
-            model=_tiny_model(Path(folder) / "tiny-wan", max(4, count)) if model is None else model,
-            stages=count,
-            device=_device(device, gpus),
-            dtype=dtype,
-            depth=depth,
-            graphs=graphs,
-            attention_8bit=_eight_bit(
-                attention_8bit,
-                attention_8bit_keep_layers,
-                attention_8bit_keep_first_steps,
-                attention_8bit_keep_last_steps,
-            ),
-            threads=_threads(threads, count),
-            sampler=sampler,
-            flow_shift=flow_shift,
-            out=out,
-            fps=fps,
-            keep_blocks=keep_blocks,
-            latents_in=latents_in,
-            latents_out=latents_out,
-            overwrite=overwrite,
-        )
-        is_rank = "RANK" in os.environ
-        if not is_rank or os.environ["RANK"] == "0":
-            _check(job)
-        if is_rank or count == 1:
-            code = _work(job, heartbeat)
-        else:
-            code = _lead(job, tiny)
+    job = Job(
+        prompt=_prompts(prompt, prompt_at or [], num_frames),
+        negative_prompt=negative_prompt,
+        video=VideoConfig(
+            default_height if height is None else height,
+            default_width if width is None else width,
+            num_frames,
+            steps,
+            guidance_scale,
+            guidance_scale_2,
+            seed,
+            "latent" if out is None else "uint8",
+        ),
+        blocks=BlockConfig(frames_per_block, context_frames, context),  # type: ignore[arg-type]
+        model=model,
+        stages=count,
+        device=_device(device, gpus),
+        dtype=dtype,
+        depth=depth,
+        graphs=graphs,
+        attention_8bit=_eight_bit(
+            attention_8bit,
+            attention_8bit_keep_layers,
+            attention_8bit_keep_first_steps,
+            attention_8bit_keep_last_steps,
+        ),
+        threads=_threads(threads, count),
+        sampler=sampler,
+        flow_shift=flow_shift,
+        out=out,
+        fps=fps,
+        keep_blocks=keep_blocks,
+        latents_in=latents_in,
+        latents_out=latents_out,
+        overwrite=overwrite,
+    )
+    is_rank = "RANK" in os.environ
+    if not is_rank or os.environ["RANK"] == "0":
+        _check(job)
+    if is_rank or count == 1:
+        code = _work(job, heartbeat)
+    else:
+        code = _lead(job)
     if is_rank and count > 1:
         # Its work is done and on disk. gloo's threads sometimes abort a process that ends the usual way.
         sys.stdout.flush()
@@ -280,17 +273,6 @@ def _threads(asked: int, stages: int) -> int:
     if not 0 <= asked <= 4096:
         raise ValueError(f"--threads {asked}: use a number from 1, or 0 for the cores divided by the stages")
     return asked or max(1, (os.cpu_count() or 1) // stages)
-
-
-def _tiny_model(folder: Path, layers: int) -> str:
-    """Random weights in the real format, so that everything runs; the picture is noise."""
-    from dualparal.tiny import build_tiny_pipeline
-
-    if "RANK" not in os.environ or os.environ["RANK"] == "0":
-        typer.echo("no --model: using a tiny Wan pipeline with random weights; expect noise, not a picture", err=True)
-    _quiet_libraries()
-    build_tiny_pipeline(folder, layers=layers)
-    return str(folder)
 
 
 def _quiet_libraries() -> None:
@@ -381,14 +363,11 @@ def _call(job: Job) -> dict[str, Any]:
     }
 
 
-def _lead(job: Job, tiny: bool) -> int:
+def _lead(job: Job) -> int:
     """Starts the ranks and draws their progress; the parent of ``--gpus N``."""
     from dualparal.output import what_is_left
     from dualparal.supervisor import supervise
 
-    arguments = sys.argv[1:] + (
-        ["--model", job.model, "--height", str(job.video.height), "--width", str(job.video.width)] if tiny else []
-    )
     display = Display(job.video.num_frames)
     started = time.time()
     summary: list[str] = []
@@ -401,7 +380,7 @@ def _lead(job: Job, tiny: bool) -> int:
 
     with display:
         result = supervise(
-            [sys.executable, "-m", "dualparal.cli", *arguments],
+            [sys.executable, "-m", "dualparal.cli", *sys.argv[1:]],
             job.stages,
             on_message=hear,
             env={"OMP_NUM_THREADS": str(job.threads)},

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dualparal.config import BUILT_IN
 from dualparal.models.base import Slice
 from dualparal.models.wan import WanSpec
 from dualparal.sampler import SUPPORTED as SAMPLERS
@@ -323,19 +324,21 @@ class LoadedPipeline:
 
 
 def resolve_model(model: str | Path) -> ModelFiles:
-    """A directory, or a hub id to download (JSON, tokenizer and safetensors files only).
+    """A directory, ``BUILT_IN``, or a hub id to download (JSON, tokenizer and safetensors files only).
 
     Raises:
-        ModelError: neither.
+        ModelError: none of them.
     """
     path = Path(model)
     if path.is_dir():
         return ModelFiles(path)
     name = str(model)
+    if name == BUILT_IN:
+        return ModelFiles(Path(__file__).with_name("moving_shapes"))
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(
             f"model {name!r} is not a directory in diffusers format, nor a hub id such as "
-            "'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'"
+            f"'Wan-AI/Wan2.1-T2V-1.3B-Diffusers', nor {BUILT_IN!r}, which ships with this package"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -37,6 +37,7 @@ def load(path: Path, modules: dict[str, nn.Module], optimizers: list[torch.optim
         for key, tensor in under(f"optimizer{number}").items():
             index, _, entry = key.partition("/")
             state.setdefault(int(index), {})[entry] = tensor
-        if state:  # a file of weights alone is a start, too
+        # A file of weights alone is a start, too, and so is one of a run in which other weights learnt.
+        if len(state) == sum(len(group["params"]) for group in optimizer.param_groups):
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(tensors["step"])
