@@ -20,8 +20,9 @@ TOOLS = Path(scenes.__file__).parent
 pytestmark = pytest.mark.timeout(900)  # processes that import diffusers, on what may be one busy core
 
 
-def run(script: str, *arguments: object) -> None:
-    command = [sys.executable, str(TOOLS / script), *map(str, arguments)]
+def run(script: str, *arguments: object, ranks: int = 1) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(TOOLS / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -44,16 +45,20 @@ def test_it_learns(trained: Path) -> None:
     assert rows(trained / "transformer.jsonl")[-1]["loss"] < 1.9  # mean of all steps; saying nothing gives 2
 
 
-def test_a_stopped_run_goes_on_where_it_was(trained: Path, tmp_path: Path) -> None:
-    for name, stops in (("straight", [1e9]), ("stopped", [0, 0, 1e9])):  # 0 minutes: one step at a time
+def test_a_stopped_run_goes_on_where_it_was_and_ranks_share_a_batch(trained: Path, tmp_path: Path) -> None:
+    states = []
+    for name, stops, ranks in (("straight", [1e9], 1), ("stopped", [0, 0, 1e9], 1), ("ranks", [1e9], 2)):
         out = tmp_path / name
         out.mkdir()
         (out / "latents").symlink_to(trained / "latents")
-        for minutes in stops:
-            run("train_transformer.py", "--out", out, "--schedule", "4:2x4", "--minutes", minutes)
-    states = [load_file(tmp_path / name / "transformer.safetensors") for name in ("straight", "stopped")]
-    assert states[0].keys() == states[1].keys() and int(states[1]["step"]) == 4
-    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+        for minutes in stops:  # 0 minutes: one step at a time
+            run("train_transformer.py", "--out", out, "--schedule", "4:2x4", "--minutes", minutes, ranks=ranks)
+        states.append(load_file(out / "transformer.safetensors"))
+    straight, stopped, shared = states
+    assert straight.keys() == stopped.keys() == shared.keys() and int(stopped["step"]) == int(shared["step"]) == 4
+    assert all(straight[name].equal(stopped[name]) for name in straight)
+    learnt = "trained/transformer/blocks.0.ffn.net.0.proj.weight"
+    assert (shared[learnt] - straight[learnt]).abs().max() < 1e-4 * straight[learnt].abs().max()
 
 
 def test_the_export_is_a_pipeline(trained: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ TRANSFORMER = {
     "num_layers": 8,
 }
 DROP_CAPTION = 0.1
-SCHEDULE = "1000:4x96,1800:8x48,2700:16x48"  # first what a scene looks like, then how it moves
+SCHEDULE = "1000:4x96,1800:8x48,3400:16x48"  # first what a scene looks like, then how it moves
 SHIFT = 2.0  # of the noise levels that are trained
 EMA = 0.999
 

@@ -29,7 +29,7 @@ KL_WEIGHT = 1e-4  # of the mean per latent number, beside the mean per pixel
 GUIDED = 1000  # steps, with less and less weight
 # Single frames first, for colours and edges, then motion, then length: what lies many latents back still reaches a
 # frame, through the caches of both halves, and a model of short clips falls apart behind them.
-SCHEDULE = "900:1x16,2600:9x4,9000:33x1"
+SCHEDULE = "900:1x16,2600:9x4,4800:33x1,5600:33x3"
 OBJECTS = 4  # times more does a pixel of an object count: most of a picture is background
 
 
