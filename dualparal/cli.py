@@ -162,6 +162,19 @@ def generate(
     context: Annotated[str, typer.Option(help="cached, prior or paper: where neighbours' features come from.")] = (
         "cached"
     ),
+    max_blocks_in_flight: Annotated[
+        int | None,
+        typer.Option(
+            help="Blocks under way at once: fewer give the first frames earlier. Default: one per step.",
+            show_default=False,
+        ),
+    ] = None,
+    context_version: Annotated[
+        str,
+        typer.Option(
+            help="matching or newest: which features of the block before cached reads, with a limit as above."
+        ),
+    ] = "matching",
     sampler: Annotated[str | None, typer.Option(help="unipc, euler or dpm++. Default: the model's own.")] = None,
     flow_shift: Annotated[
         float | None, typer.Option(help="Shift of the sampler's noise levels. Default: the model's own.")
@@ -218,7 +231,13 @@ def generate(
                 seed,
                 "latent" if out is None else "uint8",
             ),
-            blocks=BlockConfig(frames_per_block, context_frames, context),  # type: ignore[arg-type]
+            blocks=BlockConfig(
+                frames_per_block,
+                context_frames,
+                context,  # type: ignore[arg-type]
+                max_blocks_in_flight,
+                context_version,  # type: ignore[arg-type]
+            ),
             model=_tiny_model(Path(folder) / "tiny-wan", max(4, count)) if model is None else model,
             stages=count,
             device=_device(device, gpus),
@@ -310,6 +329,8 @@ def _engine(job: Job, stages: int | None, report: Callable[..., None] | None = N
         frames_per_block=job.blocks.frames_per_block,
         context_frames=job.blocks.context_frames,
         context=job.blocks.context,
+        max_blocks_in_flight=job.blocks.max_blocks_in_flight,
+        context_version=job.blocks.context_version,
         stages=stages,
         device=job.device,
         dtype=job.dtype,

@@ -107,6 +107,8 @@ class Engine:
         frames_per_block: int = 8,
         context_frames: int = 4,
         context: str = "cached",
+        max_blocks_in_flight: int | None = None,
+        context_version: str = "matching",
         stages: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -122,6 +124,10 @@ class Engine:
             frames_per_block: B, latent frames per block (Num_B in the paper).
             context_frames: C, latent frames lent by each neighbour (half of the paper's Num_C).
             context: "cached", "prior" or "paper": where a block's view of its neighbours comes from.
+            max_blocks_in_flight: K. Blocks enter ceil(T / K) iterations apart, and neighbours are so many steps apart:
+                the first frames come earlier, at another video. Default: T, a block per iteration.
+            context_version: with ``cached`` and such a gap, which features of the previous block are read: those of
+                exactly the same step ("matching"), or the last ones made ("newest"), which take K slots and not T.
             stages: into how many runs of layers the model is cut. Default: the number of ranks.
             device: default "cuda" where there is one, else "cpu".
             dtype: of the transformer; default bfloat16 on CUDA, float32 on the CPU. The VAE runs in float32.
@@ -135,7 +141,13 @@ class Engine:
         Raises:
             ValueError: bad values, or a model that is not supported (``ModelError``), before weights are read.
         """
-        blocks = BlockConfig(frames_per_block, context_frames, context)  # type: ignore[arg-type]
+        blocks = BlockConfig(
+            frames_per_block,
+            context_frames,
+            context,  # type: ignore[arg-type]
+            max_blocks_in_flight,
+            context_version,  # type: ignore[arg-type]
+        )
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(
                 f"depth={depth!r}: at least one message must fit between two stages; 2 lets transfers overlap compute"
@@ -354,6 +366,8 @@ class Engine:
             guidance=request.video.guidance,
             decode=request.video.output_type != "latent",
             depth=self.depth,
+            max_blocks_in_flight=self.blocks.max_blocks_in_flight,
+            context_version=self.blocks.context_version,
         )
 
     def _meet(self, request: Request, schedule: Schedule) -> None:
