@@ -7,7 +7,9 @@ reference and the command line cannot disagree about them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, get_args
 
 ContextPolicy = Literal["cached", "prior", "paper"]
@@ -211,17 +213,29 @@ class VideoConfig:
                 )
 
 
-def split_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Contiguous, even split of the layers: the first stages get one more when it does not divide.
+def split_layers(num_layers: int, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[range]:
+    """The layers of each stage, contiguous.
+
+    layers_per_stage: how many each stage owns. Default: an even split, where the first stages get one more when it
+    does not divide.
 
     Raises:
-        ValueError: more stages than layers, or no stage at all.
+        ValueError: more stages than layers, no stage at all, or numbers that are not a split of this model.
     """
     if num_stages < 1 or num_stages > num_layers:
         raise ValueError(
             f"stages={num_stages} with a model of {num_layers} layers: every stage owns at least one layer; "
             f"use 1 to {num_layers} stages"
         )
-    base, extra = divmod(num_layers, num_stages)
-    ends = [base * (k + 1) + min(k + 1, extra) for k in range(num_stages)]
+    if layers_per_stage is None:
+        base, extra = divmod(num_layers, num_stages)
+        layers_per_stage = [base + (k < extra) for k in range(num_stages)]
+    given = f"layers_per_stage={','.join(map(str, layers_per_stage))}"
+    if len(layers_per_stage) != num_stages:
+        raise ValueError(f"{given}: {len(layers_per_stage)} numbers with stages={num_stages}; give one for each stage")
+    if not all(isinstance(count, int) and count > 0 for count in layers_per_stage):
+        raise ValueError(f"{given}: every stage owns at least one layer; use integers from 1 on")
+    if sum(layers_per_stage) != num_layers:
+        raise ValueError(f"{given}: {sum(layers_per_stage)} layers, and the model has {num_layers}; use all of them")
+    ends = list(accumulate(layers_per_stage))
     return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]

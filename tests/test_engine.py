@@ -116,6 +116,18 @@ def test_few_blocks_in_flight_equal_reference(
         assert torch.equal(made, expected), f"{stages} stages: {(made - expected).abs().max()}"
 
 
+@pytest.mark.parametrize("split", [(1, 7, 1), (4, 3, 2), (1, 2, 1, 4, 1), (1, 1, 2, 1, 1, 2, 1), None])
+def test_any_split_of_the_layers_gives_the_same_video(
+    engine: Build, wan21_9_layers: Path, split: tuple[int, ...] | None
+) -> None:
+    call = {"num_frames": 29, "num_inference_steps": 3, **SIZE}
+    stages = None if split else 7
+    built = engine(wan21_9_layers, frames_per_block=2, context_frames=1, stages=stages, layers_per_stage=split)
+    assert [len(layers) for layers in built.layers] == list(split or (2, 2, 1, 1, 1, 1, 1))
+    made = built(**embeds(built), output_type="latent", **call).frames
+    assert torch.equal(made, reference_latents(built, embeds(built), **call))
+
+
 def test_versions_of_the_context_differ(engine: Build) -> None:
     """Else the equalities above would show nothing."""
     made = {}
@@ -391,6 +403,8 @@ def test_bad_requests_are_refused_before_weights_are_read(
         ({"context_frames": 9}, "context_frames=9 exceeds"),
         ({"stages": 5}, "stages=5 with a model of 4 layers"),
         ({"stages": 0}, "stages=0"),
+        ({"layers_per_stage": [2, 2], "stages": 3}, "2 numbers with stages=3"),
+        ({"layers_per_stage": [2, 3]}, "5 layers, and the model has 4"),
         ({"depth": 0}, "depth=0"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"context": "none"}, "context='none'"),
