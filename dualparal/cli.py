@@ -55,6 +55,7 @@ class Job:
     blocks: BlockConfig
     model: str
     stages: int
+    layers_per_stage: list[int] | None
     device: str
     dtype: str | None
     depth: int
@@ -86,6 +87,17 @@ def _prompts(prompt: str, later: list[str], num_frames: int) -> dict[int, str]:
             raise ValueError(f"--prompt-at {entry!r}: frame {int(frame)} has a text already; give one per frame")
         prompts[int(frame)] = text.strip()
     return prompts
+
+
+def _layers_per_stage(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(count) for count in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--layers-per-stage {text!r}: use a number of layers for each stage, such as 9,11,10"
+        ) from None
 
 
 def _eight_bit(mode: str | None, keep_layers: str, first: int, last: int) -> EightBitSchedule:
@@ -142,6 +154,10 @@ def generate(
     ] = BUILT_IN,
     gpus: Annotated[int | None, typer.Option(help="Number of GPUs, one stage each.", show_default=False)] = None,
     stages: Annotated[int | None, typer.Option(help="Number of stages (processes). Default: --gpus, or 1.")] = None,
+    layers_per_stage: Annotated[
+        str | None,
+        typer.Option(help="Layers of each stage, such as 9,11,10. Default: an even split.", show_default=False),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     height: Annotated[int | None, typer.Option(help="Pixels. Default 480 (64 for the model of the package).")] = None,
@@ -159,6 +175,19 @@ def generate(
     context: Annotated[str, typer.Option(help="cached, prior or paper: where neighbours' features come from.")] = (
         "cached"
     ),
+    max_blocks_in_flight: Annotated[
+        int | None,
+        typer.Option(
+            help="Blocks under way at once: fewer give the first frames earlier. Default: one per step.",
+            show_default=False,
+        ),
+    ] = None,
+    context_version: Annotated[
+        str,
+        typer.Option(
+            help="matching or newest: which features of the block before cached reads, with a limit as above."
+        ),
+    ] = "matching",
     sampler: Annotated[str | None, typer.Option(help="unipc, euler or dpm++. Default: the model's own.")] = None,
     flow_shift: Annotated[
         float | None, typer.Option(help="Shift of the sampler's noise levels. Default: the model's own.")
@@ -195,6 +224,9 @@ def generate(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)  # until there is something to keep
     default_height, default_width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)
+    split = _layers_per_stage(layers_per_stage)
+    if split and gpus is None and stages is None and "RANK" not in os.environ:
+        stages = len(split)
     count = _count_stages(gpus, stages, device)
     if out is None and latents_out is None:
         out = Path("video.mp4")
@@ -211,9 +243,16 @@ def generate(
             seed,
             "latent" if out is None else "uint8",
         ),
-        blocks=BlockConfig(frames_per_block, context_frames, context),  # type: ignore[arg-type]
+        blocks=BlockConfig(
+            frames_per_block,
+            context_frames,
+            context,  # type: ignore[arg-type]
+            max_blocks_in_flight,
+            context_version,  # type: ignore[arg-type]
+        ),
         model=model,
         stages=count,
+        layers_per_stage=split,
         device=_device(device, gpus),
         dtype=dtype,
         depth=depth,
@@ -292,7 +331,10 @@ def _engine(job: Job, stages: int | None, report: Callable[..., None] | None = N
         frames_per_block=job.blocks.frames_per_block,
         context_frames=job.blocks.context_frames,
         context=job.blocks.context,
+        max_blocks_in_flight=job.blocks.max_blocks_in_flight,
+        context_version=job.blocks.context_version,
         stages=stages,
+        layers_per_stage=job.layers_per_stage,
         device=job.device,
         dtype=job.dtype,
         depth=job.depth,
@@ -339,11 +381,11 @@ def _check(job: Job) -> None:
         if job.stages > torch.cuda.device_count():
             raise ValueError(f"--gpus {job.stages}: torch sees {torch.cuda.device_count()}; every stage needs its own")
     files = resolve_model(job.model)
-    split_layers(files.spec.num_layers, job.stages)
+    split_layers(files.spec.num_layers, job.stages, job.layers_per_stage)
     files.check_weights()
     if "RANK" not in os.environ and job.stages > 1:
         # The ranks check again, each for itself; here the user hears of it once, before any of them starts.
-        engine = _engine(job, stages=1)
+        engine = _engine(job, job.stages)
         latents = None if job.latents_in is None else read_latents(job.latents_in)
         engine.stream(prompt=job.prompt, latents=latents, **_call(job))
 

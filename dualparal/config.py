@@ -7,13 +7,17 @@ reference and the command line cannot disagree about them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, get_args
 
 ContextPolicy = Literal["cached", "prior", "paper"]
+ContextVersion = Literal["matching", "newest"]
 OutputType = Literal["np", "uint8", "pt", "pil", "latent"]
 
 CONTEXT_POLICIES: tuple[str, ...] = get_args(ContextPolicy)
+CONTEXT_VERSIONS: tuple[str, ...] = get_args(ContextVersion)
 OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 
 BUILT_IN = "moving-shapes"  # the trained model that ships with the package
@@ -32,7 +36,11 @@ def _check_int(name: str, value: object, low: int, high: int, rule: str) -> None
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """How a video is cut into blocks and what a block sees of its neighbours.
+    """How a video is cut into blocks, how many are under way, and what a block sees of its neighbours.
+
+    ``max_blocks_in_flight`` K: blocks enter ``gap`` = ceil(T / K) iterations apart (None: one per iteration), and
+    neighbours are that many steps apart. ``context_version``, for ``cached``: a block reads its predecessor's
+    features of exactly its own step ("matching") or the last ones made ("newest", gap - 1 steps cleaner, less memory).
 
     Raises:
         ValueError: a value is out of range; the message names the value, the rule and the way out.
@@ -41,6 +49,8 @@ class BlockConfig:
     frames_per_block: int = 8  # B, Num_B in the paper
     context_frames: int = 4  # C, half of the paper's Num_C
     context: ContextPolicy = "cached"
+    max_blocks_in_flight: int | None = None  # K
+    context_version: ContextVersion = "matching"
 
     def __post_init__(self) -> None:
         _check_int("frames_per_block", self.frames_per_block, 1, 100_000, "a block holds at least one latent frame")
@@ -52,6 +62,27 @@ class BlockConfig:
             )
         if self.context not in CONTEXT_POLICIES:
             raise ValueError(f"context={self.context!r} is not a context policy; use one of {CONTEXT_POLICIES}")
+        if self.max_blocks_in_flight is not None:
+            _check_int("max_blocks_in_flight", self.max_blocks_in_flight, 1, MAX_STEPS, "a block must be able to enter")
+        if self.context_version not in CONTEXT_VERSIONS:
+            raise ValueError(
+                f"context_version={self.context_version!r} is not a version of features; use one of {CONTEXT_VERSIONS}"
+            )
+        if self.context_version != "matching" and self.context != "cached":
+            raise ValueError(
+                f"context_version={self.context_version!r} with context={self.context!r}: only 'cached' has a choice "
+                "of versions; leave context_version out"
+            )
+
+    def gap(self, num_steps: int) -> int:
+        """Iterations between the entries of two blocks, and steps between neighbours."""
+        return admission_gap(num_steps, self.max_blocks_in_flight)
+
+
+def admission_gap(num_steps: int, max_blocks_in_flight: int | None) -> int:
+    """The smallest even spacing with which no more blocks are in flight: a block stays for T iterations, so ceil(T /
+    gap) are. One spacing for the whole video, so that every block has its neighbours at the same distance."""
+    return 1 if max_blocks_in_flight is None else -(-num_steps // max_blocks_in_flight)
 
 
 @dataclass(frozen=True)
@@ -185,17 +216,29 @@ class VideoConfig:
                 )
 
 
-def split_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Contiguous, even split of the layers: the first stages get one more when it does not divide.
+def split_layers(num_layers: int, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[range]:
+    """The layers of each stage, contiguous.
+
+    layers_per_stage: how many each stage owns. Default: an even split, where the first stages get one more when it
+    does not divide.
 
     Raises:
-        ValueError: more stages than layers, or no stage at all.
+        ValueError: more stages than layers, no stage at all, or numbers that are not a split of this model.
     """
     if num_stages < 1 or num_stages > num_layers:
         raise ValueError(
             f"stages={num_stages} with a model of {num_layers} layers: every stage owns at least one layer; "
             f"use 1 to {num_layers} stages"
         )
-    base, extra = divmod(num_layers, num_stages)
-    ends = [base * (k + 1) + min(k + 1, extra) for k in range(num_stages)]
+    if layers_per_stage is None:
+        base, extra = divmod(num_layers, num_stages)
+        layers_per_stage = [base + (k < extra) for k in range(num_stages)]
+    given = f"layers_per_stage={','.join(map(str, layers_per_stage))}"
+    if len(layers_per_stage) != num_stages:
+        raise ValueError(f"{given}: {len(layers_per_stage)} numbers with stages={num_stages}; give one for each stage")
+    if not all(isinstance(count, int) and count > 0 for count in layers_per_stage):
+        raise ValueError(f"{given}: every stage owns at least one layer; use integers from 1 on")
+    if sum(layers_per_stage) != num_layers:
+        raise ValueError(f"{given}: {sum(layers_per_stage)} layers, and the model has {num_layers}; use all of them")
+    ends = list(accumulate(layers_per_stage))
     return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]

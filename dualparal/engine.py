@@ -7,7 +7,7 @@ walks the schedule while finished blocks are decoded beside it. The one file tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -69,7 +69,7 @@ class Engine:
         self,
         source: ModelSource,
         blocks: BlockConfig,
-        stages: int,
+        layers: Sequence[range],
         mesh: Mesh,
         dtype: torch.dtype,
         depth: int = 2,
@@ -79,14 +79,14 @@ class Engine:
     ) -> None:
         self.source = source
         self.blocks = blocks
-        self.num_stages = stages
+        self.layers = layers  # of each stage
+        self.num_stages = len(layers)
         self.mesh = mesh
         self.dtype = dtype
         self.depth = depth
         self.graphs = graphs
         self.report = report
         self.attention_8bit = attention_8bit
-        self.layers = split_layers(source.spec.num_layers, stages)
         self.scheduler: Any = source.load_scheduler()  # diffusers' name; assign another one as in diffusers
         self.stats: RunStats | None = None  # of the last run, on rank 0
         self._encoder = PromptEncoder(lambda: source.load_text_encoder(mesh.device, dtype), mesh.device)
@@ -107,7 +107,10 @@ class Engine:
         frames_per_block: int = 8,
         context_frames: int = 4,
         context: str = "cached",
+        max_blocks_in_flight: int | None = None,
+        context_version: str = "matching",
         stages: int | None = None,
+        layers_per_stage: Sequence[int] | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         depth: int = 2,
@@ -122,7 +125,12 @@ class Engine:
             frames_per_block: B, latent frames per block (Num_B in the paper).
             context_frames: C, latent frames lent by each neighbour (half of the paper's Num_C).
             context: "cached", "prior" or "paper": where a block's view of its neighbours comes from.
+            max_blocks_in_flight: K. Blocks enter ceil(T / K) iterations apart, and neighbours are so many steps apart:
+                the first frames come earlier, at another video. Default: T, a block per iteration.
+            context_version: with ``cached`` and such a gap, which features of the previous block are read: those of
+                exactly the same step ("matching"), or the last ones made ("newest"), which take K slots and not T.
             stages: into how many runs of layers the model is cut. Default: the number of ranks.
+            layers_per_stage: how many layers each stage owns, for cards that are not alike. Default: an even split.
             device: default "cuda" where there is one, else "cpu".
             dtype: of the transformer; default bfloat16 on CUDA, float32 on the CPU. The VAE runs in float32.
             depth: messages that fit between two stages.
@@ -135,7 +143,13 @@ class Engine:
         Raises:
             ValueError: bad values, or a model that is not supported (``ModelError``), before weights are read.
         """
-        blocks = BlockConfig(frames_per_block, context_frames, context)  # type: ignore[arg-type]
+        blocks = BlockConfig(
+            frames_per_block,
+            context_frames,
+            context,  # type: ignore[arg-type]
+            max_blocks_in_flight,
+            context_version,  # type: ignore[arg-type]
+        )
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(
                 f"depth={depth!r}: at least one message must fit between two stages; 2 lets transfers overlap compute"
@@ -168,13 +182,14 @@ class Engine:
             stages = mesh.world_size
         else:
             mesh = Mesh.local(kind)
-            stages = 1 if stages is None else stages
-        split_layers(source.spec.num_layers, stages)
+            if stages is None:
+                stages = 1 if layers_per_stage is None else len(layers_per_stage)
+        layers = split_layers(source.spec.num_layers, stages, layers_per_stage)
         if eight_bit.on:
             _check_8bit(eight_bit, source, mesh.device, dtype)
         if isinstance(source, ModelFiles):
             source.check_weights()
-        return cls(source, blocks, stages, mesh, dtype, depth, graphs, report, eight_bit)
+        return cls(source, blocks, layers, mesh, dtype, depth, graphs, report, eight_bit)
 
     # Requests -----------------------------------------------------------------------------------------------
 
@@ -354,6 +369,8 @@ class Engine:
             guidance=request.video.guidance,
             decode=request.video.output_type != "latent",
             depth=self.depth,
+            max_blocks_in_flight=self.blocks.max_blocks_in_flight,
+            context_version=self.blocks.context_version,
         )
 
     def _meet(self, request: Request, schedule: Schedule) -> None:
@@ -374,6 +391,7 @@ class Engine:
             "schedule": asdict(schedule),
             "video": {k: v for k, v in asdict(request.video).items() if k != "output_type"},
             "frames_per_block": self.blocks.frames_per_block,
+            "layers_per_stage": [len(layers) for layers in self.layers],
             "attention_8bit": asdict(self.attention_8bit),
         }
         store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())

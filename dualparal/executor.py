@@ -266,7 +266,7 @@ class StageExecutor:
     def _admit(self, block: int) -> None:
         """A block enters; prompts that only blocks long gone have used are forgotten."""
         self._prompt_of_block[block] = self._prompt
-        for old in [b for b in self._prompt_of_block if b <= block - self.schedule.num_steps]:
+        for old in [b for b in self._prompt_of_block if b <= block - self.schedule.max_in_flight]:
             del self._prompt_of_block[old]
         self.stage.drop_prompts(before=min(self._prompt_of_block.values()))
 

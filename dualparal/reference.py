@@ -1,8 +1,8 @@
 """The whole method in one process with a plain loop: the oracle that every faster way must equal.
 
 No schedule, no transport, no slots: neighbour features lie in a dictionary under the name of the unit that made
-them, and with 8-bit attention the means of a block's keys in another. One new block enters per iteration; block b is
-at step i - b in iteration i (DualParal, section 3).
+them, and with 8-bit attention the means of a block's keys in another. A new block enters every ``gap`` iterations;
+block b is at step i - b * gap in iteration i (DualParal, section 3, has a gap of one).
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ def generate(
     """
     assert layout.num_blocks is not None, "the reference makes finite videos"
     policy, context, steps = layout.blocks.context, layout.blocks.context_frames, len(sampler)
+    gap = layout.blocks.gap(steps)
+    # Features of the previous block: of so many steps later than the reader's, at most of the last one.
+    ahead = {"matching": 0, "newest": gap - 1}[layout.blocks.context_version] if policy == "cached" else gap
     states = [sampler.start() for _ in range(layout.num_blocks)]
     latents: list[torch.Tensor] = []
     features: dict[Name, KeysValues | Features8] = {}
@@ -70,10 +73,9 @@ def generate(
         for layer in range(expert.num_layers):
             parts = []
             if context and policy != "prior" and block < newest:
-                parts.append(features[layer, "head", block + 1, step - 1, branch])
+                parts.append(features[layer, "head", block + 1, step - gap, branch])
             if context and policy != "paper" and block > 0:
-                made_at = step if policy == "cached" else min(step + 1, steps - 1)
-                parts.append(features[layer, "tail", block - 1, made_at, branch])
+                parts.append(features[layer, "tail", block - 1, min(step + ahead, steps - 1), branch])
             keys_values: KeysValues | Context8
             if eight_bit.covers(layer) and eight_bit.at(step, steps):
                 read = [part if isinstance(part, Features8) else to_8bit(part, spec.heads, fp8) for part in parts]
@@ -92,14 +94,14 @@ def generate(
         return expert.head(hidden[first:], own_pending, time, grid)
 
     for iteration in itertools.count():
-        newest = min(iteration, layout.num_blocks - 1)
-        blocks = range(max(0, iteration - steps + 1), newest + 1)
+        newest = min(iteration // gap, layout.num_blocks - 1)
+        blocks = [block for block in range(newest + 1) if iteration - block * gap < steps]
         if not blocks:
             break
-        if newest == iteration:
+        if newest * gap == iteration:
             latents.append(noise(newest))
         for block in blocks if policy == "prior" else reversed(blocks):
-            step = iteration - block
+            step = iteration - block * gap
             branches = len(prompt_embeds(block))
             velocity = [forward(block, step, branch, newest) for branch in range(branches)]
             expert_index = spec.expert(float(sampler.timesteps[step]), sampler.num_train_timesteps)
@@ -107,8 +109,8 @@ def generate(
             if branches == 2:
                 guided = combine_guidance(*velocity, guidance_scales[expert_index])
             latents[block] = states[block].step(guided, step, latents[block])
-        # Nothing older than this iteration's blocks of the last one is read again.
-        features = {n: kv for n, kv in features.items() if n[2] + n[3] >= iteration}
+        # The next iteration reads what was made at most ``gap`` iterations before it.
+        features = {n: kv for n, kv in features.items() if n[2] * gap + n[3] > iteration - gap}
     return torch.cat(latents, dim=2)[:, :, : layout.num_latents]
 
 

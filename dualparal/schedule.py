@@ -1,9 +1,10 @@
 """The order of work as a value: who runs, sends, receives and updates what, in which order. No torch.
 
-One new block enters per iteration; block b is at step i - b in iteration i (DualParal, section 3). A unit is one
-forward of one block at one step for one guidance branch. All stages run the same sequence of units; stage 0 also
-owns latents and samplers, so it receives velocities, updates and emits. Every read names the version it wants:
-nothing depends on what happened to arrive. ``validate`` replays a schedule and proves that.
+A new block enters every ``gap`` iterations; block b is at step i - b * gap in iteration i (DualParal, section 3, has
+a gap of one). A unit is one forward of one block at one step for one guidance branch. All stages run the same
+sequence of units; stage 0 also owns latents and samplers, so it receives velocities, updates and emits. Every read
+names the version it wants: nothing depends on what happened to arrive. ``validate`` replays a schedule and proves
+that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
-from dualparal.config import CONTEXT_POLICIES
+from dualparal.config import CONTEXT_POLICIES, CONTEXT_VERSIONS, admission_gap
 
 
 class Op(Enum):
@@ -79,6 +80,7 @@ class Schedule:
     """All numbers that decide the order of work. Equal schedules give equal actions.
 
     depth: messages that fit between two neighbouring stages (buffers of one directed edge).
+    max_blocks_in_flight, context_version: see ``config.BlockConfig``.
     num_blocks None: endless; ``actions`` and ``units`` are then endless iterators.
     """
 
@@ -90,6 +92,8 @@ class Schedule:
     guidance: bool = True
     decode: bool = True
     depth: int = 2
+    max_blocks_in_flight: int | None = None  # K
+    context_version: str = "matching"
 
     def __post_init__(self) -> None:
         for name, low in (("num_stages", 1), ("num_steps", 1), ("context_frames", 0), ("depth", 1)):
@@ -99,17 +103,30 @@ class Schedule:
             raise ValueError(f"num_blocks={self.num_blocks}: a video has at least one block (None: endless)")
         if self.context not in CONTEXT_POLICIES:
             raise ValueError(f"context={self.context!r} is not a context policy; use one of {CONTEXT_POLICIES}")
+        if self.max_blocks_in_flight is not None and self.max_blocks_in_flight < 1:
+            raise ValueError(f"max_blocks_in_flight={self.max_blocks_in_flight}: must be 1 or more (None: no limit)")
+        if self.context_version not in CONTEXT_VERSIONS:
+            raise ValueError(
+                f"context_version={self.context_version!r} is not a version of features; use one of {CONTEXT_VERSIONS}"
+            )
 
     @property
     def branches(self) -> int:
         return 2 if self.guidance else 1
 
+    @property
+    def gap(self) -> int:
+        """Iterations between the entries of two blocks, and steps between neighbours; 1 to T."""
+        return admission_gap(self.num_steps, self.max_blocks_in_flight)
+
     # The order of units -------------------------------------------------------------------------------------
 
     def in_flight(self, iteration: int) -> range:
         """Blocks of an iteration, oldest first."""
-        newest = iteration if self.num_blocks is None else min(iteration, self.num_blocks - 1)
-        return range(max(0, iteration - self.num_steps + 1), newest + 1)
+        newest = iteration // self.gap
+        if self.num_blocks is not None:
+            newest = min(newest, self.num_blocks - 1)
+        return range(max(0, (iteration - self.num_steps) // self.gap + 1), newest + 1)
 
     def units(self) -> Iterator[Unit]:
         """All units in the order in which every stage runs them."""
@@ -117,7 +134,7 @@ class Schedule:
         while blocks := self.in_flight(iteration):
             for block in blocks if self.context == "prior" else reversed(blocks):
                 for branch in range(self.branches):
-                    yield Unit(block, iteration - block, branch)
+                    yield Unit(block, iteration - block * self.gap, branch)
             iteration += 1
 
     @property
@@ -127,7 +144,8 @@ class Schedule:
     @property
     def max_in_flight(self) -> int:
         """Blocks that are on their way at once. They are consecutive: block % max_in_flight is a place for each."""
-        return self.num_steps if self.num_blocks is None else min(self.num_steps, self.num_blocks)
+        most = -(-self.num_steps // self.gap)
+        return most if self.num_blocks is None else min(most, self.num_blocks)
 
     # What a unit reads and leaves ---------------------------------------------------------------------------
 
@@ -135,23 +153,23 @@ class Schedule:
         """``paper``: the version of block b-1's latents that are fed in front; None: nothing is fed."""
         if self.context != "paper" or unit.block == 0 or self.context_frames == 0:
             return None
-        return min(self.num_steps, unit.step + 1)
+        return min(self.num_steps, unit.step + self.gap)
 
     def previous_features(self, unit: Unit) -> Features | None:
-        """Features of block b-1 that the unit reads: the same step (``cached``) or the one before it in this
-        iteration (``prior``: one step cleaner, of its last step once b-1 is done)."""
+        """Features of block b-1 that the unit reads. ``cached``: of the same step ("matching"), or of its step in the
+        iteration before ("newest"); ``prior``: of the one before it in this iteration. Of its last step once it is
+        done."""
         if self.context == "paper" or unit.block == 0 or self.context_frames == 0:
             return None
-        step = unit.step if self.context == "cached" else min(unit.step + 1, self.num_steps - 1)
-        return self._tail(Unit(unit.block - 1, step, unit.branch))
+        return self._tail(Unit(unit.block - 1, min(unit.step + self._ahead, self.num_steps - 1), unit.branch))
 
     def next_features(self, unit: Unit) -> Features | None:
-        """Features of block b+1 that the unit reads: one step noisier, made just before in this iteration."""
-        if self.context == "prior" or self.context_frames == 0 or unit.step == 0:
+        """Features of block b+1 that the unit reads: ``gap`` steps noisier, made just before in this iteration."""
+        if self.context == "prior" or self.context_frames == 0 or unit.step < self.gap:
             return None
         if self.num_blocks is not None and unit.block + 1 >= self.num_blocks:
             return None
-        return self._head(Unit(unit.block + 1, unit.step - 1, unit.branch))
+        return self._head(Unit(unit.block + 1, unit.step - self.gap, unit.branch))
 
     def reads(self, unit: Unit) -> tuple[Features, ...]:
         """In the order in which their keys follow the unit's own ones: next, previous."""
@@ -160,37 +178,64 @@ class Schedule:
     def writes(self, unit: Unit) -> tuple[Features, ...]:
         """Features that somebody will read."""
         found = []
-        if self.context != "prior" and self.context_frames and unit.block > 0 and unit.step + 1 < self.num_steps:
+        if self.slots("head") and unit.block > 0 and unit.step + self.gap < self.num_steps:
             found.append(self._head(unit))
         last = self.num_blocks is not None and unit.block + 1 >= self.num_blocks
-        # prior: step 0 is read by nobody unless it is also the last step, (b+1, s) reads step s+1
-        unread = self.context == "prior" and unit.step == 0 and self.num_steps > 1
-        if self.context != "paper" and self.context_frames and not last and not unread:
+        # The first steps are read by nobody, unless one is the last, too.
+        read = unit.step >= self._ahead or unit.step == self.num_steps - 1
+        if self.slots("tail") and not last and read:
             found.append(self._tail(unit))
         return tuple(found)
 
+    @property
+    def _ahead(self) -> int:
+        """So many steps cleaner than its own are the features that a block reads of its predecessor."""
+        if self.context == "prior":
+            return self.gap
+        return self.gap - 1 if self.context_version == "newest" else 0
+
     def slots(self, side: str) -> int:
-        """Slots per layer and branch that a feature store needs for "head" or "tail"."""
+        """Slots per layer and branch that a feature store needs for "head" or "tail": as few as will do.
+
+        What a unit overwrites it may read first. Hence "head" needs one, and with ``cached`` a block takes over its
+        predecessor's slots.
+        """
         if self.context_frames == 0 or self.num_blocks == 1:
             return 0
         if side == "head":
-            return 0 if self.context == "prior" or self.num_steps == 1 else 1
+            return 0 if self.context == "prior" or self.gap >= self.num_steps else 1
         if self.context == "paper":
             return 0
         if self.context == "prior":
-            return 2
-        # A block's tail is read by its successor one iteration later, before the block overwrites it; that of a
-        # finished block one iteration longer. Hence one slot more than blocks in flight.
-        return self.num_steps + 1 if self.num_blocks is None else min(self.num_steps + 1, self.num_blocks - 1)
+            # What is read at once, and besides what the block before left at its last step.
+            return 2 if self.num_blocks != 2 and self.gap + 1 < self.num_steps else 1
+        needed = self._relay_slots
+        return needed if self.num_blocks is None else min(needed, self._copies * (self.num_blocks - 1))
+
+    @property
+    def _copies(self) -> int:
+        """``cached``: features of one block that are kept at once."""
+        return 1 if self.context_version == "newest" else self.gap
+
+    @property
+    def _relay_slots(self) -> int:
+        """``cached``: slots for any number of blocks, one per step ("matching") or per block in flight ("newest")."""
+        return self.num_steps if self.context_version == "matching" else -(-self.num_steps // self.gap)
 
     def _head(self, unit: Unit) -> Features:
         return Features("head", *unit, slot=0)
 
     def _tail(self, unit: Unit) -> Features:
+        slots, left = self.slots("tail"), self.num_steps - 1 - unit.step
         if self.context == "prior":
-            # Slot 1 keeps the last step, which is read in this iteration and once more in the next.
-            return Features("tail", *unit, slot=int(unit.step == self.num_steps - 1))
-        return Features("tail", *unit, slot=unit.block % max(1, self.slots("tail")))
+            slot = slots - 1 if left == 0 else 0
+        elif slots < self._relay_slots:  # few blocks: each keeps its own
+            slot = unit.block * self._copies + unit.step % self._copies
+        elif self.context_version == "matching":
+            slot = unit.step  # the only reader is the block after, at this step, which then writes there
+        else:
+            slot = -(-left // self.gap)  # where the block after has just read when this one gets there
+        return Features("tail", *unit, slot=slot)
 
     # What every stage does ----------------------------------------------------------------------------------
 

@@ -23,6 +23,11 @@ def wan21(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wan21_9_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_pipeline(tmp_path_factory.mktemp("models") / "wan21_9", layers=9)
+
+
+@pytest.fixture(scope="session")
 def wan22(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_pipeline(tmp_path_factory.mktemp("models") / "wan22", layers=4, wan22=True)
 

@@ -265,6 +265,18 @@ def test_latents_are_float32_and_noise_goes_in_as_it_would_be_drawn(
     assert not torch.equal(load_file(tmp_path / "again.safetensors")["latents"], latents)
 
 
+def test_block_and_split_flags_reach_the_engine(dualparal: Callable[..., Outcome], wan21: Path, tmp_path: Path) -> None:
+    flags = ["--max-blocks-in-flight", 1, "--context-version", "newest", "--layers-per-stage", "1,3"]
+    run = dualparal("generate", *SHORT, *flags, "--model", wan21, "--threads", 1, "--latents-out", "a.safetensors")
+    assert run.code == 0, run.stderr
+    assert len(closing(run.stderr).memory) == 2, "a split into two is two stages"
+    made = load_file(tmp_path / "a.safetensors")["latents"]
+    options: dict[str, Any] = {"device": "cpu", "frames_per_block": 4, "context_frames": 2}
+    limited = Engine.from_pretrained(wan21, max_blocks_in_flight=1, context_version="newest", **options)
+    assert torch.equal(made, limited(**SHORT_CALL, output_type="latent").frames)
+    assert not torch.equal(made, Engine.from_pretrained(wan21, **options)(**SHORT_CALL, output_type="latent").frames)
+
+
 def test_8_bit_flags_reach_the_engine(dualparal: Callable[..., Outcome], wan21: Path, tmp_path: Path) -> None:
     keep = ["--attention-8bit-keep-layers", "0,2", "--attention-8bit-keep-last-steps", 1]
     run = dualparal(
@@ -489,6 +501,13 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "C < 0": (["--context-frames", "-1"], ["context_frames=-1", "from 0"]),
     "B = 0": (["--frames-per-block", "0"], ["frames_per_block=0", "from 1"]),
     "context": (["--context", "telepathy"], ["telepathy", "cached", "prior", "paper"]),
+    "a split of other layers": (
+        ["--layers-per-stage", "2,3", "--stages", "2"],
+        ["layers_per_stage=2,3", "the model has 4"],
+    ),
+    "a split into words": (["--layers-per-stage", "2,two"], ["--layers-per-stage '2,two'", "9,11,10"]),
+    "a split for other stages": (["--layers-per-stage", "2,2", "--stages", "3"], ["2 numbers with stages=3"]),
+    "no block in flight": (["--max-blocks-in-flight", "0"], ["max_blocks_in_flight=0", "from 1"]),
     "stages 0": (["--stages", "0"], ["--stages 0", "1 or more"]),
     "stages -2": (["--stages", "-2"], ["--stages -2", "1 or more"]),
     "more stages than layers": (["--stages", "5"], ["stages=5", "4 layers", "1 to 4"]),

@@ -64,6 +64,11 @@ def test_layers_are_split_evenly(layers: int, stages: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_layers_are_split_as_asked() -> None:
+    assert split_layers(30, 3, [9, 11, 10]) == [range(9), range(9, 20), range(20, 30)]
+    assert split_layers(4, 3, (2, 1, 1)) == split_layers(4, 3)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -71,6 +76,12 @@ def test_layers_are_split_evenly(layers: int, stages: int) -> None:
         (lambda: BlockConfig(0, 0), "frames_per_block=0"),
         (lambda: BlockConfig(4, -1), "context_frames=-1"),
         (lambda: BlockConfig(4, 1, "both"), "context='both'"),  # type: ignore[arg-type]
+        (lambda: BlockConfig(max_blocks_in_flight=0), "max_blocks_in_flight=0"),
+        (lambda: BlockConfig(context_version="old"), "context_version='old'"),  # type: ignore[arg-type]
+        (lambda: BlockConfig(context="paper", context_version="newest"), "leave context_version out"),
+        (lambda: split_layers(30, 3, [15, 15]), "layers_per_stage=15,15: 2 numbers with stages=3"),
+        (lambda: split_layers(30, 2, [30, 0]), "layers_per_stage=30,0: every stage owns at least one layer"),
+        (lambda: split_layers(30, 2, [15, 14]), "layers_per_stage=15,14: 29 layers, and the model has 30"),
         (lambda: VideoConfig(num_frames=0), "num_frames=0"),
         (lambda: VideoConfig(height=10**6), "height=1000000"),
         (lambda: VideoConfig(num_inference_steps=True), "num_inference_steps=True"),

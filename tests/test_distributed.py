@@ -43,7 +43,8 @@ def case(model: Path, policy: str = "cached", guidance: float = 5.0, **more: Any
 def alone(case: dict[str, Any]) -> torch.Tensor:
     """What one process with one stage gives."""
     eight_bit = EightBitSchedule(**case.get("eight_bit", {}))
-    engine = Engine.from_pretrained(case["model"], device="cpu", attention_8bit=eight_bit, **case["options"])
+    options = {k: v for k, v in case["options"].items() if k != "layers_per_stage"}
+    engine = Engine.from_pretrained(case["model"], device="cpu", attention_8bit=eight_bit, **options)
     call = dict(case["call"])
     if "later" in case:
         call["prompt"] = {0: call["prompt"], case["later"]: "a dog"}
@@ -66,6 +67,9 @@ def test_ranks_give_the_bits_of_one_process(tmp_path: Path, wan21: Path, wan22: 
         case(wan21, shape=(2, 2, 3, 21)),  # C = B
         case(wan21, "paper", shape=(2, 2, 3, 33), options={"depth": 1}),
         case(wan21, options={"depth": 3}, later=17),
+        case(wan21, shape=(2, 1, 5, 29), options={"max_blocks_in_flight": 2, "context_version": "newest"}),
+        case(wan21, "paper", shape=(2, 1, 5, 29), options={"max_blocks_in_flight": 2}),
+        case(wan21, options={"layers_per_stage": [3, 1] if ranks == 2 else [1, 2, 1]}),
     ]
     cases += [
         case(model, policy, eight_bit={"mode": "int8", "first_steps": 1}, options={"dtype": "bfloat16"})

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from conftest import embeds
 from dualparal import reference
-from dualparal.config import VideoConfig
+from dualparal.config import CONTEXT_VERSIONS, VideoConfig
 from dualparal.engine import Engine
 from dualparal.executor import NonFiniteError
 from dualparal.noise import BlockNoise
@@ -77,6 +77,67 @@ def test_engine_equals_reference_for_any_number_of_stages(
             assert expected.shape[2] == latents and expected.isfinite().all() and expected.std() > 0.1
         made = built(**prompt, seed=3, output_type="latent", **call).frames
         assert torch.equal(made, expected), f"{stages} stages: {(made - expected).abs().max()}"
+
+
+LIMITED = {  # name: T, K, latent frames, depth; blocks of 2
+    "K=1": (4, 1, 9, 2),
+    "K=2": (5, 2, 9, 1),
+    "K=T-1": (4, 3, 11, 3),
+    "K=T": (3, 3, 9, 2),
+    "T<K": (3, 7, 7, 1),
+    "M<K": (6, 4, 5, 2),
+    "uneven": (7, 3, 13, 3),
+}
+
+
+@pytest.mark.parametrize("version", ["matching", "newest", "prior", "paper"])
+@pytest.mark.parametrize("shape", LIMITED)
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_few_blocks_in_flight_equal_reference(
+    engine: Build, wan22: Path, version: str, shape: str, guidance: float
+) -> None:
+    steps, limit, latents, depth = LIMITED[shape]
+    policy = {"context": "cached", "context_version": version} if version in CONTEXT_VERSIONS else {"context": version}
+    options = {"frames_per_block": 2, "context_frames": 1, "max_blocks_in_flight": limit, "depth": depth, **policy}
+    call = {"num_frames": 4 * (latents - 1) + 1, "num_inference_steps": steps, "guidance_scale": guidance, **SIZE}
+    expected = None
+    for stages in (1, 2, 3, 4):
+        built = engine(wan22, stages=stages, **options)
+        prompt = embeds(built, guidance > 1)
+        if expected is None:
+            expected = reference_latents(built, prompt, seed=3, **call)
+            assert expected.isfinite().all() and expected.std() > 0.1
+            if limit >= steps:
+                free = reference_latents(
+                    engine(wan22, **{**options, "max_blocks_in_flight": None}), prompt, seed=3, **call
+                )
+                assert torch.equal(expected, free), "a limit of T blocks or more changes nothing"
+        made = built(**prompt, seed=3, output_type="latent", **call).frames
+        assert torch.equal(made, expected), f"{stages} stages: {(made - expected).abs().max()}"
+
+
+@pytest.mark.parametrize("split", [(1, 7, 1), (4, 3, 2), (1, 2, 1, 4, 1), (1, 1, 2, 1, 1, 2, 1), None])
+def test_any_split_of_the_layers_gives_the_same_video(
+    engine: Build, wan21_9_layers: Path, split: tuple[int, ...] | None
+) -> None:
+    call = {"num_frames": 29, "num_inference_steps": 3, **SIZE}
+    stages = None if split else 7
+    built = engine(wan21_9_layers, frames_per_block=2, context_frames=1, stages=stages, layers_per_stage=split)
+    assert [len(layers) for layers in built.layers] == list(split or (2, 2, 1, 1, 1, 1, 1))
+    made = built(**embeds(built), output_type="latent", **call).frames
+    assert torch.equal(made, reference_latents(built, embeds(built), **call))
+
+
+def test_versions_of_the_context_differ(engine: Build) -> None:
+    """Else the equalities above would show nothing."""
+    made = {}
+    for limit, version in ((None, "matching"), (None, "newest"), (2, "matching"), (2, "newest")):
+        built = engine(frames_per_block=2, context_frames=1, max_blocks_in_flight=limit, context_version=version)
+        call = {"num_frames": 29, "num_inference_steps": 4, "output_type": "latent", **SIZE}
+        made[limit, version] = built(**embeds(built), **call).frames
+    assert torch.equal(made[None, "matching"], made[None, "newest"])
+    assert (made[2, "matching"] - made[None, "matching"]).abs().max() > 1e-3
+    assert (made[2, "matching"] - made[2, "newest"]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
@@ -197,9 +258,12 @@ def test_callback_can_replace_latents(engine: Build) -> None:
     assert (made.frames == 0).all()
 
 
-def test_an_endless_video_starts_as_a_finite_one_and_can_be_left(engine: Build) -> None:
+@pytest.mark.parametrize(("limit", "version"), [(None, "matching"), (1, "newest"), (2, "matching"), (2, "newest")])
+def test_an_endless_video_starts_as_a_finite_one_and_can_be_left(
+    engine: Build, limit: int | None, version: str
+) -> None:
     call = {"num_inference_steps": 3, "output_type": "latent", "seed": 4, **SIZE}
-    built = engine(frames_per_block=2, context_frames=1, stages=2)
+    built = engine(frames_per_block=2, context_frames=1, stages=2, max_blocks_in_flight=limit, context_version=version)
     chunks = []
     for chunk in built.stream("a cat", num_frames=None, **call):
         assert chunk.progress.total_blocks is None
@@ -339,9 +403,14 @@ def test_bad_requests_are_refused_before_weights_are_read(
         ({"context_frames": 9}, "context_frames=9 exceeds"),
         ({"stages": 5}, "stages=5 with a model of 4 layers"),
         ({"stages": 0}, "stages=0"),
+        ({"layers_per_stage": [2, 2], "stages": 3}, "2 numbers with stages=3"),
+        ({"layers_per_stage": [2, 3]}, "5 layers, and the model has 4"),
         ({"depth": 0}, "depth=0"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"context": "none"}, "context='none'"),
+        ({"max_blocks_in_flight": 0}, "max_blocks_in_flight=0"),
+        ({"context_version": "older"}, "context_version='older'"),
+        ({"context_version": "newest", "context": "prior"}, "only 'cached' has a choice"),
     ],
 )
 def test_bad_engines_are_refused(engine: Build, options: dict[str, Any], words: str) -> None:

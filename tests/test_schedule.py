@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualparal.config import CONTEXT_POLICIES
+from dualparal.config import CONTEXT_POLICIES, CONTEXT_VERSIONS
 from dualparal.schedule import Action, Features, Op, Schedule, ScheduleError, Unit, validate
 
 schedules = st.builds(
@@ -25,6 +25,8 @@ schedules = st.builds(
     guidance=st.booleans(),
     decode=st.booleans(),
     depth=st.integers(1, 4),
+    max_blocks_in_flight=st.none() | st.integers(1, 8),
+    context_version=st.sampled_from(CONTEXT_VERSIONS),
 )
 
 
@@ -43,9 +45,79 @@ def test_every_schedule_runs_and_reads_what_it_names(schedule: Schedule) -> None
     assert set(runs) == expected and set(runs.values()) == {schedule.num_stages}
 
 
+@settings(max_examples=300, deadline=None)
+@given(schedules)
+def test_features_take_as_many_slots_as_are_needed_at_once(schedule: Schedule) -> None:
+    """Never overwritten before the last read (the validator), never kept longer, and no slot too many."""
+    units = list(schedule.units())
+    last_read = {f: at for at, unit in enumerate(units) for f in schedule.reads(unit)}
+    made = {f: at for at, unit in enumerate(units) for f in schedule.writes(unit)}
+    assert set(made) == set(last_read), "what is made is read"
+    for side in ("head", "tail"):
+        most = 0
+        for at, unit in enumerate(units):
+            kept = [f for f in made if f.side == side and made[f] <= at < last_read[f] and f.branch == unit.branch]
+            most = max(most, len(kept))
+        assert schedule.slots(side) == most
+
+
+@pytest.mark.parametrize(("steps", "limit", "gap", "most"), [(50, 8, 7, 8), (50, 25, 2, 25), (50, 26, 2, 25),
+                                                             (5, 9, 1, 5), (5, 1, 5, 1), (5, None, 1, 5)])  # fmt: skip
+def test_blocks_enter_evenly_and_no_more_than_allowed(steps: int, limit: int | None, gap: int, most: int) -> None:
+    schedule = Schedule(1, steps, 60, max_blocks_in_flight=limit)
+    assert (schedule.gap, schedule.max_in_flight) == (gap, most)
+    entered = {}
+    iterations = range(59 * gap + steps)
+    for iteration in iterations:
+        assert 0 < len(schedule.in_flight(iteration)) <= most
+        for block in schedule.in_flight(iteration):
+            entered.setdefault(block, iteration)
+    assert entered == {block: block * gap for block in range(60)}
+    assert not schedule.in_flight(len(iterations))
+
+
+def ticks(schedule: Schedule) -> tuple[int, int]:
+    """Until the first block is finished, and until the last."""
+    events = schedule.replay()
+    return next(e.end for e in events if e.action.op is Op.EMIT), max(e.end for e in events)
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize(("limit", "earlier", "longer"), [(8, 4.4, 1.05), (12, 3.6, 1.031), (24, 2.4, 1.016)])
+def test_fewer_blocks_in_flight_give_the_first_frame_earlier(
+    guidance: bool, limit: int, earlier: float, longer: float
+) -> None:
+    """T = 50, N = 4, M = 32: at least twice as early for at most 5 % more from K = 8 to 24."""
+    free = Schedule(4, 50, 32, guidance=guidance)
+    first, whole = ticks(free)
+    first_limited, whole_limited = ticks(replace(free, max_blocks_in_flight=limit))
+    assert first >= earlier * first_limited and whole_limited <= longer * whole
+
+
+@pytest.mark.parametrize(("context", "version"), [("cached", "matching"), ("cached", "newest"), ("prior", "matching")])
+def test_what_a_block_sees_of_its_neighbours(context: str, version: str) -> None:
+    schedule = Schedule(1, 12, 9, context, 2, max_blocks_in_flight=3, context_version=version)
+    unit = Unit(4, 6, 1)
+    ahead = {"matching": 0, "newest": 3}[version] if context == "cached" else 4
+    previous, next_ = schedule.previous_features(unit), schedule.next_features(unit)
+    assert previous is not None and previous[:4] == ("tail", 3, 6 + ahead, 1)
+    assert next_ is None if context == "prior" else next_ is not None and next_[:4] == ("head", 5, 2, 1)
+    previous = schedule.previous_features(Unit(4, 11, 1))
+    assert previous is not None and previous[:4] == ("tail", 3, 11, 1)
+    assert replace(schedule, context="paper").previous_latents(unit) == 10
+    assert replace(schedule, context="paper").previous_latents(Unit(4, 11, 1)) == 12
+
+
+def test_slots_of_cached_with_few_blocks_in_flight() -> None:
+    """Matching features take as many as without a limit, the newest ones one per block in flight."""
+    limited = Schedule(4, 50, None, max_blocks_in_flight=8)
+    assert limited.slots("tail") == replace(limited, max_blocks_in_flight=None).slots("tail") == 50
+    assert replace(limited, context_version="newest").slots("tail") == 8
+
+
 def test_blocks_in_flight_have_a_place_each() -> None:
-    for blocks, steps in ((7, 3), (2, 5), (None, 4)):
-        schedule = Schedule(num_stages=1, num_steps=steps, num_blocks=blocks)
+    for blocks, steps, limit in ((7, 3, None), (2, 5, None), (None, 4, None), (7, 5, 2), (None, 7, 3)):
+        schedule = Schedule(num_stages=1, num_steps=steps, num_blocks=blocks, max_blocks_in_flight=limit)
         flights = [list(schedule.in_flight(iteration)) for iteration in range(12)]
         assert max(map(len, flights)) == schedule.max_in_flight
         for flight in flights:
@@ -137,8 +209,8 @@ class _StaleRead(Schedule):
 class _OneSlot(Schedule):
     """cached with too few slots: a block overwrites what its successor still needs."""
 
-    def slots(self, side: str) -> int:
-        return min(2, super().slots(side))
+    def _tail(self, unit: Unit) -> Features:
+        return super()._tail(unit)._replace(slot=unit.block % 2)
 
 
 class _EarlyRun(Schedule):
@@ -166,7 +238,7 @@ def test_actions_print_readably() -> None:
     assert str(Action(Op.UPDATE, 0, Unit(3, 2, 0))) == "update b3s2"
 
 
-@pytest.mark.parametrize("field", ["num_stages", "num_steps", "depth", "num_blocks"])
+@pytest.mark.parametrize("field", ["num_stages", "num_steps", "depth", "num_blocks", "max_blocks_in_flight"])
 def test_impossible_numbers_are_refused(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field}=0"):
         replace(Schedule(2, 2, 2), **{field: 0})
