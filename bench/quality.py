@@ -42,6 +42,7 @@ from dualparal.config import BlockConfig, Layout
 
 MODEL = str(Path(dualparal.__file__).with_name("moving_shapes"))
 TRAINED = 16  # latent frames of a training clip
+POLICIES = ("paper", "cached", "prior")
 PROMPTS = 20  # number of the list of captions: another number, other captions
 
 
@@ -58,6 +59,8 @@ class Variant:
     noise: str = "pool"  # of the paper; or "independent" from frame to frame, or "shared": every block's the same
     sampler: str = "unipc"  # the model's own; or "euler"
     guidance_scale: float = 4.0
+    max_blocks_in_flight: int | None = None  # K
+    context_version: str = "matching"
 
     def starts(self, latents: int) -> list[int]:
         """Latent frames at which a block begins, without the first. The truth has none: what if it had, every 8?"""
@@ -77,14 +80,16 @@ VARIANTS = {
         Variant("whole", frames_per_block=None, context_frames=0),
         Variant("independent", context_frames=0),
         Variant("fifo", method="fifo", steps=24),
-        *(Variant(policy, context=policy) for policy in ("paper", "cached", "prior")),
-        *(Variant(f"{p} C{c}", context=p, context_frames=c) for p in ("paper", "cached", "prior") for c in (2, 8)),
-        *(Variant(f"{p} B4", context=p, frames_per_block=4) for p in ("paper", "cached", "prior")),
-        *(Variant(f"{p} B12", context=p, frames_per_block=12) for p in ("paper", "cached", "prior")),
-        *(Variant(f"{p} T{t}", context=p, steps=t) for p in ("paper", "cached", "prior") for t in (4, 8, 50)),
-        *(Variant(f"{p} own noise", context=p, noise="independent") for p in ("paper", "cached", "prior")),
-        *(Variant(f"{p} same noise", context=p, noise="shared") for p in ("paper", "cached", "prior")),
-        *(Variant(f"{p} euler", context=p, sampler="euler") for p in ("paper", "cached", "prior")),
+        *(Variant(policy, context=policy) for policy in POLICIES),
+        *(Variant(f"{p} C{c}", context=p, context_frames=c) for p in POLICIES for c in (2, 8)),
+        *(Variant(f"{p} B4", context=p, frames_per_block=4) for p in POLICIES),
+        *(Variant(f"{p} B12", context=p, frames_per_block=12) for p in POLICIES),
+        *(Variant(f"{p} T{t}", context=p, steps=t) for p in POLICIES for t in (4, 8, 50)),
+        *(Variant(f"{p} own noise", context=p, noise="independent") for p in POLICIES),
+        *(Variant(f"{p} same noise", context=p, noise="shared") for p in POLICIES),
+        *(Variant(f"{p} euler", context=p, sampler="euler") for p in POLICIES),
+        *(Variant(f"{p} K{k}", context=p, max_blocks_in_flight=k) for p in POLICIES for k in (5, 10)),
+        *(Variant(f"cached K{k} newest", max_blocks_in_flight=k, context_version="newest") for k in (5, 10)),
         *(Variant(f"whole T{t}", frames_per_block=None, context_frames=0, steps=t) for t in (4, 8, 50)),
         Variant("whole euler", frames_per_block=None, context_frames=0, sampler="euler"),
     ]
@@ -101,7 +106,6 @@ class Part:
     seeds: int
 
 
-POLICIES = ("paper", "cached", "prior")
 PRESETS = {
     "smoke": (Part(2 * TRAINED, ("truth", "vae", "independent", "cached T4"), 1, 2),),
     "first": (
@@ -118,7 +122,20 @@ PRESETS = {
                 *(f"{policy} {change}" for policy in ("cached", "prior") for change in ("C2", "C8")),
                 *(
                     f"cached {change}"
-                    for change in ("B4", "B12", "T4", "T8", "T50", "own noise", "same noise", "euler")
+                    for change in (
+                        "B4",
+                        "B12",
+                        "T4",
+                        "T8",
+                        "T50",
+                        "K10",
+                        "K5",
+                        "K10 newest",
+                        "K5 newest",
+                        "own noise",
+                        "same noise",
+                        "euler",
+                    )
                 ),
             ),
             4,
@@ -179,8 +196,9 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
 
     block = variant.frames_per_block or job.latents
     engine = Engine.from_pretrained(
-        model, frames_per_block=block, context_frames=variant.context_frames, context=variant.context, device="cpu"
-    )
+        model, frames_per_block=block, context_frames=variant.context_frames, context=variant.context, device="cpu",
+        max_blocks_in_flight=variant.max_blocks_in_flight, context_version=variant.context_version,
+    )  # fmt: skip
     if variant.sampler == "euler":
         engine.scheduler = FlowMatchEulerDiscreteScheduler(shift=engine.scheduler.config.flow_shift)
     noise = None
