@@ -3,10 +3,9 @@
     python tools/train_transformer.py --out build/train
 
 Flow matching as Wan does it: x_s = (1 - s) x + s noise, the model says noise - x, s is shifted towards noise. Windows
-of a few latent frames, then of more (SCHEDULE); a window starts at the start of its video in a quarter of the cases
-(the first latent frame of a video stands for one frame, all others for four), else anywhere. Captions are dropped
-in a tenth of the cases, for classifier-free guidance. Muon for the matrices of the layers, AdamW for the rest; what
-is kept is the exponential average of the weights. Every batch is a function of --seed and its number.
+of a few latent frames, then of more (SCHEDULE), from the start of their videos or from anywhere (FROM_START). Captions
+are dropped in a tenth of the cases, for classifier-free guidance. Muon for the matrices of the layers, AdamW for the
+rest; what is kept is the exponential average of the weights. Every batch is a function of --seed and its number.
 """
 
 from __future__ import annotations
@@ -47,7 +46,8 @@ TRANSFORMER = {
     "num_layers": 8,
 }
 DROP_CAPTION = 0.1
-SCHEDULE = "1000:4x96,1800:8x48,3400:16x48"  # first what a scene looks like, then how it moves
+FROM_START = 0.4  # share of windows that begin where their video does
+SCHEDULE = "1000:4x96,1800:8x48,3500:16x48"  # first what a scene looks like, then how it moves
 SHIFT = 2.0  # of the noise levels that are trained
 EMA = 0.999
 
@@ -136,12 +136,19 @@ class Data:
         self.latents = ((raw.float() - self.mean.view(shape)) / self.std.view(shape)).half()
         self.scenes = [scene_of(seed, index)[0] for index in range(len(raw))]
 
-    def batch(self, rng: np.random.Generator, size: int, frames: int) -> tuple[torch.Tensor, list[str]]:
-        """Windows [size, channels, frames, height, width] and their captions, some of them dropped."""
+    def batch(self, rng: np.random.Generator, size: int, frames: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """Windows [size, channels, frames, height, width], what their loss counts, captions, some of them dropped.
+
+        A video's first latent frame is of another kind: it stands for one frame. That a latent frame is the first one
+        a model can only tell from there being nothing on its left. So the first one of a window that begins later is
+        seen, and not learnt from: weights [size, 1, frames, 1, 1].
+        """
         index = rng.integers(len(self.latents), size=size)
-        start = np.where(rng.random(size) < 0.25, 0, rng.integers(self.latents.shape[1] - frames + 1, size=size))
+        start = np.where(rng.random(size) < FROM_START, 0, rng.integers(self.latents.shape[1] - frames + 1, size=size))
         windows = torch.stack([self.latents[i, s : s + frames] for i, s in zip(index, start, strict=True)])
-        return windows.float().transpose(1, 2), [self.caption(i, rng) for i in index]
+        weights = torch.ones(size, 1, frames, 1, 1, device=windows.device)
+        weights[torch.from_numpy(start) > 0, :, 0] = 0
+        return windows.float().transpose(1, 2), weights, [self.caption(i, rng) for i in index]
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         """A clip's caption in words of ``rng``'s choice: none, or now and then with words that mean nothing."""
@@ -189,17 +196,18 @@ def main() -> None:
             group["lr"] = rate * warm * decay
         _, frames, batch = next(stage for stage in options.schedule if step < stage[0])
         rng = np.random.default_rng([options.seed, 2, step])
-        clean, captions = data.batch(rng, batch, frames)
+        clean, weights, captions = data.batch(rng, batch, frames)
         generator = torch.Generator(device).manual_seed(step)
         noise = torch.randn(clean.shape, generator=generator, device=device)
         u = torch.rand(batch, generator=generator, device=device)
-        clean, noise, u, captions = (whole[rank::ranks] for whole in (clean, noise, u, captions))
+        weights = weights / weights.mean()
+        clean, noise, u, weights, captions = (whole[rank::ranks] for whole in (clean, noise, u, weights, captions))
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         level = sigma.view(-1, 1, 1, 1, 1)
         with torch.autocast(device.type, torch.bfloat16):
             embeds, processor.bias = text(captions)
             velocity = model((1 - level) * clean + level * noise, 1000 * sigma, embeds, return_dict=False)[0]
-        loss = F.mse_loss(velocity.float(), noise - clean)
+        loss = (weights * (velocity.float() - (noise - clean)).square()).mean()
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
