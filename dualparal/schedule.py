@@ -166,7 +166,7 @@ class Schedule:
         return self.max_in_flight * self.num_videos
 
     def place(self, unit: Unit) -> int:
-        """A number below ``places`` for each block in flight: those of a video are consecutive."""
+        """A number below ``places`` that no other block in flight has: those of a video are consecutive blocks."""
         return unit.block % self.max_in_flight * self.num_videos + unit.video
 
     # What a unit reads and leaves ---------------------------------------------------------------------------
