@@ -49,7 +49,7 @@ app = typer.Typer(
 class Job:
     """What ``generate`` was asked for."""
 
-    prompt: dict[int, str]
+    prompts: list[dict[int, str]]  # of each video
     negative_prompt: str | None
     video: VideoConfig
     blocks: BlockConfig
@@ -64,7 +64,7 @@ class Job:
     threads: int
     sampler: str | None
     flow_shift: float | None
-    out: Path | None
+    outs: list[Path]  # of each video; empty: no frames are written
     fps: float
     keep_blocks: bool
     latents_in: Path | None
@@ -72,8 +72,19 @@ class Job:
     overwrite: bool
 
 
-def _prompts(prompt: str, later: list[str], num_frames: int) -> dict[int, str]:
-    prompts = {0: prompt}
+def _outs(out: Path | None, videos: int) -> list[Path]:
+    """A file or folder for each video: video.mp4, or video-0.mp4, video-1.mp4 ..."""
+    if out is None:
+        return []
+    return [out] if videos == 1 else [out.with_name(f"{out.stem}-{video}{out.suffix}") for video in range(videos)]
+
+
+def _prompts(texts: list[str], later: list[str], num_frames: int) -> list[dict[int, str]]:
+    if len(texts) > 1 and later:
+        raise ValueError(
+            f"--prompt-at with {len(texts)} times --prompt: which video it means is not said; run them apart"
+        )
+    prompts = {0: texts[0]}
     for entry in later:
         frame, colon, text = entry.partition(":")
         if not colon or not frame.strip().isdecimal():
@@ -86,7 +97,7 @@ def _prompts(prompt: str, later: list[str], num_frames: int) -> dict[int, str]:
         if int(frame) in prompts:
             raise ValueError(f"--prompt-at {entry!r}: frame {int(frame)} has a text already; give one per frame")
         prompts[int(frame)] = text.strip()
-    return prompts
+    return [prompts, *({0: text} for text in texts[1:])]
 
 
 def _layers_per_stage(text: str | None) -> list[int] | None:
@@ -132,7 +143,7 @@ def _count_stages(gpus: int | None, stages: int | None, device: str | None) -> i
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="What the video shows.")],
+    prompt: Annotated[list[str], typer.Option(help="What the video shows; repeated, so many videos are made at once.")],
     negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
     prompt_at: Annotated[
         list[str] | None,
@@ -143,7 +154,10 @@ def generate(
     ] = 81,
     out: Annotated[
         Path | None,
-        typer.Option(help="A .mp4 file, or a folder for PNG files. Default video.mp4, or none with --latents-out."),
+        typer.Option(
+            help="A .mp4 file, or a folder for PNG files (several videos: NAME-0, NAME-1 ...). Default video.mp4, or "
+            "none with --latents-out."
+        ),
     ] = None,
     model: Annotated[
         str,
@@ -159,7 +173,7 @@ def generate(
         typer.Option(help="Layers of each stage, such as 9,11,10. Default: an even split.", show_default=False),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; one more in each further video.")] = 0,
     height: Annotated[int | None, typer.Option(help="Pixels. Default 480 (64 for the model of the package).")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. Default 832 (64 for the model of the package).")] = None,
     steps: Annotated[
@@ -213,7 +227,7 @@ def generate(
     fps: Annotated[float, typer.Option(help="Frames per second of the video file.")] = 16.0,
     keep_blocks: Annotated[bool, typer.Option(help="Keep the video's segments after they were joined.")] = False,
     latents_in: Annotated[
-        Path | None, typer.Option(help="Initial noise: safetensors, one tensor 'latents' [1, C, L, H, W].")
+        Path | None, typer.Option(help="Initial noise: safetensors, one tensor 'latents' [videos, C, L, H, W].")
     ] = None,
     latents_out: Annotated[Path | None, typer.Option(help="Write the final latents there, in the same format.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False,
@@ -231,7 +245,7 @@ def generate(
     if out is None and latents_out is None:
         out = Path("video.mp4")
     job = Job(
-        prompt=_prompts(prompt, prompt_at or [], num_frames),
+        prompts=_prompts(prompt, prompt_at or [], num_frames),
         negative_prompt=negative_prompt,
         video=VideoConfig(
             default_height if height is None else height,
@@ -266,7 +280,7 @@ def generate(
         threads=_threads(threads, count),
         sampler=sampler,
         flow_shift=flow_shift,
-        out=out,
+        outs=_outs(out, len(prompt)),
         fps=fps,
         keep_blocks=keep_blocks,
         latents_in=latents_in,
@@ -365,12 +379,13 @@ def _check(job: Job) -> None:
     from dualparal.output import check_file, check_out, read_latents
 
     job.video.num_latents()
-    if job.out is not None:
-        check_out(job.out, job.overwrite)
+    for out in job.outs:
+        check_out(out, job.overwrite)
     if job.latents_out is not None:
         check_file(job.latents_out, "--latents-out", job.overwrite)
-        if job.out is not None and job.out.resolve() in (job.latents_out.resolve(), *job.latents_out.resolve().parents):
-            raise ValueError(f"--latents-out {job.latents_out} lies where --out {job.out} goes; choose another place")
+        for out in job.outs:
+            if out.resolve() in (job.latents_out.resolve(), *job.latents_out.resolve().parents):
+                raise ValueError(f"--latents-out {job.latents_out} lies where --out {out} goes; choose another place")
     if not 1 / 1001 <= job.fps <= 1000:
         raise ValueError(f"--fps {job.fps}: use a rate from 1/1001 to 1000; Wan's own is 16")
     if job.flow_shift is not None and not 0 < job.flow_shift < math.inf:
@@ -387,7 +402,7 @@ def _check(job: Job) -> None:
         # The ranks check again, each for itself; here the user hears of it once, before any of them starts.
         engine = _engine(job, job.stages)
         latents = None if job.latents_in is None else read_latents(job.latents_in)
-        engine.stream(prompt=job.prompt, latents=latents, **_call(job))
+        engine.stream(prompt=job.prompts, latents=latents, **_call(job))
 
 
 def _call(job: Job) -> dict[str, Any]:
@@ -410,7 +425,7 @@ def _lead(job: Job) -> int:
     from dualparal.output import what_is_left
     from dualparal.supervisor import supervise
 
-    display = Display(job.video.num_frames)
+    display = _display(job)
     started = time.time()
     summary: list[str] = []
 
@@ -433,11 +448,16 @@ def _lead(job: Job) -> int:
         typer.echo(f"interrupted by {result.interrupted.name}", err=True)
     for text in summary:
         typer.echo(text, err=True)
-    if not summary and job.out is not None:
-        left = what_is_left(job.out, started)
+    for out in [] if summary else job.outs:
+        left = what_is_left(out, started)
         if left:
             typer.echo(left, err=True)
     return result.exit_code
+
+
+def _display(job: Job) -> Display:
+    frames = job.video.num_frames
+    return Display(None if frames is None else frames * len(job.prompts))
 
 
 def _work(job: Job, heartbeat: Heartbeat) -> int:
@@ -489,19 +509,19 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
     engine = _engine(job, None if "RANK" in os.environ else job.stages, heartbeat.phase)
     leading = engine.mesh.rank == 0
     latents = None if job.latents_in is None else read_latents(job.latents_in)
-    chunks = engine.stream(prompt=job.prompt, latents=latents, **_call(job))
+    chunks = engine.stream(prompt=job.prompts, latents=latents, **_call(job))
     stopped = _stop_on_signals(engine, heartbeat, leading)
-    output = open_output(job.out, job.fps, job.keep_blocks) if leading and job.out is not None else None
-    final: list[torch.Tensor] = []
-    display = Display(job.video.num_frames) if leading and not heartbeat.supervised else None
+    outputs = [open_output(out, job.fps, job.keep_blocks) for out in job.outs] if leading else []
+    final: list[list[torch.Tensor]] = [[] for _ in job.prompts]
+    display = _display(job) if leading and not heartbeat.supervised else None
     try:
         if display is not None:
             display.start()
         for chunk in chunks:
-            if output is not None:
-                output.write(chunk.block, chunk.frames)
+            if outputs:
+                outputs[chunk.video].write(chunk.block, chunk.frames)
             if job.latents_out is not None:
-                final.append(chunk.latents.cpu())
+                final[chunk.video].append(chunk.latents.cpu())
             report = asdict(chunk.progress)
             heartbeat.message(progress=report)
             if display is not None:
@@ -509,13 +529,16 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
     finally:
         if display is not None:
             display.stop()
-        if output is not None:
+        if outputs:
             heartbeat.phase("write")
+        for output in outputs:
             output.close()
-    if leading and job.latents_out is not None and final:
-        write_latents(job.latents_out, torch.cat(final, dim=2))
+    if leading and job.latents_out is not None and all(final):
+        whole = [torch.cat(parts, dim=2) for parts in final]
+        shortest = min(part.shape[2] for part in whole)  # after an interruption they are not all as long
+        write_latents(job.latents_out, torch.cat([part[:, :, :shortest] for part in whole]))
     if leading and engine.stats is not None:
-        places = [str(p) for p in (job.out, job.latents_out) if p is not None]
+        places = [str(p) for p in (*job.outs, job.latents_out) if p is not None]
         summary = f"{' and '.join(places)}: {engine.stats.summary()}"
         if heartbeat.supervised:
             heartbeat.message(summary=summary)

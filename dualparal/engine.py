@@ -1,4 +1,4 @@
-"""The public engine: a model, cut into stages, that makes one long video of blocks in flight.
+"""The public engine: a model, cut into stages, that makes long videos of blocks in flight.
 
 It checks a request, loads what this rank owns, builds the schedule, the stages and the edges between them, and
 walks the schedule while finished blocks are decoded beside it. The one file that knows everybody.
@@ -7,12 +7,13 @@ walks the schedule while finished blocks are decoded beside it. The one file tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -29,7 +30,7 @@ from dualparal.loading import LoadedPipeline, ModelFiles, ModelSource, resolve_m
 from dualparal.mesh import Mesh, in_distributed_run
 from dualparal.models.base import Slice
 from dualparal.noise import BlockNoise
-from dualparal.request import Request, check_request
+from dualparal.request import Prompt, Request, check_request, split_videos
 from dualparal.schedule import Schedule, Unit
 from dualparal.stage import Forward, Stage
 from dualparal.text import PromptEncoder, Prompts
@@ -52,7 +53,7 @@ _runs = count()
 
 @dataclass(frozen=True)
 class EngineOutput:
-    """``frames`` as WanPipeline returns them, with a batch axis of one; None on ranks other than 0."""
+    """``frames`` as WanPipeline returns them, with an axis of videos in front; None on ranks other than 0."""
 
     frames: Any
     stats: RunStats | None
@@ -93,9 +94,8 @@ class Engine:
         self._slices: dict[int, list[Slice]] = {}
         self._vae: Any = None
         self._groups: list[Any] | None = None
-        self._prompts: Prompts | None = None
-        self._negative_prompt: str | None = None
-        self._video: VideoConfig | None = None
+        self._prompts: list[Prompts] = []  # of the videos that run, on rank 0
+        self._requests: list[Request] = []
         self._interrupted = False
         self._running = False
 
@@ -193,42 +193,30 @@ class Engine:
 
     # Requests -----------------------------------------------------------------------------------------------
 
-    def __call__(self, prompt: str | Mapping[int, str] | None = None, **kwargs: Any) -> EngineOutput:
-        """The whole video at once. Arguments as ``stream``, with ``num_frames`` 81 by default, and ``return_dict``.
+    def __call__(self, prompt: Prompt | Sequence[Prompt] | None = None, **kwargs: Any) -> EngineOutput:
+        """Whole videos at once. Arguments as ``stream``, with ``num_frames`` 81 by default, and ``return_dict``.
 
-        ``output_type`` "np", "pt", "pil" or "latent" as in diffusers: ``frames`` is [1, F, H, W, 3],
-        [1, F, 3, H, W], a list of one list, or latents [1, C, L, h, w].
+        ``output_type`` "np", "pt", "pil" or "latent" as in diffusers: ``frames`` is [V, F, H, W, 3],
+        [V, F, 3, H, W], a list of V lists, or latents [V, C, L, h, w]; V is 1 unless there are several prompts.
         """
         return_dict = kwargs.pop("return_dict", True)
         if kwargs.get("num_frames", 81) is None:
             raise ValueError("num_frames=None is an endless video: use engine.stream(...)")
         chunks = list(self.stream(prompt, **kwargs))
-        frames: Any = None
-        if chunks:
-            kind = kwargs.get("output_type", "np")
-            if kind == "latent":
-                frames = torch.cat([chunk.latents for chunk in chunks], dim=2)
-            elif kind == "pil":
-                frames = [[image for chunk in chunks for image in chunk.frames]]
-            elif kind == "pt":
-                frames = torch.cat([chunk.frames for chunk in chunks]).unsqueeze(0)
-            else:
-                import numpy as np
-
-                frames = np.concatenate([chunk.frames for chunk in chunks])[None]
+        frames = _whole(chunks, kwargs.get("output_type", "np")) if chunks else None
         return EngineOutput(frames, self.stats) if return_dict else (frames,)  # type: ignore[return-value]
 
     def stream(
         self,
-        prompt: str | Mapping[int, str] | None = None,
-        negative_prompt: str | None = None,
+        prompt: Prompt | Sequence[Prompt] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         height: int = 480,
         width: int = 832,
         num_frames: int | None = 81,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
         guidance_scale_2: float | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -236,89 +224,87 @@ class Engine:
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         max_sequence_length: int = 512,
         *,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
     ) -> Iterator[Chunk]:
         """Yields every block as soon as it is finished. The request is checked before this returns.
 
         Arguments and meanings are ``WanPipeline.__call__``'s, and besides:
 
         Args:
-            prompt: a text, or {first frame: text}: blocks from that frame on take it.
+            prompt: a text, or {first frame: text}: blocks from that frame on take it. A list of these (or rows of
+                ``prompt_embeds``): so many independent videos, whose units take turns; ``chunk.video`` says whose it
+                is, and each has the bits that it has alone. ``negative_prompt``, ``seed``, ``generator`` may then be
+                lists, and ``latents`` and embeddings have a row for each.
             num_frames: None for an endless video; stop by closing the iterator or calling ``interrupt``.
-            seed: of the noise (default 0); or give a ``generator``, from which one is drawn.
-            latents: initial noise [1, C, L, h, w] instead of the seed's.
-            callback_on_step_end: called on rank 0 as (engine, step, timestep, {"latents", "block"}) after every
-                step of every block; a returned dict's "latents" replace them.
+            seed: of the noise (default 0), in video v of several seed + v; or give a ``generator``, from which one is
+                drawn for each.
+            latents: initial noise [V, C, L, h, w] instead of the seed's.
+            callback_on_step_end: called on rank 0 as (engine, step, timestep, {"latents", "block", "video"}) after
+                every step of every block; a returned dict's "latents" replace them.
 
         Raises:
             ValueError: a request that cannot be run; names the value, the rule and the way out.
         """
-        if seed is not None and generator is not None:
-            raise ValueError("seed and generator were both given; use one of them")
-        if generator is not None:
-            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device).item())
-        video = VideoConfig(
-            height,
-            width,
-            num_frames,
-            num_inference_steps,
-            float(guidance_scale),
-            guidance_scale_2,
-            seed or 0,
-            output_type,
-            max_sequence_length,
-        )
-        request = check_request(
-            self.source,
-            self.scheduler,
-            self.blocks,
-            self.mesh.device,
-            video,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-        )
-        self.attention_8bit.check_steps(len(request.sampler))
+        requests = []
+        for own in split_videos(
+            prompt, negative_prompt, seed, generator, latents, prompt_embeds, negative_prompt_embeds
+        ):
+            video = VideoConfig(
+                height,
+                width,
+                num_frames,
+                num_inference_steps,
+                float(guidance_scale),
+                guidance_scale_2,
+                own.pop("seed"),
+                output_type,
+                max_sequence_length,
+            )
+            request = check_request(self.source, self.scheduler, self.blocks, self.mesh.device, video, **own)
+            requests.append(replace(request, callback=callback_on_step_end))
+        self.attention_8bit.check_steps(len(requests[0].sampler))
         if self._running:
             raise RuntimeError(
-                "this engine is making a video: exhaust or close that stream first, or use another engine"
+                "this engine is making a video: exhaust or close that stream first, give all prompts in one call, or "
+                "use another engine"
             )
         self._interrupted = False
-        return self._run(replace(request, callback=callback_on_step_end))
+        return self._run(requests)
 
-    def set_prompt(self, prompt: str, negative_prompt: str | None = None) -> int:
-        """Changes the prompt while a video runs: blocks in flight keep theirs, new ones take this. Rank 0 only.
+    def set_prompt(self, prompt: str, negative_prompt: str | None = None, *, video: int = 0) -> int:
+        """Changes a video's prompt while it runs: blocks in flight keep theirs, new ones take this. Rank 0 only.
 
         negative_prompt None keeps the current one. Returns the first block that takes the new prompt.
         """
-        if self._prompts is None or self._video is None:
+        if not self._prompts:
             raise RuntimeError("set_prompt: no video is running; give the prompt to stream()")
+        if not 0 <= video < len(self._prompts):
+            raise ValueError(f"video={video}: {len(self._prompts)} are running, counted from 0")
+        request = self._requests[video]
         embeds = self._encoder.encode(
             prompt,
-            negative_prompt or self._negative_prompt,
-            self._video.guidance,
-            self._video.max_sequence_length,
+            negative_prompt or request.negative_prompt,
+            request.video.guidance,
+            request.video.max_sequence_length,
         )
-        return self._prompts.change(embeds)
+        return self._prompts[video].change(embeds)
 
     def interrupt(self) -> None:
-        """Ends the running video after the unit under way; finished blocks are still given out. Signal-safe."""
+        """Ends the running videos after the unit under way; finished blocks are still given out. Signal-safe."""
         self._interrupted = True
 
     # A run --------------------------------------------------------------------------------------------------
 
-    def _run(self, request: Request) -> Iterator[Chunk]:
-        schedule = self._schedule(request)
-        self._meet(request, schedule)
+    def _run(self, requests: list[Request]) -> Iterator[Chunk]:
+        schedule = self._schedule(requests)
+        self._meet(requests, schedule)
+        self._requests = requests
         if self.mesh.rank == 0:
-            self._prompts = Prompts(self._encode(request))
-            self._negative_prompt, self._video = request.negative_prompt, request.video
+            self._prompts = self._encode()
         self._load()
         clocks = [BusyClock(self.mesh.device) for _ in self._owned_stages()]
-        lane = self._lane(request, clocks[0]) if self.mesh.rank == 0 else None
-        executors = self._executors(request, schedule, lane, clocks)
+        lane = self._lane(requests, clocks[0]) if self.mesh.rank == 0 else None
+        executors = self._executors(requests, schedule, lane, clocks)
         started = time.perf_counter()
         self._running = True
         try:
@@ -340,26 +326,28 @@ class Engine:
         finally:
             if lane is not None:
                 lane.close()
-            self._prompts = self._video = None
+            self._prompts, self._requests = [], []
             self._running = False
 
     def _stop(self, executors: list[StageExecutor]) -> None:
         if self.mesh.distributed and self.mesh.rank == 0:
             executors[0].stop()
 
-    def _lane(self, request: Request, clock: BusyClock) -> DecodeLane:
-        video = request.video
+    def _lane(self, requests: list[Request], clock: BusyClock) -> DecodeLane:
+        video = requests[0].video
         return DecodeLane(
-            request.layout,
+            requests[0].layout,
             video.output_type,
             video.num_frames,
             int(self.source.vae_config.get("scale_factor_temporal", 4)),
-            None if video.output_type == "latent" else StreamingDecoder(self.vae()),
+            len(requests),
+            None if video.output_type == "latent" else [StreamingDecoder(self.vae()) for _ in requests],
             self.mesh.device,
             lambda: clock.seconds,
         )
 
-    def _schedule(self, request: Request) -> Schedule:
+    def _schedule(self, requests: list[Request]) -> Schedule:
+        request = requests[0]
         return Schedule(
             num_stages=self.num_stages,
             num_steps=len(request.sampler),
@@ -371,9 +359,10 @@ class Engine:
             depth=self.depth,
             max_blocks_in_flight=self.blocks.max_blocks_in_flight,
             context_version=self.blocks.context_version,
+            num_videos=len(requests),
         )
 
-    def _meet(self, request: Request, schedule: Schedule) -> None:
+    def _meet(self, requests: list[Request], schedule: Schedule) -> None:
         """All ranks of a distributed run compare what they are about to do, before any tensor travels."""
         if not self.mesh.distributed:
             return
@@ -389,7 +378,8 @@ class Engine:
             "weights": self.source.fingerprint,
             "sampler": type(self.scheduler).__name__,
             "schedule": asdict(schedule),
-            "video": {k: v for k, v in asdict(request.video).items() if k != "output_type"},
+            "video": {k: v for k, v in asdict(requests[0].video).items() if k not in ("output_type", "seed")},
+            "seeds": [request.video.seed for request in requests],
             "frames_per_block": self.blocks.frames_per_block,
             "layers_per_stage": [len(layers) for layers in self.layers],
             "attention_8bit": asdict(self.attention_8bit),
@@ -400,16 +390,18 @@ class Engine:
             self._groups = make_groups(self.mesh.world_size)
             warm_up(self._groups, self.mesh.rank, self.mesh.device)
 
-    def _encode(self, request: Request) -> dict[int, torch.Tensor]:
-        if request.embeds is not None:
-            return {0: request.embeds}
-        video = request.video
-        embeds = {
-            block: self._encoder.encode(text, request.negative_prompt, video.guidance, video.max_sequence_length)
-            for block, text in request.prompts.items()
-        }
+    def _encode(self) -> list[Prompts]:
+        found = []
+        for request in self._requests:
+            video = request.video
+            embeds = {} if request.embeds is None else {0: request.embeds}
+            for block, text in request.prompts.items():
+                embeds[block] = self._encoder.encode(
+                    text, request.negative_prompt, video.guidance, video.max_sequence_length
+                )
+            found.append(Prompts(embeds))
         self._encoder.free()
-        return embeds
+        return found
 
     def _owned_stages(self) -> list[int]:
         return [self.mesh.rank] if self.mesh.distributed else list(range(self.num_stages))
@@ -426,8 +418,9 @@ class Engine:
         return self._vae
 
     def _executors(
-        self, request: Request, schedule: Schedule, lane: DecodeLane | None, clocks: list[BusyClock]
+        self, requests: list[Request], schedule: Schedule, lane: DecodeLane | None, clocks: list[BusyClock]
     ) -> list[StageExecutor]:
+        request = requests[0]  # what follows is the same in all of them
         layout, grid, spec = request.layout, request.grid, self.source.spec
         owned = self._owned_stages()
         inbound, outbound = self._edges(schedule, request) if self.num_stages > 1 else ({}, {})
@@ -444,7 +437,7 @@ class Engine:
         lent = self.blocks.context_frames * grid.tokens
         slots = {side: schedule.slots(side) for side in ("head", "tail")}
         if self.attention_8bit.on:
-            slots["mean"] = schedule.max_in_flight
+            slots["mean"] = schedule.places
         # Who lends is a whole block; the head lies behind what is fed in front of it.
         starts = {
             "head": layout.fed_context(1) * grid.tokens,
@@ -468,7 +461,7 @@ class Engine:
                 eight_bit=self.attention_8bit,
                 wrap=self._graphed if self.graphs else None,
             )
-            queue = self._queue(request, schedule, experts) if index == 0 else None
+            queues = [self._queue(video, schedule, experts) for video in range(len(requests))] if index == 0 else ()
             result.append(
                 StageExecutor(
                     schedule,
@@ -479,7 +472,7 @@ class Engine:
                     outbound.get(index),
                     channel,
                     clock,
-                    queue,
+                    queues,
                     on_emit=lane.emit if lane else None,
                     on_decode=lane.decode if lane else None,
                     report=self._reporter(index),
@@ -524,9 +517,9 @@ class Engine:
         inbound = ReceiveEdge(names[before], before, self._groups[before], sizes[before], *common)
         return {rank: inbound}, {rank: SendEdge(names[rank], after, self._groups[rank], sizes[rank], *common)}
 
-    def _queue(self, request: Request, schedule: Schedule, experts: list[int]) -> LatentQueue:
+    def _queue(self, index: int, schedule: Schedule, experts: list[int]) -> LatentQueue:
+        request, prompts, count = self._requests[index], self._prompts[index], schedule.num_videos
         video, grid = request.video, request.grid
-        assert self._prompts is not None
         scales = (
             video.guidance_scale,
             video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2,
@@ -542,7 +535,7 @@ class Engine:
             user = request.callback
 
             def callback(block: int, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-                result = user(self, step, timestep, {"latents": latents, "block": block}) or {}
+                result = user(self, step, timestep, {"latents": latents, "block": block, "video": index}) or {}
                 replaced: torch.Tensor = result.get("latents", latents)
                 return replaced
 
@@ -551,8 +544,8 @@ class Engine:
             request.layout,
             request.sampler,
             noise,
-            self._prompts.of,
-            self._prompts.embeds,
+            lambda block: prompts.of(block) * count + index,  # ids of all videos' prompts are different
+            lambda prompt: prompts.embeds(prompt // count),
             [scales[e] for e in experts],
             self.mesh.device,
             callback,
@@ -570,6 +563,21 @@ class Engine:
         if lane is not None:
             done = lane.progress
             self.stats = RunStats(done.blocks, done.frames, seconds, done.first or None, tuple(ranks))
+
+
+def _whole(chunks: list[Chunk], kind: OutputType) -> Any:
+    """All videos of a run, with their axis in front; after an interruption so many frames as all of them have."""
+    videos = [[c for c in chunks if c.video == video] for video in range(1 + max(c.video for c in chunks))]
+    if kind == "pil":
+        return [[image for chunk in own for image in chunk.frames] for own in videos]
+    if kind == "latent":
+        latents = [torch.cat([chunk.latents for chunk in own], dim=2) for own in videos]
+        shortest = min(part.shape[2] for part in latents)
+        return latents[0] if len(latents) == 1 else torch.cat([part[:, :, :shortest] for part in latents])
+    join: Any = torch.cat if kind == "pt" else np.concatenate
+    frames = [join([chunk.frames for chunk in own]) for own in videos]
+    shortest = min(map(len, frames))
+    return frames[0][None] if len(frames) == 1 else join([part[None, :shortest] for part in frames])
 
 
 def _check_8bit(eight_bit: EightBitSchedule, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:

@@ -32,7 +32,7 @@ class Stopped(Exception):
 
 
 class LatentQueue:
-    """Latents and sampler states of the blocks in flight. Owned by stage 0.
+    """Latents and sampler states of a video's blocks in flight. Owned by stage 0.
 
     Args:
         noise: block -> initial latents [1, C, F, H, W], float32.
@@ -66,7 +66,7 @@ class LatentQueue:
         self._latents: dict[int, torch.Tensor] = {}
         self._states: dict[int, BlockSampler] = {}
         self._prompts: dict[int, int] = {}
-        self._velocity: dict[Unit, torch.Tensor] = {}
+        self._velocity: dict[tuple[int, int], torch.Tensor] = {}  # by block and branch
 
     def prompt(self, unit: Unit) -> int:
         """The prompt of the unit's block; a block enters with its first unit."""
@@ -89,11 +89,11 @@ class LatentQueue:
 
     def take(self, unit: Unit, velocity: torch.Tensor) -> None:
         """Keeps a copy of a branch's velocity until the update."""
-        self._velocity[unit] = velocity.clone()
+        self._velocity[unit.block, unit.branch] = velocity.clone()
 
     def update(self, block: int, step: int) -> None:
         """One sampler step from the velocities of the block's branches."""
-        velocity = [self._velocity.pop(Unit(block, step, b)) for b in range(self.schedule.branches)]
+        velocity = [self._velocity.pop((block, branch)) for branch in range(self.schedule.branches)]
         guided = combine_guidance(*velocity, self.guidance_scales[step]) if len(velocity) == 2 else velocity[0]
         latents = self._states[block].step(guided, step, self._latents[block])
         if self.callback is not None:
@@ -120,9 +120,9 @@ class StageExecutor:
 
     Args:
         inbound, outbound: edges from the stage before and to the one after; None with a single stage.
-        queue: stage 0 only.
+        queues: of every video; stage 0 only.
         clock: adds up the time spent in units.
-        on_emit, on_decode: stage 0 only, called with (block, latents) and (block).
+        on_emit, on_decode: stage 0 only, called with (video, block, latents) and (video, block).
         report: called with a phase and the unit before every action.
     """
 
@@ -136,9 +136,9 @@ class StageExecutor:
         outbound: Outbound | None,
         prompts: PromptChannel,
         clock: BusyClock,
-        queue: LatentQueue | None = None,
-        on_emit: Callable[[int, torch.Tensor], None] | None = None,
-        on_decode: Callable[[int], None] | None = None,
+        queues: Sequence[LatentQueue] = (),
+        on_emit: Callable[[int, int, torch.Tensor], None] | None = None,
+        on_decode: Callable[[int, int], None] | None = None,
         report: Report | None = None,
     ) -> None:
         self.schedule = schedule
@@ -147,17 +147,17 @@ class StageExecutor:
         self.stage = stage
         self.inbound, self.outbound = inbound, outbound
         self.prompts = prompts
-        self.queue = queue
+        self.queues = queues
         self.on_emit, self.on_decode = on_emit, on_decode
         self.report = report or (lambda phase, unit: None)
         self.clock = clock
         self.under_way = 0  # stage 0: units sent and not yet back
         self._hidden: torch.Tensor | None = None
         self._prompt = 0
-        self._prompt_of_block: dict[int, int] = {}
+        self._prompt_of: dict[tuple[int, int], int] = {}  # by video and block
         self._handlers: dict[Op, Callable[[Unit], None]] = {
-            Op.RECV: self._receive_velocity if queue else self._receive_hidden,
-            Op.RUN: self._run_first if queue else self._run_later,
+            Op.RECV: self._receive_velocity if queues else self._receive_hidden,
+            Op.RUN: self._run_first if queues else self._run_later,
             Op.SEND: self._send,
             Op.UPDATE: self._update,
             Op.EMIT: self._emit,
@@ -223,24 +223,25 @@ class StageExecutor:
             self.stage.add_prompt(header.prompt, self.prompts.fetch(header.prompt))
 
     def _receive_velocity(self, unit: Unit) -> None:
-        assert self.queue is not None and self.inbound is not None
+        assert self.inbound is not None
         _, tensor = self._receive(unit)
-        shape = self.queue.velocity_shape(unit)
-        self.queue.take(unit, tensor[: shape.numel()].view(shape))
+        queue = self.queues[unit.video]
+        shape = queue.velocity_shape(unit)
+        queue.take(unit, tensor[: shape.numel()].view(shape))
         self.inbound.release()
         self.under_way -= 1
 
     def _run_first(self, unit: Unit) -> None:
-        assert self.queue is not None
-        self._prompt = self.queue.prompt(unit)
+        queue = self.queues[unit.video]
+        self._prompt = queue.prompt(unit)
         if not self.stage.knows_prompt(self._prompt):
-            embeds = self.queue.embeds_of(self._prompt)
+            embeds = queue.embeds_of(self._prompt)
             self.stage.add_prompt(self._prompt, embeds)
             if self.schedule.num_stages > 1:
                 self.prompts.publish(self._prompt, embeds)
-        result = self._run(self.queue.window(unit), unit)
+        result = self._run(queue.window(unit), unit)
         if self.schedule.num_stages == 1:
-            self.queue.take(unit, result)
+            queue.take(unit, result)
         else:
             self._hidden = result
 
@@ -250,25 +251,25 @@ class StageExecutor:
         self.inbound.release()
 
     def _run(self, hidden: torch.Tensor, unit: Unit) -> torch.Tensor:
-        if unit.block not in self._prompt_of_block:
-            self._admit(unit.block)
+        if (unit.video, unit.block) not in self._prompt_of:
+            self._admit(unit)
         with self.clock:
             return self.stage.run(
                 hidden,
                 unit,
                 prompt=self._prompt,
+                place=self.schedule.place(unit),
                 window=(self.layout.window_start(unit.block), self.layout.window_frames(unit.block)),
                 fed_context=self.layout.fed_context(unit.block),
                 reads=self.schedule.reads(unit),
                 writes=self.schedule.writes(unit),
             )
 
-    def _admit(self, block: int) -> None:
+    def _admit(self, unit: Unit) -> None:
         """A block enters; prompts that only blocks long gone have used are forgotten."""
-        self._prompt_of_block[block] = self._prompt
-        for old in [b for b in self._prompt_of_block if b <= block - self.schedule.max_in_flight]:
-            del self._prompt_of_block[old]
-        self.stage.drop_prompts(before=min(self._prompt_of_block.values()))
+        self._prompt_of[unit.video, unit.block] = self._prompt
+        self._prompt_of.pop((unit.video, unit.block - self.schedule.max_in_flight), None)
+        self.stage.keep_prompts(set(self._prompt_of.values()))
 
     def _send(self, unit: Unit) -> None:
         assert self._hidden is not None and self.outbound is not None
@@ -277,16 +278,15 @@ class StageExecutor:
         self.under_way += 1
 
     def _update(self, unit: Unit) -> None:
-        assert self.queue is not None
-        self.queue.update(unit.block, unit.step)
+        self.queues[unit.video].update(unit.block, unit.step)
 
     def _emit(self, unit: Unit) -> None:
-        assert self.queue is not None and self.on_emit is not None
-        self.on_emit(unit.block, self.queue.emit(unit.block))
+        assert self.on_emit is not None
+        self.on_emit(unit.video, unit.block, self.queues[unit.video].emit(unit.block))
 
     def _decode(self, unit: Unit) -> None:
         assert self.on_decode is not None
-        self.on_decode(unit.block)
+        self.on_decode(unit.video, unit.block)
 
 
 def run_together(executors: Sequence[StageExecutor]) -> Iterator[None]:

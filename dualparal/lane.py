@@ -1,12 +1,12 @@
-"""Finished blocks on their way out: decoded on a thread beside the stages, and given out in order."""
+"""Finished blocks on their way out: decoded on a thread beside the stages, and given out as they were finished."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from dualparal.decode import StreamingDecoder, to_output, to_uint8
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a video is. Totals are None while it is endless."""
+    """How far a run is, all of its videos together. Totals are None while it is endless."""
 
     blocks: int
     frames: int
@@ -33,7 +33,7 @@ class Chunk:
     """One finished block.
 
     Attributes:
-        block: its index.
+        video, block: their indices.
         start_frame: index of its first pixel frame in the video.
         frames: as ``output_type`` says, without a batch axis: "np" float32 [F, H, W, 3] in [0, 1], "uint8" the same
             in [0, 255], "pt" [F, 3, H, W] in [0, 1], "pil" a list; None for "latent".
@@ -45,13 +45,15 @@ class Chunk:
     frames: Any
     latents: torch.Tensor
     progress: Progress
+    video: int = 0
 
 
 class DecodeLane:
     """Takes final latents from stage 0, decodes at most two blocks ahead of the consumer.
 
     Args:
-        decoder: None when latents are wanted.
+        total_frames: of a video.
+        decoders: one for each of ``num_videos``; None when latents are wanted.
         busy: seconds that stage 0 has spent in units.
     """
 
@@ -63,66 +65,69 @@ class DecodeLane:
         output_type: OutputType,
         total_frames: int | None,
         temporal_factor: int,
-        decoder: StreamingDecoder | None,
+        num_videos: int,
+        decoders: Sequence[StreamingDecoder] | None,
         device: torch.device,
         busy: Callable[[], float],
     ) -> None:
         self.layout = layout
         self.output_type = output_type
-        self.total_frames = total_frames
         self.temporal_factor = temporal_factor
         self.busy = busy
         self.started = time.perf_counter()
-        self.progress = Progress(0, 0, layout.num_blocks, total_frames, 0.0, 0.0, 0.0)
-        self._decoder = decoder
-        self._latents: dict[int, torch.Tensor] = {}
-        self._pending: deque[tuple[int, torch.Tensor, Future[Any]]] = deque()
-        self._done: deque[tuple[int, torch.Tensor, Any]] = deque()
-        self._pool = None if decoder is None else ThreadPoolExecutor(1, thread_name_prefix="dualparal-decode")
-        self._stream = torch.cuda.Stream(device) if decoder is not None and device.type == "cuda" else None
+        blocks = None if layout.num_blocks is None else num_videos * layout.num_blocks
+        frames = None if total_frames is None else num_videos * total_frames
+        self.progress = Progress(0, 0, blocks, frames, 0.0, 0.0, 0.0)
+        self._decoders = decoders
+        self._frames_of = [0] * num_videos  # given out so far
+        self._latents: dict[tuple[int, int], torch.Tensor] = {}  # by video and block
+        self._pending: deque[tuple[int, int, torch.Tensor, Future[Any]]] = deque()
+        self._done: deque[tuple[int, int, torch.Tensor, Any]] = deque()
+        self._pool = None if decoders is None else ThreadPoolExecutor(1, thread_name_prefix="dualparal-decode")
+        self._stream = torch.cuda.Stream(device) if decoders is not None and device.type == "cuda" else None
 
-    def emit(self, block: int, latents: torch.Tensor) -> None:
+    def emit(self, video: int, block: int, latents: torch.Tensor) -> None:
         """A block's final latents; what is beyond the end of the video is cut off."""
         kept = latents[:, :, : self.layout.kept_frames(block)]
         if self._pool is None:
-            self._done.append((block, kept, None))
+            self._done.append((video, block, kept, None))
         else:
-            self._latents[block] = kept
+            self._latents[video, block] = kept
 
-    def decode(self, block: int) -> None:
+    def decode(self, video: int, block: int) -> None:
         """Starts decoding; waits when two blocks are already waiting to be decoded."""
         assert self._pool is not None
         while len(self._pending) >= self.BOUND:
             self._take()
-        latents = self._latents.pop(block)
+        latents = self._latents.pop((video, block))
         ready = None
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record()
-        self._pending.append((block, latents, self._pool.submit(self._decode, latents, ready)))
+        self._pending.append((video, block, latents, self._pool.submit(self._decode, video, latents, ready)))
 
-    def _decode(self, latents: torch.Tensor, ready: torch.cuda.Event | None) -> Any:
+    def _decode(self, video: int, latents: torch.Tensor, ready: torch.cuda.Event | None) -> Any:
         if self._stream is None:
-            return self._frames(latents)
+            return self._frames(video, latents)
         with torch.cuda.stream(self._stream):
             assert ready is not None
             self._stream.wait_event(ready)
-            frames = self._frames(latents)
+            frames = self._frames(video, latents)
             self._stream.synchronize()
             return frames
 
-    def _frames(self, latents: torch.Tensor) -> Any:
-        assert self._decoder is not None and self.output_type != "latent"
-        frames = self._decoder.push(latents)
+    def _frames(self, video: int, latents: torch.Tensor) -> Any:
+        assert self._decoders is not None and self.output_type != "latent"
+        frames = self._decoders[video].push(latents)
         return to_uint8(frames) if self.output_type == "uint8" else to_output(frames, self.output_type)
 
     def _take(self) -> None:
-        block, latents, future = self._pending.popleft()
-        self._done.append((block, latents, future.result()))
+        video, block, latents, future = self._pending.popleft()
+        self._done.append((video, block, latents, future.result()))
 
     def ready(self) -> Iterator[Chunk]:
         """Chunks that are finished, without waiting."""
-        while self._pending and self._pending[0][2].done():
+        while self._pending and self._pending[0][-1].done():
             self._take()
         while self._done:
             yield self._chunk(*self._done.popleft())
@@ -134,15 +139,22 @@ class DecodeLane:
             yield from self.ready()
         yield from self.ready()
 
-    def _chunk(self, block: int, latents: torch.Tensor, frames: Any) -> Chunk:
-        start = self.progress.frames
+    def _chunk(self, video: int, block: int, latents: torch.Tensor, frames: Any) -> Chunk:
+        start = self._frames_of[video]
         factor = self.temporal_factor
-        end = start + factor * latents.shape[2] - (factor - 1 if block == 0 else 0)
+        made = factor * latents.shape[2] - (factor - 1 if block == 0 else 0)
+        self._frames_of[video] += made
         seconds = time.perf_counter() - self.started
-        first = self.progress.first or seconds
-        bubble = 1 - self.busy() / seconds
-        self.progress = Progress(block + 1, end, self.layout.num_blocks, self.total_frames, seconds, first, bubble)
-        return Chunk(block, start, frames, latents, self.progress)
+        done = self.progress
+        self.progress = replace(
+            done,
+            blocks=done.blocks + 1,
+            frames=done.frames + made,
+            seconds=seconds,
+            first=done.first or seconds,
+            bubble=1 - self.busy() / seconds,
+        )
+        return Chunk(block, start, frames, latents, self.progress, video)
 
     def close(self) -> None:
         if self._pool is not None:

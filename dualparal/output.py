@@ -146,7 +146,7 @@ def read_latents(path: Path) -> torch.Tensor:
 
 
 def write_latents(path: Path, latents: torch.Tensor) -> None:
-    """One tensor ``latents`` [1, C, L, H, W], float32, written aside, synced and renamed."""
+    """One tensor ``latents`` [videos, C, L, H, W], float32, written aside, synced and renamed."""
     from safetensors.torch import save
 
     data = save({"latents": latents.float().contiguous().cpu()})

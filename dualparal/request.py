@@ -1,8 +1,8 @@
-"""A request for one video, checked against the model before any weight is read."""
+"""A request for one video, checked against the model before any weight is read, and several of them from one call."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from dualparal.config import BlockConfig, Layout, VideoConfig
 from dualparal.loading import ModelSource
 from dualparal.models.base import Grid
 from dualparal.sampler import Sampler
+
+Prompt = str | Mapping[int, str]  # a text, or {first frame: text}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,56 @@ class Request:
         return max(self.layout.window_frames(0), self.layout.window_frames(1))
 
 
+def split_videos(
+    prompt: Prompt | Sequence[Prompt] | None,
+    negative_prompt: str | Sequence[str] | None,
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    prompt_embeds: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+) -> list[dict[str, Any]]:
+    """The arguments of each video, as many as there are prompts: a list, or rows of ``prompt_embeds``.
+
+    What is one value holds for all of them, but a seed: video v takes seed + v, or the v-th that the generator draws.
+
+    Raises:
+        ValueError: lists and tensors of different lengths, or both seed and generator.
+    """
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator were both given; use one of them")
+    if isinstance(prompt, (list, tuple)):
+        count = len(prompt)
+    else:
+        count = len(prompt_embeds) if prompt_embeds is not None and prompt_embeds.ndim == 3 else 1
+    if count == 0:
+        raise ValueError("prompt holds no text; give one for each video")
+
+    def rows(name: str, value: Any) -> list[Any]:
+        several = list(value.split(1)) if isinstance(value, torch.Tensor) and count > 1 else value
+        if not isinstance(several, (list, tuple)):
+            return [value] * count
+        if len(several) != count:
+            raise ValueError(f"{name} for {len(several)} videos, and prompts for {count}; give one for each")
+        return list(several)
+
+    if isinstance(generator, torch.Generator):
+        generator = [generator] * count
+    if generator is not None:
+        seeds = [int(torch.randint(2**62, (1,), generator=g, device=g.device)) for g in rows("generator", generator)]
+    else:
+        seeds = rows("seed", [(seed or 0) + v for v in range(count)] if seed is None or isinstance(seed, int) else seed)
+    columns = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "latents": latents,
+        "prompt_embeds": prompt_embeds,
+        "negative_prompt_embeds": negative_prompt_embeds,
+    }
+    split = {"seed": seeds, **{name: rows(name, value) for name, value in columns.items()}}
+    return [{name: values[v] for name, values in split.items()} for v in range(count)]
+
+
 def check_request(
     source: ModelSource,
     scheduler: Any,
@@ -46,7 +98,7 @@ def check_request(
     device: torch.device,
     video: VideoConfig,
     *,
-    prompt: str | Mapping[int, str] | None,
+    prompt: Prompt | None,
     negative_prompt: str | None,
     latents: torch.Tensor | None,
     prompt_embeds: torch.Tensor | None,
@@ -77,13 +129,13 @@ def check_request(
     )
 
 
-def _prompts(prompt: str | Mapping[int, str], layout: Layout, temporal_factor: int) -> dict[int, str]:
+def _prompts(prompt: Prompt, layout: Layout, temporal_factor: int) -> dict[int, str]:
     if isinstance(prompt, str):
         return {0: prompt}
     if not isinstance(prompt, Mapping) or not all(isinstance(text, str) for text in prompt.values()):
         raise ValueError(
-            f"prompt is a {type(prompt).__name__}: use a text, or {{first frame: text}}; an engine makes one video at "
-            "a time"
+            f"prompt is a {type(prompt).__name__}: use a text, {{first frame: text}}, or a list of these for several "
+            "videos"
         )
     if 0 not in prompt:
         raise ValueError("prompt has no text for frame 0")

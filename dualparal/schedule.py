@@ -35,9 +35,15 @@ class Unit(NamedTuple):
     block: int
     step: int
     branch: int
+    video: int = 0
 
     def __str__(self) -> str:
-        return f"b{self.block}s{self.step}" + "cu"[self.branch]
+        return f"{self.block_step}{'cu'[self.branch]}"
+
+    @property
+    def block_step(self) -> str:
+        """A name without the branch."""
+        return (f"v{self.video}" if self.video else "") + f"b{self.block}s{self.step}"
 
 
 class Features(NamedTuple):
@@ -51,6 +57,7 @@ class Features(NamedTuple):
     step: int
     branch: int
     slot: int
+    video: int = 0
 
 
 class Action(NamedTuple):
@@ -59,7 +66,7 @@ class Action(NamedTuple):
     unit: Unit  # UPDATE, EMIT, DECODE: branch is 0 and means the block
 
     def __str__(self) -> str:
-        name = str(self.unit) if self.op in (Op.RUN, Op.SEND, Op.RECV) else f"b{self.unit.block}s{self.unit.step}"
+        name = str(self.unit) if self.op in (Op.RUN, Op.SEND, Op.RECV) else self.unit.block_step
         return f"{self.op.value} {name}"
 
 
@@ -81,6 +88,8 @@ class Schedule:
 
     depth: messages that fit between two neighbouring stages (buffers of one directed edge).
     max_blocks_in_flight, context_version: see ``config.BlockConfig``.
+    num_videos: independent videos of the same length. In each iteration they follow each other, so that one keeps the
+        stages busy while the velocities of another travel.
     num_blocks None: endless; ``actions`` and ``units`` are then endless iterators.
     """
 
@@ -94,9 +103,10 @@ class Schedule:
     depth: int = 2
     max_blocks_in_flight: int | None = None  # K
     context_version: str = "matching"
+    num_videos: int = 1  # V
 
     def __post_init__(self) -> None:
-        for name, low in (("num_stages", 1), ("num_steps", 1), ("context_frames", 0), ("depth", 1)):
+        for name, low in (("num_stages", 1), ("num_steps", 1), ("context_frames", 0), ("depth", 1), ("num_videos", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {low} or more")
         if self.num_blocks is not None and self.num_blocks < 1:
@@ -122,7 +132,7 @@ class Schedule:
     # The order of units -------------------------------------------------------------------------------------
 
     def in_flight(self, iteration: int) -> range:
-        """Blocks of an iteration, oldest first."""
+        """Blocks of an iteration, in each video, oldest first."""
         newest = iteration // self.gap
         if self.num_blocks is not None:
             newest = min(newest, self.num_blocks - 1)
@@ -132,20 +142,32 @@ class Schedule:
         """All units in the order in which every stage runs them."""
         iteration = 0
         while blocks := self.in_flight(iteration):
-            for block in blocks if self.context == "prior" else reversed(blocks):
-                for branch in range(self.branches):
-                    yield Unit(block, iteration - block * self.gap, branch)
+            for video in range(self.num_videos):
+                for block in blocks if self.context == "prior" else reversed(blocks):
+                    for branch in range(self.branches):
+                        yield Unit(block, iteration - block * self.gap, branch, video)
             iteration += 1
 
     @property
     def num_units(self) -> int | None:
-        return None if self.num_blocks is None else self.num_blocks * self.num_steps * self.branches
+        if self.num_blocks is None:
+            return None
+        return self.num_videos * self.num_blocks * self.num_steps * self.branches
 
     @property
     def max_in_flight(self) -> int:
-        """Blocks that are on their way at once. They are consecutive: block % max_in_flight is a place for each."""
+        """Blocks of a video that are on their way at once."""
         most = -(-self.num_steps // self.gap)
         return most if self.num_blocks is None else min(most, self.num_blocks)
+
+    @property
+    def places(self) -> int:
+        """Blocks of all videos that are on their way at once."""
+        return self.max_in_flight * self.num_videos
+
+    def place(self, unit: Unit) -> int:
+        """A number below ``places`` that no other block in flight has: those of a video are consecutive blocks."""
+        return unit.block % self.max_in_flight * self.num_videos + unit.video
 
     # What a unit reads and leaves ---------------------------------------------------------------------------
 
@@ -161,7 +183,8 @@ class Schedule:
         done."""
         if self.context == "paper" or unit.block == 0 or self.context_frames == 0:
             return None
-        return self._tail(Unit(unit.block - 1, min(unit.step + self._ahead, self.num_steps - 1), unit.branch))
+        step = min(unit.step + self._ahead, self.num_steps - 1)
+        return self._tail(unit._replace(block=unit.block - 1, step=step))
 
     def next_features(self, unit: Unit) -> Features | None:
         """Features of block b+1 that the unit reads: ``gap`` steps noisier, made just before in this iteration."""
@@ -169,7 +192,7 @@ class Schedule:
             return None
         if self.num_blocks is not None and unit.block + 1 >= self.num_blocks:
             return None
-        return self._head(Unit(unit.block + 1, unit.step - self.gap, unit.branch))
+        return self._head(unit._replace(block=unit.block + 1, step=unit.step - self.gap))
 
     def reads(self, unit: Unit) -> tuple[Features, ...]:
         """In the order in which their keys follow the unit's own ones: next, previous."""
@@ -197,8 +220,8 @@ class Schedule:
     def slots(self, side: str) -> int:
         """Slots per layer and branch that a feature store needs for "head" or "tail": as few as will do.
 
-        What a unit overwrites it may read first. Hence "head" needs one, and with ``cached`` a block takes over its
-        predecessor's slots.
+        What a unit overwrites it may read first. Hence "head" needs one, since it is read at once, and with ``cached``
+        a block takes over its predecessor's slots.
         """
         if self.context_frames == 0 or self.num_blocks == 1:
             return 0
@@ -207,8 +230,13 @@ class Schedule:
         if self.context == "paper":
             return 0
         if self.context == "prior":
-            # What is read at once, and besides what the block before left at its last step.
-            return 2 if self.num_blocks != 2 and self.gap + 1 < self.num_steps else 1
+            # What the block before left at its last step, and besides what is read at once.
+            return self.num_videos + (self.num_blocks != 2 and self.gap + 1 < self.num_steps)
+        return self.num_videos * self._video_slots
+
+    @property
+    def _video_slots(self) -> int:
+        """``cached``: slots of a video."""
         needed = self._relay_slots
         return needed if self.num_blocks is None else min(needed, self._copies * (self.num_blocks - 1))
 
@@ -223,19 +251,21 @@ class Schedule:
         return self.num_steps if self.context_version == "matching" else -(-self.num_steps // self.gap)
 
     def _head(self, unit: Unit) -> Features:
-        return Features("head", *unit, slot=0)
+        return Features("head", unit.block, unit.step, unit.branch, 0, unit.video)
 
     def _tail(self, unit: Unit) -> Features:
-        slots, left = self.slots("tail"), self.num_steps - 1 - unit.step
+        left = self.num_steps - 1 - unit.step
         if self.context == "prior":
-            slot = slots - 1 if left == 0 else 0
-        elif slots < self._relay_slots:  # few blocks: each keeps its own
+            slot = unit.video if left == 0 else self.slots("tail") - 1
+            return Features("tail", unit.block, unit.step, unit.branch, slot, unit.video)
+        if self._video_slots < self._relay_slots:  # few blocks: each keeps its own
             slot = unit.block * self._copies + unit.step % self._copies
         elif self.context_version == "matching":
             slot = unit.step  # the only reader is the block after, at this step, which then writes there
         else:
             slot = -(-left // self.gap)  # where the block after has just read when this one gets there
-        return Features("tail", *unit, slot=slot)
+        slot += unit.video * self._video_slots
+        return Features("tail", unit.block, unit.step, unit.branch, slot, unit.video)
 
     # What every stage does ----------------------------------------------------------------------------------
 
@@ -262,7 +292,7 @@ class Schedule:
             if self.num_stages > 1:
                 yield Action(Op.RECV, 0, unit)
             if unit.branch == self.branches - 1:
-                block = Unit(unit.block, unit.step, 0)
+                block = unit._replace(branch=0)
                 yield Action(Op.UPDATE, 0, block)
                 if unit.step == self.num_steps - 1:
                     yield Action(Op.EMIT, 0, block)
@@ -271,7 +301,7 @@ class Schedule:
 
         for unit in self.units():
             needs = self._needs(unit)
-            while out and (len(out) >= lag or needs & {(u.block, u.step) for u in out}):
+            while out and (len(out) >= lag or any(u._replace(branch=0) in needs for u in out)):
                 yield from receive()
             yield Action(Op.RUN, 0, unit)
             if self.num_stages > 1:
@@ -283,12 +313,12 @@ class Schedule:
         while out:
             yield from receive()
 
-    def _needs(self, unit: Unit) -> set[tuple[int, int]]:
-        """(block, step) whose updates must be done before the unit can run."""
-        needs = {(unit.block, unit.step - 1)}
+    def _needs(self, unit: Unit) -> set[Unit]:
+        """Updates that must be done before the unit can run; branch is 0 and means the block."""
+        needs = {unit._replace(step=unit.step - 1, branch=0)}
         version = self.previous_latents(unit)
         if version is not None:
-            needs.add((unit.block - 1, version - 1))
+            needs.add(unit._replace(block=unit.block - 1, step=version - 1, branch=0))
         return needs
 
     # Replay -------------------------------------------------------------------------------------------------
@@ -439,6 +469,11 @@ def _check_features(schedule: Schedule, actions: list[Action]) -> None:
 
 
 def _check_latents(schedule: Schedule, actions: list[Action], complete: bool) -> None:
+    for video in range(schedule.num_videos):
+        _check_video(schedule, [action for action in actions if action.unit.video == video], complete)
+
+
+def _check_video(schedule: Schedule, actions: list[Action], complete: bool) -> None:
     version: dict[int, int] = {}
     velocities: dict[tuple[int, int], set[int]] = {}
     emitted: list[int] = []

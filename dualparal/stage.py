@@ -12,7 +12,7 @@ what it takes from them at this one. It lies in the store, as features do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,7 +107,6 @@ class Stage:
             self._workspace8 = Workspace8(
                 *sizes, self.inner_dim, slice_.heads, FP8 if self._fp8 else slice_.dtype, slice_.device
             )
-        self._slots = slots
         self._starts = starts
         self.store = FeatureStore(slots, branches, [self._formats(sizes[1], c) for c in self._covered], slice_.device)
         self._step = wrap(self.forward) if wrap else self.forward
@@ -120,11 +119,11 @@ class Stage:
         """Makes a prompt known: embeds [branches, sequence, text_dim]."""
         self._prompts[prompt] = embeds
 
-    def drop_prompts(self, before: int) -> None:
-        """Forgets prompts older than ``before``: no block in flight uses them any more."""
-        for key in [k for k in self._text if k[0] < before]:
+    def keep_prompts(self, used: Container[int]) -> None:
+        """Forgets the other prompts: no block in flight uses them any more."""
+        for key in [k for k in self._text if k[0] not in used]:
             del self._text[key]
-        for prompt in [p for p in self._prompts if p < before]:
+        for prompt in [p for p in self._prompts if p not in used]:
             del self._prompts[prompt]
 
     def knows_prompt(self, prompt: int) -> bool:
@@ -137,6 +136,7 @@ class Stage:
         unit: Unit,
         *,
         prompt: int,
+        place: int,
         window: tuple[int, int],
         fed_context: int,
         reads: Sequence[Features],
@@ -146,6 +146,7 @@ class Stage:
 
         Args:
             hidden: first stage: latents [1, C, F, H, W]; otherwise hidden states [tokens, inner].
+            place: a number that the block has to itself while it is in flight.
             window: absolute index of the first frame, and number of frames F.
             fed_context: leading frames that belong to the previous block (``paper``).
             reads, writes: slots of the feature store, in the order in which keys follow the own ones.
@@ -172,7 +173,7 @@ class Stage:
             self._angles(*window),
             tuple(self._row(features) for features in reads),
             tuple(self._row(features) for features in writes),
-            (self.store.row("mean", unit.block % self._slots["mean"], unit.branch),) if eight_bit else (),
+            (self.store.row("mean", place, unit.branch),) if eight_bit else (),
         )
         return self._step(shape, inputs)
 

@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from dualparal.schedule import Unit
 
-_MAGIC = 0x6475616C70617201  # "dualpar", version 1
-_FIELDS = 8  # magic, kind, block, step, branch, prompt, elements, checksum
+_MAGIC = 0x6475616C70617202  # "dualpar", version 2
+_FIELDS = 9  # magic, kind, block, step, branch, video, prompt, elements, checksum
 
 
 class Kind(IntEnum):
@@ -49,7 +49,7 @@ class PeerLost(RuntimeError):
 
 
 def pack_header(header: Header, elements: int) -> torch.Tensor:
-    """Header as int64 [8], the last field a CRC-32 of the others."""
+    """Header as int64 [9], the last field a CRC-32 of the others."""
     fields = torch.tensor([_MAGIC, header.kind, *header.unit, header.prompt, elements, 0], dtype=torch.int64)
     fields[-1] = zlib.crc32(fields[:-1].numpy().tobytes())
     return fields
@@ -66,11 +66,11 @@ def unpack_header(fields: torch.Tensor, elements: int, edge: str) -> Header:
         raise TransportError(f"{edge}: message without a valid header: {values}")
     if values[1] not in (Kind.UNIT, Kind.STOP):
         raise TransportError(f"{edge}: message of unknown kind {values[1]}")
-    if values[6] != elements:
+    if values[7] != elements:
         raise TransportError(
-            f"{edge}: message of {values[6]} elements, expected {elements}: do both ends run the same configuration?"
+            f"{edge}: message of {values[7]} elements, expected {elements}: do both ends run the same configuration?"
         )
-    return Header(Kind(values[1]), Unit(*values[2:5]), values[5])
+    return Header(Kind(values[1]), Unit(*values[2:6]), values[6])
 
 
 class Outbound(Protocol):
@@ -173,7 +173,7 @@ class LocalEdge:
 
 
 class _Slot(NamedTuple):
-    header: torch.Tensor  # int64 [8], CPU
+    header: torch.Tensor  # int64 [9], CPU
     tensor: torch.Tensor  # flat, on the device
     works: list[Any]  # handles of the transfer under way
 

@@ -277,6 +277,24 @@ def test_block_and_split_flags_reach_the_engine(dualparal: Callable[..., Outcome
     assert not torch.equal(made, Engine.from_pretrained(wan21, **options)(**SHORT_CALL, output_type="latent").frames)
 
 
+def test_two_prompts_are_two_videos(dualparal: Callable[..., Outcome], wan21: Path, tmp_path: Path) -> None:
+    flags = ["--prompt", "a dog", "--model", wan21, "--threads", 1, "--seed", 4]
+    run = dualparal("generate", *SHORT, *flags, "--out", "a.mp4", "--latents-out", "a.safetensors")
+    assert run.code == 0, run.stderr
+    assert closing(run.stderr).frames == 66 and "a-0.mp4 and a-1.mp4 and a.safetensors" in run.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-0.mp4", "a-1.mp4", "a.safetensors"]
+    assert decode(tmp_path / "a-0.mp4") == decode(tmp_path / "a-1.mp4") == 33
+    engine = Engine.from_pretrained(wan21, device="cpu", frames_per_block=4, context_frames=2)
+    wanted = [
+        engine(**{**SHORT_CALL, "prompt": prompt}, seed=seed, output_type="latent").frames
+        for prompt, seed in (("a cat", 4), ("a dog", 5))
+    ]
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["latents"], torch.cat(wanted))
+
+    again = dualparal("generate", *SHORT, *flags, "--out", "a.mp4")
+    assert again.code == 2 and "a-0.mp4 exists" in again.stderr
+
+
 def test_8_bit_flags_reach_the_engine(dualparal: Callable[..., Outcome], wan21: Path, tmp_path: Path) -> None:
     keep = ["--attention-8bit-keep-layers", "0,2", "--attention-8bit-keep-last-steps", 1]
     run = dualparal(
@@ -536,6 +554,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "outputs collide": (["--out", "a.mp4", "--latents-out", "a.mp4"], ["--latents-out a.mp4", "another place"]),
     "name too long": (["--out", "a" * 300 + ".mp4"], ["aaa", "too long", "another name"]),
     "gpus without GPU": (["--device", "cuda"], ["--device cuda", "no GPU", "--device cpu"]),
+    "prompt_at of which": (["--prompt", "dog", "--prompt-at", "8:cow"], ["2 times --prompt", "run them apart"]),
     "prompt_at": (["--prompt-at", "soon"], ["'soon'", "FRAME:TEXT"]),
     "prompt_at half": (["--prompt-at", "-4:dog"], ["'-4:dog'", "FRAME:TEXT"]),
     "prompt_at superscript": (["--prompt-at", "²:dog"], ["FRAME:TEXT"]),

@@ -81,6 +81,21 @@ def test_ranks_give_the_bits_of_one_process(tmp_path: Path, wan21: Path, wan22: 
         assert torch.equal(made, alone(each)), each
 
 
+def test_ranks_give_each_of_several_videos_the_bits_it_has_alone(tmp_path: Path, wan21: Path) -> None:
+    prompts = ["a cat", "a dog"]
+    both = [
+        case(wan21, policy, shape=(2, 1, 4, 29), options=options, call={"prompt": prompts, "seed": 3})
+        for policy in ("cached", "prior", "paper")
+        for options in ({}, {"max_blocks_in_flight": 2, "depth": 1})
+    ]
+    left = case(wan21, call={"prompt": prompts, "num_frames": None}, leave_after=3)
+    assert launch(tmp_path, 2, [*both, left]) == Result(0)
+    for index, each in enumerate(both):
+        made = load_file(tmp_path / f"{index}.safetensors")["latents"]
+        single = [{**each, "call": {**each["call"], "prompt": p, "seed": 3 + v}} for v, p in enumerate(prompts)]
+        assert torch.equal(made, torch.cat([alone(one) for one in single])), each
+
+
 def test_leaving_early_and_changing_prompts_end_well_on_all_ranks(tmp_path: Path, wan21: Path) -> None:
     endless = case(wan21, call={"num_frames": None}, leave_after=3)
     finite = case(wan21, call={"num_frames": 101}, leave_after=2, options={"depth": 1})

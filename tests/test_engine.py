@@ -335,6 +335,99 @@ def test_prompts_forget_what_no_block_can_use() -> None:
         prompts.embeds(0)
 
 
+@pytest.mark.parametrize("version", ["matching", "newest", "prior", "paper"])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_each_of_several_videos_is_the_one_it_is_alone(
+    engine: Build, wan22: Path, version: str, guidance: float
+) -> None:
+    policy = {"context": "cached", "context_version": version} if version in CONTEXT_VERSIONS else {"context": version}
+    options = {"frames_per_block": 2, "context_frames": 1, "max_blocks_in_flight": 2, **policy}
+    call = {"num_frames": 33, "num_inference_steps": 3, "guidance_scale": guidance, "output_type": "latent", **SIZE}
+    prompts: list[Any] = ["a cat", {0: "a dog", 16: "a cow"}, "a bird"]
+    seeds, negative = [7, 3, 3], ["", "wolves", "clouds"]
+    alone = engine(wan22, **options)
+    expected = torch.cat(
+        [
+            alone(text, negative_prompt=other, seed=seed, **call).frames
+            for text, other, seed in zip(prompts, negative, seeds, strict=True)
+        ]
+    )
+    assert not torch.equal(expected[1], expected[2])
+    for stages in (1, 2, 3, 4):
+        built = engine(wan22, stages=stages, **options)
+        made = built(prompts, negative_prompt=negative, seed=seeds, **call).frames
+        assert torch.equal(made, expected), f"{stages} stages: {(made - expected).abs().amax((1, 2, 3, 4))}"
+
+
+def test_several_videos_in_eight_bits(engine: Build) -> None:
+    options = {"frames_per_block": 2, "context_frames": 1, "dtype": "bfloat16", "attention_8bit": "int8"}
+    call = {"num_frames": 21, "num_inference_steps": 3, "output_type": "latent", **SIZE}
+    alone = torch.cat(
+        [engine(**options)(text, seed=seed, **call).frames for text, seed in (("a cat", 4), ("a dog", 5))]
+    )
+    assert torch.equal(engine(stages=2, **options)(["a cat", "a dog"], seed=4, **call).frames, alone)
+
+
+def test_several_videos_come_block_by_block_and_as_a_batch(engine: Build) -> None:
+    built = engine(frames_per_block=2, context_frames=1, stages=2)
+    call = {"num_frames": 21, "num_inference_steps": 2, "seed": 1, **SIZE}
+    seen, frames = [], [0, 0]
+    for chunk in built.stream(["a cat", "a dog"], **call):
+        seen.append((chunk.block, chunk.video))
+        assert chunk.start_frame == frames[chunk.video]
+        frames[chunk.video] += len(chunk.frames)
+    assert sorted(seen) == seen == [(block, video) for block in range(3) for video in range(2)]
+    assert chunk.progress.blocks == chunk.progress.total_blocks == 6
+    assert chunk.progress.frames == chunk.progress.total_frames == 42
+    alone = [built("a dog", **{**call, "seed": 2, "output_type": kind}).frames for kind in ("np", "pt")]
+    batch = [built(["a cat", "a dog"], output_type=kind, **call).frames for kind in ("np", "pt", "pil", "uint8")]
+    assert batch[0].shape == (2, 21, 32, 32, 3) and np.array_equal(batch[0][1:], alone[0])
+    assert batch[1].shape == (2, 21, 3, 32, 32) and torch.equal(batch[1][1:], alone[1])
+    assert [len(images) for images in batch[2]] == [21, 21] and batch[3].shape == (2, 21, 32, 32, 3)
+
+
+def test_rows_of_tensors_are_videos(engine: Build) -> None:
+    built = engine(frames_per_block=2, context_frames=1)
+    call = {"num_frames": 13, "num_inference_steps": 2, "output_type": "latent", **SIZE}
+    latents = torch.randn(2, 16, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    rows = [embeds(built, seed=seed) for seed in (1, 2)]
+    batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    made = built(**batch, latents=latents, **call).frames
+    for video in range(2):
+        alone = built(**rows[video], latents=latents[video : video + 1], **call).frames
+        assert torch.equal(made[video : video + 1], alone)
+
+
+def test_the_prompt_of_one_of_several_videos_changes(engine: Build) -> None:
+    call = {"num_frames": 61, "num_inference_steps": 3, "output_type": "latent", **SIZE}
+    options = {"frames_per_block": 2, "context_frames": 0}
+    alone = {text: engine(**options)(text, seed=5, **call).frames for text in ("a cat", "a dog", "a cow")}
+    built = engine(stages=3, **options)
+    parts: list[list[torch.Tensor]] = [[], []]
+    for chunk in built.stream(["a cat", "a dog"], seed=[5, 5], **call):
+        parts[chunk.video].append(chunk.latents)
+        if (chunk.video, chunk.block) == (0, 1):
+            first = built.set_prompt("a cow", video=1)
+            with pytest.raises(ValueError, match="video=2: 2 are running"):
+                built.set_prompt("a cow", video=2)
+    made = [torch.cat(part, dim=2) for part in parts]
+    assert torch.equal(made[0], alone["a cat"])
+    assert torch.equal(made[1][:, :, : 2 * first], alone["a dog"][:, :, : 2 * first])
+    assert torch.equal(made[1][:, :, 2 * first :], alone["a cow"][:, :, 2 * first :])
+
+
+def test_interrupted_videos_are_of_one_length(engine: Build) -> None:
+    built = engine(frames_per_block=2, context_frames=1)
+
+    def stop(_: Engine, step: int, timestep: torch.Tensor, state: dict[str, Any]) -> None:
+        if (state["video"], state["block"], step) == (0, 2, 1):
+            built.interrupt()
+
+    call = {"num_frames": 81, "num_inference_steps": 2, "output_type": "latent", "callback_on_step_end": stop, **SIZE}
+    made = built(["a cat", "a dog"], **call).frames
+    assert made.shape[0] == 2 and 4 <= made.shape[2] < 10
+
+
 def test_seeds_and_generators(engine: Build) -> None:
     built = engine()
     call = {"prompt": "a cat", "num_frames": 5, "num_inference_steps": 1, "output_type": "latent", **SIZE}
@@ -342,6 +435,11 @@ def test_seeds_and_generators(engine: Build) -> None:
     assert not torch.equal(built(**call, seed=1).frames, built(**call, seed=2).frames)
     drawn = [built(**call, generator=torch.Generator().manual_seed(7)).frames for _ in range(2)]
     assert torch.equal(*drawn)
+    pair = {**call, "prompt": ["a cat"] * 2}
+    both = built(**pair, generator=torch.Generator().manual_seed(7)).frames
+    assert torch.equal(both[:1], drawn[0]) and not torch.equal(both[1:], drawn[0])
+    each = built(**pair, generator=[torch.Generator().manual_seed(7) for _ in range(2)]).frames
+    assert torch.equal(each[:1], drawn[0]) and torch.equal(each[1:], drawn[0])
     with pytest.raises(ValueError, match="seed and generator"):
         built(**call, seed=1, generator=torch.Generator())
 
@@ -375,7 +473,13 @@ def test_nan_is_not_given_out(engine: Build) -> None:
         ({"num_frames": 100}, "use 97 or 101"),
         ({"height": 40}, "height=40 is not divisible by 16"),
         ({"prompt": None}, "either prompt or prompt_embeds"),
-        ({"prompt": ["a", "b"]}, "one video at a time"),
+        ({"prompt": 3}, "prompt is a int: use a text"),
+        ({"prompt": []}, "prompt holds no text"),
+        ({"prompt": ["a", 3]}, "prompt is a int: use a text"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "negative_prompt for 1 videos, and prompts for 2"),
+        ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "seed for 3 videos, and prompts for 2"),
+        ({"prompt": ["a", "b"], "latents": torch.zeros(1, 16, 3, 4, 4)}, "latents for 1 videos"),
+        ({"prompt": "a", "seed": [1, 2]}, "seed for 2 videos, and prompts for 1"),
         ({"prompt": {5: "a cat"}}, "no text for frame 0"),
         ({"prompt": {0: "a cat", 3: "a dog"}}, "same block 0"),
         ({"guidance_scale_2": 3.0}, "single transformer"),

@@ -27,6 +27,7 @@ schedules = st.builds(
     depth=st.integers(1, 4),
     max_blocks_in_flight=st.none() | st.integers(1, 8),
     context_version=st.sampled_from(CONTEXT_VERSIONS),
+    num_videos=st.sampled_from([1, 1, 2, 3]),
 )
 
 
@@ -37,7 +38,8 @@ def test_every_schedule_runs_and_reads_what_it_names(schedule: Schedule) -> None
     runs = Counter(e.action.unit for e in events if e.action.op is Op.RUN)
     assert schedule.num_blocks is not None
     expected = {
-        Unit(b, s, c)
+        Unit(b, s, c, v)
+        for v in range(schedule.num_videos)
         for b in range(schedule.num_blocks)
         for s in range(schedule.num_steps)
         for c in range(schedule.branches)
@@ -121,7 +123,10 @@ def test_blocks_in_flight_have_a_place_each() -> None:
         flights = [list(schedule.in_flight(iteration)) for iteration in range(12)]
         assert max(map(len, flights)) == schedule.max_in_flight
         for flight in flights:
-            assert len({block % schedule.max_in_flight for block in flight}) == len(flight)
+            assert len({schedule.place(Unit(block, 0, 0)) for block in flight}) == len(flight)
+    three = Schedule(1, 5, None, max_blocks_in_flight=2, num_videos=3)
+    places = {three.place(Unit(block, 0, 0, video)) for block in three.in_flight(21) for video in range(3)}
+    assert three.places == 6 and places == set(range(6))
 
 
 @settings(max_examples=100, deadline=None)
@@ -179,6 +184,45 @@ def test_paper_order_and_versions_are_the_ideal_ones(golden: Path, case: str) ->
     assert rows == config["schedules"]["ideal"]
 
 
+@settings(max_examples=100, deadline=None)
+@given(schedules)
+def test_each_of_several_videos_is_made_as_if_alone(schedule: Schedule) -> None:
+    alone = replace(schedule, num_videos=1)
+    for video in range(schedule.num_videos):
+        own = [unit for unit in schedule.units() if unit.video == video]
+        assert [unit._replace(video=0) for unit in own] == list(alone.units())
+        for unit in own:
+            reads = [f._replace(video=0)[:4] for f in schedule.reads(unit)]
+            assert reads == [f[:4] for f in alone.reads(unit._replace(video=0))]
+            assert all(f.video == video for f in schedule.reads(unit))
+
+
+def utilisation(schedule: Schedule) -> float:
+    """Share of stage-ticks with a unit, in the middle half of the schedule."""
+    starts = [event.start for event in schedule.replay() if event.action.op is Op.RUN]
+    first, last = schedule.makespan // 4, 3 * schedule.makespan // 4
+    return sum(first <= start < last for start in starts) / ((last - first) * schedule.num_stages)
+
+
+@pytest.mark.parametrize(
+    ("context", "alone", "two"), [("cached", 0.64, 1.0), ("paper", 0.5, 1.0), ("prior", 0.445, 0.885)]
+)
+def test_a_second_video_fills_the_bubble(context: str, alone: float, two: float) -> None:
+    """T = 4, N = 8: a block comes back after 8 ticks, and one video has 4 units for them. With ``prior`` a block
+    cannot follow its predecessor in fewer than 9 ticks: 8 of 9 is all that two videos can fill."""
+    schedule = Schedule(8, 4, 32, context, guidance=False)
+    assert utilisation(schedule) <= alone
+    assert utilisation(replace(schedule, num_videos=2)) >= two
+    assert utilisation(replace(schedule, num_videos=3)) == 1
+
+
+def test_a_second_video_fills_the_bubble_of_few_blocks() -> None:
+    """Four stages, one block under way at a time."""
+    schedule = Schedule(4, 6, 3, guidance=False, max_blocks_in_flight=1)
+    assert schedule.bubble > 0.7
+    assert replace(schedule, num_videos=4).bubble < 0.05
+
+
 def test_grid_is_as_printed_in_the_documentation() -> None:
     schedule = Schedule(3, 2, 3, "cached", 1, guidance=False)
     assert schedule.grid() == (Path(__file__).parent / "golden" / "grid_3x2x3.txt").read_text().rstrip("\n")
@@ -216,7 +260,7 @@ class _OneSlot(Schedule):
 class _EarlyRun(Schedule):
     """Does not wait for the block's own update."""
 
-    def _needs(self, unit: Unit) -> set[tuple[int, int]]:
+    def _needs(self, unit: Unit) -> set[Unit]:
         return set()
 
 
@@ -236,9 +280,12 @@ def test_the_validator_finds_wrong_reads(broken: type[Schedule], context: str, w
 def test_actions_print_readably() -> None:
     assert str(Action(Op.RUN, 1, Unit(3, 2, 1))) == "run b3s2u"
     assert str(Action(Op.UPDATE, 0, Unit(3, 2, 0))) == "update b3s2"
+    assert str(Action(Op.UPDATE, 0, Unit(3, 2, 0, 1))) == "update v1b3s2"
 
 
-@pytest.mark.parametrize("field", ["num_stages", "num_steps", "depth", "num_blocks", "max_blocks_in_flight"])
+@pytest.mark.parametrize(
+    "field", ["num_stages", "num_steps", "depth", "num_blocks", "max_blocks_in_flight", "num_videos"]
+)
 def test_impossible_numbers_are_refused(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field}=0"):
         replace(Schedule(2, 2, 2), **{field: 0})

@@ -11,7 +11,9 @@ from dualparal.schedule import Unit
 from dualparal.transport import Header, Kind, LocalEdge, PromptChannel, TransportError, pack_header, unpack_header
 
 numbers = st.integers(0, 2**40)
-headers = st.builds(Header, st.sampled_from(Kind), st.builds(Unit, numbers, numbers, st.integers(0, 1)), numbers)
+headers = st.builds(
+    Header, st.sampled_from(Kind), st.builds(Unit, numbers, numbers, st.integers(0, 1), numbers), numbers
+)
 
 
 @given(headers, numbers)
@@ -19,7 +21,7 @@ def test_headers_survive_the_journey(header: Header, elements: int) -> None:
     assert unpack_header(pack_header(header, elements), elements, "edge") == header
 
 
-@given(headers, st.integers(0, 7), st.integers(0, 62))
+@given(headers, st.integers(0, 8), st.integers(0, 62))
 def test_a_flipped_bit_is_noticed(header: Header, field: int, bit: int) -> None:
     fields = pack_header(header, 10)
     fields[field] ^= 1 << bit

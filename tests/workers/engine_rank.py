@@ -21,17 +21,21 @@ def run(engine: Engine, case: dict[str, Any], rank: int) -> torch.Tensor | None:
     if "later" in case:  # JSON has no integer keys
         call["prompt"] = {0: call["prompt"], case["later"]: "a dog"}
     leave_after, change_after = case.get("leave_after"), case.get("change_after")
-    parts = []
+    prompts = call["prompt"]
+    parts: list[list[torch.Tensor]] = [[] for _ in (prompts if isinstance(prompts, list) else [prompts])]
     chunks = engine.stream(**call)
     for chunk in chunks:
-        parts.append(chunk.latents)
+        parts[chunk.video].append(chunk.latents)
         if chunk.block == change_after:
             engine.set_prompt("a dog")
         if chunk.block == leave_after:
             break
     chunks.close()  # type: ignore[attr-defined]
     assert engine.stats is None or len(engine.stats.ranks) == engine.mesh.world_size
-    return torch.cat(parts, dim=2) if parts else None
+    if not parts[0]:
+        return None
+    whole = [torch.cat(part, dim=2) for part in parts if part]
+    return torch.cat([part[:, :, : whole[-1].shape[2]] for part in whole])
 
 
 def main(path: Path) -> None:
