@@ -6,6 +6,7 @@ walks the schedule while finished blocks are decoded beside it. The one file tha
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,8 @@ from dualparal.request import Request, check_request
 from dualparal.schedule import Schedule, Unit
 from dualparal.stage import Forward, Stage
 from dualparal.text import PromptEncoder, Prompts
-from dualparal.trace import BusyClock, RankStats, RunStats
+from dualparal.timeline import Recorder, check_name, merge_left, prepare
+from dualparal.trace import BusyClock, RankStats, RunStats, schedule_bubble
 from dualparal.transport import (
     Inbound,
     LocalEdge,
@@ -222,6 +224,7 @@ class Engine:
         max_sequence_length: int = 512,
         *,
         seed: int | None = None,
+        timeline: str | Path | None = None,
     ) -> Iterator[Chunk]:
         """Yields every block as soon as it is finished. The request is checked before this returns.
 
@@ -234,6 +237,9 @@ class Engine:
             latents: initial noise [1, C, L, h, w] instead of the seed's.
             callback_on_step_end: called on rank 0 as (engine, step, timestep, {"latents", "block"}) after every
                 step of every block; a returned dict's "latents" replace them.
+            timeline: a .json or .json.gz file for a trace of the run (ui.perfetto.dev opens it), replaced if it is
+                there; the same on all ranks. It is whole when the stream has ended; what ranks on other nodes, or a
+                distributed run that failed, left is in ``FILE.parts``, for ``dualparal.timeline.merge``.
 
         Raises:
             ValueError: a request that cannot be run; names the value, the rule and the way out.
@@ -270,8 +276,11 @@ class Engine:
             raise RuntimeError(
                 "this engine is making a video: exhaust or close that stream first, or use another engine"
             )
+        if timeline is not None:
+            timeline = Path(timeline)
+            check_name(timeline)
         self._interrupted = False
-        return self._run(replace(request, callback=callback_on_step_end))
+        return self._run(replace(request, callback=callback_on_step_end), timeline)
 
     def set_prompt(self, prompt: str, negative_prompt: str | None = None) -> int:
         """Changes the prompt while a video runs: blocks in flight keep theirs, new ones take this. Rank 0 only.
@@ -294,19 +303,23 @@ class Engine:
 
     # A run --------------------------------------------------------------------------------------------------
 
-    def _run(self, request: Request) -> Iterator[Chunk]:
+    def _run(self, request: Request, timeline: Path | None) -> Iterator[Chunk]:
         schedule = self._schedule(request)
-        self._meet(request, schedule)
+        if timeline is not None and self.mesh.rank == 0:
+            prepare(timeline)
+        self._meet(request, schedule, timeline)
         if self.mesh.rank == 0:
             self._prompts = Prompts(self._encode(request))
             self._negative_prompt, self._video = request.negative_prompt, request.video
         self._load()
-        clocks = [BusyClock(self.mesh.device) for _ in self._owned_stages()]
-        lane = self._lane(request, clocks[0]) if self.mesh.rank == 0 else None
-        executors = self._executors(request, schedule, lane, clocks)
-        started = time.perf_counter()
-        self._running = True
+        lane: DecodeLane | None = None
+        recorder, clocks = self._clocks(timeline)
+        finished = False
         try:
+            lane = self._lane(request, clocks[0]) if self.mesh.rank == 0 else None
+            executors = self._executors(request, schedule, lane, clocks)
+            started = time.perf_counter()
+            self._running = True
             for _ in run_together(executors):
                 if lane is not None:
                     yield from lane.ready()
@@ -316,17 +329,39 @@ class Engine:
             self._running = False
             if lane is not None:
                 yield from lane.drain()
-            self._finish(clocks, lane, started)
+            self._finish(clocks, lane, started, schedule)
+            finished = True
         except GeneratorExit:  # the consumer has had enough
             if self._running:
                 self._stop(executors)
-            self._finish(clocks, lane, started)
+            self._finish(clocks, lane, started, schedule)
+            finished = True
             raise
         finally:
             if lane is not None:
                 lane.close()
+            if recorder is not None:
+                self._close(recorder, clocks, finished)
             self._prompts = self._video = None
             self._running = False
+
+    def _clocks(self, timeline: Path | None) -> tuple[Recorder | None, list[BusyClock]]:
+        """A clock per stage here, and this rank's part of the timeline that they write, if one is wanted."""
+        device, owned = self.mesh.device, self._owned_stages()
+        if timeline is None:
+            return None, [BusyClock(device) for _ in owned]
+        offset = self.mesh.clock_offset() if self.mesh.distributed else 0.0
+        recorder = Recorder(timeline, self.mesh.rank, self.mesh.world_size, offset)
+        return recorder, [BusyClock(device, recorder.track(index, self.num_stages)) for index in owned]
+
+    def _close(self, recorder: Recorder, clocks: list[BusyClock], finished: bool) -> None:
+        """Joins the parts of the timeline, unless the run failed and other ranks may still be writing theirs."""
+        for clock in clocks:
+            with contextlib.suppress(RuntimeError):  # a device in error has no more to tell
+                clock.settle()
+        recorder.close()
+        if self.mesh.rank == 0 and (finished or not self.mesh.distributed):
+            merge_left(recorder.path)
 
     def _stop(self, executors: list[StageExecutor]) -> None:
         if self.mesh.distributed and self.mesh.rank == 0:
@@ -342,6 +377,7 @@ class Engine:
             None if video.output_type == "latent" else StreamingDecoder(self.vae()),
             self.mesh.device,
             lambda: clock.seconds,
+            clock.track,
         )
 
     def _schedule(self, request: Request) -> Schedule:
@@ -356,7 +392,7 @@ class Engine:
             depth=self.depth,
         )
 
-    def _meet(self, request: Request, schedule: Schedule) -> None:
+    def _meet(self, request: Request, schedule: Schedule, timeline: Path | None) -> None:
         """All ranks of a distributed run compare what they are about to do, before any tensor travels."""
         if not self.mesh.distributed:
             return
@@ -375,6 +411,7 @@ class Engine:
             "video": {k: v for k, v in asdict(request.video).items() if k != "output_type"},
             "frames_per_block": self.blocks.frames_per_block,
             "attention_8bit": asdict(self.attention_8bit),
+            "timeline": timeline and str(timeline),
         }
         store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
         handshake(store, self.mesh.rank, self.mesh.world_size, info, HANDSHAKE_SECONDS)
@@ -540,7 +577,7 @@ class Engine:
             callback,
         )
 
-    def _finish(self, clocks: list[BusyClock], lane: DecodeLane | None, started: float) -> None:
+    def _finish(self, clocks: list[BusyClock], lane: DecodeLane | None, started: float, schedule: Schedule) -> None:
         """Collects what the run cost on every rank. Collective in a distributed run."""
         seconds = time.perf_counter() - started
         own = RankStats.of(clocks, self.mesh.device)
@@ -551,7 +588,16 @@ class Engine:
             ranks = [RankStats.from_list(row.tolist()) for row in rows]
         if lane is not None:
             done = lane.progress
-            self.stats = RunStats(done.blocks, done.frames, seconds, done.first or None, tuple(ranks))
+            # The schedule's bubble is that of N stages at once and of the whole video.
+            whole = self.num_stages == len(ranks) and done.blocks == schedule.num_blocks
+            self.stats = RunStats(
+                done.blocks,
+                done.frames,
+                seconds,
+                done.first or None,
+                tuple(ranks),
+                schedule_bubble(schedule) if whole else None,
+            )
 
 
 def _check_8bit(eight_bit: EightBitSchedule, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from dualparal.config import Layout, OutputType
 from dualparal.decode import StreamingDecoder, to_output, to_uint8
+from dualparal.timeline import Track
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class DecodeLane:
     Args:
         decoder: None when latents are wanted.
         busy: seconds that stage 0 has spent in units.
+        track: stage 0's rows in the timeline.
     """
 
     BOUND = 2
@@ -66,12 +68,14 @@ class DecodeLane:
         decoder: StreamingDecoder | None,
         device: torch.device,
         busy: Callable[[], float],
+        track: Track | None = None,
     ) -> None:
         self.layout = layout
         self.output_type = output_type
         self.total_frames = total_frames
         self.temporal_factor = temporal_factor
         self.busy = busy
+        self.track = track
         self.started = time.perf_counter()
         self.progress = Progress(0, 0, layout.num_blocks, total_frames, 0.0, 0.0, 0.0)
         self._decoder = decoder
@@ -99,17 +103,21 @@ class DecodeLane:
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record()
-        self._pending.append((block, latents, self._pool.submit(self._decode, latents, ready)))
+        self._pending.append((block, latents, self._pool.submit(self._decode, block, latents, ready)))
 
-    def _decode(self, latents: torch.Tensor, ready: torch.cuda.Event | None) -> Any:
+    def _decode(self, block: int, latents: torch.Tensor, ready: torch.cuda.Event | None) -> Any:
+        begin = time.perf_counter()
         if self._stream is None:
-            return self._frames(latents)
-        with torch.cuda.stream(self._stream):
-            assert ready is not None
-            self._stream.wait_event(ready)
             frames = self._frames(latents)
-            self._stream.synchronize()
-            return frames
+        else:
+            with torch.cuda.stream(self._stream):
+                assert ready is not None
+                self._stream.wait_event(ready)
+                frames = self._frames(latents)
+                self._stream.synchronize()
+        if self.track is not None:
+            self.track.decode(block, begin, time.perf_counter())
+        return frames
 
     def _frames(self, latents: torch.Tensor) -> Any:
         assert self._decoder is not None and self.output_type != "latent"
@@ -125,7 +133,13 @@ class DecodeLane:
         while self._pending and self._pending[0][2].done():
             self._take()
         while self._done:
-            yield self._chunk(*self._done.popleft())
+            chunk = self._chunk(*self._done.popleft())
+            begin = time.perf_counter()
+            try:
+                yield chunk
+            finally:
+                if self.track is not None:
+                    self.track.consumer(chunk.block, begin, time.perf_counter())
 
     def drain(self) -> Iterator[Chunk]:
         """All chunks that are still to come."""
