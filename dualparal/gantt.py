@@ -62,7 +62,8 @@ def draw(path: Path) -> Path:
         colour = GREY.get(kind, f"C{block}")
         for place in {place for place, _ in members}:
             spans = [(bar.begin, bar.seconds) for at, bar in members if at == place]
-            axes.broken_barh(spans, (place - 0.4, 0.8), facecolors=colour, linewidth=0)
+            over = kind == "wait"  # lies within its transfer
+            axes.broken_barh(spans, (place - 0.4, 0.8), facecolors=colour, linewidth=0, zorder=2 + over)
     end = max(bar.begin + bar.seconds for bar in bars)
     busy: dict[int, float] = defaultdict(float)
     for bar in bars:

@@ -33,6 +33,7 @@ KINDS = {
     Op.EMIT: "emit",
     Op.DECODE: "queue",  # to the decoder, which has a row of its own
 }
+_SHORTEST_WAIT = 20e-6  # seconds; to learn that there is nothing to wait for takes some of them
 _PART = re.compile(r"rank-(\d+)-of-(\d+)\.json")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -155,7 +156,7 @@ class Track:
             way = "flow_out" if action.op is Op.SEND else "flow_in"
             more = {"bind_id": hex(1 + number * self.num_stages + edge), way: True}
         self._span(row, KINDS[action.op], str(action), begin, end, args, more)
-        if waited > 0:
+        if waited >= _SHORTEST_WAIT:
             self._span(row, "wait", "wait", begin, begin + waited, {})
 
     def decode(self, block: int, begin: float, end: float) -> None:
