@@ -18,7 +18,9 @@ def parser(doc: str | None, *, cpu: bool = False, seconds: float | None = None, 
     if cpu:
         made.add_argument("--cpu", action="store_true", help="small shapes in float32 on the CPU, one thread")
     if seconds is not None:
-        made.add_argument("--seconds", type=float, default=seconds, help="of measuring (default: %(default)s)")
+        made.add_argument(
+            "--seconds", type=float, default=seconds, help="of measuring, per shape or in all (default: %(default)s)"
+        )
     if repeats is not None:
         made.add_argument("--repeats", type=int, default=repeats, help="runs of each (default: %(default)s)")
     return made

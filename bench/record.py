@@ -21,7 +21,9 @@ def commit() -> str:
     """The commit that is measured, with a + when the tree differs from it."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        )
         return done.stdout.strip()
 
     return git("rev-parse", "--short", "HEAD") + (
