@@ -50,7 +50,8 @@ def curves(axes: Any, rows: list[Row], x: str, family: str, ours: Callable[[Row]
         axes.plot(at, [ours(row) for row in members], "o-", color=f"C{number}", markersize=4, label=name)
         if schedule is not None:
             axes.plot(at, [schedule(row) for row in members], "--", color=f"C{number}", linewidth=1)
-    axes.legend(fontsize=8, frameon=False)
+    if rows:
+        axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(bottom=0)
 
