@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dualparal.timeline import DECODER, STAGE, TimelineError, read
+from dualparal.timeline import DECODER, STAGE, TimelineError, place, read
 
 # Of a longer run only the beginning is drawn: more bars cannot be told apart, and take minutes.
 LIMIT = 20_000
@@ -60,10 +60,10 @@ def draw(path: Path) -> Path:
         groups[coloured, bar.kind].append((rows.index(bar.row), bar))
     for (block, kind), members in groups.items():
         colour = GREY.get(kind, f"C{block}")
-        for place in {place for place, _ in members}:
-            spans = [(bar.begin, bar.seconds) for at, bar in members if at == place]
+        for y in {y for y, _ in members}:
+            spans = [(bar.begin, bar.seconds) for at, bar in members if at == y]
             over = kind == "wait"  # lies within its transfer
-            axes.broken_barh(spans, (place - 0.4, 0.8), facecolors=colour, linewidth=0, zorder=2 + over)
+            axes.broken_barh(spans, (y - 0.4, 0.8), facecolors=colour, linewidth=0, zorder=2 + over)
     end = max(bar.begin + bar.seconds for bar in bars)
     busy: dict[int, float] = defaultdict(float)
     for bar in bars:
@@ -100,7 +100,7 @@ def _bars(path: Path) -> tuple[list[Bar], bool]:
     more = False
     for event in read(path):
         # A file holds the stages one after the other, each by time: of each its share.
-        if event["ph"] != "X" or event["tid"] not in (STAGE, DECODER):
+        if event["ph"] != "X" or place(event)[1] not in (STAGE, DECODER):
             continue
         spans.append(event)
         if len(spans) > 2 * LIMIT:
@@ -110,7 +110,7 @@ def _bars(path: Path) -> tuple[list[Bar], bool]:
     start = min((event["ts"] for event in spans), default=0.0)
     bars = [
         Bar(
-            (event["pid"], event["tid"]),
+            place(event),
             event["cat"],
             event["args"].get("block", 0),
             (event["ts"] - start) / 1e6,

@@ -70,6 +70,17 @@ def prepare(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def ids(stage: int, row: int = STAGE) -> dict[str, int]:
+    """The "pid" and "tid" of a row. Perfetto takes a tid for one thread of the whole file, and 0 for the idle one."""
+    return {"pid": stage + 1, "tid": 10 * (stage + 1) + row}
+
+
+def place(event: dict[str, Any]) -> tuple[int, int]:
+    """Stage and row of an event: the inverse of ``ids``."""
+    stage = event["pid"] - 1
+    return stage, event["tid"] - 10 * (stage + 1)
+
+
 class Recorder:
     """One rank's part of the timeline at ``path``. Spans may come from any thread.
 
@@ -90,14 +101,14 @@ class Recorder:
     def track(self, stage: int, num_stages: int) -> Track:
         """The rows of one stage."""
         name = f"stage {stage}" + (f" (rank {self.rank})" if self.world_size > 1 else "")
-        self._write({"ph": "M", "pid": stage, "name": "process_name", "args": {"name": name}})
-        self._write({"ph": "M", "pid": stage, "name": "process_sort_index", "args": {"sort_index": stage}})
+        self._write({"ph": "M", **ids(stage), "name": "process_name", "args": {"name": name}})
+        self._write({"ph": "M", **ids(stage), "name": "process_sort_index", "args": {"sort_index": stage}})
         if self.offset:
-            self._write({"ph": "M", "pid": stage, "name": "clock_offset", "args": {"seconds": self.offset}})
+            self._write({"ph": "M", **ids(stage), "name": "clock_offset", "args": {"seconds": self.offset}})
         return Track(self, stage, num_stages)
 
     def name_row(self, stage: int, row: int) -> None:
-        self._write({"ph": "M", "pid": stage, "tid": row, "name": "thread_name", "args": {"name": ROWS[row]}})
+        self._write({"ph": "M", **ids(stage, row), "name": "thread_name", "args": {"name": ROWS[row]}})
 
     def span(
         self, stage: int, row: int, kind: str, name: str, begin: float, end: float, args: dict[str, Any], **more: Any
@@ -106,8 +117,7 @@ class Recorder:
         self._write(
             {
                 "ph": "X",
-                "pid": stage,
-                "tid": row,
+                **ids(stage, row),
                 "cat": kind,
                 "name": name,
                 "ts": round(1e6 * (begin + self.offset), 3),

@@ -39,7 +39,7 @@ from dualparal.engine import Engine
 from dualparal.loading import ModelFiles
 from dualparal.noise import BlockNoise
 from dualparal.schedule import Schedule
-from dualparal.timeline import STAGE
+from dualparal.timeline import STAGE, place
 from dualparal.tiny import build_tiny_pipeline
 from timeline_checks import check_order, spans
 
@@ -241,7 +241,7 @@ def _check_timeline(run: Run, schedule: Schedule) -> None:
     with gzip.open(run.folder / "run.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     check_order(events, schedule)
-    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    names = {place(e)[0]: e["args"]["name"] for e in events if e["name"] == "process_name"}
     assert names == {rank: f"stage {rank} (rank {rank})" for rank in range(schedule.num_stages)}
     assert not [e for e in events if e["name"] == "clock_offset"]  # one machine, one clock
     assert [e["args"]["block"] for e in spans(events, "decode")] == [0, 1, 2]
@@ -250,7 +250,7 @@ def _check_timeline(run: Run, schedule: Schedule) -> None:
             e["pid"] == wait["pid"] and e["ts"] == wait["ts"] and e["dur"] >= wait["dur"]
             for e in (*spans(events, "receive"), *spans(events, "send"))
         )
-    assert {e["pid"] for e in spans(events, "wait")} == set(names)
+    assert {place(e)[0] for e in spans(events, "wait")} == set(names)
     told = re.search(r"([\d.]+) s \([\d.]+ frames/s\).* bubble ([\d.]+) % \(schedule ([\d.]+) %\)", run.stderr)
     assert told is not None, run.stderr
     seconds, bubble, expected = map(float, told.groups())
@@ -361,7 +361,9 @@ def _check_what_is_left_of_a_timeline(run: Run, ranks: int) -> None:
     for rank in range(ranks):
         whole = map(str, Schedule(ranks, 2, 251, "cached", 4).actions(rank))
         done = [
-            e for e in spans(events, row=STAGE) if e["pid"] == rank and e["cat"] != "wait" and "error" not in e["args"]
+            e
+            for e in spans(events, row=STAGE)
+            if place(e)[0] == rank and e["cat"] != "wait" and "error" not in e["args"]
         ]
         assert len(done) > 20 and [e["name"] for e in done] == list(itertools.islice(whole, len(done)))
     assert (run.folder / "run.png").exists() and not list(run.folder.glob("*.parts"))

@@ -25,7 +25,7 @@ from dualparal import gantt, mesh
 from dualparal.engine import Engine
 from dualparal.mesh import Mesh
 from dualparal.schedule import Action, Op, Schedule, Unit
-from dualparal.timeline import STAGE, Recorder, TimelineError, merge, merge_left, parts_of, prepare, read
+from dualparal.timeline import STAGE, Recorder, TimelineError, merge, merge_left, parts_of, place, prepare, read
 from dualparal.trace import BusyClock, RunStats, schedule_bubble
 from timeline_checks import check_order, spans
 
@@ -44,9 +44,10 @@ def test_every_action_is_there_in_the_schedules_order(
     events = json.loads(path.read_text())["traceEvents"]
     assert list(read(path)) == events
     check_order(events, Schedule(stages, 3, 4, "cached", 1))
-    names = {(e["pid"], e["args"]["name"]) for e in events if e["name"] == "process_name"}
+    names = {(place(e)[0], e["args"]["name"]) for e in events if e["name"] == "process_name"}
     assert names == {(stage, f"stage {stage}") for stage in range(stages)}
-    rows = {e["args"]["name"] for e in events if e["name"] == "thread_name" and e["pid"] == 0}
+    rows = {e["args"]["name"] for e in events if e["name"] == "thread_name" and place(e)[0] == 0}
+    assert len({(e["pid"], e["tid"]) for e in spans(events)}) == len({e["tid"] for e in spans(events)})
     assert rows == {"stage", "decode", "consumer"}
     assert [e["args"]["block"] for e in spans(events, "decode")] == [0, 1, 2, 3]
     assert all(e["dur"] > 5000 for e in spans(events, "consumer")) and len(spans(events, "consumer")) == 4
@@ -100,7 +101,7 @@ def test_a_run_that_ends_early_leaves_what_was_done(engine: Callable[..., Engine
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
     events = json.loads(path.read_text())["traceEvents"]
     whole = [str(action) for action in Schedule(2, 3, 4, "cached", 1).actions(0)]
-    done = [e["name"] for e in spans(events, row=STAGE) if e["pid"] == 0]
+    done = [e["name"] for e in spans(events, row=STAGE) if place(e)[0] == 0]
     assert 5 < len(done) < len(whole) and done == whole[: len(done)]
     failed = [e["name"] for e in spans(events) if "error" in e["args"]]
     assert failed == (["update b1s0"] if how == "fails" else [])
@@ -125,7 +126,7 @@ def test_parts_are_joined_also_when_cut_and_the_missing_are_named(
     merge_left(path)
     assert "ranks [1, 3]" in caplog.text
     events = list(read(path))
-    assert [(e["pid"], e["cat"], e["ts"], e["dur"]) for e in spans(events)] == [
+    assert [(place(e)[0], e["cat"], e["ts"], e["dur"]) for e in spans(events)] == [
         (stage, kind, 3e6, duration) for stage in (0, 2) for kind, duration in (("receive", 5e5), ("wait", 2.5e5))
     ]
     merge_left(path)  # nothing left to join

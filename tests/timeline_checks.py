@@ -7,13 +7,13 @@ from itertools import pairwise
 from typing import Any
 
 from dualparal.schedule import Schedule
-from dualparal.timeline import STAGE
+from dualparal.timeline import STAGE, place
 
 Event = dict[str, Any]
 
 
 def spans(events: list[Event], kind: str | None = None, row: int | None = None) -> list[Event]:
-    found = [e for e in events if e["ph"] == "X" and kind in (None, e["cat"]) and row in (None, e["tid"])]
+    found = [e for e in events if e["ph"] == "X" and kind in (None, e["cat"]) and row in (None, place(e)[1])]
     return sorted(found, key=lambda event: event["ts"])
 
 
@@ -21,7 +21,7 @@ def check_order(events: list[Event], schedule: Schedule) -> None:
     """Every action of every stage, in order, none overlapping the one before, and a message's two ends by an arrow."""
     ends: dict[str, dict[str, Event]] = defaultdict(dict)
     for stage in range(schedule.num_stages):
-        own = [e for e in spans(events, row=STAGE) if e["pid"] == stage and e["cat"] != "wait"]
+        own = [e for e in spans(events, row=STAGE) if place(e)[0] == stage and e["cat"] != "wait"]
         assert [e["name"] for e in own] == [str(action) for action in schedule.actions(stage)]
         for before, after in pairwise(own):
             assert before["ts"] + before["dur"] <= after["ts"] + 0.01
