@@ -18,7 +18,7 @@ from dualparal.schedule import Action, Op, Schedule
 from dualparal.timeline import HOST, STAGE, Track
 
 _UNSEEN: AbstractContextManager[None] = nullcontext()
-_REPLAY_LIMIT = 300_000  # stage-units: a second or two
+_REPLAY_LIMIT = 100_000  # stage-units: a second or two
 
 
 class _Moment(NamedTuple):
