@@ -305,8 +305,6 @@ class Engine:
 
     def _run(self, request: Request, timeline: Path | None) -> Iterator[Chunk]:
         schedule = self._schedule(request)
-        if timeline is not None and self.mesh.rank == 0:
-            prepare(timeline)
         self._meet(request, schedule, timeline)
         if self.mesh.rank == 0:
             self._prompts = Prompts(self._encode(request))
@@ -350,6 +348,9 @@ class Engine:
         device, owned = self.mesh.device, self._owned_stages()
         if timeline is None:
             return None, [BusyClock(device) for _ in owned]
+        if self.mesh.rank == 0:
+            prepare(timeline)
+        # Ranks other than 0 come out of here later than rank 0 went in: the folder for their parts is ready.
         offset = self.mesh.clock_offset() if self.mesh.distributed else 0.0
         recorder = Recorder(timeline, self.mesh.rank, self.mesh.world_size, offset)
         return recorder, [BusyClock(device, recorder.track(index, self.num_stages)) for index in owned]

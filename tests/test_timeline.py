@@ -108,6 +108,19 @@ def test_a_run_that_ends_early_leaves_what_was_done(engine: Callable[..., Engine
     assert built.stats is None or built.stats.schedule_bubble is None
 
 
+def test_a_run_that_cannot_begin_leaves_nothing(
+    engine: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("a weight file is gone")
+
+    built = engine()
+    monkeypatch.setattr(built, "_load", broken)
+    with pytest.raises(OSError, match="weight file"):
+        list(built.stream(**embeds(built), **CALL, timeline=tmp_path / "run.json"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_are_joined_also_when_cut_and_the_missing_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
