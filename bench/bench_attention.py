@@ -11,12 +11,12 @@ product of this run in the same dtype.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import time
 from typing import Any
 
 import torch
+from options import parser
 from record import record
 
 from dualparal.calibrate import Function, Row, callable_backends, measure, time_together, trial
@@ -88,20 +88,16 @@ def to_record(row: Row, sdpa: float | None, cudnn: float | None, peak: float) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cpu", action="store_true", help="small shapes in float32 on the CPU, one thread")
-    parser.add_argument("--seconds", type=float, default=70.0, help="no new shape is begun after so long")
-    parser.add_argument("--case", help="only shapes with this in their name")
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    arguments = parser.parse_args()
+    options = parser(__doc__, cpu=True, seconds=70.0)
+    arguments = options.parse_args()
     cpu = arguments.cpu or not torch.cuda.is_available()
     device = torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float32 if cpu else torch.bfloat16
     if cpu:
         torch.set_num_threads(1)
-    cases = [case for case in (CPU_CASES if cpu else WAN) if arguments.case is None or arguments.case in case.name]
+    cases = [case for case in (CPU_CASES if cpu else WAN) if arguments.only in case.name]
     if not cases:
-        parser.error(f"--case {arguments.case}: no shape has this in its name")
+        options.error(f"--only {arguments.only}: no shape has this in its name")
     others = {} if cpu else flash_attention_3()
     started = time.monotonic()
     with torch.inference_mode():
@@ -133,7 +129,7 @@ def main() -> None:
                     f"{row['times_sdpa']:.2f}x sdpa" + (
                         f", {row['times_cudnn']:.2f}x cudnn" if row["times_cudnn"] else "")), flush=True)  # fmt: skip
             if not arguments.no_record:  # at once: a run that is cut off keeps what it has
-                record("attention_cpu" if cpu else "attention", records)
+                record("attention_cpu" if cpu else "attention", records, device.type)
 
 
 if __name__ == "__main__":

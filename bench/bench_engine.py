@@ -3,8 +3,8 @@
     python bench/bench_engine.py
 
 overhead: microseconds per unit outside the layers' arithmetic, measured with layers that do nothing (their tensors
-are made once), in one process with 1 and 2 stages, and over gloo with 2. "wall" is the whole unit, so everything in
-it is overhead; sampler and noise, which a unit shares with its block, are in it.
+are made once), in one process with 1 and 2 stages, and over gloo with 2, each also with a timeline. "wall" is the whole
+unit, so everything in it is overhead; sampler and noise, which a unit shares with its block, are in it.
 
 efficiency: a model big enough that a unit takes some 10 ms; time of 1 process against 2 (one thread each), beside
 the bound that the schedule allows: speed-up = N * (1 - bubble) at equal layer times. Cores share caches, memory and
@@ -14,129 +14,68 @@ processes that never talk reach together, and the last figure is the share of sc
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from options import parser
+from ranks import as_rank, in_processes
 from record import record
+from synthetic import embeds, synthetic_engine
 
 from dualparal.engine import Engine
-from dualparal.heartbeat import Heartbeat
-from dualparal.models.base import Grid, Pending, TimeCondition
 from dualparal.schedule import Schedule
-from dualparal.supervisor import supervise
 from dualparal.tiny import build_tiny_pipeline
-from dualparal.trace import RunStats
-
-REPEATS = 3
 
 
-class NoLayers:
-    """A slice that takes no time: the right shapes, made once."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self._made: dict[tuple[str, int], torch.Tensor] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def _zeros(self, name: str, key: int, shape: tuple[int, ...]) -> torch.Tensor:
-        if (name, key) not in self._made:
-            self._made[name, key] = torch.zeros(shape, dtype=self._inner.dtype)
-        return self._made[name, key]
-
-    def embed(self, latents: torch.Tensor) -> torch.Tensor:
-        tokens = latents.shape[2] * latents.shape[3] * latents.shape[4] // 4
-        return self._zeros("hidden", tokens, (tokens, self._inner.inner_dim))
-
-    def layer(self, index: int, hidden: torch.Tensor, pending: Any, *rest: Any) -> tuple[torch.Tensor, Pending]:
-        return hidden, (hidden, None)
-
-    def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
-        return hidden
-
-    def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition, grid: Grid) -> torch.Tensor:
-        frames = len(hidden) // grid.tokens
-        return self._zeros("velocity", frames, (1, self._inner.spec.in_channels, frames, grid.height, grid.width))
-
-
-def run(model: str, stages: int | None, call: dict[str, Any], options: dict[str, Any], empty: bool) -> RunStats | None:
-    """One measured run after one that warms up. Rank 0 gets the figures."""
-    engine = Engine.from_pretrained(model, device="cpu", stages=stages, **options)
-    engine._load()
-    if empty:
-        engine._slices = {k: [NoLayers(s) for s in slices] for k, slices in engine._slices.items()}  # type: ignore[misc]
-    embeds = torch.zeros(1, 8, engine.source.spec.text_dim)
-    prompt = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds}
+def run(job: dict[str, Any], stages: int | None = None) -> float:
+    """Seconds of one measured run after one that warms up."""
+    build = Engine.from_pretrained if not job["empty"] else synthetic_engine
+    more = {"seconds": 0.0} if job["empty"] else {"device": "cpu"}
+    engine = build(job["model"], stages=stages, **more, **job["options"])  # type: ignore[operator]
+    call = {**embeds(engine), **job["call"]}
     for frames in (61, call["num_frames"]):
-        for _chunk in engine.stream(**prompt, **{**call, "num_frames": frames}):
+        for _chunk in engine.stream(**{**call, "num_frames": frames}):
             pass
-    return engine.stats
+    return engine.stats.seconds if engine.stats is not None else 0.0
 
 
-def in_processes(ranks: int, job: dict[str, Any]) -> RunStats:
-    """The same in several processes; rank 0 tells its time through the supervisor's pipe."""
-    heard: list[float] = []
-
-    def listen(rank: int, message: dict[str, Any]) -> None:
-        if "seconds" in message:
-            heard.append(message["seconds"])
-
-    job_text = json.dumps(job)
-    result = supervise(
-        [sys.executable, __file__, "--rank", job_text], ranks, env={"OMP_NUM_THREADS": "1"}, on_message=listen
-    )
-    assert result.exit_code == 0 and heard, result
-    return RunStats(0, 0, heard[-1], None, ())
+def as_one_of_several(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+    tell({"seconds": run(job)})
 
 
-def as_rank(job: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    heartbeat = Heartbeat.from_env()
-    rank = os.environ["RANK"]
-    if job.get("apart"):
-        for name in ("RANK", "WORLD_SIZE"):
-            del os.environ[name]
-    stats = run(job["model"], None, job["call"], job["options"], job["empty"])
-    if rank == "0":
-        assert stats is not None
-        heartbeat.message(seconds=stats.seconds)
-    heartbeat.done()
+def seconds_of(ranks: int, job: dict[str, Any]) -> float:
+    return float(in_processes(__file__, ranks, job)[-1]["seconds"])
 
 
-def overhead(folder: Path, units_per_block: int = 40, blocks: int = 8) -> list[dict[str, object]]:
+def overhead(folder: Path, repeats: int, units_per_block: int = 40, blocks: int = 8) -> list[dict[str, object]]:
     model = str(build_tiny_pipeline(folder / "tiny", layers=4))
     call = {"height": 32, "width": 32, "num_frames": 4 * (8 * blocks - 1) + 1, "output_type": "latent",
             "num_inference_steps": units_per_block // 2}  # fmt: skip
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, stages, processes in (("1 stage", 1, 1), ("2 stages, 1 process", 2, 1), ("2 stages, gloo", 2, 2)):
         for policy in ("cached", "paper"):
-            job = {"model": model, "call": call, "options": {"context": policy}, "empty": True}
-            seconds = []
-            for _ in range(REPEATS):
-                if processes > 1:
-                    seconds.append(in_processes(processes, job).seconds)
-                else:
-                    stats = run(model, stages, call, {"context": policy}, empty=True)
-                    assert stats is not None
-                    seconds.append(stats.seconds)
+            seconds: dict[str, list[float]] = {"": [], ", timeline": []}
+            for _ in range(repeats):  # in turn, so that a noisy machine hits both alike
+                for timeline, found in seconds.items():
+                    traced = {**call, "timeline": str(folder / "tiny" / "run.json")} if timeline else call
+                    job = {"model": model, "call": traced, "options": {"context": policy}, "empty": True}
+                    found.append(seconds_of(processes, job) if processes > 1 else run(job, stages))
             units = blocks * units_per_block
-            cost = 1e6 * statistics.median(seconds) / units
-            rows.append({"what": name, "context": policy, "units": units, "us_per_unit": round(cost, 1)})
-            print(f"overhead    {name:22s} {policy:7s} {cost:8.1f} us per unit (median of {REPEATS})", flush=True)
+            for timeline, found in seconds.items():
+                cost = 1e6 * statistics.median(found) / units
+                rows.append({"what": name + timeline, "context": policy, "units": units, "us_per_unit": round(cost, 1)})
+                print(f"overhead    {name + timeline:30s} {policy:7s} {cost:8.1f} us per unit (median of {repeats})",
+                      flush=True)  # fmt: skip
     return rows
 
 
-def efficiency(folder: Path) -> list[dict[str, object]]:
+def efficiency(folder: Path, repeats: int) -> list[dict[str, object]]:
     model = str(build_tiny_pipeline(folder / "larger", layers=8, heads=4, head_dim=64, ffn_dim=512))
-    rows = []
+    rows: list[dict[str, object]] = []
     for policy, steps, blocks, guidance in (
         ("cached", 8, 6, 5.0), ("paper", 8, 6, 5.0),
     ):  # fmt: skip
@@ -146,9 +85,9 @@ def efficiency(folder: Path) -> list[dict[str, object]]:
         schedule = Schedule(2, steps, blocks, policy, guidance=guidance > 1)
         job = {"model": model, "call": call, "options": {"context": policy}, "empty": False}
         ratios, ceilings, unit = [], [], 0.0
-        for _ in range(REPEATS):  # side by side, so that a noisy neighbour hits all alike
-            one, two = in_processes(1, job).seconds, in_processes(2, job).seconds
-            ceilings.append(one / in_processes(2, {**job, "apart": True}).seconds)
+        for _ in range(repeats):  # side by side, so that a noisy neighbour hits all alike
+            one, two = seconds_of(1, job), seconds_of(2, job)
+            ceilings.append(one / seconds_of(2, {**job, "apart": True}))
             ratios.append(one / two)
             unit = 1e3 * one / (schedule.num_units or 1)
         speedup, machine = statistics.median(ratios), statistics.median(ceilings)
@@ -164,21 +103,16 @@ def efficiency(folder: Path) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rank", help=argparse.SUPPRESS)
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    parser.add_argument("--only", choices=["overhead", "efficiency"])
-    arguments = parser.parse_args()
-    if arguments.rank:
-        as_rank(json.loads(arguments.rank))
+    if as_rank(as_one_of_several):
         return
+    arguments = parser(__doc__, repeats=3).parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for name, measure in (("overhead", overhead), ("efficiency", efficiency)):
-            if arguments.only in (None, name):
-                rows = measure(Path(folder) / name)
+            if arguments.only in name:
+                rows = measure(Path(folder) / name, arguments.repeats)
                 if not arguments.no_record:
-                    record(f"engine_{name}", rows)
+                    record(f"engine_{name}", rows, "cpu")
 
 
 if __name__ == "__main__":

@@ -8,18 +8,16 @@ the copies between them on their streams, and what the host does meanwhile.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
 
 import torch
+from options import parser
 from record import record
 
 from dualparal.engine import Engine
 from dualparal.tiny import build_tiny_pipeline
-
-REPEATS = 5
 
 
 def run(engine: Engine, height: int, steps: int) -> float:
@@ -33,10 +31,10 @@ def run(engine: Engine, height: int, steps: int) -> float:
     return engine.stats.seconds
 
 
-def seconds(model: Path, height: int, stages: int, graphs: bool) -> float:
+def seconds(model: Path, height: int, stages: int, graphs: bool, repeats: int) -> float:
     engine = Engine.from_pretrained(model, device="cuda", stages=stages, graphs=graphs)
-    found = [run(engine, height, 20) for _ in range(REPEATS)]
-    # A run makes its own stages and captures anew; the best of several is the least disturbed.
+    found = [run(engine, height, 20) for _ in range(repeats)]
+    # A run makes its own stages and captures anew, so the figure holds capturing too.
     return statistics.median(found)
 
 
@@ -49,16 +47,17 @@ def timeline(model: Path, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    parser.add_argument("--timeline", type=Path, help="write a trace there (.json or .json.gz)")
-    arguments = parser.parse_args()
+    options = parser(__doc__, repeats=5)
+    options.add_argument("--timeline", type=Path, help="write a trace there (.json or .json.gz)")
+    arguments = options.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = build_tiny_pipeline(Path(folder) / "model", layers=30, heads=12, head_dim=128, ffn_dim=8960)
-        for height in (64, 128, 256):
-            for stages in (1, 4):
-                eager, captured = (seconds(model, height, stages, graphs) for graphs in (False, True))
+        for height, stages in ((height, stages) for height in (64, 128, 256) for stages in (1, 4)):
+            if arguments.only in f"{height}x{height} {stages} stages":
+                eager, captured = (
+                    seconds(model, height, stages, graphs, arguments.repeats) for graphs in (False, True)
+                )
                 rows.append({"pixels": height, "stages": stages, "eager_s": round(eager, 3),
                              "captured_s": round(captured, 3), "ratio": round(eager / captured, 3)})  # fmt: skip
                 print(f"graphs {height:4d}x{height} {stages} stages: eager {eager:.3f} s, captured {captured:.3f} s, "

@@ -12,12 +12,12 @@ Results are checked against float32 before anything is timed.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from options import parser
 from record import record
 from rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, ours_step
 from shapes import CPU_SHAPES, GPU_SHAPES, Shape
@@ -128,23 +128,22 @@ def bench(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cpu", action="store_true", help="small shapes in float32 on the CPU, one thread")
-    parser.add_argument("--seconds", type=float, default=3.0, help="per shape")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    arguments = parser.parse_args()
+    options = parser(__doc__, cpu=True, seconds=3.0)
+    options.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    arguments = options.parse_args()
     cpu = arguments.cpu or not torch.cuda.is_available()
     device, dtype = torch.device("cpu" if cpu else "cuda"), torch.float32 if cpu else torch.bfloat16
     if cpu:
         torch.set_num_threads(1)
     rows = []
     for shape in CPU_SHAPES if cpu else GPU_SHAPES:
+        if arguments.only not in shape.name:
+            continue
         rows += bench(shape, device, dtype, arguments.seconds, compile_=not cpu and not arguments.no_compile)
         if not cpu:
             torch.cuda.empty_cache()
     if not arguments.no_record:
-        record("layer_cpu" if cpu else "layer", rows)
+        record("layer_cpu" if cpu else "layer", rows, device.type)
 
 
 if __name__ == "__main__":

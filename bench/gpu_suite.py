@@ -32,7 +32,8 @@ PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", "-p", "no:cache
 PARTS = [
     ("doctor", 0.05, ["-m", "dualparal.doctor"]),
     ("ops and engine", 0.30, [*PYTEST, "tests/test_gpu.py", *TESTS]),
-    ("layer and block-step", 0.25, ["bench/bench_layer.py"]),
+    ("layer and block-step", 0.20, ["bench/bench_layer.py"]),
+    ("passes beside attention", 0.05, ["bench/bench_ops.py"]),
     ("attention for Hopper", 0.10, [*PYTEST, HOPPER]),
     ("attention", 0.15, ["bench/bench_attention.py"]),
     ("graphs", 0.15, ["bench/bench_graphs.py", "--timeline", str(TIMELINE)]),

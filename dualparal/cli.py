@@ -69,6 +69,7 @@ class Job:
     keep_blocks: bool
     latents_in: Path | None
     latents_out: Path | None
+    timeline: Path | None
     overwrite: bool
 
 
@@ -230,6 +231,13 @@ def generate(
         Path | None, typer.Option(help="Initial noise: safetensors, one tensor 'latents' [videos, C, L, H, W].")
     ] = None,
     latents_out: Annotated[Path | None, typer.Option(help="Write the final latents there, in the same format.")] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a trace of the run there (.json or .json.gz, for ui.perfetto.dev) and its picture beside it "
+            "(.png; needs matplotlib)."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False,
 ) -> None:
     """Make a video of any length. Finished blocks can be played while it runs."""
@@ -285,13 +293,17 @@ def generate(
         keep_blocks=keep_blocks,
         latents_in=latents_in,
         latents_out=latents_out,
+        timeline=timeline,
         overwrite=overwrite,
     )
     is_rank = "RANK" in os.environ
     if not is_rank or os.environ["RANK"] == "0":
         _check(job)
     if is_rank or count == 1:
+        started = time.time()
         code = _work(job, heartbeat)
+        if job.timeline is not None and not heartbeat.supervised and os.environ.get("RANK", "0") == "0":
+            _draw(job.timeline, started)
     else:
         code = _lead(job)
     if is_rank and count > 1:
@@ -386,6 +398,8 @@ def _check(job: Job) -> None:
         for out in job.outs:
             if out.resolve() in (job.latents_out.resolve(), *job.latents_out.resolve().parents):
                 raise ValueError(f"--latents-out {job.latents_out} lies where --out {out} goes; choose another place")
+    if job.timeline is not None:
+        _check_timeline(job.timeline, job.overwrite)
     if not 1 / 1001 <= job.fps <= 1000:
         raise ValueError(f"--fps {job.fps}: use a rate from 1/1001 to 1000; Wan's own is 16")
     if job.flow_shift is not None and not 0 < job.flow_shift < math.inf:
@@ -403,6 +417,31 @@ def _check(job: Job) -> None:
         engine = _engine(job, job.stages)
         latents = None if job.latents_in is None else read_latents(job.latents_in)
         engine.stream(prompt=job.prompts, latents=latents, **_call(job))
+
+
+def _check_timeline(path: Path, overwrite: bool) -> None:
+    from dualparal.gantt import check_matplotlib, picture_of
+    from dualparal.output import check_file
+    from dualparal.timeline import check_name, parts_of
+
+    check_matplotlib()
+    check_name(path)
+    for file in (path, picture_of(path), parts_of(path)):
+        check_file(file, "--timeline", overwrite, folder=file == parts_of(path))
+
+
+def _draw(path: Path, since: float) -> None:
+    """The picture of a timeline, and first of all the timeline, if a run that failed left it in parts."""
+    from dualparal.gantt import draw
+    from dualparal.timeline import TimelineError, merge_left
+
+    merge_left(path)
+    if not path.exists() or path.stat().st_mtime < since:
+        return  # the run did not get so far
+    try:
+        typer.echo(f"{path}: open it at ui.perfetto.dev; {draw(path)} is its picture", err=True)
+    except (TimelineError, OSError) as error:
+        typer.echo(f"{path}: open it at ui.perfetto.dev; no picture: {error}", err=True)
 
 
 def _call(job: Job) -> dict[str, Any]:
@@ -442,6 +481,8 @@ def _lead(job: Job) -> int:
             on_message=hear,
             env={"OMP_NUM_THREADS": str(job.threads)},
         )
+    if job.timeline is not None:
+        _draw(job.timeline, started)
     if result.failure is not None:
         typer.echo(f"error: {result.failure}", err=True)
     elif result.interrupted is not None:
@@ -509,7 +550,7 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
     engine = _engine(job, None if "RANK" in os.environ else job.stages, heartbeat.phase)
     leading = engine.mesh.rank == 0
     latents = None if job.latents_in is None else read_latents(job.latents_in)
-    chunks = engine.stream(prompt=job.prompts, latents=latents, **_call(job))
+    chunks = engine.stream(prompt=job.prompts, latents=latents, timeline=job.timeline, **_call(job))
     stopped = _stop_on_signals(engine, heartbeat, leading)
     outputs = [open_output(out, job.fps, job.keep_blocks) for out in job.outs] if leading else []
     final: list[list[torch.Tensor]] = [[] for _ in job.prompts]

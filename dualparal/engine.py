@@ -6,6 +6,7 @@ walks the schedule while finished blocks are decoded beside it. The one file tha
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +35,8 @@ from dualparal.request import Prompt, Request, check_request, split_videos
 from dualparal.schedule import Schedule, Unit
 from dualparal.stage import Forward, Stage
 from dualparal.text import PromptEncoder, Prompts
-from dualparal.trace import BusyClock, RankStats, RunStats
+from dualparal.timeline import Recorder, check_name, merge_left, prepare
+from dualparal.trace import BusyClock, RankStats, RunStats, schedule_bubble
 from dualparal.transport import (
     Inbound,
     LocalEdge,
@@ -225,6 +227,7 @@ class Engine:
         max_sequence_length: int = 512,
         *,
         seed: int | Sequence[int] | None = None,
+        timeline: str | Path | None = None,
     ) -> Iterator[Chunk]:
         """Yields every block as soon as it is finished. The request is checked before this returns.
 
@@ -241,6 +244,9 @@ class Engine:
             latents: initial noise [V, C, L, h, w] instead of the seed's.
             callback_on_step_end: called on rank 0 as (engine, step, timestep, {"latents", "block", "video"}) after
                 every step of every block; a returned dict's "latents" replace them.
+            timeline: a .json or .json.gz file for a trace of the run (ui.perfetto.dev opens it), replaced if it is
+                there; the same on all ranks. It is whole when the stream has ended; what ranks on other nodes, or a
+                distributed run that failed, left is in ``FILE.parts``, for ``dualparal.timeline.merge``.
 
         Raises:
             ValueError: a request that cannot be run; names the value, the rule and the way out.
@@ -268,8 +274,11 @@ class Engine:
                 "this engine is making a video: exhaust or close that stream first, give all prompts in one call, or "
                 "use another engine"
             )
+        if timeline is not None:
+            timeline = Path(timeline)
+            check_name(timeline)
         self._interrupted = False
-        return self._run(requests)
+        return self._run(requests, timeline)
 
     def set_prompt(self, prompt: str, negative_prompt: str | None = None, *, video: int = 0) -> int:
         """Changes a video's prompt while it runs: blocks in flight keep theirs, new ones take this. Rank 0 only.
@@ -295,19 +304,21 @@ class Engine:
 
     # A run --------------------------------------------------------------------------------------------------
 
-    def _run(self, requests: list[Request]) -> Iterator[Chunk]:
+    def _run(self, requests: list[Request], timeline: Path | None) -> Iterator[Chunk]:
         schedule = self._schedule(requests)
-        self._meet(requests, schedule)
+        self._meet(requests, schedule, timeline)
         self._requests = requests
         if self.mesh.rank == 0:
             self._prompts = self._encode()
         self._load()
-        clocks = [BusyClock(self.mesh.device) for _ in self._owned_stages()]
-        lane = self._lane(requests, clocks[0]) if self.mesh.rank == 0 else None
-        executors = self._executors(requests, schedule, lane, clocks)
-        started = time.perf_counter()
-        self._running = True
+        lane: DecodeLane | None = None
+        recorder, clocks = self._clocks(timeline)
+        finished = False
         try:
+            lane = self._lane(requests, clocks[0]) if self.mesh.rank == 0 else None
+            executors = self._executors(requests, schedule, lane, clocks)
+            started = time.perf_counter()
+            self._running = True
             for _ in run_together(executors):
                 if lane is not None:
                     yield from lane.ready()
@@ -317,17 +328,42 @@ class Engine:
             self._running = False
             if lane is not None:
                 yield from lane.drain()
-            self._finish(clocks, lane, started)
+            self._finish(clocks, lane, started, schedule)
+            finished = True
         except GeneratorExit:  # the consumer has had enough
             if self._running:
                 self._stop(executors)
-            self._finish(clocks, lane, started)
+            self._finish(clocks, lane, started, schedule)
+            finished = True
             raise
         finally:
             if lane is not None:
                 lane.close()
+            if recorder is not None:
+                self._close(recorder, clocks, finished)
             self._prompts, self._requests = [], []
             self._running = False
+
+    def _clocks(self, timeline: Path | None) -> tuple[Recorder | None, list[BusyClock]]:
+        """A clock per stage here, and this rank's part of the timeline that they write, if one is wanted."""
+        device, owned = self.mesh.device, self._owned_stages()
+        if timeline is None:
+            return None, [BusyClock(device) for _ in owned]
+        if self.mesh.rank == 0:
+            prepare(timeline)
+        # Ranks other than 0 come out of here later than rank 0 went in: the folder for their parts is ready.
+        offset = self.mesh.clock_offset() if self.mesh.distributed else 0.0
+        recorder = Recorder(timeline, self.mesh.rank, self.mesh.world_size, offset)
+        return recorder, [BusyClock(device, recorder.track(index, self.num_stages)) for index in owned]
+
+    def _close(self, recorder: Recorder, clocks: list[BusyClock], finished: bool) -> None:
+        """Joins the parts of the timeline, unless the run failed and other ranks may still be writing theirs."""
+        for clock in clocks:
+            with contextlib.suppress(RuntimeError):  # a device in error has no more to tell
+                clock.settle()
+        recorder.close()
+        if self.mesh.rank == 0 and (finished or not self.mesh.distributed):
+            merge_left(recorder.path)
 
     def _stop(self, executors: list[StageExecutor]) -> None:
         if self.mesh.distributed and self.mesh.rank == 0:
@@ -344,6 +380,7 @@ class Engine:
             None if video.output_type == "latent" else [StreamingDecoder(self.vae()) for _ in requests],
             self.mesh.device,
             lambda: clock.seconds,
+            clock.track,
         )
 
     def _schedule(self, requests: list[Request]) -> Schedule:
@@ -362,7 +399,7 @@ class Engine:
             num_videos=len(requests),
         )
 
-    def _meet(self, requests: list[Request], schedule: Schedule) -> None:
+    def _meet(self, requests: list[Request], schedule: Schedule, timeline: Path | None) -> None:
         """All ranks of a distributed run compare what they are about to do, before any tensor travels."""
         if not self.mesh.distributed:
             return
@@ -383,6 +420,7 @@ class Engine:
             "frames_per_block": self.blocks.frames_per_block,
             "layers_per_stage": [len(layers) for layers in self.layers],
             "attention_8bit": asdict(self.attention_8bit),
+            "timeline": timeline and str(timeline),
         }
         store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
         handshake(store, self.mesh.rank, self.mesh.world_size, info, HANDSHAKE_SECONDS)
@@ -551,7 +589,7 @@ class Engine:
             callback,
         )
 
-    def _finish(self, clocks: list[BusyClock], lane: DecodeLane | None, started: float) -> None:
+    def _finish(self, clocks: list[BusyClock], lane: DecodeLane | None, started: float, schedule: Schedule) -> None:
         """Collects what the run cost on every rank. Collective in a distributed run."""
         seconds = time.perf_counter() - started
         own = RankStats.of(clocks, self.mesh.device)
@@ -562,7 +600,16 @@ class Engine:
             ranks = [RankStats.from_list(row.tolist()) for row in rows]
         if lane is not None:
             done = lane.progress
-            self.stats = RunStats(done.blocks, done.frames, seconds, done.first or None, tuple(ranks))
+            # The schedule's bubble is that of N stages at once and of the whole video.
+            whole = self.num_stages == len(ranks) and done.blocks == schedule.num_videos * (schedule.num_blocks or 0)
+            self.stats = RunStats(
+                done.blocks,
+                done.frames,
+                seconds,
+                done.first or None,
+                tuple(ranks),
+                schedule_bubble(schedule) if whole else None,
+            )
 
 
 def _whole(chunks: list[Chunk], kind: OutputType) -> Any:

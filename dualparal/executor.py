@@ -121,7 +121,7 @@ class StageExecutor:
     Args:
         inbound, outbound: edges from the stage before and to the one after; None with a single stage.
         queues: of every video; stage 0 only.
-        clock: adds up the time spent in units.
+        clock: adds up the time spent in units, and times actions for the timeline.
         on_emit, on_decode: stage 0 only, called with (video, block, latents) and (video, block).
         report: called with a phase and the unit before every action.
     """
@@ -171,7 +171,8 @@ class StageExecutor:
                 yield False
             self.report(action.op.value, action.unit)
             try:
-                self._handlers[action.op](action.unit)
+                with self.clock.on(action, self._waited):
+                    self._handlers[action.op](action.unit)
             except Stopped:
                 return
             yield True
@@ -192,6 +193,9 @@ class StageExecutor:
         if self.outbound is not None:
             self.outbound.finish()
         self.prompts.finish()
+
+    def _waited(self) -> float:
+        return sum(edge.waited for edge in (self.inbound, self.outbound) if edge is not None)
 
     def _ready(self, action: Action) -> bool:
         if action.op is Op.RECV:

@@ -13,6 +13,7 @@ import torch
 
 from dualparal.config import Layout, OutputType
 from dualparal.decode import StreamingDecoder, to_output, to_uint8
+from dualparal.timeline import Track
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class DecodeLane:
         total_frames: of a video.
         decoders: one for each of ``num_videos``; None when latents are wanted.
         busy: seconds that stage 0 has spent in units.
+        track: stage 0's rows in the timeline.
     """
 
     BOUND = 2
@@ -69,11 +71,13 @@ class DecodeLane:
         decoders: Sequence[StreamingDecoder] | None,
         device: torch.device,
         busy: Callable[[], float],
+        track: Track | None = None,
     ) -> None:
         self.layout = layout
         self.output_type = output_type
         self.temporal_factor = temporal_factor
         self.busy = busy
+        self.track = track
         self.started = time.perf_counter()
         blocks = None if layout.num_blocks is None else num_videos * layout.num_blocks
         frames = None if total_frames is None else num_videos * total_frames
@@ -104,17 +108,21 @@ class DecodeLane:
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record()
-        self._pending.append((video, block, latents, self._pool.submit(self._decode, video, latents, ready)))
+        self._pending.append((video, block, latents, self._pool.submit(self._decode, video, block, latents, ready)))
 
-    def _decode(self, video: int, latents: torch.Tensor, ready: torch.cuda.Event | None) -> Any:
+    def _decode(self, video: int, block: int, latents: torch.Tensor, ready: torch.cuda.Event | None) -> Any:
+        begin = time.perf_counter()
         if self._stream is None:
-            return self._frames(video, latents)
-        with torch.cuda.stream(self._stream):
-            assert ready is not None
-            self._stream.wait_event(ready)
             frames = self._frames(video, latents)
-            self._stream.synchronize()
-            return frames
+        else:
+            with torch.cuda.stream(self._stream):
+                assert ready is not None
+                self._stream.wait_event(ready)
+                frames = self._frames(video, latents)
+                self._stream.synchronize()
+        if self.track is not None:
+            self.track.decode(video, block, begin, time.perf_counter())
+        return frames
 
     def _frames(self, video: int, latents: torch.Tensor) -> Any:
         assert self._decoders is not None and self.output_type != "latent"
@@ -130,7 +138,13 @@ class DecodeLane:
         while self._pending and self._pending[0][-1].done():
             self._take()
         while self._done:
-            yield self._chunk(*self._done.popleft())
+            chunk = self._chunk(*self._done.popleft())
+            begin = time.perf_counter()
+            try:
+                yield chunk
+            finally:
+                if self.track is not None:
+                    self.track.consumer(chunk.video, chunk.block, begin, time.perf_counter())
 
     def drain(self) -> Iterator[Chunk]:
         """All chunks that are still to come."""

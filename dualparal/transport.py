@@ -11,6 +11,7 @@ header with a checksum on every message.
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -74,7 +75,12 @@ def unpack_header(fields: torch.Tensor, elements: int, edge: str) -> Header:
 
 
 class Outbound(Protocol):
-    """The sending end of a directed edge. ``name`` says which edge, for messages."""
+    """The sending end of a directed edge. ``name`` says which edge, for messages.
+
+    waited: seconds in which the host was blocked here, so far.
+    """
+
+    waited: float
 
     @property
     def name(self) -> str: ...
@@ -98,6 +104,8 @@ class Outbound(Protocol):
 
 class Inbound(Protocol):
     """The receiving end of a directed edge."""
+
+    waited: float
 
     @property
     def name(self) -> str: ...
@@ -128,6 +136,7 @@ class LocalEdge:
 
     def __init__(self, name: str, elements: int, depth: int, dtype: torch.dtype, device: torch.device) -> None:
         self.name = name
+        self.waited = 0.0
         self._buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(depth)]
         self._free = deque(range(depth))
         self._full: deque[tuple[Header, int]] = deque()
@@ -194,6 +203,7 @@ class _DistributedEdge:
     ) -> None:
         """messages: how many there will be at most (None: no end)."""
         self.name = name
+        self.waited = 0.0
         self.peer = peer
         self.group = group
         self.elements = elements
@@ -209,9 +219,11 @@ class _DistributedEdge:
         ]
 
     def _wait(self, slot: _Slot) -> None:
+        begin = time.perf_counter()
         for work in slot.works:
             _guard(self.name, work.wait)
         slot.works.clear()
+        self.waited += time.perf_counter() - begin
 
 
 class SendEdge(_DistributedEdge):

@@ -7,7 +7,9 @@ inside this process by the same entry point.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import inspect
+import itertools
 import json
 import os
 import pickle
@@ -36,7 +38,10 @@ from dualparal.eight_bit import EightBitSchedule
 from dualparal.engine import Engine
 from dualparal.loading import ModelFiles
 from dualparal.noise import BlockNoise
+from dualparal.schedule import Schedule
+from dualparal.timeline import STAGE, place
 from dualparal.tiny import build_tiny_pipeline
+from timeline_checks import check_order, spans
 
 SMALL = ["--prompt", "a cat", "--device", "cpu", "--height", "32", "--width", "32", "--steps", "2"]
 SHORT = [*SMALL, "--frames-per-block", "4", "--context-frames", "2", "--num-frames", "33"]  # blocks of 13, 16, 4
@@ -45,8 +50,8 @@ LATENTS = [1, 16, 9, 4, 4]  # of SHORT
 SHORT_CALL = {"prompt": "a cat", "height": 32, "width": 32, "num_frames": 33, "num_inference_steps": 2}
 EIGHT_BIT = ["--attention-8bit", "int8", "--dtype", "bfloat16"]
 CLOSING = re.compile(
-    r"(\d+) frames in (\d+) blocks?, [\d.]+ s \([\d.]+ frames/s\), first frames after [\d.]+ s, bubble [\d.]+ %, "
-    r"peak memory per rank ([\d., ]+) GiB"
+    r"(\d+) frames in (\d+) blocks?, [\d.]+ s \([\d.]+ frames/s\), first frames after [\d.]+ s, bubble [\d.]+ %"
+    r"(?: \(schedule [\d.]+ %\))?, peak memory per rank ([\d., ]+) GiB"
 )
 
 
@@ -219,7 +224,7 @@ def test_three_processes_and_torchrun_give_the_same_bytes(
 ) -> None:
     short = [*SHORT, "--model", wan21]
     assert dualparal("generate", *short, "--out", "a.mp4", "--latents-out", "one.safetensors").code == 0
-    outputs = ["--out", "a.mp4", "--latents-out", "latents.safetensors"]
+    outputs = ["--out", "a.mp4", "--latents-out", "latents.safetensors", "--timeline", "run.json.gz"]
     torchrun = start(
         *short, *outputs, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     )
@@ -229,6 +234,33 @@ def test_three_processes_and_torchrun_give_the_same_bytes(
         assert len(closing(run.stderr).memory) == ranks
         for ours, theirs in (("a.mp4", "a.mp4"), ("one.safetensors", "latents.safetensors")):
             assert (tmp_path / ours).read_bytes() == (run.folder / theirs).read_bytes()
+        _check_timeline(run, Schedule(ranks, 2, 3, "cached", 2))
+
+
+def _check_timeline(run: Run, schedule: Schedule) -> None:
+    with gzip.open(run.folder / "run.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    check_order(events, schedule)
+    names = {place(e)[0]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names == {rank: f"stage {rank} (rank {rank})" for rank in range(schedule.num_stages)}
+    assert not [e for e in events if e["name"] == "clock_offset"]  # one machine, one clock
+    assert [e["args"]["block"] for e in spans(events, "decode")] == [0, 1, 2]
+    for wait in spans(events, "wait"):  # within a transfer
+        assert any(
+            e["pid"] == wait["pid"] and e["ts"] == wait["ts"] and e["dur"] >= wait["dur"]
+            for e in (*spans(events, "receive"), *spans(events, "send"))
+        )
+    assert {place(e)[0] for e in spans(events, "wait")} == set(names)
+    told = re.search(r"([\d.]+) s \([\d.]+ frames/s\).* bubble ([\d.]+) % \(schedule ([\d.]+) %\)", run.stderr)
+    assert told is not None, run.stderr
+    seconds, bubble, expected = map(float, told.groups())
+    busy = sum(e["dur"] for e in spans(events, "compute")) / 1e6
+    lowest, highest = (100 * (1 - busy / ((seconds + off) * schedule.num_stages)) for off in (-0.06, 0.06))
+    assert lowest - 0.1 <= bubble <= highest + 0.1
+    assert expected == round(100 * schedule.bubble, 1)
+    assert np.asarray(Image.open(run.folder / "run.png").convert("RGB")).std() > 10
+    assert "run.json.gz: open it at ui.perfetto.dev; run.png is its picture" in run.stderr
+    assert not list(run.folder.glob("*.parts"))
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 81])
@@ -350,10 +382,25 @@ def _check_interrupted(run: Run, number: signal.Signals, ranks: int) -> None:
     assert decode(run.folder / "a.mp4") == told.frames
     assert not (run.folder / "a.mp4.blocks").exists()
     assert "error" not in run.stderr and "Traceback" not in run.stderr
+    _check_what_is_left_of_a_timeline(run, ranks)
+
+
+def _check_what_is_left_of_a_timeline(run: Run, ranks: int) -> None:
+    events = json.loads((run.folder / "run.json").read_text())["traceEvents"]
+    for rank in range(ranks):
+        whole = map(str, Schedule(ranks, 2, 251, "cached", 4).actions(rank))
+        done = [
+            e
+            for e in spans(events, row=STAGE)
+            if place(e)[0] == rank and e["cat"] != "wait" and "error" not in e["args"]
+        ]
+        assert len(done) > 20 and [e["name"] for e in done] == list(itertools.islice(whole, len(done)))
+    assert (run.folder / "run.png").exists() and not list(run.folder.glob("*.parts"))
 
 
 def test_an_interrupted_run_joins_what_is_finished(start: Callable[..., Run], wan21: Path) -> None:
-    alone, asked, pair = (start(*LONG, "--model", wan21, "--stages", stages) for stages in (1, 1, 2))
+    long = [*LONG, "--model", wan21, "--timeline", "run.json"]
+    alone, asked, pair = (start(*long, "--stages", stages) for stages in (1, 1, 2))
     alone.wait_for_segments(2)
     _check_interrupted(alone, signal.SIGINT, ranks=1)
     asked.wait_for_segments(2)
@@ -364,7 +411,7 @@ def test_an_interrupted_run_joins_what_is_finished(start: Callable[..., Run], wa
 
 
 def test_a_killed_rank_is_named_and_finished_blocks_play(start: Callable[..., Run], wan21: Path) -> None:
-    runs = [start(*LONG, "--model", wan21, "--stages", "2") for _ in range(2)]
+    runs = [start(*LONG, "--model", wan21, "--stages", "2", "--timeline", "run.json") for _ in range(2)]
     for victim, run in enumerate(runs):
         _check_killed(run, victim)
 
@@ -380,6 +427,7 @@ def _check_killed(run: Run, victim: int) -> None:
     assert frames >= 32 * before - 3 and (frames + 3) % 32 == 0
     last = run.stderr.splitlines()[-1]
     assert ("a.mp4.blocks: " in last and "playlist.m3u" in last) or "a.mp4 has the finished frames" in last
+    _check_what_is_left_of_a_timeline(run, 2)
 
 
 def test_a_signal_before_the_work_ends_it_at_once(start: Callable[..., Run], wan21: Path) -> None:
@@ -578,6 +626,9 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "8-bit layers beyond": ([*EIGHT_BIT, "--attention-8bit-keep-layers", "0,4"], ["(0, 4)", "4 layers", "0 to 3"]),
     "8-bit layers, off": (["--attention-8bit-keep-layers", "0"], ["(0,)", "off", "choose a mode"]),
     "no step in 8 bits": ([*EIGHT_BIT, "--attention-8bit-keep-last-steps", "99"], ["last_steps=99", "leave none of"]),
+    "timeline ending": (["--timeline", "a.txt"], ["a.txt", ".json.gz"]),
+    "timeline exists": (["--timeline", "{folder}.mp4/there.json"], ["--timeline", "there.json", "--overwrite"]),
+    "timeline below a file": (["--timeline", "{file}/a.json"], ["--timeline", "file.txt", "not a folder"]),
     "threads": (["--threads", "-1"], ["--threads -1", "from 1"]),
 }
 
@@ -639,7 +690,7 @@ def test_a_bad_flag_is_refused(
     flags, expected = BAD_FLAGS[name]
     for path in ("folder.mp4", "full"):
         (tmp_path / path).mkdir()
-    for path in ("file.txt", "plain", "full/mine.doc", "folder.mp4/there.mp4"):
+    for path in ("file.txt", "plain", "full/mine.doc", "folder.mp4/there.mp4", "folder.mp4/there.json"):
         (tmp_path / path).touch()
     places = {"file": "file.txt", "folder": "folder", "plain": "plain", "full": "full"}
     base = [*SHORT, "--model", wan21, "--stages", stages, "--out", "a.mp4"]

@@ -1,0 +1,63 @@
+"""Layers that compute nothing and take a known time: what remains is the schedule, the engine and the transport."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from dualparal.engine import Engine
+from dualparal.models.base import Grid, Pending, TimeCondition
+
+
+class SleepingLayers:
+    """A slice of layers: the right shapes, made once, and a sleep per unit. A sleep takes no core, so that there may
+    be more processes than cores.
+    """
+
+    def __init__(self, inner: Any, seconds: float = 0.0) -> None:
+        self._inner = inner
+        self._seconds = seconds
+        self._made: dict[tuple[str, int], torch.Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def _zeros(self, name: str, key: int, shape: tuple[int, ...]) -> torch.Tensor:
+        if (name, key) not in self._made:
+            self._made[name, key] = torch.zeros(shape, dtype=self._inner.dtype)
+        return self._made[name, key]
+
+    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        tokens = latents.shape[2] * latents.shape[3] * latents.shape[4] // 4
+        return self._zeros("hidden", tokens, (tokens, self._inner.inner_dim))
+
+    def layer(self, index: int, hidden: torch.Tensor, pending: Any, *rest: Any) -> tuple[torch.Tensor, Pending]:
+        if index == 0 and self._seconds:
+            time.sleep(self._seconds)
+        return hidden, (hidden, None)
+
+    def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
+        return hidden
+
+    def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition, grid: Grid) -> torch.Tensor:
+        frames = len(hidden) // grid.tokens
+        return self._zeros("velocity", frames, (1, self._inner.spec.in_channels, frames, grid.height, grid.width))
+
+
+def synthetic_engine(model: str, seconds: float, stages: int | None = None, **options: Any) -> Engine:
+    """An engine on the CPU whose every stage takes so many seconds per unit."""
+    engine = Engine.from_pretrained(model, device="cpu", stages=stages, **options)
+    engine._load()
+    engine._slices = {
+        stage: [SleepingLayers(inner, seconds) for inner in slices]  # type: ignore[misc]
+        for stage, slices in engine._slices.items()
+    }
+    return engine
+
+
+def embeds(engine: Engine) -> dict[str, torch.Tensor]:
+    """Prompt embeddings as call arguments: no text encoder."""
+    zeros = torch.zeros(1, 8, engine.source.spec.text_dim)
+    return {"prompt_embeds": zeros, "negative_prompt_embeds": zeros}
