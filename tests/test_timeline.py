@@ -133,7 +133,7 @@ def test_parts_are_joined_also_when_cut_and_the_missing_are_named(
         track = recorder.track(rank, 4)
         track.action(STAGE, Action(Op.RECV, rank, Unit(0, 0, 0)), 2.0, 2.5, waited=0.25)
         recorder.close()
-        track.decode(0, 3.0, 4.0)  # too late: nobody may write to another file that has its number by now
+        track.decode(0, 0, 3.0, 4.0)  # too late: nobody may write to another file that has its number by now
     with open(parts_of(path) / "rank-00002-of-00004.json", "a") as file:
         file.write('{"ph":"X","pid":2,"na')
     merge_left(path)
@@ -159,7 +159,7 @@ def test_a_full_disk_ends_the_timeline_and_not_the_run(
 
     monkeypatch.setattr("dualparal.timeline.os.write", full)
     for block in range(3):
-        track.decode(block, 0.0, 1.0)
+        track.decode(0, block, 0.0, 1.0)
     assert caplog.text.count("No space left on device") == 1
 
 
