@@ -10,7 +10,8 @@ PROMPT ?= two red circles and a blue square drifting left on a dark background
 
 demo: .venv/.installed
 	mkdir -p demo
-	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 --out demo/video.mp4 --device cpu --stages 2 --overwrite
+	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 --steps 20 --guidance-scale 4 \
+		--out demo/video.mp4 --device cpu --stages 2 --overwrite
 
 test: .venv/.installed-dev
 	$(BIN)/ruff check .
