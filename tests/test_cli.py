@@ -73,7 +73,7 @@ def closing(text: str) -> Closing:
 def decode(path: Path) -> int:
     """Decodes every frame; the header alone would believe a file that is cut."""
     with av.open(str(path)) as container:
-        return sum(1 for frame in container.decode(video=0) if frame.width == frame.height == 32)
+        return sum(1 for frame in container.decode(video=0) if frame.width == frame.height and frame.width in (32, 64))
 
 
 # Runs in this process ---------------------------------------------------------------------------------------------
