@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dualparal.config import BlockConfig, VideoConfig
     from dualparal.eight_bit import EightBitSchedule
     from dualparal.engine import Chunk, Engine, EngineOutput
+    from dualparal.plan import Plan, plan
     from dualparal.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -22,7 +23,9 @@ _EXPORTS = {
     "EightBitSchedule": "eight_bit",
     "Engine": "engine",
     "EngineOutput": "engine",
+    "Plan": "plan",
     "Schedule": "schedule",
+    "plan": "plan",
     "VideoConfig": "config",
 }
 __all__ = [
@@ -31,9 +34,11 @@ __all__ = [
     "EightBitSchedule",
     "Engine",
     "EngineOutput",
+    "Plan",
     "Schedule",
     "VideoConfig",
     "__version__",
+    "plan",
 ]
 
 

@@ -28,6 +28,7 @@ from dualparal import __version__
 from dualparal.config import BlockConfig, VideoConfig, split_layers
 from dualparal.eight_bit import EightBitSchedule
 from dualparal.heartbeat import Heartbeat
+from dualparal.plan_command import command as plan_command
 from dualparal.progress import Display
 
 logger = logging.getLogger("dualparal")
@@ -608,6 +609,9 @@ def calibrate() -> None:
 
     path = measure(report=typer.echo)
     typer.echo(f"kept in {path}; remove it to go back to the built-in table")
+
+
+app.command("plan")(plan_command)
 
 
 @app.callback(invoke_without_command=True)

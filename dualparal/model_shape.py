@@ -1,0 +1,240 @@
+"""Sizes of a Wan model from its config alone: parameters, arithmetic and bytes. No torch, no weights.
+
+Counts follow ``models/wan.py`` and diffusers' AutoencoderKLWan; tests compare them with the real classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Conv(NamedTuple):
+    """A convolution of the decoder, for one latent frame that is not the first.
+
+    frames: output frames. scale: side of its output in latent pixels. kernel: points.
+    cached: input frames that are kept for the next latent (0 or 2).
+    """
+
+    inputs: int
+    outputs: int
+    kernel: int
+    frames: int
+    scale: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class VaeShape:
+    """The decoder of AutoencoderKLWan (Wan 2.1; the residual one is not counted)."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_upsample: tuple[bool, ...] = (True, True, False)
+
+    @property
+    def spatial_factor(self) -> int:
+        return int(2 ** (len(self.dim_mult) - 1))
+
+    @property
+    def temporal_factor(self) -> int:
+        return int(2 ** sum(self.temporal_upsample))
+
+    @property
+    def convs(self) -> list[Conv]:
+        dims = [self.base_dim * m for m in (self.dim_mult[-1], *reversed(self.dim_mult))]
+        found = [Conv(self.z_dim, dims[0], 27, 1, 1, 2)]
+        found += [Conv(dims[0], dims[0], 27, 1, 1, 2)] * 4  # the two residual blocks in the middle
+        found += [Conv(dims[0], 4 * dims[0], 1, 1, 1, 0)]  # projections of the attention between them
+        frames = scale = 1
+        for index, (wide, out) in enumerate(zip(dims[:-1], dims[1:])):
+            before = wide // 2 if index else wide
+            for _ in range(self.num_res_blocks + 1):
+                if before != out:
+                    found.append(Conv(before, out, 1, frames, scale, 0))
+                found += [Conv(before, out, 27, frames, scale, 2), Conv(out, out, 27, frames, scale, 2)]
+                before = out
+            if index < len(self.dim_mult) - 1:
+                if self.temporal_upsample[index]:
+                    found.append(Conv(out, 2 * out, 3, frames, scale, 2))
+                    frames *= 2
+                scale *= 2
+                found.append(Conv(out, out // 2, 9, frames, scale, 0))
+        found.append(Conv(dims[-1], 3, 27, frames, scale, 2))
+        return found
+
+    def flops(self, pixels: int) -> int:
+        """Of decoding one latent frame of so many latent pixels (attention in the middle left out: 1 %)."""
+        return sum(2 * c.kernel * c.inputs * c.outputs * c.frames * c.scale**2 * pixels for c in self.convs)
+
+    @property
+    def parameters(self) -> int:
+        """Of the decoder and, as the engine loads both, the encoder, which mirrors it with one block less a level."""
+        decoder = sum((c.kernel * c.inputs + 1) * c.outputs for c in self.convs)
+        return round(decoder * (1 + self.num_res_blocks / (self.num_res_blocks + 1)))
+
+    def cache_bytes(self, pixels: int) -> int:
+        """What the decoder holds from one latent frame to the next, float32."""
+        return sum(4 * c.cached * c.inputs * c.scale**2 * pixels for c in self.convs)
+
+    def working_bytes(self, pixels: int) -> int:
+        """The largest set of tensors that live at once within one latent frame, float32.
+
+        In the last level a residual block holds its input, the normed one, that padded and joined with two cached
+        frames, and the result; where it begins, the upsampled frames are held twice and the convolved ones once.
+        """
+        last = self.convs[-1]
+        frame = 4 * last.scale**2 * pixels
+        narrow, wide = last.inputs, self.convs[-1].inputs
+        for c in self.convs:
+            if c.kernel == 9 and c.scale == last.scale:
+                wide = c.inputs
+        block = narrow * (3 * last.frames + last.frames + 2)
+        upsample = wide * 2 * last.frames + narrow * last.frames
+        return frame * max(block, upsample)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Wan text-to-video pipeline: transformer (or two of one shape), VAE decoder, text encoder.
+
+    text_encoder: number of its parameters; it is loaded before the transformer and dropped.
+    """
+
+    name: str
+    num_layers: int
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch: int = 2
+    experts: int = 1
+    cross_attn_norm: bool = True
+    vae: VaeShape = VaeShape()
+    text_encoder: int = 5_680_910_336  # UMT5-XXL
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def layer_parameters(self) -> tuple[int, int]:
+        """Of one layer: those kept in the model's dtype, and those kept in float32."""
+        h, f = self.inner, self.ffn_dim
+        narrow = 8 * (h * h + h) + 4 * h + (h * f + f) + (f * h + h)
+        return narrow, 6 * h + (2 * h if self.cross_attn_norm else 0)
+
+    @property
+    def condition_parameters(self) -> tuple[int, int]:
+        """What every stage owns: embeddings of time and text."""
+        h = self.inner
+        return (h * 6 * h + 6 * h) + (self.text_dim * h + h) + (h * h + h), (self.freq_dim * h + h) + (h * h + h)
+
+    @property
+    def embed_parameters(self) -> int:
+        return self.in_channels * self.patch**2 * self.inner + self.inner
+
+    @property
+    def head_parameters(self) -> tuple[int, int]:
+        out = self.out_channels * self.patch**2
+        return self.inner * out + out, 2 * self.inner
+
+    @property
+    def parameters(self) -> int:
+        """Of one transformer."""
+        layers = self.num_layers * sum(self.layer_parameters)
+        return layers + sum(self.condition_parameters) + self.embed_parameters + sum(self.head_parameters)
+
+
+MODELS: Mapping[str, ModelShape] = {
+    shape.name: shape
+    for shape in (
+        ModelShape("wan2.1-t2v-1.3b", 30, 12, 128, 8960),
+        ModelShape("wan2.1-t2v-14b", 40, 40, 128, 13824),
+        ModelShape("wan2.2-t2v-a14b", 40, 40, 128, 13824, experts=2),
+    )
+}
+
+
+def model_shape(model: str) -> ModelShape:
+    """A built-in name, or a directory in diffusers format, of which only the config files are read.
+
+    Raises:
+        ValueError: neither, or configs that are not a Wan text-to-video model's.
+    """
+    plain = model.lower().rstrip("/").removeprefix("wan-ai/").removesuffix("-diffusers").replace("_", "-")
+    if plain in MODELS:
+        return MODELS[plain]
+    path = Path(model)
+    if not path.is_dir():
+        raise ValueError(
+            f"model {model!r} is not known; use one of {', '.join(MODELS)}, or a directory in diffusers format "
+            "(its config files are enough)"
+        )
+    return _from_directory(path)
+
+
+def _from_directory(path: Path) -> ModelShape:
+    config = _read(path / "transformer" / "config.json")
+    vae = _read(path / "vae" / "config.json") if (path / "vae").is_dir() else {}
+    text = _read(path / "text_encoder" / "config.json") if (path / "text_encoder").is_dir() else None
+    if vae.get("is_residual"):
+        raise ValueError(f"{path / 'vae'}: the residual VAE of Wan2.2 5B has no cost model; use a Wan 2.1 VAE")
+    try:
+        downsample = vae.get("temperal_downsample", [False, True, True])
+        return ModelShape(
+            path.name,
+            int(config["num_layers"]),
+            int(config["num_attention_heads"]),
+            int(config["attention_head_dim"]),
+            int(config["ffn_dim"]),
+            int(config["in_channels"]),
+            int(config["out_channels"]),
+            int(config["text_dim"]),
+            int(config["freq_dim"]),
+            int(config["patch_size"][1]),
+            2 if (path / "transformer_2").is_dir() else 1,
+            bool(config["cross_attn_norm"]),
+            VaeShape(
+                int(vae.get("base_dim", 96)),
+                int(vae.get("z_dim", 16)),
+                tuple(vae.get("dim_mult", (1, 2, 4, 4))),
+                int(vae.get("num_res_blocks", 2)),
+                tuple(reversed(downsample)),
+            ),
+            _text_parameters(text) if text else ModelShape.text_encoder,
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}: not the configs of a Wan text-to-video model ({error!r})") from None
+
+
+def _text_parameters(config: dict[str, Any]) -> int:
+    """Of a UMT5 encoder."""
+    d, inner, heads = config["d_model"], config["num_heads"] * config["d_kv"], config["num_heads"]
+    gated = 3 if str(config.get("feed_forward_proj", "gated-gelu")).startswith("gated") else 2
+    layer = 4 * d * inner + gated * d * config["d_ff"] + 2 * d + config["relative_attention_num_buckets"] * heads
+    return int(config["vocab_size"] * d + config["num_layers"] * layer + d)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds {type(data).__name__}, not an object")
+    return data
+
+
+def tokens_per_frame(model: ModelShape, height: int, width: int) -> int:
+    side = model.vae.spatial_factor * model.patch
+    return math.prod((height // side, width // side))

@@ -1,0 +1,431 @@
+"""Which cut of a model and of a video suits some cards: searched in closed form, the answers replayed. No torch.
+
+A plan is a prediction (see ``devices`` for what it rests on). It promises speed and memory, never quality: context
+policy, block and context size are the user's or the defaults, and other choices are shown as alternatives.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from dualparal.config import BlockConfig, VideoConfig
+from dualparal.cost import (
+    UPDATE_SECONDS,
+    Cap,
+    Costing,
+    Memory,
+    Workload,
+    balance,
+    can_cap,
+    closed_form,
+    edge_elements,
+    layer_arithmetic,
+    stage_memory,
+)
+from dualparal.devices import DEVICES, GIB, Device, Link, links, parse_gpus
+from dualparal.model_shape import MODELS, model_shape
+from dualparal.schedule import Schedule
+from dualparal.simulate import Simulation, simulate
+
+DECODE_PLACES = ("stage 0", "own card")
+ENGINE_DECODES_ON = ("stage 0",)  # what the engine can do today
+BLOCK_SIZES = (4, 6, 8, 12, 16)
+REPLAY_LIMIT = 60_000  # runs of a unit on a stage; a replay of more would take longer than half a second
+ALTERNATIVES = 6
+
+
+class NoPlan(ValueError):
+    """Nothing fits. The message names the reason and the nearest that does; ``nearest`` is that plan, or None."""
+
+    def __init__(self, message: str, nearest: Plan | None = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
+@dataclass(frozen=True)
+class Cards:
+    """The cards of the stages in order, edge k leading from card k to the next one, and bytes usable on each."""
+
+    devices: tuple[Device, ...]
+    links: tuple[Link, ...]
+    usable: tuple[int, ...]
+
+    def first(self, count: int) -> Cards:
+        """The first ``count`` cards; the way back takes the link of the last one."""
+        return Cards(self.devices[:count], (*self.links[: count - 1], self.links[-1]), self.usable[:count])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to run a request.
+
+    Attributes:
+        work: model, video and blocks. cards: one per stage. split: layers of every stage.
+        cap: limit on the blocks in flight; None: none. decode: "stage 0" or "own card" (behind the stages').
+        estimate: (seconds, seconds to the first frame) in closed form. replay: whether ``seconds`` and others come from
+            a replay instead.
+        note: what is special about it.
+    """
+
+    work: Workload
+    cards: Cards
+    split: tuple[int, ...]
+    cap: Cap | None
+    decode: str
+    estimate: tuple[float, float]
+    note: str = ""
+    decode_on: Device | None = None
+    replay: bool = False
+    alternatives: tuple[Plan, ...] = ()
+
+    @property
+    def runs(self) -> int:
+        """Of a unit on a stage: what a replay costs."""
+        return (self.schedule.num_units or 0) * len(self.split)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return self.work.schedule(len(self.split), self.cap)
+
+    @cached_property
+    def costing(self) -> Costing:
+        cards = self.cards
+        return Costing(self.work, self.schedule, self.split, cards.devices, cards.links, self.decode_on)
+
+    @cached_property
+    def simulation(self) -> Simulation | None:
+        """The replay; None (``replay`` is False) where it would take long: numbers are then the closed form's."""
+        return simulate(self.schedule, self.costing.costs) if self.replay else None
+
+    @property
+    def seconds(self) -> float:
+        """From the first unit to the last frame."""
+        return self.simulation.seconds if self.simulation else self.estimate[0]
+
+    @property
+    def first_frame(self) -> float:
+        """Seconds until the first block can be watched."""
+        return self.simulation.first_frame if self.simulation else self.estimate[1]
+
+    @property
+    def bubble(self) -> float:
+        """Share of the time in which a card computes no unit, averaged over stages."""
+        if self.simulation:
+            return self.simulation.bubble
+        one, extra = _costs(self.work, self.schedule, self.cards)
+        unit = sum(layers * seconds + more for layers, seconds, more in zip(self.split, one, extra))
+        return 1 - unit * (self.schedule.num_units or 0) / (self.seconds * len(self.split))
+
+    @property
+    def frames_per_second(self) -> float:
+        assert self.work.video.num_frames is not None
+        return self.work.video.num_frames / self.seconds
+
+    @cached_property
+    def memory(self) -> tuple[Memory, ...]:
+        """Per stage."""
+        decodes = self.decode == "stage 0"
+        stages = range(len(self.split))
+        return tuple(stage_memory(self.work, self.schedule, self.split, stage, decodes) for stage in stages)
+
+    @property
+    def steps_between_neighbours(self) -> int:
+        """How many steps a block's neighbours are ahead and behind; 1 without a cap."""
+        return int(getattr(self.schedule, "gap", 1))
+
+    @property
+    def for_engine(self) -> bool:
+        """Whether today's engine can run it as it is."""
+        return self.decode in ENGINE_DECODES_ON or not self.work.decode
+
+    def describe(self) -> str:
+        """One line for people."""
+        blocks = self.work.blocks
+        cap = "" if self.cap is None else f", at most {self.cap.max_blocks_in_flight} blocks in flight"
+        cards = _count_names(self.cards.devices)
+        most = max(memory.peak for memory in self.memory) / GIB
+        return (
+            f"{blocks.context}, B={blocks.frames_per_block}, C={blocks.context_frames}{cap}, layers "
+            f"{'+'.join(map(str, self.split))} on {cards}: {self.seconds:.0f} s, first frames after "
+            f"{self.first_frame:.0f} s, {most:.1f} GiB on the fullest card (prediction)"
+        )
+
+
+def plan(
+    model: str = "wan2.1-t2v-1.3b",
+    gpus: str | Sequence[Sequence[Device]] = "8xrtx4090",
+    *,
+    num_frames: int = 1025,
+    height: int = 480,
+    width: int = 832,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 5.0,
+    frames_per_block: int = 8,
+    context_frames: int = 4,
+    context: str = "cached",
+    max_blocks_in_flight: int | None = None,
+    context_version: str = "newest",
+    decode: str = "stage 0",
+    link: str | None = None,
+    between: str | None = None,
+    memory_limit: float | None = None,
+    first_frame_limit: float | None = None,
+    extra_devices: Mapping[str, Device] | None = None,
+) -> Plan:
+    """The fastest way to make a video within the limits, and what else there is.
+
+    Args:
+        model: a built-in name ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-t2v-a14b"), or a directory in diffusers
+            format, of which only config files are read.
+        gpus: "8xrtx4090", "8x24GB", "4xa100-80gb,2xrtx4090"; stages follow this order.
+        num_frames, height, width, num_inference_steps, guidance_scale: as in ``WanPipeline``.
+        frames_per_block, context_frames, context: B, C and the policy; kept, unless nothing fits.
+        max_blocks_in_flight: K; None: no limit, or the largest that fits memory and ``first_frame_limit``.
+        context_version: which features are read with a cap: "newest" or "matching".
+        decode: "stage 0" (beside its units) or "own card" (the last one).
+        link, between: of cards in a group and between groups of ``gpus``, by name ("pcie4", "nvlink4", "25gbe").
+        memory_limit: GiB per card that may be used. first_frame_limit: seconds.
+        extra_devices: cards besides the built-in ones, by name.
+
+    Raises:
+        NoPlan: it cannot be done; says why, and what can.
+        ValueError: a value is out of range or unknown; names it, the rule and the way out.
+    """
+    if model not in MODELS and (near := difflib.get_close_matches(model.lower(), MODELS, 1, 0.8)):
+        model = near[0] if near[0] == model.lower() else model
+    work = Workload(
+        model_shape(model),
+        VideoConfig(height, width, num_frames, num_inference_steps, float(guidance_scale)),
+        BlockConfig(frames_per_block, context_frames, context),  # type: ignore[arg-type]
+    )
+    if decode not in DECODE_PLACES:
+        raise ValueError(f"decode={decode!r}: use one of {', '.join(map(repr, DECODE_PLACES))}")
+    for name, limit in (("memory_limit", memory_limit), ("first_frame_limit", first_frame_limit)):
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name}={limit}: use a number above 0")
+    groups = parse_gpus(gpus, extra_devices) if isinstance(gpus, str) else [list(group) for group in gpus]
+    devices = tuple(card for group in groups for card in group)
+    limit = None if memory_limit is None else int(memory_limit * GIB)
+    cards = Cards(
+        devices,
+        tuple(links(groups, link, between)),
+        tuple(card.usable if limit is None else min(card.usable, limit) for card in devices),
+    )
+    cap = None if max_blocks_in_flight is None else Cap(max_blocks_in_flight, context_version)
+    if cap is not None:
+        work.schedule(1, cap)  # is there such a thing?
+    search = _Search(cards, first_frame_limit, context_version)
+    best = search.best(work, cap, decode)
+    if best is None:
+        raise search.refusal(work, cap, decode)
+    best = replace(best, replay=best.runs <= REPLAY_LIMIT)
+    return replace(best, alternatives=tuple(search.alternatives(best)))
+
+
+class _Search:
+    def __init__(self, cards: Cards, first_frame_limit: float | None, context_version: str) -> None:
+        self.cards = cards
+        self.first_frame_limit = first_frame_limit
+        self.context_version = context_version
+
+    def best(self, work: Workload, cap: Cap | None, decode: str = "stage 0", note: str = "") -> Plan | None:
+        """The fastest plan of these choices that fits; without a cap of the user's, one as loose as can be."""
+        for each in [cap] if cap or not can_cap() else [None, *self._caps(work)]:
+            found = self._cut(work, each, decode)
+            if found is None or self.first_frame_limit is not None and found.estimate[1] > self.first_frame_limit:
+                continue
+            gap = found.steps_between_neighbours
+            why = f"neighbours {gap} steps apart" if gap > 1 else ""
+            return replace(found, note=", ".join(filter(None, (note, why))))
+        return None
+
+    def _caps(self, work: Workload) -> Iterator[Cap]:
+        """From the loosest to the tightest; several limits mean the same number of steps between neighbours."""
+        steps = work.video.num_inference_steps
+        yield from (
+            Cap(k, self.context_version) for k in dict.fromkeys(-(-steps // gap) for gap in range(2, steps + 1))
+        )
+
+    def _cut(self, work: Workload, cap: Cap | None, decode: str) -> Plan | None:
+        """The best split, or None when it does not fit."""
+        count, decode_on = len(self.cards.devices), None
+        if decode == "own card" and work.decode:
+            if count < 2:
+                return None
+            count, decode_on = count - 1, self.cards.devices[-1]
+        if count > work.model.num_layers:
+            return None
+        cards = self.cards.first(count)
+        schedule = work.schedule(count, cap)
+        decodes = decode == "stage 0"
+        most = [_most_layers(work, schedule, cards, stage, decodes) for stage in range(count)]
+        one, extra = _costs(work, schedule, cards)
+        hop = sum(edge_elements(work)[0] * work.itemsize / link.bandwidth + link.latency for link in cards.links[:-1])
+        pieces = Costing(work, schedule, [1] * count, cards.devices, cards.links, decode_on)
+        found: list[Plan] = []
+        # Decoding falls into the last part of a run: how few layers make up for it only a trial can tell
+        for fewer in range(most[0] if decodes and work.decode else 1):
+            split = balance(one, extra, [most[0] - fewer, *most[1:]], work.model.num_layers)
+            if split is None:
+                break
+            if found and tuple(split) == found[-1].split:
+                continue
+            stages = [layers * seconds + more for layers, seconds, more in zip(split, one, extra)]
+            decoding = pieces.decode(1) if work.decode else 0.0
+            estimate = closed_form(schedule, stages, hop, decoding, decode_on is None)
+            found.append(Plan(work, cards, tuple(split), cap, decode, estimate, decode_on=decode_on))
+        return min(found, key=lambda each: each.estimate[0], default=None)
+
+    # What else there is -------------------------------------------------------------------------------------
+
+    def alternatives(self, best: Plan) -> list[Plan]:
+        """One choice changed at a time, fastest first."""
+        found: list[Plan] = []
+        for work, cap, decode, note in self._variations(best):
+            other = self.best(work, cap, decode, note)
+            if other is not None:
+                found.append(other)
+        found.sort(key=lambda each: each.estimate[0])
+        return found[:ALTERNATIVES]
+
+    def _variations(self, best: Plan) -> Iterator[tuple[Workload, Cap | None, str, str]]:
+        work, blocks = best.work, best.work.blocks
+        for context in ("cached", "prior", "paper"):
+            if context != blocks.context:
+                yield with_blocks(work, context=context), best.cap, best.decode, "another context policy"
+        for size in BLOCK_SIZES:
+            if size >= blocks.context_frames and size != blocks.frames_per_block:
+                window = size + 2 * blocks.context_frames
+                note = f"window of {window} latents" + (", Wan was trained with 21" if window > 21 else "")
+                yield with_blocks(work, frames_per_block=size), best.cap, best.decode, note
+        for place in DECODE_PLACES:
+            if place != best.decode and len(self.cards.devices) > 1:
+                note = "the last card decodes" if place == "own card" else "stage 0's card decodes"
+                yield work, best.cap, place, note + ("" if place in ENGINE_DECODES_ON else ", not in the engine yet")
+        if can_cap() and best.cap is None:
+            count = len(self.cards.devices)
+            yield work, Cap(-(-count // best.schedule.branches) + 1, self.context_version), best.decode, "earlier frames"
+
+    # What cannot be done ------------------------------------------------------------------------------------
+
+    def refusal(self, work: Workload, cap: Cap | None, decode: str) -> NoPlan:
+        """Why there is no plan, and the nearest that there is."""
+        count, layers = len(self.cards.devices), work.model.num_layers
+        if decode == "own card" and count < 2:
+            return NoPlan(f"decode='own card' with {count} card: the stages need one, too; use 'stage 0'")
+        if count - (decode == "own card") > layers:
+            keep = layers + (decode == "own card")
+            nearest = _Search(self.cards.first(keep), self.first_frame_limit, self.context_version).best(work, cap)
+            return _no_plan(
+                f"{count} cards for a model of {layers} layers: every stage owns at least one layer; use {keep} or "
+                "fewer",
+                nearest,
+            )
+        free = _Search(self.cards, None, self.context_version).best(work, cap, decode)
+        if free is not None:
+            assert self.first_frame_limit is not None
+            soonest = self._soonest(work, decode)
+            return _no_plan(
+                f"first_frame_limit={self.first_frame_limit:g} s: the first block takes {soonest.first_frame:.0f} s at "
+                "least on these cards; allow so much, or take fewer steps, smaller blocks or more cards",
+                soonest,
+            )
+        need, have, where = self._shortage(work, cap, decode)
+        return _no_plan(
+            f"{work.model.name} at {work.video.width}x{work.video.height} does not fit: stage {where} "
+            f"({self.cards.devices[where].name}) needs {need / GIB:.1f} GiB and may use {have / GIB:.1f}",
+            self._nearest(work, cap),
+        )
+
+    def _soonest(self, work: Workload, decode: str) -> Plan:
+        free = _Search(self.cards, None, self.context_version)
+        caps = [None, *self._caps(work)] if can_cap() else [None]
+        found = [each for each in (free._cut(work, cap, decode) for cap in caps) if each is not None]
+        return min(found, key=lambda each: each.estimate[1])
+
+    def _shortage(self, work: Workload, cap: Cap | None, decode: str) -> tuple[int, int, int]:
+        """(bytes needed, bytes there, stage) of the worst stage when layers are spread by memory alone."""
+        count = len(self.cards.devices) - (decode == "own card")
+        schedule, cards = work.schedule(count, cap), self.cards.first(count)
+        room = [float(cards.usable[stage]) for stage in range(count)]
+        split = balance([1 / r for r in room], [0.0] * count, [work.model.num_layers] * count, work.model.num_layers)
+        assert split is not None
+        needs = [stage_memory(work, schedule, split, stage, decode == "stage 0").peak for stage in range(count)]
+        where = max(range(count), key=lambda stage: needs[stage] - cards.usable[stage])
+        return needs[where], cards.usable[where], where
+
+    def _nearest(self, work: Workload, cap: Cap | None) -> Plan | None:
+        """Fewest changes first: policy, context, blocks, decoder; then more cards of the last kind."""
+        changes: list[dict[str, object]] = [{"context": "prior"}, {"context": "paper"}]
+        blocks = work.blocks
+        changes += [{"context_frames": c} for c in range(blocks.context_frames - 1, 0, -1)]
+        sizes = [b for b in reversed(BLOCK_SIZES) if blocks.context_frames <= b < blocks.frames_per_block]
+        changes += [{"frames_per_block": b} for b in sizes]
+        changes += [{"context": "prior", "frames_per_block": b} for b in sizes]
+        for change in changes:
+            if found := self.best(with_blocks(work, **change), cap):
+                return found
+        if found := self.best(work, cap, "own card", "the last card decodes, not in the engine yet"):
+            return found
+        last = len(self.cards.devices) - 1
+        for count in range(last + 2, work.model.num_layers + 1):
+            more = count - last - 1
+            cards = Cards(
+                (*self.cards.devices, *[self.cards.devices[-1]] * more),
+                (*self.cards.links, *[self.cards.links[-1]] * more),
+                (*self.cards.usable, *[self.cards.usable[-1]] * more),
+            )
+            if found := _Search(cards, self.first_frame_limit, self.context_version).best(work, cap):
+                return replace(found, note=f"{more} cards more")
+        return None
+
+
+def with_blocks(work: Workload, **change: object) -> Workload:
+    """The same video, cut in another way."""
+    return replace(work, blocks=replace(work.blocks, **change))  # type: ignore[arg-type]
+
+
+def _no_plan(reason: str, nearest: Plan | None) -> NoPlan:
+    if nearest is None:
+        return NoPlan(f"{reason}; no other context, block size or number of such cards helps: use larger cards")
+    return NoPlan(f"{reason}. The nearest that works: {nearest.describe()}", nearest)
+
+
+def _most_layers(work: Workload, schedule: Schedule, cards: Cards, stage: int, decodes: bool) -> int:
+    """Layers that fit on a stage's card; memory grows by the same with each."""
+    count = len(cards.devices)
+
+    def peak(layers: int) -> int:
+        split = [layers] * count
+        return stage_memory(work, schedule, split, stage, decodes).peak
+
+    low, high = 0, work.model.num_layers
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if peak(middle) <= cards.usable[stage] else (low, middle - 1)
+    return low
+
+
+def _costs(work: Workload, schedule: Schedule, cards: Cards) -> tuple[list[float], list[float]]:
+    """Seconds of a layer, and of what a stage does besides, for a unit in the middle of the video."""
+    blocks, count = work.blocks, len(cards.devices)
+    block = min(1, (work.layout.num_blocks or 2) - 1)
+    queries, lent = work.layout.window_frames(block) * work.tokens, blocks.context_frames * work.tokens
+    sides = {"cached": 2, "prior": 1, "paper": 1}[blocks.context] if work.layout.num_blocks != 1 else 0
+    layer = layer_arithmetic(work, queries, queries + sides * lent, sides * lent, sides * lent)
+    costing = Costing(work, schedule, [1] * count, cards.devices, cards.links)
+    extra = [costing.ends(stage, work.layout.window_frames(block), card) for stage, card in enumerate(cards.devices)]
+    extra[0] += UPDATE_SECONDS / schedule.branches
+    return [layer.seconds(card) for card in cards.devices], extra
+
+
+def _count_names(devices: Sequence[Device]) -> str:
+    names = [device.name for device in devices]
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+
+
+def known_cards() -> str:
+    return ", ".join(DEVICES)

@@ -1,0 +1,158 @@
+"""What a schedule costs in time and memory: a replay with costs in seconds, summed up per stage. No torch.
+
+The replay itself (``schedule.replay``) walks ``Schedule.actions`` of every stage, as the executor does; with costs of
+one tick it is what validates a schedule. Where costs come from is not known here (``cost``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from dualparal.schedule import Costs, Event, Features, Op, Schedule, replay
+
+
+class StageTime(NamedTuple):
+    """Where the time of a stage went, seconds.
+
+    busy: in units. waiting: for a message, for a buffer, or for the decoder. other: sampler updates, and the time
+    before its first action and after its last one.
+    """
+
+    busy: float
+    waiting: float
+    other: float
+
+
+class Sizes(NamedTuple):
+    """Bytes on one rank.
+
+    fixed: held from start to end (weights, text, workspace, message buffers).
+    slot: features of a side in all layers of the stage, for one branch.
+    block: latents and sampler state of a block in flight (stage 0). decode: while a block is decoded.
+    """
+
+    fixed: int
+    slot: Mapping[str, int]
+    block: int = 0
+    decode: int = 0
+
+
+class Usage(NamedTuple):
+    """Bytes in use from a time on."""
+
+    time: float
+    fixed: int
+    features: int
+    latents: int
+    decode: int
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.features + self.latents + self.decode
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A schedule replayed with costs.
+
+    events: every stage's actions in order, with their times in seconds. ready: when each block's frames are there
+    (without decoding: its latents).
+    """
+
+    schedule: Schedule
+    costs: Costs
+    events: tuple[tuple[Event, ...], ...]
+    ready: Mapping[int, float]
+
+    @cached_property
+    def seconds(self) -> float:
+        """From the first unit to the last frame (the makespan)."""
+        return max([*self.ready.values(), *(events[-1].end for events in self.events if events)])
+
+    @property
+    def first_frame(self) -> float:
+        """Seconds until the first block can be watched."""
+        return min(self.ready.values())
+
+    @cached_property
+    def stages(self) -> tuple[StageTime, ...]:
+        return tuple(self._stage(stage) for stage in range(self.schedule.num_stages))
+
+    @property
+    def bubble(self) -> float:
+        """Share of the time in which a stage computes no unit, averaged over stages (``trace.RunStats.bubble``)."""
+        return 1 - sum(stage.busy for stage in self.stages) / (self.seconds * self.schedule.num_stages)
+
+    def _stage(self, stage: int) -> StageTime:
+        busy = waiting = 0.0
+        for start, end, action in self.events[stage]:
+            if action.op is Op.RUN:
+                busy += self.costs.run(stage, action.unit)
+            elif action.op is not Op.UPDATE:
+                waiting += end - start
+        return StageTime(busy, waiting, self.seconds - busy - waiting)
+
+    def memory(self, stage: int, sizes: Sizes) -> list[Usage]:
+        """What is in use on a stage's rank over time, a row per change.
+
+        Feature slots count from the unit that fills them to the last one that reads them; the engine allocates all
+        of them at the start, so what it holds is the schedule's number of slots times ``sizes.slot``.
+        """
+        changes: list[tuple[float, int, int]] = []  # time, column, bytes
+        filled: dict[tuple[str, int, int], tuple[float, float]] = {}  # slot -> written, last read
+
+        def close(slot: tuple[str, int, int]) -> None:
+            start, end = filled.pop(slot)
+            changes.extend([(start, 0, sizes.slot[slot[0]]), (end, 0, -sizes.slot[slot[0]])])
+
+        entered: set[int] = set()
+        for start, end, (op, _, unit) in self.events[stage]:
+            if op is Op.RUN:
+                for read in self.schedule.reads(unit):
+                    filled[_slot(read)] = filled[_slot(read)][0], end
+                for made in self.schedule.writes(unit):
+                    if _slot(made) in filled:
+                        close(_slot(made))
+                    filled[_slot(made)] = start, end
+                if stage == 0 and unit.block not in entered:
+                    entered.add(unit.block)
+                    changes.append((start, 1, sizes.block))
+            elif op is Op.EMIT:
+                changes.append((end, 1, -sizes.block))
+            elif op is Op.DECODE:
+                changes.extend([(end, 2, sizes.decode), (max(end, self.ready[unit.block]), 2, -sizes.decode)])
+        for slot in list(filled):
+            close(slot)
+        rows = [Usage(0.0, sizes.fixed, 0, 0, 0)]
+        columns = [0, 0, 0]
+        for time, column, change in sorted(changes):  # what is given back at a time comes first
+            columns[column] += change
+            row = Usage(time, sizes.fixed, *columns)
+            if rows[-1].time == time:
+                rows[-1] = row
+            else:
+                rows.append(row)
+        return rows
+
+
+def _slot(features: Features) -> tuple[str, int, int]:
+    return features.side, features.slot, features.branch
+
+
+def simulate(schedule: Schedule, costs: Costs, units: int | None = None) -> Simulation:
+    """Replays ``schedule`` with ``costs``.
+
+    Args:
+        units: stop after so many units (needed for an endless schedule).
+
+    Raises:
+        ScheduleError: deadlock; the message shows who waits for what, and the grid in ticks.
+    """
+    events, ready = replay(schedule, costs, units)
+    stages: list[list[Event]] = [[] for _ in range(schedule.num_stages)]
+    for event in events:
+        stages[event.action.stage].append(event)
+    return Simulation(schedule, costs, tuple(map(tuple, stages)), ready)
