@@ -1,0 +1,174 @@
+"""Simulated against executed: the real executor over gloo, N processes, stages that sleep for a known time. CPU.
+
+    python bench/bench_simulate.py [--stages 2 4 8] [--seconds 0.02] [--keep]
+
+Two comparisons per case:
+
+* nominal: every unit takes the length of its sleep, messages take none. On an idle machine this is the claim
+  (makespan within 5 %, bubble within 2 points). ``jitter`` says how much too long this machine's sleeps were, as a
+  share of the unit: where it is above a few percent, the nominal figures judge the machine and not the simulator.
+* timed: units take what they took in this very run, and so do messages whose receiver was waiting for them. What is
+  left to the simulator is who waits for whom, and that must hold on a busy machine, too.
+
+The order of actions is compared exactly, on every rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dualparal.schedule import Costs, Schedule, Unit
+from dualparal.simulate import Simulation, simulate
+from dualparal.supervisor import Limits, supervise
+
+WORKER = Path(__file__).parent / "sleeping_rank.py"
+LIMITS = Limits(heartbeat=120.0, progress=600.0, startup=300.0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case: what was measured, and both simulations of it."""
+
+    schedule: Schedule
+    seconds: Sequence[float]  # of a unit, per stage
+    same_order: bool
+    makespan: float
+    bubble: float
+    jitter: float
+    nominal: Simulation
+    timed: Simulation
+
+    @property
+    def row(self) -> dict[str, object]:
+        s = self.schedule
+        return {
+            "stages": s.num_stages,
+            "steps": s.num_steps,
+            "blocks": s.num_blocks,
+            "context": s.context,
+            "guidance": s.guidance,
+            "unit_ms": round(1e3 * sum(self.seconds) / len(self.seconds), 1),
+            "same_order": self.same_order,
+            "makespan_s": round(self.makespan, 3),
+            "timed": round(self.timed.seconds / self.makespan, 4),
+            "bubble": round(self.bubble, 4),
+            "timed_bubble": round(self.timed.bubble, 4),
+            "nominal": round(self.nominal.seconds / self.makespan, 4),
+            "nominal_bubble": round(self.nominal.bubble, 4),
+            "jitter": round(self.jitter, 4),
+        }
+
+
+def case(schedule: Schedule, seconds: Sequence[float]) -> dict[str, Any]:
+    """For ``run_cases``: blocks of two latents."""
+    assert schedule.num_blocks is not None and len(seconds) == schedule.num_stages
+    more = schedule.context_frames if schedule.context == "paper" else 0  # the first block is longer
+    fields = {name: getattr(schedule, name) for name in schedule.__dataclass_fields__}
+    return {"schedule": fields, "latents": 2 * schedule.num_blocks + more, "seconds": list(seconds)}
+
+
+def run_cases(cases: Sequence[dict[str, Any]]) -> list[Outcome]:
+    """Runs cases of one number of stages, one after the other, in one set of processes."""
+    stages = len(cases[0]["seconds"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "cases.json").write_text(json.dumps(cases))
+        result = supervise(
+            [sys.executable, str(WORKER), folder], stages, limits=LIMITS, env={"OMP_NUM_THREADS": "1"}
+        )
+        assert result.failure is None and result.exit_code == 0, result
+        ranks = [json.loads((path / f"rank{rank}.json").read_text()) for rank in range(stages)]
+    return [_compare(each, [rank[number] for rank in ranks]) for number, each in enumerate(cases)]
+
+
+def _compare(case: dict[str, Any], ranks: list[dict[str, Any]]) -> Outcome:
+    schedule, seconds, n = Schedule(**case["schedule"]), case["seconds"], len(ranks)
+    nominal = simulate(schedule, Costs(run=lambda stage, unit: seconds[stage], send_buffers=schedule.depth))
+    done = [
+        [(op, Unit(*unit), start) for op, *unit, start in rank["log"]] for rank in ranks
+    ]  # an action ends where the next one starts
+    ends = [[*(start for _, _, start in rank[1:]), ranks[k]["end"]] for k, rank in enumerate(done)]
+    expected = [[(event.action.op.value, event.action.unit) for event in nominal.events[k]] for k in range(n)]
+    first = min(start for rank in done for op, _, start in rank if op == "run")
+    makespan = max(start for op, _, start in done[0] if op == "emit") - first
+    busy = sum(rank["busy"] for rank in ranks)
+    slept = sum(seconds) * (schedule.num_units or 0)
+    return Outcome(
+        schedule,
+        seconds,
+        [[(op, unit) for op, unit, _ in rank] for rank in done] == expected,
+        makespan,
+        1 - busy / (n * makespan),
+        busy / slept - 1,
+        nominal,
+        simulate(schedule, _timed(schedule, done, ends)),
+    )
+
+
+def _timed(
+    schedule: Schedule, done: list[list[tuple[str, Unit, float]]], ends: list[list[float]]
+) -> Costs:
+    """Lengths of the run itself: of every unit, of every update, and of messages that somebody waited for."""
+    n = schedule.num_stages
+    runs: dict[tuple[int, Unit], float] = {}
+    sent: dict[tuple[int, Unit], float] = {}
+    updates: list[float] = []
+    for stage, (actions, finish) in enumerate(zip(done, ends, strict=True)):
+        for (op, unit, start), end in zip(actions, finish, strict=True):
+            if op == "run":
+                runs[stage, unit] = end - start
+            elif op == "send":
+                sent[stage, unit] = end
+            elif op == "update":
+                updates.append(end - start)
+    transfers: dict[tuple[int, Unit], float] = {}
+    for stage, (actions, finish) in enumerate(zip(done, ends, strict=True)):
+        for (op, unit, start), end in zip(actions, finish, strict=True):
+            if op == "recv":
+                edge = (stage - 1) % n
+                waited = start < sent[edge, unit]
+                transfers[edge, unit] = max(0.0, end - sent[edge, unit]) if waited else end - start
+    return Costs(
+        run=lambda stage, unit: runs[stage, unit],
+        transfer=lambda edge, unit: transfers[edge, unit],
+        update=sum(updates) / len(updates),
+        send_buffers=schedule.depth,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 50])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[5, 32])
+    parser.add_argument("--seconds", type=float, default=0.02, help="of a unit")
+    parser.add_argument("--keep", action="store_true", help="append to bench/results/simulate.csv")
+    options = parser.parse_args()
+    for stages in options.stages:
+        cases = [
+            case(
+                Schedule(stages, steps, blocks, context, 1, guidance=False, decode=False), [options.seconds] * stages
+            )
+            for steps, blocks, context in itertools.product(
+                options.steps, options.blocks, ("cached", "prior", "paper")
+            )
+        ]
+        rows = [outcome.row for outcome in run_cases(cases)]
+        for row in rows:
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        if options.keep:
+            from record import record
+
+            record("simulate", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""One rank of bench_simulate.py: the real executor and transport over gloo, with a stage that sleeps.
+
+Reads cases from a JSON file; writes what this rank did, and when, to ``rank<k>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualparal.config import BlockConfig, Layout
+from dualparal.executor import LatentQueue, StageExecutor, run_together
+from dualparal.heartbeat import Heartbeat
+from dualparal.mesh import Mesh
+from dualparal.schedule import Schedule, Unit
+from dualparal.trace import BusyClock
+from dualparal.transport import PromptChannel, ReceiveEdge, SendEdge, make_groups, warm_up
+
+CHANNELS, SIDE, INNER = 1, 2, 4
+
+
+class SleepingStage:
+    """Stands in for ``Stage``: a unit takes a known time, and its numbers mean nothing."""
+
+    inner_dim = INNER
+
+    def __init__(self, seconds: float, first: bool, last: bool) -> None:
+        self.seconds, self.first, self.last = seconds, first, last
+        self._prompts: set[int] = set()
+
+    def knows_prompt(self, prompt: int) -> bool:
+        return prompt in self._prompts
+
+    def add_prompt(self, prompt: int, embeds: torch.Tensor) -> None:
+        self._prompts.add(prompt)
+
+    def drop_prompts(self, before: int) -> None:
+        self._prompts = {prompt for prompt in self._prompts if prompt >= before}
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        unit: Unit,
+        *,
+        window: tuple[int, int],
+        fed_context: int,
+        **others: Any,
+    ) -> torch.Tensor:
+        time.sleep(self.seconds)
+        frames = window[1]
+        if self.last:
+            return torch.zeros(1, CHANNELS, frames - fed_context, SIDE, SIDE)
+        return torch.zeros(frames * SIDE * SIDE, INNER)
+
+
+class PlainSampler:
+    """Stands in for ``Sampler``: adds the velocity."""
+
+    def __init__(self, steps: int) -> None:
+        self.timesteps = torch.arange(steps)
+
+    def start(self) -> PlainSampler:
+        return self
+
+    def step(self, velocity: torch.Tensor, step: int, latents: torch.Tensor) -> torch.Tensor:
+        return latents + velocity
+
+
+def run(case: dict[str, Any], mesh: Mesh, groups: Sequence[Any]) -> dict[str, Any]:
+    schedule = Schedule(**case["schedule"])
+    layout = Layout(BlockConfig(2, schedule.context_frames, schedule.context), case["latents"])
+    assert layout.num_blocks == schedule.num_blocks
+    rank, n = mesh.rank, mesh.world_size
+    before, after = (rank - 1) % n, (rank + 1) % n
+    hidden = max(layout.window_frames(block) for block in (0, 1)) * SIDE * SIDE * INNER
+    sizes = [hidden] * (n - 1) + [layout.first_frames * CHANNELS * SIDE * SIDE]
+    common = schedule.depth, schedule.num_units, torch.float32, mesh.device
+    queue = None
+    if rank == 0:
+        queue = LatentQueue(
+            schedule,
+            layout,
+            PlainSampler(schedule.num_steps),  # type: ignore[arg-type]
+            lambda block: torch.zeros(1, CHANNELS, layout.frames(block), SIDE, SIDE),
+            lambda block: 0,
+            lambda prompt: torch.zeros(schedule.branches, 1, 1),
+            [1.0] * schedule.num_steps,
+            mesh.device,
+        )
+    log: list[tuple[str, int, int, int, float]] = []
+
+    def report(phase: str, unit: Unit) -> None:
+        log.append((phase, unit.block, unit.step, unit.branch, time.monotonic()))
+
+    emit: Callable[[int, torch.Tensor], None] | None = (lambda block, latents: None) if rank == 0 else None
+    clock = BusyClock(mesh.device)
+    executor = StageExecutor(
+        schedule,
+        layout,
+        rank,
+        SleepingStage(case["seconds"][rank], rank == 0, rank == n - 1),  # type: ignore[arg-type]
+        ReceiveEdge(f"edge {before}", before, groups[before], sizes[before], *common),
+        SendEdge(f"edge {rank}", after, groups[rank], sizes[rank], *common),
+        PromptChannel((schedule.branches, 1, 1), torch.float32, rank, n),
+        clock,
+        queue,
+        on_emit=emit,
+        report=report,
+    )
+    for _ in run_together([executor]):
+        pass
+    return {"log": log, "end": time.monotonic(), "busy": clock.seconds}
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(1)
+    heartbeat = Heartbeat.from_env()
+    mesh = Mesh.join("cpu")
+    groups = make_groups(mesh.world_size)
+    warm_up(groups, mesh.rank, mesh.device)
+    results = []
+    for number, case in enumerate(json.loads((path / "cases.json").read_text())):
+        heartbeat.phase("run", stage=mesh.rank, block=number)
+        torch.distributed.barrier()
+        results.append(run(case, mesh, groups))
+    (path / f"rank{mesh.rank}.json").write_text(json.dumps(results))
+    heartbeat.done()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
