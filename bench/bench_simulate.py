@@ -87,9 +87,7 @@ def run_cases(cases: Sequence[dict[str, Any]]) -> list[Outcome]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         (path / "cases.json").write_text(json.dumps(cases))
-        result = supervise(
-            [sys.executable, str(WORKER), folder], stages, limits=LIMITS, env={"OMP_NUM_THREADS": "1"}
-        )
+        result = supervise([sys.executable, str(WORKER), folder], stages, limits=LIMITS, env={"OMP_NUM_THREADS": "1"})
         assert result.failure is None and result.exit_code == 0, result
         ranks = [json.loads((path / f"rank{rank}.json").read_text()) for rank in range(stages)]
     return [_compare(each, [rank[number] for rank in ranks]) for number, each in enumerate(cases)]
@@ -164,12 +162,8 @@ def main() -> None:
     options = parser.parse_args()
     for stages in options.stages:
         cases = [
-            case(
-                Schedule(stages, steps, blocks, context, 1, guidance=False, decode=False), [options.seconds] * stages
-            )
-            for steps, blocks, context in itertools.product(
-                options.steps, options.blocks, ("cached", "prior", "paper")
-            )
+            case(Schedule(stages, steps, blocks, context, 1, guidance=False, decode=False), [options.seconds] * stages)
+            for steps, blocks, context in itertools.product(options.steps, options.blocks, ("cached", "prior", "paper"))
         ]
         rows = [outcome.row for outcome in run_cases(cases)]
         for row in rows:

@@ -7,7 +7,7 @@ rates of the cards times assumed shares of them (``devices``). Memory counts wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -69,13 +69,9 @@ class Workload:
         blocks = self.layout.num_blocks
         return max(self.layout.window_frames(block) for block in range(min(2, blocks or 2)))
 
-    def schedule(self, num_stages: int, cap: Cap | None = None) -> Schedule:
-        """The very schedule that the engine walks.
-
-        Raises:
-            ValueError: a cap on the blocks in flight, and a schedule that has none.
-        """
-        plain = Schedule(
+    def schedule(self, num_stages: int) -> Schedule:
+        """The very schedule that the engine walks."""
+        return Schedule(
             num_stages=num_stages,
             num_steps=self.video.num_inference_steps,
             num_blocks=self.layout.num_blocks,
@@ -84,26 +80,9 @@ class Workload:
             guidance=self.video.guidance,
             decode=self.decode,
             depth=self.depth,
+            max_blocks_in_flight=self.blocks.max_blocks_in_flight,
+            context_version=self.blocks.context_version,
         )
-        if cap is None:
-            return plain
-        if not can_cap():
-            raise ValueError(
-                f"max_blocks_in_flight={cap.max_blocks_in_flight}: schedules of this version have no cap; leave it out"
-            )
-        return replace(plain, **cap._asdict())
-
-
-class Cap(NamedTuple):
-    """A limit on the blocks in flight (K), and which of a neighbour's features are read then."""
-
-    max_blocks_in_flight: int
-    context_version: str = "newest"
-
-
-def can_cap() -> bool:
-    """Whether schedules can bound the number of blocks in flight."""
-    return {"max_blocks_in_flight", "context_version"} <= {field.name for field in fields(Schedule)}
 
 
 class Arithmetic(NamedTuple):
@@ -362,17 +341,12 @@ def closed_form(
         duration = max(units * slowest, around + (schedule.branches - 1) * slowest)
         backlog = max(0.0, backlog - (duration - units * stages[0] if decode_shares else duration))
         now += duration
-        if iteration >= schedule.num_steps - 1 and (iteration - schedule.num_steps + 1) % _gap(schedule) == 0:
+        if iteration >= schedule.num_steps - 1 and (iteration - schedule.num_steps + 1) % schedule.gap == 0:
             first = first or now + decode
             backlog += decode
             wait = max(0.0, backlog - DECODE_BLOCKS * decode)
             now, backlog = now + wait, backlog - wait
     return now + backlog, first
-
-
-def _gap(schedule: Schedule) -> int:
-    """Iterations from the entry of a block to that of the next."""
-    return int(getattr(schedule, "gap", 1))
 
 
 def _in_flight_counts(schedule: Schedule) -> list[int]:

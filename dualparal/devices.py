@@ -180,7 +180,7 @@ def device(name: str, extra: Mapping[str, Device] | None = None) -> Device:
 
 
 def parse_gpus(text: str, extra: Mapping[str, Device] | None = None) -> list[list[Device]]:
-    """"8xrtx4090", "8x24GB", "4xa100-80gb,2xrtx4090": groups of cards, one card per stage.
+    """ "8xrtx4090", "8x24GB", "4xa100-80gb,2xrtx4090": groups of cards, one card per stage.
 
     Raises:
         ValueError: not of this form, or an unknown card.

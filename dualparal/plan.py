@@ -11,15 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from dualparal.config import BlockConfig, VideoConfig
+from dualparal.config import CONTEXT_POLICIES, BlockConfig, VideoConfig
 from dualparal.cost import (
     UPDATE_SECONDS,
-    Cap,
     Costing,
     Memory,
     Workload,
     balance,
-    can_cap,
     closed_form,
     edge_elements,
     layer_arithmetic,
@@ -64,7 +62,7 @@ class Plan:
 
     Attributes:
         work: model, video and blocks. cards: one per stage. split: layers of every stage.
-        cap: limit on the blocks in flight; None: none. decode: "stage 0" or "own card" (behind the stages').
+        decode: "stage 0" or "own card" (behind the stages').
         estimate: (seconds, seconds to the first frame) in closed form. replay: whether ``seconds`` and others come from
             a replay instead.
         note: what is special about it.
@@ -73,7 +71,6 @@ class Plan:
     work: Workload
     cards: Cards
     split: tuple[int, ...]
-    cap: Cap | None
     decode: str
     estimate: tuple[float, float]
     note: str = ""
@@ -88,7 +85,7 @@ class Plan:
 
     @cached_property
     def schedule(self) -> Schedule:
-        return self.work.schedule(len(self.split), self.cap)
+        return self.work.schedule(len(self.split))
 
     @cached_property
     def costing(self) -> Costing:
@@ -132,11 +129,6 @@ class Plan:
         return tuple(stage_memory(self.work, self.schedule, self.split, stage, decodes) for stage in stages)
 
     @property
-    def steps_between_neighbours(self) -> int:
-        """How many steps a block's neighbours are ahead and behind; 1 without a cap."""
-        return int(getattr(self.schedule, "gap", 1))
-
-    @property
     def for_engine(self) -> bool:
         """Whether today's engine can run it as it is."""
         return self.decode in ENGINE_DECODES_ON or not self.work.decode
@@ -144,7 +136,7 @@ class Plan:
     def describe(self) -> str:
         """One line for people."""
         blocks = self.work.blocks
-        cap = "" if self.cap is None else f", at most {self.cap.max_blocks_in_flight} blocks in flight"
+        cap = "" if blocks.max_blocks_in_flight is None else f", K={blocks.max_blocks_in_flight}"
         cards = _count_names(self.cards.devices)
         most = max(memory.peak for memory in self.memory) / GIB
         return (
@@ -167,7 +159,7 @@ def plan(
     context_frames: int = 4,
     context: str = "cached",
     max_blocks_in_flight: int | None = None,
-    context_version: str = "newest",
+    context_version: str = "matching",
     decode: str = "stage 0",
     link: str | None = None,
     between: str | None = None,
@@ -183,8 +175,8 @@ def plan(
         gpus: "8xrtx4090", "8x24GB", "4xa100-80gb,2xrtx4090"; stages follow this order.
         num_frames, height, width, num_inference_steps, guidance_scale: as in ``WanPipeline``.
         frames_per_block, context_frames, context: B, C and the policy; kept, unless nothing fits.
-        max_blocks_in_flight: K; None: no limit, or the largest that fits memory and ``first_frame_limit``.
-        context_version: which features are read with a cap: "newest" or "matching".
+        max_blocks_in_flight, context_version: K, see ``BlockConfig``; None: no limit, or where that does not fit the
+            largest that does (for memory with "newest" features, which take fewer slots).
         decode: "stage 0" (beside its units) or "own card" (the last one).
         link, between: of cards in a group and between groups of ``gpus``, by name ("pcie4", "nvlink4", "25gbe").
         memory_limit: GiB per card that may be used. first_frame_limit: seconds.
@@ -199,7 +191,13 @@ def plan(
     work = Workload(
         model_shape(model),
         VideoConfig(height, width, num_frames, num_inference_steps, float(guidance_scale)),
-        BlockConfig(frames_per_block, context_frames, context),  # type: ignore[arg-type]
+        BlockConfig(
+            frames_per_block,
+            context_frames,
+            context,  # type: ignore[arg-type]
+            max_blocks_in_flight,
+            context_version,  # type: ignore[arg-type]
+        ),
     )
     if decode not in DECODE_PLACES:
         raise ValueError(f"decode={decode!r}: use one of {', '.join(map(repr, DECODE_PLACES))}")
@@ -214,42 +212,45 @@ def plan(
         tuple(links(groups, link, between)),
         tuple(card.usable if limit is None else min(card.usable, limit) for card in devices),
     )
-    cap = None if max_blocks_in_flight is None else Cap(max_blocks_in_flight, context_version)
-    if cap is not None:
-        work.schedule(1, cap)  # is there such a thing?
-    search = _Search(cards, first_frame_limit, context_version)
-    best = search.best(work, cap, decode)
+    search = _Search(cards, first_frame_limit)
+    best = search.best(work, decode)
     if best is None:
-        raise search.refusal(work, cap, decode)
+        raise search.refusal(work, decode)
     best = replace(best, replay=best.runs <= REPLAY_LIMIT)
     return replace(best, alternatives=tuple(search.alternatives(best)))
 
 
 class _Search:
-    def __init__(self, cards: Cards, first_frame_limit: float | None, context_version: str) -> None:
+    def __init__(self, cards: Cards, first_frame_limit: float | None) -> None:
         self.cards = cards
         self.first_frame_limit = first_frame_limit
-        self.context_version = context_version
 
-    def best(self, work: Workload, cap: Cap | None, decode: str = "stage 0", note: str = "") -> Plan | None:
-        """The fastest plan of these choices that fits; without a cap of the user's, one as loose as can be."""
-        for each in [cap] if cap or not can_cap() else [None, *self._caps(work)]:
-            found = self._cut(work, each, decode)
+    def best(self, work: Workload, decode: str = "stage 0", note: str = "") -> Plan | None:
+        """The fastest plan of these choices that fits; without a limit of the user's on the blocks in flight, one as
+        loose as can be."""
+        for each in self._caps(work):
+            found = self._cut(each, decode)
             if found is None or self.first_frame_limit is not None and found.estimate[1] > self.first_frame_limit:
                 continue
-            gap = found.steps_between_neighbours
-            why = f"neighbours {gap} steps apart" if gap > 1 else ""
+            gap = found.schedule.gap
+            why = f"neighbours {gap} steps apart, {each.blocks.context_version}" if gap > 1 else ""
             return replace(found, note=", ".join(filter(None, (note, why))))
         return None
 
-    def _caps(self, work: Workload) -> Iterator[Cap]:
-        """From the loosest to the tightest; several limits mean the same number of steps between neighbours."""
+    @staticmethod
+    def _caps(work: Workload) -> Iterator[Workload]:
+        """The same with limits on the blocks in flight, from none to the tightest. Several limits mean the same gap.
+        "newest" features are taken where "matching" ones do not fit."""
+        yield work
+        if work.blocks.max_blocks_in_flight is not None:
+            return
         steps = work.video.num_inference_steps
-        yield from (
-            Cap(k, self.context_version) for k in dict.fromkeys(-(-steps // gap) for gap in range(2, steps + 1))
-        )
+        versions = ("matching", "newest") if work.blocks.context == "cached" else ("matching",)
+        for k in dict.fromkeys(-(-steps // gap) for gap in range(2, steps + 1)):
+            for version in versions:
+                yield with_blocks(work, max_blocks_in_flight=k, context_version=version)
 
-    def _cut(self, work: Workload, cap: Cap | None, decode: str) -> Plan | None:
+    def _cut(self, work: Workload, decode: str) -> Plan | None:
         """The best split, or None when it does not fit."""
         count, decode_on = len(self.cards.devices), None
         if decode == "own card" and work.decode:
@@ -259,7 +260,7 @@ class _Search:
         if count > work.model.num_layers:
             return None
         cards = self.cards.first(count)
-        schedule = work.schedule(count, cap)
+        schedule = work.schedule(count)
         decodes = decode == "stage 0"
         most = [_most_layers(work, schedule, cards, stage, decodes) for stage in range(count)]
         one, extra = _costs(work, schedule, cards)
@@ -276,7 +277,7 @@ class _Search:
             stages = [layers * seconds + more for layers, seconds, more in zip(split, one, extra)]
             decoding = pieces.decode(1) if work.decode else 0.0
             estimate = closed_form(schedule, stages, hop, decoding, decode_on is None)
-            found.append(Plan(work, cards, tuple(split), cap, decode, estimate, decode_on=decode_on))
+            found.append(Plan(work, cards, tuple(split), decode, estimate, decode_on=decode_on))
         return min(found, key=lambda each: each.estimate[0], default=None)
 
     # What else there is -------------------------------------------------------------------------------------
@@ -284,48 +285,48 @@ class _Search:
     def alternatives(self, best: Plan) -> list[Plan]:
         """One choice changed at a time, fastest first."""
         found: list[Plan] = []
-        for work, cap, decode, note in self._variations(best):
-            other = self.best(work, cap, decode, note)
+        for work, decode, note in self._variations(best):
+            other = self.best(work, decode, note)
             if other is not None:
                 found.append(other)
         found.sort(key=lambda each: each.estimate[0])
         return found[:ALTERNATIVES]
 
-    def _variations(self, best: Plan) -> Iterator[tuple[Workload, Cap | None, str, str]]:
-        work, blocks = best.work, best.work.blocks
-        for context in ("cached", "prior", "paper"):
+    def _variations(self, best: Plan) -> Iterator[tuple[Workload, str, str]]:
+        work, blocks, count = best.work, best.work.blocks, len(self.cards.devices)
+        for context in CONTEXT_POLICIES:
             if context != blocks.context:
-                yield with_blocks(work, context=context), best.cap, best.decode, "another context policy"
+                free = with_blocks(work, context=context, max_blocks_in_flight=None, context_version="matching")
+                yield free, best.decode, "another context policy"
         for size in BLOCK_SIZES:
             if size >= blocks.context_frames and size != blocks.frames_per_block:
                 window = size + 2 * blocks.context_frames
                 note = f"window of {window} latents" + (", Wan was trained with 21" if window > 21 else "")
-                yield with_blocks(work, frames_per_block=size), best.cap, best.decode, note
+                yield with_blocks(work, frames_per_block=size), best.decode, note
         for place in DECODE_PLACES:
-            if place != best.decode and len(self.cards.devices) > 1:
+            if place != best.decode and count > 1:
                 note = "the last card decodes" if place == "own card" else "stage 0's card decodes"
-                yield work, best.cap, place, note + ("" if place in ENGINE_DECODES_ON else ", not in the engine yet")
-        if can_cap() and best.cap is None:
-            count = len(self.cards.devices)
-            yield work, Cap(-(-count // best.schedule.branches) + 1, self.context_version), best.decode, "earlier frames"
+                yield work, place, note + ("" if place in ENGINE_DECODES_ON else ", not in the engine yet")
+        if blocks.max_blocks_in_flight is None:  # as few as keep all stages busy
+            k = -(-count // best.schedule.branches) + 1
+            yield with_blocks(work, max_blocks_in_flight=k), best.decode, "earlier frames"
 
     # What cannot be done ------------------------------------------------------------------------------------
 
-    def refusal(self, work: Workload, cap: Cap | None, decode: str) -> NoPlan:
+    def refusal(self, work: Workload, decode: str) -> NoPlan:
         """Why there is no plan, and the nearest that there is."""
         count, layers = len(self.cards.devices), work.model.num_layers
         if decode == "own card" and count < 2:
             return NoPlan(f"decode='own card' with {count} card: the stages need one, too; use 'stage 0'")
         if count - (decode == "own card") > layers:
             keep = layers + (decode == "own card")
-            nearest = _Search(self.cards.first(keep), self.first_frame_limit, self.context_version).best(work, cap)
+            nearest = _Search(self.cards.first(keep), self.first_frame_limit).best(work)
             return _no_plan(
                 f"{count} cards for a model of {layers} layers: every stage owns at least one layer; use {keep} or "
                 "fewer",
                 nearest,
             )
-        free = _Search(self.cards, None, self.context_version).best(work, cap, decode)
-        if free is not None:
+        if _Search(self.cards, None).best(work, decode) is not None:
             assert self.first_frame_limit is not None
             soonest = self._soonest(work, decode)
             return _no_plan(
@@ -333,23 +334,22 @@ class _Search:
                 "least on these cards; allow so much, or take fewer steps, smaller blocks or more cards",
                 soonest,
             )
-        need, have, where = self._shortage(work, cap, decode)
+        need, have, where = self._shortage(work, decode)
         return _no_plan(
             f"{work.model.name} at {work.video.width}x{work.video.height} does not fit: stage {where} "
             f"({self.cards.devices[where].name}) needs {need / GIB:.1f} GiB and may use {have / GIB:.1f}",
-            self._nearest(work, cap),
+            self._nearest(work),
         )
 
     def _soonest(self, work: Workload, decode: str) -> Plan:
-        free = _Search(self.cards, None, self.context_version)
-        caps = [None, *self._caps(work)] if can_cap() else [None]
-        found = [each for each in (free._cut(work, cap, decode) for cap in caps) if each is not None]
+        free = _Search(self.cards, None)
+        found = [each for each in (free._cut(capped, decode) for capped in self._caps(work)) if each is not None]
         return min(found, key=lambda each: each.estimate[1])
 
-    def _shortage(self, work: Workload, cap: Cap | None, decode: str) -> tuple[int, int, int]:
+    def _shortage(self, work: Workload, decode: str) -> tuple[int, int, int]:
         """(bytes needed, bytes there, stage) of the worst stage when layers are spread by memory alone."""
         count = len(self.cards.devices) - (decode == "own card")
-        schedule, cards = work.schedule(count, cap), self.cards.first(count)
+        schedule, cards = work.schedule(count), self.cards.first(count)
         room = [float(cards.usable[stage]) for stage in range(count)]
         split = balance([1 / r for r in room], [0.0] * count, [work.model.num_layers] * count, work.model.num_layers)
         assert split is not None
@@ -357,18 +357,19 @@ class _Search:
         where = max(range(count), key=lambda stage: needs[stage] - cards.usable[stage])
         return needs[where], cards.usable[where], where
 
-    def _nearest(self, work: Workload, cap: Cap | None) -> Plan | None:
+    def _nearest(self, work: Workload) -> Plan | None:
         """Fewest changes first: policy, context, blocks, decoder; then more cards of the last kind."""
-        changes: list[dict[str, object]] = [{"context": "prior"}, {"context": "paper"}]
+        plain: dict[str, object] = {"context_version": "matching"}  # the only one of these policies
+        changes: list[dict[str, object]] = [{"context": "prior", **plain}, {"context": "paper", **plain}]
         blocks = work.blocks
         changes += [{"context_frames": c} for c in range(blocks.context_frames - 1, 0, -1)]
         sizes = [b for b in reversed(BLOCK_SIZES) if blocks.context_frames <= b < blocks.frames_per_block]
         changes += [{"frames_per_block": b} for b in sizes]
-        changes += [{"context": "prior", "frames_per_block": b} for b in sizes]
+        changes += [{"context": "prior", "frames_per_block": b, **plain} for b in sizes]
         for change in changes:
-            if found := self.best(with_blocks(work, **change), cap):
+            if found := self.best(with_blocks(work, **change)):
                 return found
-        if found := self.best(work, cap, "own card", "the last card decodes, not in the engine yet"):
+        if found := self.best(work, "own card", "the last card decodes, not in the engine yet"):
             return found
         last = len(self.cards.devices) - 1
         for count in range(last + 2, work.model.num_layers + 1):
@@ -378,7 +379,7 @@ class _Search:
                 (*self.cards.links, *[self.cards.links[-1]] * more),
                 (*self.cards.usable, *[self.cards.usable[-1]] * more),
             )
-            if found := _Search(cards, self.first_frame_limit, self.context_version).best(work, cap):
+            if found := _Search(cards, self.first_frame_limit).best(work):
                 return replace(found, note=f"{more} cards more")
         return None
 

@@ -37,6 +37,7 @@ def command(
     max_blocks_in_flight: Annotated[
         int | None, typer.Option(help="K, limit on the blocks in flight. Default: none, or what fits.")
     ] = None,
+    context_version: Annotated[str, typer.Option(help="matching or newest, with a limit as above.")] = "matching",
     decode: Annotated[str, typer.Option(help="'stage 0' (beside its units) or 'own card' (the last one).")] = "stage 0",
     link: Annotated[
         str | None, typer.Option(help="Between cards: pcie4, nvlink4, 25gbe ... Default: the cards' own.")
@@ -63,6 +64,7 @@ def command(
             context_frames=context_frames,
             context=context,
             max_blocks_in_flight=max_blocks_in_flight,
+            context_version=context_version,
             decode=decode,
             link=link,
             between=between,
@@ -79,7 +81,7 @@ def command(
 def show(found: Plan, console: Console) -> None:
     """The plan as tables for people."""
     video, blocks = found.work.video, found.work.blocks
-    cap = "no limit" if found.cap is None else f"at most {found.cap.max_blocks_in_flight}"
+    cap = "no limit" if blocks.max_blocks_in_flight is None else f"at most {blocks.max_blocks_in_flight}"
     console.print(
         f"[bold]{found.work.model.name}[/], {video.num_frames} frames of {video.width}x{video.height}, "
         f"{video.num_inference_steps} steps{'' if video.guidance else ', no guidance'}: "
@@ -135,7 +137,7 @@ def _alternatives(found: Plan) -> Table:
             blocks.context,
             str(blocks.frames_per_block),
             str(blocks.context_frames),
-            "-" if other.cap is None else str(other.cap.max_blocks_in_flight),
+            str(blocks.max_blocks_in_flight or "-"),
             f"{other.seconds:.0f}",
             f"{other.frames_per_second:.2f}",
             f"{other.first_frame:.0f}",

@@ -114,7 +114,8 @@ class Simulation:
                 for read in self.schedule.reads(unit):
                     filled[_slot(read)] = filled[_slot(read)][0], end
                 for made in self.schedule.writes(unit):
-                    if _slot(made) in filled:
+                    if _slot(made) in filled:  # a unit may read what it overwrites
+                        filled[_slot(made)] = filled[_slot(made)][0], min(filled[_slot(made)][1], start)
                         close(_slot(made))
                     filled[_slot(made)] = start, end
                 if stage == 0 and unit.block not in entered:

@@ -1,0 +1,229 @@
+"""The cost model counts what the real classes have and do; its memory is what ranks use."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_memory import STEADY
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from shapes import SHAPES, wan_config
+
+from dualparal.config import BlockConfig, VideoConfig
+from dualparal.cost import (
+    Costing,
+    Workload,
+    balance,
+    closed_form,
+    decode_bytes,
+    layer_arithmetic,
+    slice_bytes,
+    stage_memory,
+    unit_arithmetic,
+)
+from dualparal.decode import StreamingDecoder
+from dualparal.devices import DEVICES, LINKS
+from dualparal.model_shape import MODELS, VaeShape, model_shape
+from dualparal.models.wan import WanSpec
+from dualparal.schedule import Schedule, Unit
+from dualparal.simulate import simulate
+from dualparal.tiny import build_tiny_pipeline
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_the_real_ones(name: str) -> None:
+    shape = MODELS[name]
+    spec = WanSpec((wan_config(shape.heads, shape.head_dim, shape.ffn_dim, shape.num_layers),))
+    assert shape.parameters == sum(math.prod(size) for size in spec.shapes(0).values())
+
+
+def test_slices_weigh_what_their_tensors_do(wan21: Path) -> None:
+    model = model_shape(str(wan21))
+    spec = WanSpec((json.loads((wan21 / "transformer" / "config.json").read_text()),))
+    work = Workload(model, VideoConfig(32, 32, 29, 3), BlockConfig(2, 1))
+    split, start = [1, 2, 1], 0
+    for stage, layers in enumerate(split):
+        names = spec.names(0, range(start, start + layers))
+        real = sum(math.prod(spec.shapes(0)[n]) * spec.tensor_dtype(n, torch.bfloat16).itemsize for n in names)
+        assert slice_bytes(work, split, stage) == real
+        start += layers
+
+
+@pytest.mark.parametrize(("base_dim", "blocks", "height", "width"), [(96, 2, 60, 104), (8, 1, 8, 6)])
+def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, height: int, width: int) -> None:
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(base_dim=base_dim, num_res_blocks=blocks)
+        latents = torch.zeros(1, 16, 1, height, width)
+    shape = VaeShape(base_dim, num_res_blocks=blocks)
+    decoder = StreamingDecoder(vae)
+    for _ in range(2):
+        decoder.push(latents)
+    with FlopCounterMode(display=False) as counter:
+        assert len(decoder.push(latents)) == shape.temporal_factor
+    assert shape.flops(height * width) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert shape.cache_bytes(height * width) == decoder.state_bytes
+    assert shape.parameters == pytest.approx(sum(p.numel() for p in vae.parameters()), rel=0.15)
+
+
+def test_a_layer_costs_what_the_benches_count() -> None:
+    for shape in SHAPES:
+        model = MODELS["wan2.1-t2v-14b" if shape.heads == 40 else "wan2.1-t2v-1.3b"]
+        work = Workload(model, VideoConfig(shape.height, shape.width, 1025))
+        found = layer_arithmetic(work, 100, 300)
+        if shape.heads in (12, 40):
+            assert found.attention + found.linear == shape.layer_flops(100, 300)
+
+
+def test_neighbours_and_first_blocks_are_counted() -> None:
+    work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=1025), BlockConfig(8, 4, "cached"))
+    schedule = work.schedule(4)
+    keys = lambda unit: unit_arithmetic(work, schedule, unit).attention / (4 * 8 * 1560 * 1536) - 512  # noqa: E731
+    assert keys(Unit(0, 0, 0)) == 8 * 1560  # nobody before, nobody after yet
+    assert keys(Unit(0, 1, 0)) == keys(Unit(1, 0, 0)) == 12 * 1560
+    assert keys(Unit(1, 1, 0)) == 16 * 1560
+    paper = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=1025), BlockConfig(8, 4, "paper"))
+    assert unit_arithmetic(paper, paper.schedule(4), Unit(1, 1, 0)).linear == pytest.approx(
+        1.5 * unit_arithmetic(work, schedule, Unit(1, 1, 0)).linear
+    )
+
+
+def test_layers_as_docs_gpu_has_them() -> None:
+    """docs/gpu.md: milliseconds per layer on an H200, B = C = 8, both branches: 11.9 and 51, with 1.5 % of features."""
+    for name, milliseconds in (("wan2.1-t2v-1.3b", 11.9), ("wan2.1-t2v-14b", 51.0)):
+        work = Workload(MODELS[name], VideoConfig(num_frames=1025), BlockConfig(8, 8))
+        tokens = 8 * work.tokens
+        layer = 2e3 * layer_arithmetic(work, tokens, 3 * tokens, 2 * tokens, 2 * tokens).seconds(DEVICES["h200"])
+        assert layer == pytest.approx(milliseconds * 1.015, rel=0.03)
+
+
+def test_published_times_of_whole_models() -> None:
+    """Plain diffusers, 81 frames of 480p, 50 steps: eager passes over memory in place of ours (docs/gpu.md: 155)."""
+    work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=81), BlockConfig(21, 0))
+    tokens = 21 * work.tokens
+    eager = layer_arithmetic(work, tokens, tokens)._replace(moved=155 * tokens * work.model.inner * 2)
+    seconds = 2 * 50 * work.model.num_layers * eager.seconds(DEVICES["rtx5090"])
+    assert seconds == pytest.approx(184, rel=0.06)  # TurboDiffusion's README: 184 s on an RTX 5090
+
+
+def test_balance() -> None:
+    assert balance([1, 1, 1], [0, 0, 0], [9, 9, 9], 10) == [4, 3, 3]
+    assert balance([1, 2, 1], [0, 0, 0], [99, 99, 99], 10) == [4, 2, 4]
+    assert balance([1, 1, 1], [3, 0, 0], [9, 9, 9], 12) == [2, 5, 5]
+    assert balance([1, 1], [0, 0], [2, 9], 8) == [2, 6]
+    assert balance([1, 1], [0, 0], [3, 4], 8) is None and balance([1] * 3, [0] * 3, [9] * 3, 2) is None
+
+
+@pytest.mark.parametrize("context", ["cached", "prior", "paper"])
+@pytest.mark.parametrize("steps", [8, 50])
+@pytest.mark.parametrize("blocks_in_flight", [None, 5])
+def test_the_closed_form_is_near_the_replay(context: str, steps: int, blocks_in_flight: int | None) -> None:
+    blocks = BlockConfig(8, 4, context, blocks_in_flight)  # type: ignore[arg-type]
+    work = Workload(MODELS["wan2.1-t2v-14b"], VideoConfig(num_frames=1025, num_inference_steps=steps), blocks)
+    cards, links = [DEVICES["h100"]] * 8, [LINKS["nvlink4"]] * 8
+    schedule = work.schedule(8)
+    costing = Costing(work, schedule, [5] * 8, cards, links)
+    replayed = simulate(schedule, costing.costs)
+    unit = [costing.run(stage, Unit(2, min(5, steps - 1), 0)) for stage in range(8)]
+    seconds, first = closed_form(schedule, unit, 8 * costing.transfer(0, Unit(0, 0, 0)), costing.decode(1))
+    assert seconds == pytest.approx(replayed.seconds, rel=0.06)
+    assert first == pytest.approx(replayed.first_frame, rel=0.15)
+
+
+# Measured on ranks -------------------------------------------------------------------------------------------
+
+RANK = """
+import sys, json, torch
+torch.set_num_threads(1)
+from dualparal.engine import Engine
+from dualparal.trace import peak_rss
+case = json.loads(sys.argv[1])
+engine = Engine.from_pretrained(case["model"], device="cpu", **case["options"])
+spec = engine.source.spec
+generator = torch.Generator().manual_seed(0)
+rows = torch.randn(2, 512, spec.text_dim, generator=generator)
+out = engine(prompt_embeds=rows[:1], negative_prompt_embeds=rows[1:], output_type="latent", **case["call"])
+if engine.mesh.rank == 0:
+    print(json.dumps([rank.peak_host for rank in engine.stats.ranks]))
+"""
+
+
+def run_ranks(case: dict[str, Any]) -> list[int]:
+    """Peak bytes of each of two ranks under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = Path(case["folder"]) / "rank.py"
+    path.write_text(RANK)
+    done = subprocess.run(
+        [*command, str(path), json.dumps(case)],
+        capture_output=True, text=True, timeout=280, check=False,
+        env={**__import__("os").environ, **STEADY, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: list[int] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+SIZES = [
+    # heads, head_dim, ffn, layers, side, B, C, K, context: what weighs most
+    pytest.param(8, 64, 2048, 8, 128, 2, 1, None, "cached", id="weights"),
+    pytest.param(4, 64, 512, 4, 256, 4, 4, None, "cached", id="features"),
+    pytest.param(8, 64, 4096, 2, 512, 4, 2, 2, "prior", id="activations"),
+]
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "ffn", "layers", "side", "frames", "context_frames", "cap", "context"), SIZES
+)
+def test_predicted_memory_is_what_ranks_use(
+    tmp_path: Path, heads: int, head_dim: int, ffn: int, layers: int, side: int, frames: int, context_frames: int,
+    cap: int | None, context: str,
+) -> None:  # fmt: skip
+    """Within 10 % of the peak resident size, on both ranks. What Python, torch and gloo take is measured by the same
+    two ranks with the smallest model there is, for which the prediction is a few megabytes."""
+    base = build_tiny_pipeline(tmp_path / "base", layers=2)
+    model = build_tiny_pipeline(tmp_path / "model", layers=layers, heads=heads, head_dim=head_dim, ffn_dim=ffn)
+
+    def case(path: Path, side: int, blocks: BlockConfig) -> tuple[dict[str, Any], list[int]]:
+        options = {"frames_per_block": blocks.frames_per_block, "context_frames": blocks.context_frames}
+        options |= {"context": blocks.context, "max_blocks_in_flight": blocks.max_blocks_in_flight}
+        call = {"height": side, "width": side, "num_frames": 4 * (6 * blocks.frames_per_block - 1) + 1}
+        call |= {"num_inference_steps": 4, "guidance_scale": 5.0}
+        video = VideoConfig(side, side, call["num_frames"], 4)
+        work = Workload(model_shape(str(path)), video, blocks, itemsize=4, decode=False)
+        split = [work.model.num_layers // 2] * 2
+        schedule = work.schedule(2)
+        found = {"folder": str(tmp_path), "model": str(path), "options": options, "call": call}
+        return found, [resident(work, schedule, split, stage) for stage in range(2)]
+
+    start, nothing = case(base, 32, BlockConfig(1, 0))
+    measured, predicted = case(model, side, BlockConfig(frames, context_frames, context, cap))  # type: ignore[arg-type]
+    constant = run_ranks(start)
+    for stage, used in enumerate(run_ranks(measured)):
+        own = constant[stage] - nothing[stage]
+        print(f"stage {stage}: {used / 2**20:.0f} MiB used, predicted {(own + predicted[stage]) / 2**20:.0f}, "
+              f"of which {own / 2**20:.0f} are the process")  # fmt: skip
+        assert own + predicted[stage] == pytest.approx(used, rel=0.10)
+
+
+def resident(work: Workload, schedule: Schedule, split: list[int], stage: int) -> int:
+    """``stage_memory`` without the text encoder, and with what differs on a CPU: pages of the weight file stay beside
+    the joined Q, K and V, and the plain definitions of the fused ops hold float32 copies."""
+    memory = stage_memory(work, schedule, split, stage)
+    return memory.running + memory.load
+
+
+def test_the_vae_is_part_of_rank_0() -> None:
+    work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=1025))
+    first, second = (stage_memory(work, work.schedule(2), [15, 15], stage) for stage in range(2))
+    assert first.decode == decode_bytes(work) > 5 * 2**30 and second.decode == 0
+    assert first.before > 10 * 2**30  # UMT5-XXL, before the weights
