@@ -328,17 +328,19 @@ def closed_form(
     """(seconds, seconds to the first frame) without a replay, for units that all cost the same.
 
     An iteration takes the slowest stage's time for all of its units, or a whole round of the pipe when there are too
-    few of them: a block's next step needs its last one. From the T-th on blocks are decoded, in what stage 0 has to
+    few of them: a block's next step needs its last one, and with ``paper`` that of the block before, which comes
+    later in an iteration. From the T-th on blocks are decoded, in what stage 0 has to
     spare (``decode_shares``) or beside it, and when ``DECODE_BLOCKS`` of them wait, everything waits.
 
     Args:
         stages: seconds of a unit. hop: of all edges together. decode: of a block.
     """
     slowest, around = max(stages), sum(stages) + hop
+    least = around + (schedule.branches * (1 + (schedule.context == "paper")) - 1) * slowest
     now = backlog = first = 0.0
     for iteration, count in enumerate(_in_flight_counts(schedule)):
         units = count * schedule.branches
-        duration = max(units * slowest, around + (schedule.branches - 1) * slowest)
+        duration = max(units * slowest, least)
         backlog = max(0.0, backlog - (duration - units * stages[0] if decode_shares else duration))
         now += duration
         if iteration >= schedule.num_steps - 1 and (iteration - schedule.num_steps + 1) % schedule.gap == 0:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-from shapes import SHAPES, wan_config
+from shapes import GPU_SHAPES, wan_config
 
 from dualparal.config import BlockConfig, VideoConfig
 from dualparal.cost import (
@@ -77,12 +77,11 @@ def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, height: int
 
 
 def test_a_layer_costs_what_the_benches_count() -> None:
-    for shape in SHAPES:
+    for shape in GPU_SHAPES:
         model = MODELS["wan2.1-t2v-14b" if shape.heads == 40 else "wan2.1-t2v-1.3b"]
         work = Workload(model, VideoConfig(shape.height, shape.width, 1025))
         found = layer_arithmetic(work, 100, 300)
-        if shape.heads in (12, 40):
-            assert found.attention + found.linear == shape.layer_flops(100, 300)
+        assert found.attention + found.linear == shape.layer_flops(100, 300)
 
 
 def test_neighbours_and_first_blocks_are_counted() -> None:
@@ -134,9 +133,9 @@ def test_the_closed_form_is_near_the_replay(context: str, steps: int, blocks_in_
     schedule = work.schedule(8)
     costing = Costing(work, schedule, [5] * 8, cards, links)
     replayed = simulate(schedule, costing.costs)
-    unit = [costing.run(stage, Unit(2, min(5, steps - 1), 0)) for stage in range(8)]
+    unit = [costing.run(stage, Unit(2, min(schedule.gap, steps - 1), 0)) for stage in range(8)]
     seconds, first = closed_form(schedule, unit, 8 * costing.transfer(0, Unit(0, 0, 0)), costing.decode(1))
-    assert seconds == pytest.approx(replayed.seconds, rel=0.06)
+    assert seconds == pytest.approx(replayed.seconds, rel=0.11)
     assert first == pytest.approx(replayed.first_frame, rel=0.15)
 
 
@@ -173,46 +172,47 @@ def run_ranks(case: dict[str, Any]) -> list[int]:
     return found
 
 
+@pytest.fixture(scope="module")
+def constant(tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    """What Python, torch and gloo take on each rank: two ranks with the smallest model, less what is predicted."""
+    folder = tmp_path_factory.mktemp("base")
+    used, predicted = measure(folder, build_tiny_pipeline(folder / "model", layers=2), 32, BlockConfig(1, 0), 2, 2)
+    return [u - p for u, p in zip(used, predicted, strict=True)]
+
+
+def measure(
+    folder: Path, path: Path, side: int, blocks: BlockConfig, steps: int, count: int
+) -> tuple[list[int], list[int]]:
+    """(peak resident bytes, predicted bytes) of two ranks that make ``count`` blocks."""
+    options = {"frames_per_block": blocks.frames_per_block, "context_frames": blocks.context_frames}
+    frames = 4 * (count * blocks.frames_per_block - 1) + 1
+    call = {"height": side, "width": side, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": 5.0}
+    work = Workload(model_shape(str(path)), VideoConfig(side, side, frames, steps), blocks, itemsize=4, decode=False)
+    split, schedule = [work.model.num_layers // 2] * 2, work.schedule(2)
+    case = {"folder": str(folder), "model": str(path), "options": {**options, "context": blocks.context}, "call": call}
+    return run_ranks(case), [resident(work, schedule, split, stage) for stage in range(2)]
+
+
 SIZES = [
-    # heads, head_dim, ffn, layers, side, B, C, K, context: what weighs most
-    pytest.param(8, 64, 2048, 8, 128, 2, 1, None, "cached", id="weights"),
-    pytest.param(4, 64, 512, 4, 256, 4, 4, None, "cached", id="features"),
-    pytest.param(8, 64, 4096, 2, 512, 4, 2, 2, "prior", id="activations"),
+    # heads, ffn, layers, side, blocks, steps, blocks: what weighs most
+    pytest.param(16, 4096, 8, 64, BlockConfig(2, 1), 2, 3, id="weights"),
+    pytest.param(8, 512, 4, 192, BlockConfig(4, 4), 6, 6, id="features"),
+    pytest.param(8, 8192, 2, 256, BlockConfig(8, 2, "prior"), 2, 3, id="activations"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("heads", "head_dim", "ffn", "layers", "side", "frames", "context_frames", "cap", "context"), SIZES
-)
+@pytest.mark.parametrize(("heads", "ffn", "layers", "side", "blocks", "steps", "count"), SIZES)
 def test_predicted_memory_is_what_ranks_use(
-    tmp_path: Path, heads: int, head_dim: int, ffn: int, layers: int, side: int, frames: int, context_frames: int,
-    cap: int | None, context: str,
+    tmp_path: Path, constant: list[int], heads: int, ffn: int, layers: int, side: int, blocks: BlockConfig,
+    steps: int, count: int,
 ) -> None:  # fmt: skip
-    """Within 10 % of the peak resident size, on both ranks. What Python, torch and gloo take is measured by the same
-    two ranks with the smallest model there is, for which the prediction is a few megabytes."""
-    base = build_tiny_pipeline(tmp_path / "base", layers=2)
-    model = build_tiny_pipeline(tmp_path / "model", layers=layers, heads=heads, head_dim=head_dim, ffn_dim=ffn)
-
-    def case(path: Path, side: int, blocks: BlockConfig) -> tuple[dict[str, Any], list[int]]:
-        options = {"frames_per_block": blocks.frames_per_block, "context_frames": blocks.context_frames}
-        options |= {"context": blocks.context, "max_blocks_in_flight": blocks.max_blocks_in_flight}
-        call = {"height": side, "width": side, "num_frames": 4 * (6 * blocks.frames_per_block - 1) + 1}
-        call |= {"num_inference_steps": 4, "guidance_scale": 5.0}
-        video = VideoConfig(side, side, call["num_frames"], 4)
-        work = Workload(model_shape(str(path)), video, blocks, itemsize=4, decode=False)
-        split = [work.model.num_layers // 2] * 2
-        schedule = work.schedule(2)
-        found = {"folder": str(tmp_path), "model": str(path), "options": options, "call": call}
-        return found, [resident(work, schedule, split, stage) for stage in range(2)]
-
-    start, nothing = case(base, 32, BlockConfig(1, 0))
-    measured, predicted = case(model, side, BlockConfig(frames, context_frames, context, cap))  # type: ignore[arg-type]
-    constant = run_ranks(start)
-    for stage, used in enumerate(run_ranks(measured)):
-        own = constant[stage] - nothing[stage]
-        print(f"stage {stage}: {used / 2**20:.0f} MiB used, predicted {(own + predicted[stage]) / 2**20:.0f}, "
-              f"of which {own / 2**20:.0f} are the process")  # fmt: skip
-        assert own + predicted[stage] == pytest.approx(used, rel=0.10)
+    """Within 10 % of the peak resident size on both ranks, and of what the model adds to a bare process."""
+    model = build_tiny_pipeline(tmp_path / "model", layers=layers, heads=heads, head_dim=64, ffn_dim=ffn)
+    measured, predicted = measure(tmp_path, model, side, blocks, steps, count)
+    for stage, (used, ours) in enumerate(zip(measured, predicted, strict=True)):
+        print(f"stage {stage}: {used / 2**20:.0f} MiB used, {constant[stage] / 2**20:.0f} of them by a bare process; "
+              f"of the other {(used - constant[stage]) / 2**20:.0f} predicted {ours / 2**20:.0f}")  # fmt: skip
+        assert constant[stage] + ours == pytest.approx(used, rel=0.10)
 
 
 def resident(work: Workload, schedule: Schedule, split: list[int], stage: int) -> int:
