@@ -375,9 +375,11 @@ class Schedule:
         return 1 - self.num_units / self.makespan
 
 
-def replay(schedule: Schedule, costs: Costs, units: int | None = None) -> tuple[list[Event], dict[int, float]]:
-    """As ``Schedule.replay``, with costs. Returns the events, each stage's in order, and when each block is ready:
-    decoded, or emitted where nothing is decoded.
+Ready = dict[tuple[int, int], float]  # (video, block) -> when its frames (without decoding: its latents) are there
+
+
+def replay(schedule: Schedule, costs: Costs, units: int | None = None) -> tuple[list[Event], Ready]:
+    """As ``Schedule.replay``, with costs. Returns the events, each stage's in order, and when each block is ready.
 
     Raises:
         ScheduleError: deadlock, with the grid so far in ticks.
@@ -431,23 +433,25 @@ class _Lane:
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self.now: float = 0
-        self.queue: deque[list[float]] = deque()  # [block, seconds still to do]
-        self.finished: dict[int, float] = {}
+        self.blocks: deque[tuple[int, int]] = deque()
+        self.left: deque[float] = deque()  # seconds still to do for each of them
+        self.finished: Ready = {}
 
-    def submit(self, now: float, block: int, seconds: float) -> float:
+    def submit(self, now: float, block: tuple[int, int], seconds: float) -> float:
         """When stage 0 goes on."""
         self.advance(now, 1)
-        while len(self.queue) >= self.BOUND:
-            now = self.now + self.queue[0][1]
+        while len(self.left) >= self.BOUND:
+            now = self.now + self.left[0]
             self.advance(now, 1)
-        self.queue.append([block, seconds])
+        self.blocks.append(block)
+        self.left.append(seconds)
         self.advance(now, 1)
         return now
 
     def run(self, now: float, seconds: float) -> float:
         """Stage 0 runs a unit. Returns when it ends."""
         self.advance(now, 1)
-        work = sum(left for _, left in self.queue) if self.shared else 0
+        work = sum(self.left) if self.shared else 0
         if not work:
             return now + seconds
         end = now + seconds + min(work, seconds)
@@ -455,13 +459,12 @@ class _Lane:
         return end
 
     def advance(self, until: float, rate: float) -> None:
-        while self.queue and self.now + self.queue[0][1] / rate <= until:
-            block, left = self.queue.popleft()
-            self.now += left / rate
-            self.finished[int(block)] = self.now
+        while self.left and self.now + self.left[0] / rate <= until:
+            self.now += self.left.popleft() / rate
+            self.finished[self.blocks.popleft()] = self.now
         if self.now < until:
-            if self.queue:
-                self.queue[0][1] -= (until - self.now) * rate
+            if self.left:
+                self.left[0] -= (until - self.now) * rate
             self.now = until
 
 
@@ -481,7 +484,7 @@ class _Replay:
         self.clock: list[float] = [0] * n
         self.held: list[bool] = [False] * n  # a receive buffer in use until the unit has run
         self.events: list[Event] = []
-        self.ready: dict[int, float] = {}  # when a block's frames (without decode: latents) are there
+        self.ready: Ready = {}
 
     @staticmethod
     def _finite(actions: Iterator[Action], wanted: set[Unit] | None, units: int | None) -> deque[Action]:
@@ -551,9 +554,9 @@ class _Replay:
         elif op is Op.UPDATE:
             end = now + costs.update
         elif op is Op.EMIT:
-            self.ready[unit.block] = now
+            self.ready[unit.video, unit.block] = now
         else:
-            end = self.lane.submit(now, unit.block, costs.decode(unit.block))
+            end = self.lane.submit(now, (unit.video, unit.block), costs.decode(unit.block))
         self.events.append(Event(now, end, action))
         self.clock[stage] = end
         return True

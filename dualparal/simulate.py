@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from dualparal.schedule import Costs, Event, Features, Op, Schedule, replay
+from dualparal.schedule import Costs, Event, Features, Op, Ready, Schedule, replay
 
 
 class StageTime(NamedTuple):
@@ -58,14 +58,14 @@ class Usage(NamedTuple):
 class Simulation:
     """A schedule replayed with costs.
 
-    events: every stage's actions in order, with their times in seconds. ready: when each block's frames are there
-    (without decoding: its latents).
+    events: every stage's actions in order, with their times in seconds. ready: (video, block) -> when its frames are
+    there (without decoding: its latents).
     """
 
     schedule: Schedule
     costs: Costs
     events: tuple[tuple[Event, ...], ...]
-    ready: Mapping[int, float]
+    ready: Ready
 
     @cached_property
     def seconds(self) -> float:
@@ -108,7 +108,7 @@ class Simulation:
             start, end = filled.pop(slot)
             changes.extend([(start, 0, sizes.slot[slot[0]]), (end, 0, -sizes.slot[slot[0]])])
 
-        entered: set[int] = set()
+        entered: set[tuple[int, int]] = set()
         for start, end, (op, _, unit) in self.events[stage]:
             if op is Op.RUN:
                 for read in self.schedule.reads(unit):
@@ -118,13 +118,15 @@ class Simulation:
                         filled[_slot(made)] = filled[_slot(made)][0], min(filled[_slot(made)][1], start)
                         close(_slot(made))
                     filled[_slot(made)] = start, end
-                if stage == 0 and unit.block not in entered:
-                    entered.add(unit.block)
+                if stage == 0 and (unit.video, unit.block) not in entered:
+                    entered.add((unit.video, unit.block))
                     changes.append((start, 1, sizes.block))
             elif op is Op.EMIT:
                 changes.append((end, 1, -sizes.block))
             elif op is Op.DECODE:
-                changes.extend([(end, 2, sizes.decode), (max(end, self.ready[unit.block]), 2, -sizes.decode)])
+                changes.extend(
+                    [(end, 2, sizes.decode), (max(end, self.ready[unit.video, unit.block]), 2, -sizes.decode)]
+                )
         for slot in list(filled):
             close(slot)
         rows = [Usage(0.0, sizes.fixed, 0, 0, 0)]

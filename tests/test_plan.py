@@ -106,10 +106,14 @@ def test_bad_input(options: dict[str, Any], words: str) -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_nearest_that_does() -> None:
-    with pytest.raises(NoPlan, match=r"64 cards for a model of 40 layers.*use 40 or fewer.*nearest.*layers 1\+1") as few:
+    with pytest.raises(
+        NoPlan, match=r"64 cards for a model of 40 layers.*use 40 or fewer.*nearest.*layers 1\+1"
+    ) as few:
         plan(BIG, "64xh100")
     assert few.value.nearest is not None and len(few.value.nearest.split) == 40
-    with pytest.raises(NoPlan, match=r"stage 0 \(rtx4090\) needs \d+\.\d GiB and may use 21\.\d.*nearest.*prior") as one:
+    with pytest.raises(
+        NoPlan, match=r"stage 0 \(rtx4090\) needs \d+\.\d GiB and may use 21\.\d.*nearest.*prior"
+    ) as one:
         plan("wan2.1-t2v-1.3b", "1xrtx4090", max_blocks_in_flight=40)
     assert one.value.nearest is not None and one.value.nearest.work.blocks.context == "prior"
     with pytest.raises(NoPlan, match="first_frame_limit=1 s: the first block takes .* at least") as late:
