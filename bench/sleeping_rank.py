@@ -40,8 +40,8 @@ class SleepingStage:
     def add_prompt(self, prompt: int, embeds: torch.Tensor) -> None:
         self._prompts.add(prompt)
 
-    def keep_prompts(self, prompts: set[int]) -> None:
-        self._prompts &= prompts
+    def keep_prompts(self, used: set[int]) -> None:
+        self._prompts &= used
 
     def run(
         self,
@@ -81,27 +81,25 @@ def run(case: dict[str, Any], mesh: Mesh, groups: Sequence[Any]) -> dict[str, An
     hidden = max(layout.window_frames(block) for block in (0, 1)) * SIDE * SIDE * INNER
     sizes = [hidden] * (n - 1) + [layout.first_frames * CHANNELS * SIDE * SIDE]
     common = schedule.depth, schedule.num_units, torch.float32, mesh.device
-    queues = []
-    if rank == 0:
-        queues = [
-            LatentQueue(
-                schedule,
-                layout,
-                PlainSampler(schedule.num_steps),  # type: ignore[arg-type]
-                lambda block: torch.zeros(1, CHANNELS, layout.frames(block), SIDE, SIDE),
-                lambda block: 0,
-                lambda prompt: torch.zeros(schedule.branches, 1, 1),
-                [1.0] * schedule.num_steps,
-                mesh.device,
-            )
-            for _ in range(schedule.num_videos)
-        ]
-    log: list[tuple[str, int, int, int, float]] = []
+
+    def queue(video: int) -> LatentQueue:
+        return LatentQueue(
+            schedule,
+            layout,
+            PlainSampler(schedule.num_steps),  # type: ignore[arg-type]
+            lambda block: torch.zeros(1, CHANNELS, layout.frames(block), SIDE, SIDE),
+            lambda block: 0,
+            lambda prompt: torch.zeros(schedule.branches, 1, 1),
+            [1.0] * schedule.num_steps,
+            mesh.device,
+        )
+
+    log: list[tuple[Any, ...]] = []
 
     def report(phase: str, unit: Unit) -> None:
-        log.append((phase, unit.block, unit.step, unit.branch, time.monotonic()))
+        log.append((phase, *unit, time.monotonic()))
 
-    emit: Callable[[int, int, torch.Tensor], None] | None = (lambda video, block, latents: None) if rank == 0 else None
+    emit: Callable[..., None] | None = (lambda video, block, latents: None) if rank == 0 else None
     clock = BusyClock(mesh.device)
     executor = StageExecutor(
         schedule,
@@ -112,7 +110,7 @@ def run(case: dict[str, Any], mesh: Mesh, groups: Sequence[Any]) -> dict[str, An
         SendEdge(f"edge {rank}", after, groups[rank], sizes[rank], *common),
         PromptChannel((schedule.branches, 1, 1), torch.float32, rank, n),
         clock,
-        queues,
+        [queue(video) for video in range(schedule.num_videos)] if rank == 0 else [],
         on_emit=emit,
         report=report,
     )

@@ -7,7 +7,7 @@ rates of the cards times assumed shares of them (``devices``). Memory counts wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -37,8 +37,8 @@ class Workload:
     """
 
     model: ModelShape
-    video: VideoConfig = VideoConfig()
-    blocks: BlockConfig = BlockConfig()
+    video: VideoConfig = field(default_factory=VideoConfig)
+    blocks: BlockConfig = field(default_factory=BlockConfig)
     itemsize: int = 2
     decode: bool = True
     text_tokens: int = 512
@@ -244,7 +244,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     hidden, velocity = edge_elements(work)
     inbound, outbound = velocity if first else hidden, velocity if last else hidden
     latents = 4 * model.in_channels * work.pixels * work.layout.first_frames
-    blocks = schedule.max_in_flight
+    blocks = schedule.places
     noise = 4 * model.in_channels * work.pixels * (work.blocks.frames_per_block + work.blocks.context_frames)
     return Memory(
         weights=experts * slice_bytes(work, split, stage),

@@ -188,7 +188,7 @@ def parse_gpus(text: str, extra: Mapping[str, Device] | None = None) -> list[lis
     groups = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(?:(\d+)\s*[x*])?\s*([a-zA-Z0-9][\w .-]*?)\s*", part)
-        if not found or found[1] is not None and not 1 <= int(found[1]) <= 1024:
+        if not found or (found[1] is not None and not 1 <= int(found[1]) <= 1024):
             raise ValueError(f"gpus={text!r}: use COUNTxCARD, such as 8xrtx4090, 8x24GB or 4xa100-80gb,2xrtx4090")
         groups.append([device(found[2], extra)] * int(found[1] or 1))
     return groups

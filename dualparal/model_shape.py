@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ class VaeShape:
         found += [Conv(dims[0], dims[0], 27, 1, 1, 2)] * 4  # the two residual blocks in the middle
         found += [Conv(dims[0], 4 * dims[0], 1, 1, 1, 0)]  # projections of the attention between them
         frames = scale = 1
-        for index, (wide, out) in enumerate(zip(dims[:-1], dims[1:])):
+        for index, (wide, out) in enumerate(pairwise(dims)):
             before = wide // 2 if index else wide
             for _ in range(self.num_res_blocks + 1):
                 if before != out:

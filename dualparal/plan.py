@@ -364,9 +364,11 @@ class _Search:
 
     def _nearest(self, work: Workload) -> Plan | None:
         """Fewest changes first: policy, context, blocks, decoder; then more cards of the last kind."""
+        blocks = work.blocks
         plain: dict[str, object] = {"context_version": "matching"}  # the only one of these policies
         changes: list[dict[str, object]] = [{"context": "prior", **plain}, {"context": "paper", **plain}]
-        blocks = work.blocks
+        if blocks.max_blocks_in_flight is not None and blocks.context == "cached":
+            changes.insert(0, {"context_version": "newest"})
         changes += [{"context_frames": c} for c in range(blocks.context_frames - 1, 0, -1)]
         sizes = [b for b in reversed(BLOCK_SIZES) if blocks.context_frames <= b < blocks.frames_per_block]
         changes += [{"frames_per_block": b} for b in sizes]

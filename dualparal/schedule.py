@@ -375,11 +375,11 @@ class Schedule:
         return 1 - self.num_units / self.makespan
 
 
-def replay(
-    schedule: Schedule, costs: Costs, units: int | None = None
-) -> tuple[list[Event], dict[tuple[int, int], float]]:
-    """As ``Schedule.replay``, with costs. Returns the events, each stage's in order, and when each (video, block) is
-    ready: decoded, or emitted where nothing is decoded.
+Ready = dict[tuple[int, int], float]  # (video, block) -> when its frames (without decoding: its latents) are there
+
+
+def replay(schedule: Schedule, costs: Costs, units: int | None = None) -> tuple[list[Event], Ready]:
+    """As ``Schedule.replay``, with costs. Returns the events, each stage's in order, and when each block is ready.
 
     Raises:
         ScheduleError: deadlock, with the grid so far in ticks.
@@ -433,17 +433,17 @@ class _Lane:
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self.now: float = 0
-        self.queue: deque[tuple[int, int]] = deque()  # video and block
-        self.left: deque[float] = deque()  # seconds still to do for each
-        self.finished: dict[tuple[int, int], float] = {}
+        self.blocks: deque[tuple[int, int]] = deque()
+        self.left: deque[float] = deque()  # seconds still to do for each of them
+        self.finished: Ready = {}
 
     def submit(self, now: float, block: tuple[int, int], seconds: float) -> float:
         """When stage 0 goes on."""
         self.advance(now, 1)
-        while len(self.queue) >= self.BOUND:
+        while len(self.left) >= self.BOUND:
             now = self.now + self.left[0]
             self.advance(now, 1)
-        self.queue.append(block)
+        self.blocks.append(block)
         self.left.append(seconds)
         self.advance(now, 1)
         return now
@@ -459,11 +459,11 @@ class _Lane:
         return end
 
     def advance(self, until: float, rate: float) -> None:
-        while self.queue and self.now + self.left[0] / rate <= until:
+        while self.left and self.now + self.left[0] / rate <= until:
             self.now += self.left.popleft() / rate
-            self.finished[self.queue.popleft()] = self.now
+            self.finished[self.blocks.popleft()] = self.now
         if self.now < until:
-            if self.queue:
+            if self.left:
                 self.left[0] -= (until - self.now) * rate
             self.now = until
 
@@ -484,7 +484,7 @@ class _Replay:
         self.clock: list[float] = [0] * n
         self.held: list[bool] = [False] * n  # a receive buffer in use until the unit has run
         self.events: list[Event] = []
-        self.ready: dict[tuple[int, int], float] = {}  # when a block's frames (without decode: latents) are there
+        self.ready: Ready = {}
 
     @staticmethod
     def _finite(actions: Iterator[Action], wanted: set[Unit] | None, units: int | None) -> deque[Action]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from dualparal.schedule import Costs, Event, Features, Op, Schedule, replay
+from dualparal.schedule import Costs, Event, Features, Op, Ready, Schedule, replay
 
 
 class StageTime(NamedTuple):
@@ -58,14 +58,14 @@ class Usage(NamedTuple):
 class Simulation:
     """A schedule replayed with costs.
 
-    events: every stage's actions in order, with their times in seconds. ready: when the frames of (video, block) are there
-    (without decoding: its latents).
+    events: every stage's actions in order, with their times in seconds. ready: (video, block) -> when its frames are
+    there (without decoding: its latents).
     """
 
     schedule: Schedule
     costs: Costs
     events: tuple[tuple[Event, ...], ...]
-    ready: Mapping[tuple[int, int], float]
+    ready: Ready
 
     @cached_property
     def seconds(self) -> float:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_memory import STEADY
 from torch.utils.flop_counter import FlopCounterMode
+
+from test_memory import STEADY
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
@@ -196,8 +197,8 @@ def measure(
 SIZES = [
     # heads, ffn, layers, side, blocks, steps, blocks: what weighs most
     pytest.param(16, 4096, 8, 64, BlockConfig(2, 1), 2, 3, id="weights"),
-    pytest.param(8, 512, 4, 192, BlockConfig(4, 4), 6, 6, id="features"),
-    pytest.param(8, 8192, 2, 256, BlockConfig(8, 2, "prior"), 2, 3, id="activations"),
+    pytest.param(8, 512, 4, 192, BlockConfig(4, 4), 5, 6, id="features"),
+    pytest.param(8, 8192, 2, 256, BlockConfig(8, 2, "prior"), 2, 2, id="activations"),
 ]
 
 

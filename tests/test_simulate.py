@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+
 from test_schedule import _TooLate, schedules
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -166,20 +167,17 @@ def execute(schedule: Schedule, seconds: list[float]) -> tuple[float, float, lis
     layout = Layout(BlockConfig(2, schedule.context_frames, schedule.context), 2 * (schedule.num_blocks or 0))  # type: ignore[arg-type]
     clocks, done = [0.0] * n, [list[Action]() for _ in range(n)]
     edges = [VirtualEdge(f"edge {k}", schedule.depth, clocks, k, (k + 1) % n) for k in range(n)]
-    queues = [
-        LatentQueue(
-            schedule, layout, PlainSampler(schedule.num_steps),  # type: ignore[arg-type]
-            lambda block: torch.zeros(1, CHANNELS, layout.frames(block), SIDE, SIDE), lambda block: 0,
-            lambda prompt: torch.zeros(schedule.branches, 1, 1), [1.0] * schedule.num_steps, torch.device("cpu"),
-        )
-        for _ in range(schedule.num_videos)
-    ]  # fmt: skip
+    queues = [LatentQueue(
+        schedule, layout, PlainSampler(schedule.num_steps),  # type: ignore[arg-type]
+        lambda block: torch.zeros(1, CHANNELS, layout.frames(block), SIDE, SIDE), lambda block: 0,
+        lambda prompt: torch.zeros(schedule.branches, 1, 1), [1.0] * schedule.num_steps, torch.device("cpu"),
+    ) for _ in range(schedule.num_videos)]  # fmt: skip
     channel = PromptChannel((schedule.branches, 1, 1), torch.float32, 0, 1, local_readers=n - 1)
     stages = [VirtualStage(clocks, k, seconds[k], k == 0, k == n - 1) for k in range(n)]
     executors = [
         StageExecutor(
             schedule, layout, k, stages[k], edges[k - 1], edges[k], channel,  # type: ignore[arg-type]
-            BusyClock(torch.device("cpu")), queues if k == 0 else (), on_emit=lambda video, block, latents: None,
+            BusyClock(torch.device("cpu")), queues if k == 0 else [], on_emit=lambda video, block, latents: None,
             report=lambda phase, unit, k=k: done[k].append(Action(Op(phase), k, unit)),  # type: ignore[misc]
         )
         for k in range(n)
@@ -195,9 +193,9 @@ def execute(schedule: Schedule, seconds: list[float]) -> tuple[float, float, lis
 @pytest.mark.parametrize(("steps", "blocks"), [(4, 5), (8, 5), (4, 32), (50, 5)])
 def test_the_executor_in_virtual_time(stages: int, steps: int, blocks: int, context: str) -> None:
     """Order of actions, makespan and bubble are those of the simulation, whatever the stages cost."""
-    for guidance, depth, uneven in ((False, 2, 0.0), (True, 1, 0.3)):
+    for guidance, depth, uneven, videos in ((False, 2, 0.0, 1), (True, 1, 0.3, 1), (False, 2, 0.3, 2)):
         more = 1 if context == "paper" else 0  # block 0 is longer
-        schedule = Schedule(stages, steps, blocks - more, context, 1, guidance, decode=False, depth=depth)
+        schedule = Schedule(stages, steps, blocks - more, context, 1, guidance, False, depth, num_videos=videos)
         seconds = [1.0 + uneven * ((7 * k) % 3) for k in range(stages)]
         makespan, bubble, done = execute(schedule, seconds)
         found = simulate(schedule, Costs(run=lambda stage, unit: seconds[stage]))
@@ -217,6 +215,7 @@ def outcomes(request: pytest.FixtureRequest) -> list[Outcome]:
         for context in CONTEXT_POLICIES
         for steps in (4, 8)
     ]
+    cases.append(case(Schedule(stages, 4, 5, "cached", 1, guidance=False, decode=False, num_videos=2), [0.02] * stages))
     cases.append(case(Schedule(stages, 4, 5, "cached", 1, decode=False), [0.02 + 0.01 * k for k in range(stages)]))
     return run_cases(cases)
 
