@@ -46,8 +46,9 @@ TRANSFORMER = {
     "num_layers": 8,
 }
 DROP_CAPTION = 0.1
-FROM_START = 0.4  # share of windows that begin where their video does
-SCHEDULE = "1000:4x96,1800:8x48,3500:16x48"  # first what a scene looks like, then how it moves
+FROM_START = 0.5  # share of windows that begin where their video does
+FIRST = 4  # latent frames until a video's are all alike
+SCHEDULE = "1000:4x96,1800:8x48,3900:16x48"  # first what a scene looks like, then how it moves
 SHIFT = 2.0  # of the noise levels that are trained
 EMA = 0.999
 
@@ -139,15 +140,15 @@ class Data:
     def batch(self, rng: np.random.Generator, size: int, frames: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """Windows [size, channels, frames, height, width], what their loss counts, captions, some of them dropped.
 
-        A video's first latent frame is of another kind: it stands for one frame. That a latent frame is the first one
-        a model can only tell from there being nothing on its left. So the first one of a window that begins later is
-        seen, and not learnt from: weights [size, 1, frames, 1, 1].
+        A video's first latent frames are of another kind: the very first stands for one frame, and the encoder's
+        caches fill. That a frame is among them a model can only tell from there being little on its left. So those at
+        the beginning of a window that starts later are seen, and not learnt from: weights [size, 1, frames, 1, 1].
         """
         index = rng.integers(len(self.latents), size=size)
         start = np.where(rng.random(size) < FROM_START, 0, rng.integers(self.latents.shape[1] - frames + 1, size=size))
         windows = torch.stack([self.latents[i, s : s + frames] for i, s in zip(index, start, strict=True)])
         weights = torch.ones(size, 1, frames, 1, 1, device=windows.device)
-        weights[torch.from_numpy(start) > 0, :, 0] = 0
+        weights[torch.from_numpy(start) > 0, :, :FIRST] = 0
         return windows.float().transpose(1, 2), weights, [self.caption(i, rng) for i in index]
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
@@ -200,7 +201,7 @@ def main() -> None:
         generator = torch.Generator(device).manual_seed(step)
         noise = torch.randn(clean.shape, generator=generator, device=device)
         u = torch.rand(batch, generator=generator, device=device)
-        weights = weights / weights.mean()
+        weights = weights / weights.mean().clamp_min(1e-6)  # windows of four frames may have nothing to learn from
         clean, noise, u, weights, captions = (whole[rank::ranks] for whole in (clean, noise, u, weights, captions))
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         level = sigma.view(-1, 1, 1, 1, 1)
