@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -235,6 +235,10 @@ def generate(
     ] = None,
     latents_out: Annotated[Path | None, typer.Option(help="Write the final latents there, in the same format.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False,
+    plan: Annotated[
+        str | None,
+        typer.Option(help="auto: layers per stage and blocks in flight as 'dualparal plan' would have them here."),
+    ] = None,
 ) -> None:
     """Make a video of any length. Finished blocks can be played while it runs."""
     heartbeat = Heartbeat.from_env()
@@ -296,18 +300,46 @@ def generate(
             overwrite=overwrite,
         )
         is_rank = "RANK" in os.environ
+        if plan is not None and not heartbeat.supervised:
+            job = _planned(job, plan, max_blocks_in_flight)
         if not is_rank or os.environ["RANK"] == "0":
             _check(job)
         if is_rank or count == 1:
             code = _work(job, heartbeat)
         else:
-            code = _lead(job, tiny)
+            code = _lead(job, tiny, planned=plan is not None)
     if is_rank and count > 1:
         # Its work is done and on disk. gloo's threads sometimes abort a process that ends the usual way.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     raise typer.Exit(code)
+
+
+def _planned(job: Job, mode: str, max_blocks_in_flight: int | None) -> Job:
+    """The job with what the planner chooses. Only once, in the process that starts the ranks: they must agree."""
+    from dualparal.cost import Workload
+    from dualparal.loading import resolve_model
+    from dualparal.model_shape import model_shape
+    from dualparal.plan import plan_for
+    from dualparal.this_machine import cards
+
+    if mode != "auto":
+        raise ValueError(f"--plan {mode}: use auto, or leave it out")
+    if "RANK" in os.environ:
+        raise ValueError(
+            "--plan auto in a run of several processes: it starts its own with --gpus; or give --layers-per-stage and "
+            "--max-blocks-in-flight as 'dualparal plan' says"
+        )
+    if job.layers_per_stage is not None or max_blocks_in_flight is not None:
+        raise ValueError("--plan auto with --layers-per-stage or --max-blocks-in-flight: that is what it chooses")
+    size = {"float32": 4, None: 4 if job.device == "cpu" else 2}.get(job.dtype, 2)
+    shape = model_shape(str(resolve_model(job.model).path))
+    decodes = job.video.output_type != "latent"
+    work = Workload(shape, job.video, job.blocks, itemsize=size, decode=decodes, depth=job.depth)
+    found = plan_for(work, [cards(job.device, job.stages)])
+    typer.echo(f"plan: {found.describe()}", err=True)
+    return replace(job, blocks=found.work.blocks, layers_per_stage=list(found.split))
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -439,7 +471,7 @@ def _call(job: Job) -> dict[str, Any]:
     }
 
 
-def _lead(job: Job, tiny: bool) -> int:
+def _lead(job: Job, tiny: bool, planned: bool = False) -> int:
     """Starts the ranks and draws their progress; the parent of ``--gpus N``."""
     from dualparal.output import what_is_left
     from dualparal.supervisor import supervise
@@ -447,6 +479,11 @@ def _lead(job: Job, tiny: bool) -> int:
     arguments = sys.argv[1:] + (
         ["--model", job.model, "--height", str(job.video.height), "--width", str(job.video.width)] if tiny else []
     )
+    if planned and job.layers_per_stage is not None:
+        arguments += ["--layers-per-stage", ",".join(map(str, job.layers_per_stage))]
+        arguments += ["--context-version", job.blocks.context_version]
+        if job.blocks.max_blocks_in_flight is not None:
+            arguments += ["--max-blocks-in-flight", str(job.blocks.max_blocks_in_flight)]
     display = _display(job)
     started = time.time()
     summary: list[str] = []

@@ -7,7 +7,7 @@ replaces them by what this machine does.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -201,7 +201,7 @@ def link(name: str) -> Link:
     return LINKS[name.lower()]
 
 
-def links(groups: list[list[Device]], within: str | None = None, between: str | None = None) -> list[Link]:
+def links(groups: Sequence[Sequence[Device]], within: str | None = None, between: str | None = None) -> list[Link]:
     """The edges stage k -> k + 1, and back from the last one to stage 0.
 
     within: between cards of a group; default: the slower of the two cards' own. between: where one group ends and

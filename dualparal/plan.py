@@ -130,9 +130,20 @@ class Plan:
         return tuple(stage_memory(self.work, self.schedule, self.split, stage, decodes) for stage in stages)
 
     @property
-    def for_engine(self) -> bool:
-        """Whether today's engine can run it as it is."""
-        return self.decode in ENGINE_DECODES_ON or not self.work.decode
+    def engine_options(self) -> dict[str, object]:
+        """What it sets, as arguments of ``Engine.from_pretrained``.
+
+        Raises:
+            ValueError: the engine cannot decode where the plan wants it.
+        """
+        if self.decode not in ENGINE_DECODES_ON and self.work.decode:
+            raise ValueError(f"decode={self.decode!r}: the engine decodes on {' or '.join(ENGINE_DECODES_ON)} only")
+        blocks = self.work.blocks
+        return {
+            "layers_per_stage": list(self.split),
+            "max_blocks_in_flight": blocks.max_blocks_in_flight,
+            "context_version": blocks.context_version,
+        }
 
     def describe(self) -> str:
         """One line for people."""
@@ -200,18 +211,40 @@ def plan(
             context_version,  # type: ignore[arg-type]
         ),
     )
+    groups = parse_gpus(gpus, extra_devices) if isinstance(gpus, str) else [list(group) for group in gpus]
+    return plan_for(
+        work,
+        groups,
+        decode=decode,
+        link=link,
+        between=between,
+        memory_limit=memory_limit,
+        first_frame_limit=first_frame_limit,
+    )
+
+
+def plan_for(
+    work: Workload,
+    groups: Sequence[Sequence[Device]],
+    *,
+    decode: str = "stage 0",
+    link: str | None = None,
+    between: str | None = None,
+    memory_limit: float | None = None,
+    first_frame_limit: float | None = None,
+) -> Plan:
+    """As ``plan``, for what is there already: a workload, and groups of cards."""
     if decode not in DECODE_PLACES:
         raise ValueError(f"decode={decode!r}: use one of {', '.join(map(repr, DECODE_PLACES))}")
     for name, limit in (("memory_limit", memory_limit), ("first_frame_limit", first_frame_limit)):
         if limit is not None and not limit > 0:
             raise ValueError(f"{name}={limit}: use a number above 0")
-    groups = parse_gpus(gpus, extra_devices) if isinstance(gpus, str) else [list(group) for group in gpus]
     devices = tuple(card for group in groups for card in group)
-    limit = None if memory_limit is None else int(memory_limit * GIB)
+    most = None if memory_limit is None else int(memory_limit * GIB)
     cards = Cards(
         devices,
         tuple(links(groups, link, between)),
-        tuple(card.usable if limit is None else min(card.usable, limit) for card in devices),
+        tuple(card.usable if most is None else min(card.usable, most) for card in devices),
     )
     search = _Search(cards, first_frame_limit)
     best = search.best(work, decode)
