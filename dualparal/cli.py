@@ -321,7 +321,7 @@ def _planned(job: Job, mode: str, max_blocks_in_flight: int | None) -> Job:
     from dualparal.cost import Workload
     from dualparal.loading import resolve_model
     from dualparal.model_shape import model_shape
-    from dualparal.plan import plan_for
+    from dualparal.planner import plan_for
     from dualparal.this_machine import cards
 
     if mode != "auto":

@@ -14,15 +14,22 @@ from typer.testing import CliRunner
 from dualparal.cli import app
 from dualparal.devices import DEVICES, GIB, links, parse_gpus
 from dualparal.model_shape import model_shape
-from dualparal.plan import NoPlan, plan
+from dualparal.planner import NoPlan, plan
 from dualparal.schedule import validate
 
 BIG = "wan2.1-t2v-14b"
 
 
+def test_it_is_a_public_name() -> None:
+    import dualparal
+
+    for _ in range(2):  # a module of that name would take its place
+        assert isinstance(dualparal.plan("wan2.1-t2v-1.3b", "2xh100"), dualparal.Plan)
+
+
 def test_it_needs_no_torch_and_no_gpu_and_answers_in_two_seconds() -> None:
     code = (
-        "import time, sys; from dualparal.plan import plan; begin = time.process_time();"
+        "import time, sys; from dualparal.planner import plan; begin = time.process_time();"
         f"plan({BIG!r}, '8x24GB').describe(); seconds = time.process_time() - begin;"
         "assert 'torch' not in sys.modules and seconds < 2, seconds"
     )
@@ -174,7 +181,18 @@ def test_wall_clock_of_the_command() -> None:
 
 def test_generate_takes_its_plan_from_here(tmp_path: Path) -> None:
     """One process cannot tell two stages apart on this machine, so that it runs and says its plan is what shows."""
-    command = [sys.executable, "-m", "dualparal.cli", "generate", "--prompt", "a cat", "--num-frames", "29", "--steps", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "dualparal.cli",
+        "generate",
+        "--prompt",
+        "a cat",
+        "--num-frames",
+        "29",
+        "--steps",
+        "2",
+    ]
     command += ["--device", "cpu", "--stages", "2", "--latents-out", str(tmp_path / "l.safetensors"), "--plan"]
     done = subprocess.run([*command, "auto"], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
