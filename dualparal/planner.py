@@ -6,7 +6,6 @@ policy, block and context size are the user's or the defaults, and other choices
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,8 +22,8 @@ from dualparal.cost import (
     layer_arithmetic,
     stage_memory,
 )
-from dualparal.devices import DEVICES, GIB, Device, Link, links, parse_gpus
-from dualparal.model_shape import MODELS, model_shape
+from dualparal.devices import GIB, Device, Link, links, parse_gpus
+from dualparal.model_shape import model_shape
 from dualparal.schedule import Schedule
 from dualparal.simulate import Simulation, simulate
 
@@ -198,8 +197,6 @@ def plan(
         NoPlan: it cannot be done; says why, and what can.
         ValueError: a value is out of range or unknown; names it, the rule and the way out.
     """
-    if model not in MODELS and (near := difflib.get_close_matches(model.lower(), MODELS, 1, 0.8)):
-        model = near[0] if near[0] == model.lower() else model
     work = Workload(
         model_shape(model),
         VideoConfig(height, width, num_frames, num_inference_steps, float(guidance_scale)),
@@ -466,7 +463,3 @@ def _costs(work: Workload, schedule: Schedule, cards: Cards) -> tuple[list[float
 def _count_names(devices: Sequence[Device]) -> str:
     names = [device.name for device in devices]
     return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-
-
-def known_cards() -> str:
-    return ", ".join(DEVICES)

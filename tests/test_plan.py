@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dualparal.cli import app
-from dualparal.devices import DEVICES, GIB, links, parse_gpus
+from dualparal.devices import DEVICES, links, parse_gpus
 from dualparal.model_shape import model_shape
 from dualparal.planner import NoPlan, plan
 from dualparal.schedule import validate
@@ -94,7 +94,10 @@ def test_limits_on_blocks_in_flight() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"gpus": "8xrtx3090"}, r"card 'rtx3090' is not known; use one of rtx4090"),
+        (
+            {"gpus": "8xrtx3090"},
+            r"card 'rtx3090' is not known; use one of rtx4090.*24gb.*the nearest name is rtx[45]090",
+        ),
         ({"gpus": "8 cards"}, "is not known"),
         ({"gpus": "0xrtx4090"}, "use COUNTxCARD"),
         ({"gpus": "8xrtx4090", "link": "tin-can"}, "link 'tin-can' is not known; use one of pcie4"),
@@ -172,11 +175,10 @@ def test_the_documented_table_is_the_commands(request: pytest.FixtureRequest) ->
     assert done.stdout.strip() in (root / "docs" / "plan.md").read_text()
 
 
-def test_wall_clock_of_the_command() -> None:
+def test_long_videos_take_no_longer_to_plan() -> None:
     begin = time.process_time()
     plan("wan2.1-t2v-1.3b", "8x24GB", num_frames=4001)
     assert time.process_time() - begin < 2
-    assert GIB == 2**30
 
 
 def test_generate_takes_its_plan_from_here(tmp_path: Path) -> None:
