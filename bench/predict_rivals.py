@@ -23,7 +23,7 @@ from dualparal.config import BlockConfig, VideoConfig
 from dualparal.cost import Workload, decode_bytes, layer_arithmetic
 from dualparal.devices import GIB, LINKS, device
 from dualparal.model_shape import MODELS
-from dualparal.plan import NoPlan, plan
+from dualparal.planner import NoPlan, plan
 
 CARDS = 8
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dualparal.config import BlockConfig, VideoConfig
     from dualparal.eight_bit import EightBitSchedule
     from dualparal.engine import Chunk, Engine, EngineOutput
-    from dualparal.plan import Plan, plan
+    from dualparal.planner import Plan, plan
     from dualparal.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -23,9 +23,9 @@ _EXPORTS = {
     "EightBitSchedule": "eight_bit",
     "Engine": "engine",
     "EngineOutput": "engine",
-    "Plan": "plan",
+    "Plan": "planner",
     "Schedule": "schedule",
-    "plan": "plan",
+    "plan": "planner",
     "VideoConfig": "config",
 }
 __all__ = [

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -240,6 +240,10 @@ def generate(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False,
+    plan: Annotated[
+        str | None,
+        typer.Option(help="auto: layers per stage and blocks in flight as 'dualparal plan' would have them here."),
+    ] = None,
 ) -> None:
     """Make a video of any length. Finished blocks can be played while it runs."""
     heartbeat = Heartbeat.from_env()
@@ -298,6 +302,8 @@ def generate(
         overwrite=overwrite,
     )
     is_rank = "RANK" in os.environ
+    if plan is not None and not heartbeat.supervised:
+        job = _planned(job, plan, max_blocks_in_flight)
     if not is_rank or os.environ["RANK"] == "0":
         _check(job)
     if is_rank or count == 1:
@@ -306,13 +312,39 @@ def generate(
         if job.timeline is not None and not heartbeat.supervised and os.environ.get("RANK", "0") == "0":
             _draw(job.timeline, started)
     else:
-        code = _lead(job)
+        code = _lead(job, planned=plan is not None)
     if is_rank and count > 1:
         # Its work is done and on disk. gloo's threads sometimes abort a process that ends the usual way.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     raise typer.Exit(code)
+
+
+def _planned(job: Job, mode: str, max_blocks_in_flight: int | None) -> Job:
+    """The job with what the planner chooses. Only once, in the process that starts the ranks: they must agree."""
+    from dualparal.cost import Workload
+    from dualparal.loading import resolve_model
+    from dualparal.model_shape import model_shape
+    from dualparal.planner import plan_for
+    from dualparal.this_machine import cards
+
+    if mode != "auto":
+        raise ValueError(f"--plan {mode}: use auto, or leave it out")
+    if "RANK" in os.environ:
+        raise ValueError(
+            "--plan auto in a run of several processes: it starts its own with --gpus; or give --layers-per-stage and "
+            "--max-blocks-in-flight as 'dualparal plan' says"
+        )
+    if job.layers_per_stage is not None or max_blocks_in_flight is not None:
+        raise ValueError("--plan auto with --layers-per-stage or --max-blocks-in-flight: that is what it chooses")
+    size = {"float32": 4, None: 4 if job.device == "cpu" else 2}.get(job.dtype, 2)
+    shape = model_shape(str(resolve_model(job.model).path))
+    decodes = job.video.output_type != "latent"
+    work = Workload(shape, job.video, job.blocks, itemsize=size, decode=decodes, depth=job.depth)
+    found = plan_for(work, [cards(job.device, job.stages)])
+    typer.echo(f"plan: {found.describe()}", err=True)
+    return replace(job, blocks=found.work.blocks, layers_per_stage=list(found.split))
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -460,11 +492,17 @@ def _call(job: Job) -> dict[str, Any]:
     }
 
 
-def _lead(job: Job) -> int:
+def _lead(job: Job, planned: bool = False) -> int:
     """Starts the ranks and draws their progress; the parent of ``--gpus N``."""
     from dualparal.output import what_is_left
     from dualparal.supervisor import supervise
 
+    arguments = sys.argv[1:]
+    if planned and job.layers_per_stage is not None:
+        arguments += ["--layers-per-stage", ",".join(map(str, job.layers_per_stage))]
+        arguments += ["--context-version", job.blocks.context_version]
+        if job.blocks.max_blocks_in_flight is not None:
+            arguments += ["--max-blocks-in-flight", str(job.blocks.max_blocks_in_flight)]
     display = _display(job)
     started = time.time()
     summary: list[str] = []
@@ -477,7 +515,7 @@ def _lead(job: Job) -> int:
 
     with display:
         result = supervise(
-            [sys.executable, "-m", "dualparal.cli", *sys.argv[1:]],
+            [sys.executable, "-m", "dualparal.cli", *arguments],
             job.stages,
             on_message=hear,
             env={"OMP_NUM_THREADS": str(job.threads)},

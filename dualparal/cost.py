@@ -33,7 +33,7 @@ DECODE_BLOCKS = 2
 class Workload:
     """A video and the model that makes it.
 
-    itemsize: bytes of the transformer's dtype. decode: False for latents only. text_tokens: of a prompt.
+    itemsize: bytes of the transformer's dtype. decode: False for latents only. depth: messages between two stages.
     """
 
     model: ModelShape
@@ -41,7 +41,6 @@ class Workload:
     blocks: BlockConfig = field(default_factory=BlockConfig)
     itemsize: int = 2
     decode: bool = True
-    text_tokens: int = 512
     depth: int = 2
 
     def __post_init__(self) -> None:
@@ -57,6 +56,11 @@ class Workload:
     def tokens(self) -> int:
         """Per latent frame."""
         return tokens_per_frame(self.model, self.video.height, self.video.width)
+
+    @property
+    def text_tokens(self) -> int:
+        """Of a prompt; padded to this length."""
+        return self.video.max_sequence_length
 
     @property
     def pixels(self) -> int:

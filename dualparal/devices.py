@@ -6,8 +6,9 @@ replaces them by what this machine does.
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -176,7 +177,9 @@ def device(name: str, extra: Mapping[str, Device] | None = None) -> Device:
     if size and int(size[1]) in _BY_MEMORY:
         return known[_BY_MEMORY[int(size[1])]]
     sizes = ", ".join(f"{size}gb" for size in _BY_MEMORY)
-    raise ValueError(f"card {name!r} is not known; use one of {', '.join(known)}, or a size of memory: {sizes}")
+    near = difflib.get_close_matches(plain, known, 1, 0.7)
+    hint = f"; the nearest name is {near[0]}" if near else ""
+    raise ValueError(f"card {name!r} is not known; use one of {', '.join(known)}, or a size of memory: {sizes}{hint}")
 
 
 def parse_gpus(text: str, extra: Mapping[str, Device] | None = None) -> list[list[Device]]:
@@ -201,7 +204,7 @@ def link(name: str) -> Link:
     return LINKS[name.lower()]
 
 
-def links(groups: list[list[Device]], within: str | None = None, between: str | None = None) -> list[Link]:
+def links(groups: Sequence[Sequence[Device]], within: str | None = None, between: str | None = None) -> list[Link]:
     """The edges stage k -> k + 1, and back from the last one to stage 0.
 
     within: between cards of a group; default: the slower of the two cards' own. between: where one group ends and

@@ -1,4 +1,4 @@
-"""``dualparal plan``: flags to ``plan.plan``, a plan to tables. No torch, no weights, no GPU."""
+"""``dualparal plan``: flags to ``planner.plan``, a plan to tables. No torch, no weights, no GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dualparal.devices import GIB
-from dualparal.plan import NoPlan, Plan, plan
+from dualparal.planner import NoPlan, Plan, plan
 
 
 def _size(text: str) -> tuple[int, int]:

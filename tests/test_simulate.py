@@ -115,7 +115,7 @@ def test_memory_over_time_stays_within_what_is_allocated(context: str) -> None:
 
 
 class VirtualEdge:
-    """A ``LocalEdge`` that carries times: a message is there when it was sent, a buffer is free when it was released."""
+    """A ``LocalEdge`` with times: a message is there when it was sent, a buffer is free when it was released."""
 
     def __init__(self, name: str, depth: int, clocks: list[float], sender: int, receiver: int) -> None:
         self.name = name
@@ -198,7 +198,7 @@ def test_the_executor_in_virtual_time(stages: int, steps: int, blocks: int, cont
         schedule = Schedule(stages, steps, blocks - more, context, 1, guidance, False, depth, num_videos=videos)
         seconds = [1.0 + uneven * ((7 * k) % 3) for k in range(stages)]
         makespan, bubble, done = execute(schedule, seconds)
-        found = simulate(schedule, Costs(run=lambda stage, unit: seconds[stage]))
+        found = simulate(schedule, Costs(run=lambda stage, unit, seconds=seconds: seconds[stage]))  # type: ignore[misc]
         assert done == [[event.action for event in events] for events in found.events]
         assert found.seconds == pytest.approx(makespan)
         assert found.bubble == pytest.approx(bubble)

@@ -6,7 +6,6 @@ policy, block and context size are the user's or the defaults, and other choices
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,8 +22,8 @@ from dualparal.cost import (
     layer_arithmetic,
     stage_memory,
 )
-from dualparal.devices import DEVICES, GIB, Device, Link, links, parse_gpus
-from dualparal.model_shape import MODELS, model_shape
+from dualparal.devices import GIB, Device, Link, links, parse_gpus
+from dualparal.model_shape import model_shape
 from dualparal.schedule import Schedule
 from dualparal.simulate import Simulation, simulate
 
@@ -130,9 +129,20 @@ class Plan:
         return tuple(stage_memory(self.work, self.schedule, self.split, stage, decodes) for stage in stages)
 
     @property
-    def for_engine(self) -> bool:
-        """Whether today's engine can run it as it is."""
-        return self.decode in ENGINE_DECODES_ON or not self.work.decode
+    def engine_options(self) -> dict[str, object]:
+        """What it sets, as arguments of ``Engine.from_pretrained``.
+
+        Raises:
+            ValueError: the engine cannot decode where the plan wants it.
+        """
+        if self.decode not in ENGINE_DECODES_ON and self.work.decode:
+            raise ValueError(f"decode={self.decode!r}: the engine decodes on {' or '.join(ENGINE_DECODES_ON)} only")
+        blocks = self.work.blocks
+        return {
+            "layers_per_stage": list(self.split),
+            "max_blocks_in_flight": blocks.max_blocks_in_flight,
+            "context_version": blocks.context_version,
+        }
 
     def describe(self) -> str:
         """One line for people."""
@@ -187,8 +197,6 @@ def plan(
         NoPlan: it cannot be done; says why, and what can.
         ValueError: a value is out of range or unknown; names it, the rule and the way out.
     """
-    if model not in MODELS and (near := difflib.get_close_matches(model.lower(), MODELS, 1, 0.8)):
-        model = near[0] if near[0] == model.lower() else model
     work = Workload(
         model_shape(model),
         VideoConfig(height, width, num_frames, num_inference_steps, float(guidance_scale)),
@@ -200,18 +208,40 @@ def plan(
             context_version,  # type: ignore[arg-type]
         ),
     )
+    groups = parse_gpus(gpus, extra_devices) if isinstance(gpus, str) else [list(group) for group in gpus]
+    return plan_for(
+        work,
+        groups,
+        decode=decode,
+        link=link,
+        between=between,
+        memory_limit=memory_limit,
+        first_frame_limit=first_frame_limit,
+    )
+
+
+def plan_for(
+    work: Workload,
+    groups: Sequence[Sequence[Device]],
+    *,
+    decode: str = "stage 0",
+    link: str | None = None,
+    between: str | None = None,
+    memory_limit: float | None = None,
+    first_frame_limit: float | None = None,
+) -> Plan:
+    """As ``plan``, for what is there already: a workload, and groups of cards."""
     if decode not in DECODE_PLACES:
         raise ValueError(f"decode={decode!r}: use one of {', '.join(map(repr, DECODE_PLACES))}")
     for name, limit in (("memory_limit", memory_limit), ("first_frame_limit", first_frame_limit)):
         if limit is not None and not limit > 0:
             raise ValueError(f"{name}={limit}: use a number above 0")
-    groups = parse_gpus(gpus, extra_devices) if isinstance(gpus, str) else [list(group) for group in gpus]
     devices = tuple(card for group in groups for card in group)
-    limit = None if memory_limit is None else int(memory_limit * GIB)
+    most = None if memory_limit is None else int(memory_limit * GIB)
     cards = Cards(
         devices,
         tuple(links(groups, link, between)),
-        tuple(card.usable if limit is None else min(card.usable, limit) for card in devices),
+        tuple(card.usable if most is None else min(card.usable, most) for card in devices),
     )
     search = _Search(cards, first_frame_limit)
     best = search.best(work, decode)
@@ -433,7 +463,3 @@ def _costs(work: Workload, schedule: Schedule, cards: Cards) -> tuple[list[float
 def _count_names(devices: Sequence[Device]) -> str:
     names = [device.name for device in devices]
     return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-
-
-def known_cards() -> str:
-    return ", ".join(DEVICES)
