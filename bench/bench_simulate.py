@@ -1,6 +1,6 @@
 """Simulated against executed: the real executor over gloo, N processes, stages that sleep for a known time. CPU.
 
-    python bench/bench_simulate.py [--stages 2 4 8] [--seconds 0.02] [--keep]
+    python bench/bench_simulate.py [--only 'N=2 T=4'] [--unit 0.02]
 
 Two comparisons per case:
 
@@ -16,7 +16,6 @@ The order of actions is compared exactly, on every rank.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -25,6 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import options
+from record import record
 
 from dualparal.schedule import Costs, Schedule, Unit
 from dualparal.simulate import Simulation, simulate
@@ -152,26 +154,25 @@ def _timed(schedule: Schedule, done: list[list[tuple[str, Unit, float]]], ends: 
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 50])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[5, 32])
-    parser.add_argument("--seconds", type=float, default=0.02, help="of a unit")
-    parser.add_argument("--keep", action="store_true", help="append to bench/results/simulate.csv")
-    options = parser.parse_args()
-    for stages in options.stages:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options.parser(__doc__)
+    parser.add_argument("--unit", type=float, default=0.02, help="seconds of a unit (default: %(default)s)")
+    asked = parser.parse_args(arguments)
+    found = []
+    for stages in (2, 4, 8):
         cases = [
-            case(Schedule(stages, steps, blocks, context, 1, guidance=False, decode=False), [options.seconds] * stages)
-            for steps, blocks, context in itertools.product(options.steps, options.blocks, ("cached", "prior", "paper"))
+            case(Schedule(stages, steps, blocks, context, 1, guidance=False, decode=False), [asked.unit] * stages)
+            for steps, blocks, context in itertools.product((4, 8, 50), (5, 32), ("cached", "prior", "paper"))
+            if asked.only in f"N={stages} T={steps} M={blocks} {context}"
         ]
-        rows = [outcome.row for outcome in run_cases(cases)]
+        rows = [outcome.row for outcome in run_cases(cases)] if cases else []
         for row in rows:
             print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-        if options.keep:
-            from record import record
-
-            record("simulate", rows)
+        found += rows
+    if not found:
+        raise SystemExit(f"--only {asked.only!r}: no such case; they are called 'N=2 T=4 M=5 cached' and so on")
+    if not asked.no_record:
+        record("simulate", found)
 
 
 if __name__ == "__main__":
