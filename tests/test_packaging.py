@@ -71,5 +71,5 @@ def test_version():
 def test_the_model_of_the_package_is_small():
     folder = Path(dualparal.__file__).with_name("moving_shapes")
     files = [file for file in folder.rglob("*") if file.is_file()]
-    assert {"model_index.json", "tokenizer.json", "diffusion_pytorch_model.safetensors"} <= {file.name for file in files}
+    assert {"model_index.json", "tokenizer.json", "model.safetensors"} <= {file.name for file in files}
     assert sum(file.stat().st_size for file in files) <= 16e6
