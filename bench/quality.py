@@ -175,7 +175,7 @@ def load_pipe(model: str) -> Any:
 
     of_diffusers.disable_progress_bar()
     of_transformers.disable_progress_bar()
-    return WanPipeline.from_pretrained(model)
+    return WanPipeline.from_pretrained(model).to(torch.float32)  # transformers takes what it is kept in
 
 
 def make_latents(model: str, job: Job) -> torch.Tensor:

@@ -283,6 +283,7 @@ class Parent:
             env={**os.environ, **PATH, **toy, "TMPDIR": str(tmp_path)},
             stdout=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests themselves may run under nohup
         )
         assert wait_until(pid_file.exists, 20)
         self.ranks = [psutil.Process(pid) for pid in json.loads(pid_file.read_text())]

@@ -160,7 +160,7 @@ def main() -> None:
         ground = video.flatten(2).median(2).values[..., None, None, None]
         weight = 1 + OBJECTS * ((video - ground).abs().amax(1, keepdim=True) > 0.2)
         loss = (weight * (error.abs() + error.square())).mean() + KL_WEIGHT * kl
-        if step < GUIDED:
+        if step < GUIDED and not options.decoder_only:
             guided = (posterior.mean.float() - guide(video)).square().mean()
             loss = loss + (1 - step / GUIDED) * guided
         optimizer.zero_grad()
