@@ -213,7 +213,8 @@ def test_predicted_memory_is_what_ranks_use(
     for stage, (used, ours) in enumerate(zip(measured, predicted, strict=True)):
         print(f"stage {stage}: {used / 2**20:.0f} MiB used, {constant[stage] / 2**20:.0f} of them by a bare process; "
               f"of the other {(used - constant[stage]) / 2**20:.0f} predicted {ours / 2**20:.0f}")  # fmt: skip
-        assert constant[stage] + ours == pytest.approx(used, rel=0.10)
+        # A bare process differs by tens of MiB from run to run (threads, allocator arenas).
+        assert constant[stage] + ours == pytest.approx(used, rel=0.10, abs=96 * 2**20)
 
 
 def resident(work: Workload, schedule: Schedule, split: list[int], stage: int) -> int:
