@@ -48,12 +48,12 @@ class SleepingStage:
         hidden: torch.Tensor,
         unit: Unit,
         *,
-        window: tuple[int, int],
+        window: range,
         fed_context: int,
         **others: Any,
     ) -> torch.Tensor:
         time.sleep(self.seconds)
-        frames = window[1]
+        frames = len(window)
         if self.last:
             return torch.zeros(1, CHANNELS, frames - fed_context, SIDE, SIDE)
         return torch.zeros(frames * SIDE * SIDE, INNER)
@@ -78,7 +78,7 @@ def run(case: dict[str, Any], mesh: Mesh, groups: Sequence[Any]) -> dict[str, An
     assert layout.num_blocks == schedule.num_blocks
     rank, n = mesh.rank, mesh.world_size
     before, after = (rank - 1) % n, (rank + 1) % n
-    hidden = max(layout.window_frames(block) for block in (0, 1)) * SIDE * SIDE * INNER
+    hidden = layout.max_window_frames * SIDE * SIDE * INNER
     sizes = [hidden] * (n - 1) + [layout.first_frames * CHANNELS * SIDE * SIDE]
     common = schedule.depth, schedule.num_units, torch.float32, mesh.device
 

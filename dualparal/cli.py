@@ -7,9 +7,11 @@ quick and a rank's heartbeat starts before the slow imports.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -18,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -29,8 +31,12 @@ from dualparal.heartbeat import Heartbeat
 from dualparal.plan_command import command as plan_command
 from dualparal.progress import Display
 
+if TYPE_CHECKING:
+    from dualparal.output import PictureOutput, VideoOutput
+
 logger = logging.getLogger("dualparal")
 
+RESUME = "dualparal generate --resume"
 BAD_INPUT, RANK_FAILED, STORAGE, NUMERICS = 2, 3, 5, 6
 _SAMPLERS = {
     "unipc": "UniPCMultistepScheduler",
@@ -72,6 +78,34 @@ class Job:
     latents_out: Path | None
     timeline: Path | None
     overwrite: bool
+    checkpoint: Path | None
+    checkpoint_every: int | None
+    resume: bool = False  # from ``checkpoint``
+
+    def notes(self) -> dict[str, Any]:
+        """What a snapshot keeps of it: JSON values, and no prompt."""
+        found = asdict(self)
+        del found["prompts"], found["negative_prompt"]
+        notes: dict[str, Any] = json.loads(json.dumps({**found, "videos": len(self.prompts)}, default=str))
+        return notes
+
+    @classmethod
+    def resumed(cls, notes: dict[str, Any], changes: dict[str, Any]) -> Job:
+        """The job that left ``notes`` in a snapshot, with changes."""
+        found = {**notes, **changes}
+        eight_bit = found["attention_8bit"]
+        paths = {name: found[name] and Path(found[name]) for name in ("latents_out", "timeline", "checkpoint")}
+        rest: dict[str, Any] = {
+            "prompts": [{}] * found.pop("videos"),
+            "negative_prompt": None,
+            "video": VideoConfig(**found["video"]),
+            "blocks": BlockConfig(**found["blocks"]),
+            "attention_8bit": EightBitSchedule(**{**eight_bit, "keep_layers": tuple(eight_bit["keep_layers"])}),
+            "outs": [Path(out) for out in found["outs"]],
+            "latents_in": None,
+            "resume": True,
+        }
+        return cls(**{**found, **paths, **rest})
 
 
 def _outs(out: Path | None, videos: int) -> list[Path]:
@@ -145,7 +179,11 @@ def _count_stages(gpus: int | None, stages: int | None, device: str | None) -> i
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str], typer.Option(help="What the video shows; repeated, so many videos are made at once.")],
+    context_of_call: typer.Context,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What the video shows; repeated, so many videos are made at once.", show_default=False),
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
     prompt_at: Annotated[
         list[str] | None,
@@ -204,6 +242,14 @@ def generate(
             help="matching or newest: which features of the block before cached reads, with a limit as above."
         ),
     ] = "matching",
+    refresh_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Every so many iterations, blocks see their predecessors' latents in place of features. Default: "
+            "never; with --checkpoint and --context cached or prior, half the steps.",
+            show_default=False,
+        ),
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="unipc, euler or dpm++. Default: the model's own.")] = None,
     flow_shift: Annotated[
         float | None, typer.Option(help="Shift of the sampler's noise levels. Default: the model's own.")
@@ -239,6 +285,18 @@ def generate(
             "(.png; needs matplotlib)."
         ),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="An empty folder for snapshots, from which --resume goes on after whatever happens."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Iterations between snapshots. Default: 2 % of the time.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on from this folder's last snapshot, on any number of stages; all else is known there."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False,
     plan: Annotated[
         str | None,
@@ -250,6 +308,11 @@ def generate(
     if not heartbeat.supervised:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)  # until there is something to keep
+    if resume is not None:
+        given = context_of_call.params
+        _run_job(_resumed(context_of_call, resume, given), heartbeat, False)
+    if not prompt:
+        raise ValueError("--prompt: say what the video shows, or --resume a folder")
     default_height, default_width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)
     split = _layers_per_stage(layers_per_stage)
     if split and gpus is None and stages is None and "RANK" not in os.environ:
@@ -276,6 +339,7 @@ def generate(
             context,  # type: ignore[arg-type]
             max_blocks_in_flight,
             context_version,  # type: ignore[arg-type]
+            _refreshes(refresh_every, checkpoint, context, context_frames, steps, heartbeat),
         ),
         model=model,
         stages=count,
@@ -300,25 +364,87 @@ def generate(
         latents_out=latents_out,
         timeline=timeline,
         overwrite=overwrite,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
     )
-    is_rank = "RANK" in os.environ
     if plan is not None and not heartbeat.supervised:
         job = _planned(job, plan, max_blocks_in_flight)
+    _run_job(job, heartbeat, plan is not None)
+
+
+def _run_job(job: Job, heartbeat: Heartbeat, planned: bool) -> NoReturn:
+    """As a rank, as the only process, or as the parent of ranks."""
+    is_rank, count = "RANK" in os.environ, job.stages
     if not is_rank or os.environ["RANK"] == "0":
         _check(job)
     if is_rank or count == 1:
         started = time.time()
         code = _work(job, heartbeat)
-        if job.timeline is not None and not heartbeat.supervised and os.environ.get("RANK", "0") == "0":
-            _draw(job.timeline, started)
+        if not heartbeat.supervised and os.environ.get("RANK", "0") == "0":
+            if job.timeline is not None:
+                _draw(job.timeline, started)
+            if code:
+                _say_how_to_resume(job)
     else:
-        code = _lead(job, planned=plan is not None)
+        code = _lead(job, planned)
     if is_rank and count > 1:
         # Its work is done and on disk. gloo's threads sometimes abort a process that ends the usual way.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     raise typer.Exit(code)
+
+
+_MAY_CHANGE = ("gpus", "stages", "layers_per_stage", "device", "threads", "depth", "graphs", "checkpoint_every")
+
+
+def _resumed(call: typer.Context, folder: Path, given: dict[str, Any]) -> Job:
+    """The job of a folder's last snapshot. What decides frames or where they go cannot be changed; machines can."""
+    from dualparal.snapshot import SnapshotError, newest
+
+    sources = {name: call.get_parameter_source(name) for name in given}
+    # By name: typer may have its own copy of click.
+    asked = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    fixed = sorted(asked - {*_MAY_CHANGE, "resume", "timeline", "overwrite"})
+    if fixed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in fixed)
+        raise ValueError(f"--resume {folder} with {flags}: the snapshot says that already; leave it out")
+    found, _ = newest(folder)
+    notes = found.run.get("notes")
+    if not isinstance(notes, dict):
+        raise SnapshotError(f"--resume {folder}: the run was not one of 'dualparal generate'; use Engine.resume")
+    changes: dict[str, Any] = {name: given[name] for name in asked & set(_MAY_CHANGE) - {"gpus", "stages"}}
+    changes |= {"checkpoint": folder, "timeline": given["timeline"], "overwrite": given["overwrite"]}
+    try:
+        split = _layers_per_stage(given["layers_per_stage"])
+        stages = len(split) if split else notes["stages"]
+        if asked & {"gpus", "stages"} or "RANK" in os.environ:
+            stages = _count_stages(given["gpus"], given["stages"], given["device"])
+        changes |= {"stages": stages, "layers_per_stage": split}
+        if split is None and stages == notes["stages"]:
+            changes["layers_per_stage"] = notes["layers_per_stage"]
+        changes["device"] = _device(given["device"] or notes["device"], given["gpus"])
+        before = notes["threads"] if stages == notes["stages"] else 0
+        changes["threads"] = _threads(given["threads"] or before, stages)
+        return Job.resumed(notes, changes)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SnapshotError(f"--resume {folder}: the snapshot does not describe a run ({error!r})") from None
+
+
+def _refreshes(
+    every: int | None, checkpoint: Path | None, context: str, context_frames: int, steps: int, heartbeat: Heartbeat
+) -> int | None:
+    """``--refresh-every``, which snapshots need where features outlive an iteration."""
+    if every is not None or checkpoint is None or context == "paper" or context_frames == 0:
+        return every
+    every = max(1, steps // 2)
+    if not heartbeat.supervised and os.environ.get("RANK", "0") == "0":
+        typer.echo(
+            f"--checkpoint with --context {context}: every {every} iterations are refreshes, so that the run can go on "
+            f"from there (--refresh-every {every}); the video is another one than without",
+            err=True,
+        )
+    return every
 
 
 def _planned(job: Job, mode: str, max_blocks_in_flight: int | None) -> Job:
@@ -392,6 +518,7 @@ def _engine(job: Job, stages: int | None, report: Callable[..., None] | None = N
         context=job.blocks.context,
         max_blocks_in_flight=job.blocks.max_blocks_in_flight,
         context_version=job.blocks.context_version,
+        refresh_every=job.blocks.refresh_every,
         stages=stages,
         layers_per_stage=job.layers_per_stage,
         device=job.device,
@@ -422,10 +549,15 @@ def _check(job: Job) -> None:
     """Everything that can be known before work starts; ValueError for the user's mistakes."""
     from dualparal.loading import resolve_model
     from dualparal.output import check_file, check_out, read_latents
+    from dualparal.snapshot import check_empty
 
     job.video.num_latents()
     for out in job.outs:
-        check_out(out, job.overwrite)
+        check_out(out, job.overwrite, job.resume)
+    if job.checkpoint is not None and not job.resume:
+        check_empty(job.checkpoint)
+    if job.checkpoint is None and job.checkpoint_every is not None:
+        raise ValueError("--checkpoint-every without --checkpoint: say in which folder")
     if job.latents_out is not None:
         check_file(job.latents_out, "--latents-out", job.overwrite)
         for out in job.outs:
@@ -448,6 +580,9 @@ def _check(job: Job) -> None:
     if "RANK" not in os.environ and job.stages > 1:
         # The ranks check again, each for itself; here the user hears of it once, before any of them starts.
         engine = _engine(job, job.stages)
+        if job.resume:
+            engine.resume(_checkpoint(job))
+            return
         latents = None if job.latents_in is None else read_latents(job.latents_in)
         engine.stream(prompt=job.prompts, latents=latents, **_call(job))
 
@@ -475,6 +610,14 @@ def _draw(path: Path, since: float) -> None:
         typer.echo(f"{path}: open it at ui.perfetto.dev; {draw(path)} is its picture", err=True)
     except (TimelineError, OSError) as error:
         typer.echo(f"{path}: open it at ui.perfetto.dev; no picture: {error}", err=True)
+
+
+def _checkpoint(job: Job) -> Any:
+    from dualparal.checkpoint import Checkpoint
+
+    if job.checkpoint is None:
+        return None
+    return Checkpoint(job.checkpoint, job.checkpoint_every, job.notes(), keep_latents=job.latents_out is not None)
 
 
 def _call(job: Job) -> dict[str, Any]:
@@ -532,7 +675,14 @@ def _lead(job: Job, planned: bool = False) -> int:
         left = what_is_left(out, started)
         if left:
             typer.echo(left, err=True)
+    if result.exit_code:
+        _say_how_to_resume(job)
     return result.exit_code
+
+
+def _say_how_to_resume(job: Job) -> None:
+    if job.checkpoint is not None and job.checkpoint.is_dir():
+        typer.echo(f"resume with: {RESUME} {shlex.quote(str(job.checkpoint))}", err=True)
 
 
 def _display(job: Job) -> Display:
@@ -584,28 +734,43 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
     import torch
 
     from dualparal.output import open_output, read_latents, write_latents
+    from dualparal.snapshot import clear
 
     heartbeat.phase("start", stage=int(os.environ.get("RANK", "0")))
     engine = _engine(job, None if "RANK" in os.environ else job.stages, heartbeat.phase)
     leading = engine.mesh.rank == 0
     latents = None if job.latents_in is None else read_latents(job.latents_in)
-    chunks = engine.stream(prompt=job.prompts, latents=latents, timeline=job.timeline, **_call(job))
+    checkpoint = _checkpoint(job)
+    if job.resume:
+        chunks = engine.resume(checkpoint, timeline=job.timeline)
+    else:
+        chunks = engine.stream(
+            prompt=job.prompts, latents=latents, timeline=job.timeline, checkpoint=checkpoint, **_call(job)
+        )
     stopped = _stop_on_signals(engine, heartbeat, leading)
-    outputs = [open_output(out, job.fps, job.keep_blocks) for out in job.outs] if leading else []
+    outputs: list[VideoOutput | PictureOutput] = []
+    if leading and not job.resume:
+        outputs = [open_output(out, job.fps) for out in job.outs]
     final: list[list[torch.Tensor]] = [[] for _ in job.prompts]
     display = _display(job) if leading and not heartbeat.supervised else None
+    complete = False
     try:
         if display is not None:
             display.start()
         for chunk in chunks:
+            if not outputs:  # resumed
+                outputs = [open_output(out, job.fps, chunk.block, chunk.start_frame) for out in job.outs]
             if outputs:
                 outputs[chunk.video].write(chunk.block, chunk.frames)
             if job.latents_out is not None:
+                if not final[chunk.video]:
+                    final[chunk.video] += _finished_before(job, chunk)
                 final[chunk.video].append(chunk.latents.cpu())
             report = asdict(chunk.progress)
             heartbeat.message(progress=report)
             if display is not None:
                 display.update(report)
+        complete = not engine.interrupted
     finally:
         if display is not None:
             display.stop()
@@ -613,18 +778,33 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
             heartbeat.phase("write")
         for output in outputs:
             output.close()
-    if leading and job.latents_out is not None and all(final):
+        if not job.keep_blocks and (job.checkpoint is None or complete):
+            for output in outputs:
+                output.remove_blocks()
+    if leading and job.latents_out is not None and all(final) and (job.checkpoint is None or complete):
         whole = [torch.cat(parts, dim=2) for parts in final]
         shortest = min(part.shape[2] for part in whole)  # after an interruption they are not all as long
         write_latents(job.latents_out, torch.cat([part[:, :, :shortest] for part in whole]))
+    if leading and job.checkpoint is not None and complete:
+        clear(job.checkpoint)
     if leading and engine.stats is not None:
-        places = [str(p) for p in (*job.outs, job.latents_out) if p is not None]
+        latents_out = job.latents_out if job.checkpoint is None or complete else None
+        places = [str(p) for p in (*job.outs, latents_out) if p is not None]
         summary = f"{' and '.join(places)}: {engine.stats.summary()}"
         if heartbeat.supervised:
             heartbeat.message(summary=summary)
         else:
             typer.echo(summary, err=True)
     return stopped[0] if stopped else 0
+
+
+def _finished_before(job: Job, chunk: Any) -> list[Any]:
+    """Latents of the blocks before a video's first chunk, which an earlier run has finished."""
+    from dualparal.snapshot import read_blocks
+
+    if job.checkpoint is None or chunk.block == 0:
+        return []
+    return read_blocks(job.checkpoint, chunk.video, range(chunk.block))
 
 
 def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[int]:

@@ -42,6 +42,10 @@ class BlockConfig:
     neighbours are that many steps apart. ``context_version``, for ``cached``: a block reads its predecessor's
     features of exactly its own step ("matching") or the last ones made ("newest", gap - 1 steps cleaner, less memory).
 
+    ``refresh_every`` R: every R iterations (R > gap), for ``gap`` of them, a block reads nothing that an earlier
+    iteration left behind: as with ``paper``, the end of its predecessor is fed through the layers in front of its own
+    frames. What follows depends on latents alone, so that a run can be resumed there. None: never.
+
     Raises:
         ValueError: a value is out of range; the message names the value, the rule and the way out.
     """
@@ -51,6 +55,7 @@ class BlockConfig:
     context: ContextPolicy = "cached"
     max_blocks_in_flight: int | None = None  # K
     context_version: ContextVersion = "matching"
+    refresh_every: int | None = None  # R
 
     def __post_init__(self) -> None:
         _check_int("frames_per_block", self.frames_per_block, 1, 100_000, "a block holds at least one latent frame")
@@ -68,6 +73,8 @@ class BlockConfig:
             raise ValueError(
                 f"context_version={self.context_version!r} is not a version of features; use one of {CONTEXT_VERSIONS}"
             )
+        if self.refresh_every is not None:
+            _check_int("refresh_every", self.refresh_every, 1, MAX_STEPS, "iterations from one refresh to the next")
         if self.context_version != "matching" and self.context != "cached":
             raise ValueError(
                 f"context_version={self.context_version!r} with context={self.context!r}: only 'cached' has a choice "
@@ -124,17 +131,21 @@ class Layout:
         """Absolute index of the first own latent frame of ``block``."""
         return 0 if block == 0 else self.first_frames + (block - 1) * self.blocks.frames_per_block
 
-    def fed_context(self, block: int) -> int:
-        """Frames of the previous block that are fed through the layers in front of the own ones (``paper``)."""
-        return self.blocks.context_frames if self.blocks.context == "paper" and block > 0 else 0
+    def fed_context(self, block: int, refresh: bool = False) -> int:
+        """Frames of the previous block that are fed through the layers in front of the own ones (``paper``, and any
+        policy in a refresh)."""
+        return self.blocks.context_frames if (self.blocks.context == "paper" or refresh) and block > 0 else 0
 
-    def window_start(self, block: int) -> int:
-        """Absolute index of the first frame fed to the model for ``block``."""
-        return self.start(block) - self.fed_context(block)
+    def window(self, block: int, refresh: bool = False) -> range:
+        """The frames fed to the model for ``block``: absolute indices."""
+        start = self.start(block)
+        return range(start - self.fed_context(block, refresh), start + self.frames(block))
 
-    def window_frames(self, block: int) -> int:
-        """Frames fed to the model for ``block``."""
-        return self.frames(block) + self.fed_context(block)
+    @property
+    def max_window_frames(self) -> int:
+        """Frames of the largest window that is fed to the model."""
+        blocks = range(1 if self.num_blocks == 1 else 2)
+        return max(len(self.window(block, self.blocks.refresh_every is not None)) for block in blocks)
 
     def kept_frames(self, block: int) -> int:
         """Own frames of ``block`` that belong to the video (the last block may have a surplus)."""

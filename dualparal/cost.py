@@ -67,12 +67,6 @@ class Workload:
         """Of a latent frame."""
         return self.tokens * self.model.patch**2
 
-    @property
-    def window_frames(self) -> int:
-        """Frames of the largest window that is fed to the model."""
-        blocks = self.layout.num_blocks
-        return max(self.layout.window_frames(block) for block in range(min(2, blocks or 2)))
-
     def schedule(self, num_stages: int) -> Schedule:
         """The very schedule that the engine walks."""
         return Schedule(
@@ -86,6 +80,7 @@ class Workload:
             depth=self.depth,
             max_blocks_in_flight=self.blocks.max_blocks_in_flight,
             context_version=self.blocks.context_version,
+            refresh_every=self.blocks.refresh_every,
         )
 
 
@@ -115,7 +110,7 @@ def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0,
 
 def unit_arithmetic(work: Workload, schedule: Schedule, unit: Unit) -> Arithmetic:
     """One layer for one unit."""
-    queries = work.layout.window_frames(unit.block) * work.tokens
+    queries = len(work.layout.window(unit.block, schedule.refreshes(unit))) * work.tokens
     lent = work.blocks.context_frames * work.tokens
     reads, writes = len(schedule.reads(unit)), len(schedule.writes(unit))
     return layer_arithmetic(work, queries, queries + reads * lent, reads * lent, writes * lent)
@@ -160,7 +155,7 @@ class Costing:
     def run(self, stage: int, unit: Unit) -> float:
         kind = self._kinds.get(unit)
         if kind is None:  # all that its cost depends on
-            frames = self.work.layout.window_frames(unit.block)
+            frames = len(self.work.layout.window(unit.block, self.schedule.refreshes(unit)))
             kind = frames, len(self.schedule.reads(unit)), len(self.schedule.writes(unit))
             self._kinds[unit] = kind
         seconds = self._seconds.get((stage, kind))
@@ -171,7 +166,8 @@ class Costing:
     def _run(self, stage: int, unit: Unit) -> float:
         device = self.devices[stage]
         seconds = self.split[stage] * unit_arithmetic(self.work, self.schedule, unit).seconds(device)
-        return seconds + self.ends(stage, self.work.layout.window_frames(unit.block), device)
+        frames = len(self.work.layout.window(unit.block, self.schedule.refreshes(unit)))
+        return seconds + self.ends(stage, frames, device)
 
     def ends(self, stage: int, frames: int, device: Device) -> float:
         """Seconds of what the first stage (embedding) and the last one (head) do besides their layers."""
@@ -193,7 +189,7 @@ class Costing:
 
 def edge_elements(work: Workload) -> tuple[int, int]:
     """Of a message between stages, and of one from the last stage to stage 0."""
-    hidden = work.window_frames * work.tokens * work.model.inner
+    hidden = work.layout.max_window_frames * work.tokens * work.model.inner
     return hidden, work.layout.first_frames * work.model.in_channels * work.pixels
 
 
@@ -243,7 +239,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     layers, first, last = split[stage], stage == 0, stage == len(split) - 1
     branches, steps, experts = schedule.branches, schedule.num_steps, model.experts
     lent = work.blocks.context_frames * tokens
-    window = work.window_frames * tokens
+    window = work.layout.max_window_frames * tokens
     slots = {side: schedule.slots(side) for side in ("head", "tail")}
     hidden, velocity = edge_elements(work)
     inbound, outbound = velocity if first else hidden, velocity if last else hidden

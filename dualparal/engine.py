@@ -7,9 +7,13 @@ walks the schedule while finished blocks are decoded beside it. The one file tha
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ import torch
 import torch.distributed as dist
 
 import dualparal
+from dualparal import snapshot
+from dualparal.checkpoint import Checkpoint, Checkpointer, needed
 from dualparal.config import BlockConfig, OutputType, VideoConfig, split_layers
 from dualparal.decode import StreamingDecoder
 from dualparal.eight_bit import OFF, EightBitSchedule
@@ -33,6 +39,7 @@ from dualparal.models.base import Slice
 from dualparal.noise import BlockNoise
 from dualparal.request import Prompt, Request, check_request, split_videos
 from dualparal.schedule import Schedule, Unit
+from dualparal.snapshot import Snapshot, SnapshotError
 from dualparal.stage import Forward, Stage
 from dualparal.text import PromptEncoder, Prompts
 from dualparal.timeline import Recorder, check_name, merge_left, prepare
@@ -48,9 +55,19 @@ from dualparal.transport import (
     warm_up,
 )
 
+logger = logging.getLogger("dualparal")
+
 HANDSHAKE_SECONDS = 60.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _runs = count()
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A snapshot that a run goes on from, and the name of its file."""
+
+    snapshot: Snapshot
+    name: str
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,7 @@ class Engine:
         context: str = "cached",
         max_blocks_in_flight: int | None = None,
         context_version: str = "matching",
+        refresh_every: int | None = None,
         stages: int | None = None,
         layers_per_stage: Sequence[int] | None = None,
         device: str | torch.device | None = None,
@@ -131,6 +149,9 @@ class Engine:
                 the first frames come earlier, at another video. Default: T, a block per iteration.
             context_version: with ``cached`` and such a gap, which features of the previous block are read: those of
                 exactly the same step ("matching"), or the last ones made ("newest"), which take K slots and not T.
+            refresh_every: R. Every R iterations a block sees its predecessor as with ``paper``, and nothing of what
+                iterations before have left: another video, (B + C) / B the work at these iterations, and what
+                ``cached`` and ``prior`` need for snapshots. Default: never.
             stages: into how many runs of layers the model is cut. Default: the number of ranks.
             layers_per_stage: how many layers each stage owns, for cards that are not alike. Default: an even split.
             device: default "cuda" where there is one, else "cpu".
@@ -151,6 +172,7 @@ class Engine:
             context,  # type: ignore[arg-type]
             max_blocks_in_flight,
             context_version,  # type: ignore[arg-type]
+            refresh_every,
         )
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(
@@ -228,6 +250,7 @@ class Engine:
         *,
         seed: int | Sequence[int] | None = None,
         timeline: str | Path | None = None,
+        checkpoint: str | Path | Checkpoint | None = None,
     ) -> Iterator[Chunk]:
         """Yields every block as soon as it is finished. The request is checked before this returns.
 
@@ -247,6 +270,9 @@ class Engine:
             timeline: a .json or .json.gz file for a trace of the run (ui.perfetto.dev opens it), replaced if it is
                 there; the same on all ranks. It is whole when the stream has ended; what ranks on other nodes, or a
                 distributed run that failed, left is in ``FILE.parts``, for ``dualparal.timeline.merge``.
+            checkpoint: a folder for snapshots (or a ``Checkpoint``), from which ``resume`` goes on after whatever
+                happens; the same on all ranks, written by rank 0. A snapshot counts a block as finished when the
+                next chunk has been asked for. With ``cached`` and ``prior`` the engine needs ``refresh_every``.
 
         Raises:
             ValueError: a request that cannot be run; names the value, the rule and the way out.
@@ -268,6 +294,62 @@ class Engine:
             )
             request = check_request(self.source, self.scheduler, self.blocks, self.mesh.device, video, **own)
             requests.append(replace(request, callback=callback_on_step_end))
+        if checkpoint is not None:
+            checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(Path(checkpoint))
+            self._check_checkpoint(requests)
+            if self.mesh.rank == 0:
+                snapshot.prepare(checkpoint.folder)
+        return self._begin(requests, timeline, checkpoint)
+
+    def resume(
+        self,
+        checkpoint: str | Path | Checkpoint,
+        *,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        timeline: str | Path | None = None,
+    ) -> Iterator[Chunk]:
+        """Goes on with a run from its last snapshot, on any number of stages, and keeps on writing snapshots there.
+
+        The request is the snapshot's, prompts included; the text encoder is not loaded. The engine must have the
+        model, blocks, dtype, 8-bit attention and sampler of that run. Chunks come from the first block that the
+        snapshot does not count as finished, with the bits of an unbroken run on cards of the same type with the same
+        torch; a block that had been given out already comes again.
+
+        Raises:
+            SnapshotError: no snapshot that can be used, or one of another model or another engine.
+        """
+        checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(Path(checkpoint))
+        found, name = snapshot.newest(checkpoint.folder)
+        checkpoint = replace(checkpoint, notes=found.run.get("notes", {}))
+        noise = found.run.get("noise")
+        latents = None if noise is None else snapshot.read_noise(checkpoint.folder, noise)
+        requests = []
+        for number, (fields, prompts) in enumerate(zip(found.run["videos"], found.prompts, strict=True)):
+            rows = prompts[min(prompts)]
+            request = check_request(
+                self.source,
+                self.scheduler,
+                self.blocks,
+                self.mesh.device,
+                VideoConfig(**fields),
+                prompt=None,
+                negative_prompt=None,
+                latents=None if latents is None else latents[number : number + 1],
+                prompt_embeds=rows[:1],
+                negative_prompt_embeds=rows[1:] if len(rows) > 1 else None,
+            )
+            requests.append(replace(request, callback=callback_on_step_end))
+        self._check_checkpoint(requests)
+        self._check_same_run(found, requests)
+        return self._begin(requests, timeline, checkpoint, Resumed(found, name))
+
+    def _begin(
+        self,
+        requests: list[Request],
+        timeline: str | Path | None,
+        checkpoint: Checkpoint | None,
+        resumed: Resumed | None = None,
+    ) -> Iterator[Chunk]:
         self.attention_8bit.check_steps(len(requests[0].sampler))
         if self._running:
             raise RuntimeError(
@@ -278,7 +360,63 @@ class Engine:
             timeline = Path(timeline)
             check_name(timeline)
         self._interrupted = False
-        return self._run(requests, timeline)
+        return self._run(requests, timeline, checkpoint, resumed)
+
+    def _check_checkpoint(self, requests: list[Request]) -> None:
+        """Raises ValueError when there is no iteration at which a snapshot could be taken."""
+        if not any(map(self._schedule(requests).stands_alone, range(1, 1 + max(1, self.blocks.refresh_every or 1)))):
+            raise ValueError(
+                f"checkpoint with context={self.blocks.context!r}"
+                + (", attention_8bit" if self.attention_8bit.on else "")
+                + " and no refresh_every: what blocks in flight left behind is too large to keep; give the engine "
+                "refresh_every, such as half the steps, or use context='paper' without 8-bit attention"
+            )
+
+    def _description(self, requests: list[Request], noise: str | None, notes: Mapping[str, Any]) -> dict[str, Any]:
+        """What a snapshot says about its run."""
+        return {
+            "videos": [asdict(request.video) for request in requests],
+            "noise": noise,
+            "notes": dict(notes),
+            "same": self._identity(requests),
+            "made_with": self._versions(),
+        }
+
+    def _identity(self, requests: list[Request]) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        config = self.scheduler.config
+        return {
+            "weights": self.source.fingerprint,
+            "blocks": asdict(self.blocks),
+            "dtype": str(self.dtype),
+            "attention_8bit": asdict(self.attention_8bit),
+            "sampler": type(self.scheduler).__name__,
+            "sampler_config": {k: v for k, v in sorted(config.items()) if isinstance(v, (bool, int, float, str))},
+        }
+
+    def _versions(self) -> dict[str, str]:
+        """What decides bits besides: without it the run goes on, and its frames may differ from an unbroken run's."""
+        import diffusers
+
+        card = torch.cuda.get_device_name(self.mesh.device) if self.mesh.device.type == "cuda" else platform.machine()
+        versions = {"dualparal": dualparal.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+        return {**versions, "device": f"{self.mesh.device.type} {card}"}
+
+    def _check_same_run(self, found: Snapshot, requests: list[Request]) -> None:
+        """Raises SnapshotError when the engine is not of the snapshot's kind; warns where only bits may differ."""
+        wanted = found.run["same"]
+        have = json.loads(json.dumps(self._identity(requests)))
+        different = [f"{k}: {wanted.get(k)!r} there, {have[k]!r} here" for k in have if have[k] != wanted.get(k)]
+        if different:
+            raise SnapshotError("the snapshot is of another run: " + "; ".join(different))
+        for key, value in self._versions().items():
+            if found.run["made_with"].get(key) != value:
+                logger.warning(
+                    "resumed with %s %s, begun with %s: frames may differ in the last bits from an unbroken run's",
+                    key,
+                    value,
+                    found.run["made_with"].get(key),
+                )
 
     def set_prompt(self, prompt: str, negative_prompt: str | None = None, *, video: int = 0) -> int:
         """Changes a video's prompt while it runs: blocks in flight keep theirs, new ones take this. Rank 0 only.
@@ -298,36 +436,55 @@ class Engine:
         )
         return self._prompts[video].change(embeds)
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last video was ended early by ``interrupt``."""
+        return self._interrupted
+
     def interrupt(self) -> None:
         """Ends the running videos after the unit under way; finished blocks are still given out. Signal-safe."""
         self._interrupted = True
 
     # A run --------------------------------------------------------------------------------------------------
 
-    def _run(self, requests: list[Request], timeline: Path | None) -> Iterator[Chunk]:
-        schedule = self._schedule(requests)
-        self._meet(requests, schedule, timeline)
+    def _run(
+        self,
+        requests: list[Request],
+        timeline: Path | None,
+        checkpoint: Checkpoint | None,
+        resumed: Resumed | None,
+    ) -> Iterator[Chunk]:
+        schedule = self._schedule(requests, 0 if resumed is None else resumed.snapshot.iteration)
+        self._meet(requests, schedule, timeline, resumed)
         self._requests = requests
         if self.mesh.rank == 0:
-            self._prompts = self._encode()
+            self._prompts = self._encode() if resumed is None else [Prompts(dict(p)) for p in resumed.snapshot.prompts]
         self._load()
         lane: DecodeLane | None = None
+        keeper: Checkpointer | None = None
         recorder, clocks = self._clocks(timeline)
         finished = False
         try:
-            lane = self._lane(requests, clocks[0]) if self.mesh.rank == 0 else None
-            executors = self._executors(requests, schedule, lane, clocks)
+            if self.mesh.rank == 0:
+                lane = self._lane(requests, clocks[0])
+                if checkpoint is not None:
+                    keeper = self._keeper(checkpoint, requests, schedule, lane, resumed)
+            executors = self._executors(requests, schedule, lane, clocks, keeper)
+            if resumed is not None and lane is not None and checkpoint is not None:
+                self._restore(executors[0].queues, lane, checkpoint.folder, resumed.snapshot, schedule)
             started = time.perf_counter()
             self._running = True
             for _ in run_together(executors):
                 if lane is not None:
-                    yield from lane.ready()
+                    yield from _given_out(lane.ready(), keeper)
                     if self._interrupted:
                         self._stop(executors)
                         break
             self._running = False
             if lane is not None:
-                yield from lane.drain()
+                yield from _given_out(lane.drain(), keeper)
+            if keeper is not None:
+                keeper.close()
             self._finish(clocks, lane, started, schedule)
             finished = True
         except GeneratorExit:  # the consumer has had enough
@@ -339,6 +496,11 @@ class Engine:
         finally:
             if lane is not None:
                 lane.close()
+            if keeper is not None:
+                with contextlib.suppress(
+                    Exception
+                ):  # after a run to its end it is closed; else what ended it says more
+                    keeper.close()
             if recorder is not None:
                 self._close(recorder, clocks, finished)
             self._prompts, self._requests = [], []
@@ -383,7 +545,48 @@ class Engine:
             clock.track,
         )
 
-    def _schedule(self, requests: list[Request]) -> Schedule:
+    def _keeper(
+        self,
+        checkpoint: Checkpoint,
+        requests: list[Request],
+        schedule: Schedule,
+        lane: DecodeLane,
+        resumed: Resumed | None,
+    ) -> Checkpointer:
+        given = [request.latents for request in requests if request.latents is not None]
+        if resumed is not None:
+            run = {**resumed.snapshot.run, "made_with": self._versions()}
+        else:
+            noise = snapshot.write_noise(checkpoint.folder, torch.cat(given)) if given else None
+            run = self._description(requests, noise, checkpoint.notes)
+        keeper = Checkpointer(
+            checkpoint,
+            run,
+            schedule,
+            requests[0].layout,
+            lane.history,
+            lambda: [prompts.state() for prompts in self._prompts],
+            self.mesh.device,
+        )
+        if resumed is None:
+            keeper.begin()
+        return keeper
+
+    @staticmethod
+    def _restore(
+        queues: Sequence[LatentQueue], lane: DecodeLane, folder: Path, found: Snapshot, schedule: Schedule
+    ) -> None:
+        """Latents and samplers as in the snapshot, and the decoders as far as they see back."""
+        first = schedule.first_block
+        before = [
+            snapshot.read_blocks(folder, video, needed(queue.layout, first, lane.history))
+            for video, queue in enumerate(queues)
+        ]
+        for queue, blocks, latents in zip(queues, found.blocks, before, strict=True):
+            queue.restore(blocks, latents[-1] if latents else None)
+        lane.resume(first, before)
+
+    def _schedule(self, requests: list[Request], start: int = 0) -> Schedule:
         request = requests[0]
         return Schedule(
             num_stages=self.num_stages,
@@ -397,9 +600,14 @@ class Engine:
             max_blocks_in_flight=self.blocks.max_blocks_in_flight,
             context_version=self.blocks.context_version,
             num_videos=len(requests),
+            refresh_every=self.blocks.refresh_every,
+            key_means=self.attention_8bit.on,
+            start=start,
         )
 
-    def _meet(self, requests: list[Request], schedule: Schedule, timeline: Path | None) -> None:
+    def _meet(
+        self, requests: list[Request], schedule: Schedule, timeline: Path | None, resumed: Resumed | None
+    ) -> None:
         """All ranks of a distributed run compare what they are about to do, before any tensor travels."""
         if not self.mesh.distributed:
             return
@@ -421,6 +629,7 @@ class Engine:
             "layers_per_stage": [len(layers) for layers in self.layers],
             "attention_8bit": asdict(self.attention_8bit),
             "timeline": timeline and str(timeline),
+            "snapshot": resumed and resumed.name,
         }
         store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
         handshake(store, self.mesh.rank, self.mesh.world_size, info, HANDSHAKE_SECONDS)
@@ -456,7 +665,12 @@ class Engine:
         return self._vae
 
     def _executors(
-        self, requests: list[Request], schedule: Schedule, lane: DecodeLane | None, clocks: list[BusyClock]
+        self,
+        requests: list[Request],
+        schedule: Schedule,
+        lane: DecodeLane | None,
+        clocks: list[BusyClock],
+        keeper: Checkpointer | None,
     ) -> list[StageExecutor]:
         request = requests[0]  # what follows is the same in all of them
         layout, grid, spec = request.layout, request.grid, self.source.spec
@@ -490,13 +704,14 @@ class Engine:
                 slots,
                 schedule.branches,
                 grid,
-                request.max_window_frames * grid.tokens,
+                layout.max_window_frames * grid.tokens,
                 lent,
                 starts,
                 first=index == 0,
                 last=index == self.num_stages - 1,
                 layers=self.layers[index],
                 eight_bit=self.attention_8bit,
+                refreshes=schedule.refresh_every is not None,
                 wrap=self._graphed if self.graphs else None,
             )
             queues = [self._queue(video, schedule, experts) for video in range(len(requests))] if index == 0 else ()
@@ -511,12 +726,25 @@ class Engine:
                     channel,
                     clock,
                     queues,
-                    on_emit=lane.emit if lane else None,
+                    on_emit=partial(self._emit, lane, keeper) if lane else None,
                     on_decode=lane.decode if lane else None,
+                    on_cut=partial(self._cut, keeper, queues) if keeper else None,
                     report=self._reporter(index),
                 )
             )
         return result
+
+    def _emit(
+        self, lane: DecodeLane, keeper: Checkpointer | None, video: int, block: int, latents: torch.Tensor
+    ) -> None:
+        self._prompts[video].forget(block + 1)
+        if keeper is not None:
+            keeper.emit(video, block, latents)
+        lane.emit(video, block, latents)
+
+    @staticmethod
+    def _cut(keeper: Checkpointer, queues: Sequence[LatentQueue], iteration: int) -> None:
+        keeper.cut(iteration, lambda: [queue.state() for queue in queues])
 
     @staticmethod
     def _graphed(forward: Forward) -> Forward:
@@ -540,7 +768,7 @@ class Engine:
     def _edges(self, schedule: Schedule, request: Request) -> tuple[dict[int, Inbound], dict[int, Outbound]]:
         """Both ends of the edges of the stages here, by stage. Edge k leads from stage k to k + 1, the last to 0."""
         layout, grid, n = request.layout, request.grid, self.num_stages
-        hidden = request.max_window_frames * grid.tokens * self.source.spec.inner_dim
+        hidden = layout.max_window_frames * grid.tokens * self.source.spec.inner_dim
         velocity = layout.first_frames * self.source.spec.in_channels * grid.height * grid.width  # of the largest block
         sizes = [hidden] * (n - 1) + [velocity]
         names = [f"edge {k} -> {(k + 1) % n}" for k in range(n)]
@@ -601,15 +829,24 @@ class Engine:
         if lane is not None:
             done = lane.progress
             # The schedule's bubble is that of N stages at once and of the whole video.
-            whole = self.num_stages == len(ranks) and done.blocks == schedule.num_videos * (schedule.num_blocks or 0)
+            wanted = schedule.num_videos * ((schedule.num_blocks or 0) - schedule.first_block)
+            whole = self.num_stages == len(ranks) and done.blocks - lane.before.blocks == wanted
             self.stats = RunStats(
-                done.blocks,
-                done.frames,
+                done.blocks - lane.before.blocks,
+                done.frames - lane.before.frames,
                 seconds,
                 done.first or None,
                 tuple(ranks),
                 schedule_bubble(schedule) if whole else None,
             )
+
+
+def _given_out(chunks: Iterator[Chunk], keeper: Checkpointer | None) -> Iterator[Chunk]:
+    """Chunks; each counts as delivered when the next one is asked for."""
+    for chunk in chunks:
+        yield chunk
+        if keeper is not None:
+            keeper.delivered(chunk.video, chunk.block)
 
 
 def _whole(chunks: list[Chunk], kind: OutputType) -> Any:

@@ -6,7 +6,7 @@ their samplers, and the updates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from dualparal.config import Layout
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.sampler import BlockSampler, Sampler
 from dualparal.schedule import Action, Op, Schedule, Unit
+from dualparal.snapshot import BlockState
 from dualparal.stage import Stage
 from dualparal.trace import BusyClock
 from dualparal.transport import Header, Inbound, Kind, Outbound, PromptChannel, TransportError
@@ -68,6 +69,20 @@ class LatentQueue:
         self._prompts: dict[int, int] = {}
         self._velocity: dict[tuple[int, int], torch.Tensor] = {}  # by block and branch
 
+    def state(self) -> dict[int, BlockState]:
+        """Latents and sampler states of the blocks in flight, which nobody will write to."""
+        return {block: BlockState(self._latents[block], state.state()) for block, state in self._states.items()}
+
+    def restore(self, blocks: Mapping[int, BlockState], before: torch.Tensor | None) -> None:
+        """Goes on with a ``state``. before: the final latents of the block before the first."""
+        if before is not None:
+            self._latents[self.schedule.first_block - 1] = before.to(self.device)
+        for block in sorted(blocks):
+            self._prompts[block] = self.prompt_of(block)
+            self._latents[block] = blocks[block].latents.to(self.device)
+            self._states[block] = self.sampler.start()
+            self._states[block].restore(blocks[block].sampler, self.device)
+
     def prompt(self, unit: Unit) -> int:
         """The prompt of the unit's block; a block enters with its first unit."""
         if unit.block not in self._prompts:
@@ -77,9 +92,9 @@ class LatentQueue:
         return self._prompts[unit.block]
 
     def window(self, unit: Unit) -> torch.Tensor:
-        """What the model is fed: [1, C, F, H, W], for ``paper`` with the end of the block before in front."""
+        """What the model is fed: [1, C, F, H, W], for ``paper`` and in a refresh with the end of the block before."""
         own = self._latents[unit.block]
-        fed = self.layout.fed_context(unit.block)
+        fed = self.layout.fed_context(unit.block, self.schedule.refreshes(unit))
         if not fed:
             return own
         return torch.cat([self._latents[unit.block - 1][:, :, -fed:], own], dim=2)
@@ -123,6 +138,7 @@ class StageExecutor:
         queues: of every video; stage 0 only.
         clock: adds up the time spent in units, and times actions for the timeline.
         on_emit, on_decode: stage 0 only, called with (video, block, latents) and (video, block).
+        on_cut: stage 0 only, called with an iteration that stands alone when the latents are those at its start.
         report: called with a phase and the unit before every action.
     """
 
@@ -139,6 +155,7 @@ class StageExecutor:
         queues: Sequence[LatentQueue] = (),
         on_emit: Callable[[int, int, torch.Tensor], None] | None = None,
         on_decode: Callable[[int, int], None] | None = None,
+        on_cut: Callable[[int], None] | None = None,
         report: Report | None = None,
     ) -> None:
         self.schedule = schedule
@@ -148,7 +165,7 @@ class StageExecutor:
         self.inbound, self.outbound = inbound, outbound
         self.prompts = prompts
         self.queues = queues
-        self.on_emit, self.on_decode = on_emit, on_decode
+        self.on_emit, self.on_decode, self.on_cut = on_emit, on_decode, on_cut
         self.report = report or (lambda phase, unit: None)
         self.clock = clock
         self.under_way = 0  # stage 0: units sent and not yet back
@@ -257,14 +274,17 @@ class StageExecutor:
     def _run(self, hidden: torch.Tensor, unit: Unit) -> torch.Tensor:
         if (unit.video, unit.block) not in self._prompt_of:
             self._admit(unit)
+        refresh = self.schedule.refreshes(unit)
         with self.clock:
             return self.stage.run(
                 hidden,
                 unit,
                 prompt=self._prompt,
                 place=self.schedule.place(unit),
-                window=(self.layout.window_start(unit.block), self.layout.window_frames(unit.block)),
-                fed_context=self.layout.fed_context(unit.block),
+                window=self.layout.window(unit.block, refresh),
+                fed_context=self.layout.fed_context(unit.block, refresh),
+                refresh=refresh,
+                after_refresh=unit.step > 0 and self.schedule.refreshes(unit._replace(step=unit.step - 1)),
                 reads=self.schedule.reads(unit),
                 writes=self.schedule.writes(unit),
             )
@@ -283,6 +303,11 @@ class StageExecutor:
 
     def _update(self, unit: Unit) -> None:
         self.queues[unit.video].update(unit.block, unit.step)
+        if self.on_cut is not None and self.schedule.ends_iteration(unit):
+            # Velocities come back in the order of units: nothing of the next iteration has been updated yet.
+            after = self.schedule.iteration(unit) + 1
+            if self.schedule.stands_alone(after):
+                self.on_cut(after)
 
     def _emit(self, unit: Unit) -> None:
         assert self.on_emit is not None

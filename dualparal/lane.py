@@ -81,7 +81,7 @@ class DecodeLane:
         self.started = time.perf_counter()
         blocks = None if layout.num_blocks is None else num_videos * layout.num_blocks
         frames = None if total_frames is None else num_videos * total_frames
-        self.progress = Progress(0, 0, blocks, frames, 0.0, 0.0, 0.0)
+        self.progress = self.before = Progress(0, 0, blocks, frames, 0.0, 0.0, 0.0)
         self._decoders = decoders
         self._frames_of = [0] * num_videos  # given out so far
         self._latents: dict[tuple[int, int], torch.Tensor] = {}  # by video and block
@@ -89,6 +89,26 @@ class DecodeLane:
         self._done: deque[tuple[int, int, torch.Tensor, Any]] = deque()
         self._pool = None if decoders is None else ThreadPoolExecutor(1, thread_name_prefix="dualparal-decode")
         self._stream = torch.cuda.Stream(device) if decoders is not None and device.type == "cuda" else None
+
+    @property
+    def history(self) -> int:
+        """Latent frames back that decoding sees."""
+        return 0 if self._decoders is None else self._decoders[0].history
+
+    def resume(self, block: int, videos: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Goes on with a block: the latents of each video's blocks before it, as far as decoding sees them, go through
+        the decoders again."""
+        for video, latents in enumerate(videos):
+            self._frames_of[video] = self._made(0, self.layout.start(block)) if block else 0
+            if self._decoders is not None:
+                for part in latents:
+                    self._decoders[video].push(part)
+        self.before = replace(self.progress, blocks=block * len(videos), frames=sum(self._frames_of))
+        self.progress = self.before
+
+    def _made(self, block: int, latents: int) -> int:
+        """Frames of so many latents; the first of a video is one frame."""
+        return self.temporal_factor * latents - (self.temporal_factor - 1 if block == 0 else 0)
 
     def emit(self, video: int, block: int, latents: torch.Tensor) -> None:
         """A block's final latents; what is beyond the end of the video is cut off."""
@@ -155,8 +175,7 @@ class DecodeLane:
 
     def _chunk(self, video: int, block: int, latents: torch.Tensor, frames: Any) -> Chunk:
         start = self._frames_of[video]
-        factor = self.temporal_factor
-        made = factor * latents.shape[2] - (factor - 1 if block == 0 else 0)
+        made = self._made(block, latents.shape[2])
         self._frames_of[video] += made
         seconds = time.perf_counter() - self.started
         done = self.progress

@@ -21,13 +21,20 @@ class OutputError(ValueError):
 class VideoOutput:
     """``NAME.mp4`` by way of ``NAME.mp4.blocks/``."""
 
-    def __init__(self, path: Path, fps: float, keep_blocks: bool) -> None:
+    def __init__(self, path: Path, fps: float, resume_at: int = 0) -> None:
+        """resume_at: the block to go on with.
+
+        Raises:
+            OutputError: finished blocks before it are missing.
+        """
         from dualparal.video import SegmentWriter
 
         self.path = path
-        self.keep_blocks = keep_blocks
         self.folder = path.with_name(path.name + ".blocks")
-        self._writer = SegmentWriter(self.folder, fps)
+        self._writer = SegmentWriter(self.folder, fps, resume=resume_at > 0)
+        missing = set(range(resume_at)) - self._writer.blocks
+        if missing:
+            raise OutputError(f"{self.folder}: the segment of block {min(missing)} is missing; start anew")
 
     def write(self, block: int, frames: Any) -> None:
         self._writer.write(block, frames)
@@ -37,21 +44,23 @@ class VideoOutput:
         from dualparal.video import join
 
         segments = self._writer.segments
-        frames = join(segments, self.path) if segments else 0
-        if not self.keep_blocks:
-            shutil.rmtree(self.folder)
-        return frames
+        return join(segments, self.path) if segments else 0
+
+    def remove_blocks(self) -> None:
+        """After ``close``, when nobody will go on with them."""
+        shutil.rmtree(self.folder)
 
 
 class PictureOutput:
     """A folder of ``frame-00000001.png`` and so on."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, frames: int = 0) -> None:
+        """frames: so many are there already."""
         from dualparal.video import PngWriter
 
         self.path = path
-        self._writer = PngWriter(path)
-        self._frames = 0
+        self._writer = PngWriter(path, resume_at=frames + 1 if frames else None)
+        self._frames = frames
 
     def write(self, block: int, frames: Any) -> None:
         self._frames += len(self._writer.write(block, frames))
@@ -59,9 +68,16 @@ class PictureOutput:
     def close(self) -> int:
         return self._frames
 
+    def remove_blocks(self) -> None: ...
 
-def check_out(path: Path, overwrite: bool) -> None:
-    """Raises OutputError when ``path`` cannot become the output: a ``.mp4`` file or a folder for PNG files."""
+
+def check_out(path: Path, overwrite: bool, resume: bool = False) -> None:
+    """Raises OutputError when ``path`` cannot become the output: a ``.mp4`` file or a folder for PNG files.
+
+    resume: what a run left there that is to go on may be there.
+    """
+    blocks = path.with_name(path.name + ".blocks")
+    overwrite = overwrite or (resume and (path.suffix == "" or blocks.is_dir()))
     _check_name(path, "--out")
     if path.suffix not in (".mp4", ""):
         raise OutputError(
@@ -72,7 +88,6 @@ def check_out(path: Path, overwrite: bool) -> None:
     if path.suffix == "" and path.exists() and not path.is_dir():
         raise OutputError(f"--out {path} is a file: give a .mp4 name, or a folder for PNG files")
     check_file(path, "--out", overwrite or path.suffix == "", folder=path.suffix == "")
-    blocks = path.with_name(path.name + ".blocks")
     if path.suffix == ".mp4" and blocks.exists() and not overwrite:
         raise OutputError(
             f"--out {path}: {blocks} holds finished blocks of a run that did not end (playlist.m3u plays them); "
@@ -114,15 +129,18 @@ def what_is_left(path: Path, since: float) -> str:
     return f"{path} has the finished frames" if path.exists() and path.stat().st_mtime >= since else ""
 
 
-def open_output(path: Path, fps: float, keep_blocks: bool) -> VideoOutput | PictureOutput:
-    """Opens a checked output, clearing what an earlier run left there (``check_out`` has refused if unasked)."""
+def open_output(path: Path, fps: float, block: int = 0, frames: int = 0) -> VideoOutput | PictureOutput:
+    """Opens a checked output. At the start of a video, what an earlier run left there is cleared (``check_out`` has
+    refused if unasked); a resumed one goes on with a block, before which there are so many frames."""
     if path.suffix == ".mp4":
-        shutil.rmtree(path.with_name(path.name + ".blocks"), ignore_errors=True)
+        if block == 0:
+            shutil.rmtree(path.with_name(path.name + ".blocks"), ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return VideoOutput(path, fps, keep_blocks)
-    for old in path.glob("frame-*.png"):
-        old.unlink()
-    return PictureOutput(path)
+        return VideoOutput(path, fps, block)
+    if block == 0:
+        for old in path.glob("frame-*.png"):
+            old.unlink()
+    return PictureOutput(path, frames)
 
 
 def read_latents(path: Path) -> torch.Tensor:

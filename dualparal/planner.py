@@ -451,11 +451,11 @@ def _costs(work: Workload, schedule: Schedule, cards: Cards) -> tuple[list[float
     """Seconds of a layer, and of what a stage does besides, for a unit in the middle of the video."""
     blocks, count = work.blocks, len(cards.devices)
     block = min(1, (work.layout.num_blocks or 2) - 1)
-    queries, lent = work.layout.window_frames(block) * work.tokens, blocks.context_frames * work.tokens
+    queries, lent = len(work.layout.window(block)) * work.tokens, blocks.context_frames * work.tokens
     sides = {"cached": 2, "prior": 1, "paper": 1}[blocks.context] if work.layout.num_blocks != 1 else 0
     layer = layer_arithmetic(work, queries, queries + sides * lent, sides * lent, sides * lent)
     costing = Costing(work, schedule, [1] * count, cards.devices, cards.links)
-    extra = [costing.ends(stage, work.layout.window_frames(block), card) for stage, card in enumerate(cards.devices)]
+    extra = [costing.ends(stage, len(work.layout.window(block)), card) for stage, card in enumerate(cards.devices)]
     extra[0] += UPDATE_SECONDS / schedule.branches
     return [layer.seconds(card) for card in cards.devices], extra
 

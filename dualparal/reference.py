@@ -57,16 +57,16 @@ def generate(
     means: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer, block and branch
     fp8 = eight_bit.mode == "fp8"
 
-    def forward(block: int, step: int, branch: int, newest: int) -> torch.Tensor:
+    def forward(block: int, step: int, branch: int, newest: int, refresh: bool) -> torch.Tensor:
         timestep = sampler.timesteps[step]
         expert = experts[spec.expert(float(timestep), sampler.num_train_timesteps)]
-        fed = layout.fed_context(block)
+        fed = layout.fed_context(block, refresh)
         window = latents[block]
         if fed:
             window = torch.cat([latents[block - 1][:, :, -fed:], window], dim=2)
         time = expert.time(timestep)
         text = expert.text(prompt_embeds(block)[branch])
-        rotary = expert.rotary(layout.window_start(block), window.shape[2], grid)
+        rotary = expert.rotary(layout.window(block, refresh).start, window.shape[2], grid)
         hidden = expert.embed(window)
         pending: Pending | None = None
         own, count, first = len(hidden), context * grid.tokens, fed * grid.tokens
@@ -74,10 +74,10 @@ def generate(
             parts = []
             if context and policy != "prior" and block < newest:
                 parts.append(features[layer, "head", block + 1, step - gap, branch])
-            if context and policy != "paper" and block > 0:
+            if context and policy != "paper" and block > 0 and not refresh:
                 parts.append(features[layer, "tail", block - 1, min(step + ahead, steps - 1), branch])
             keys_values: KeysValues | Context8
-            if eight_bit.covers(layer) and eight_bit.at(step, steps):
+            if eight_bit.covers(layer) and eight_bit.at(step, steps) and not refresh:
                 read = [part if isinstance(part, Features8) else to_8bit(part, spec.heads, fp8) for part in parts]
                 keys_values = arena(own, means.get((layer, block, branch)), read, hidden, spec.heads, fp8)
             else:
@@ -100,10 +100,14 @@ def generate(
             break
         if newest * gap == iteration:
             latents.append(noise(newest))
-        for block in blocks if policy == "prior" else reversed(blocks):
+        every = layout.blocks.refresh_every
+        refresh = every is not None and iteration >= every and iteration % every < gap
+        if refresh:
+            means.clear()
+        for block in blocks if policy == "prior" and not refresh else reversed(blocks):
             step = iteration - block * gap
             branches = len(prompt_embeds(block))
-            velocity = [forward(block, step, branch, newest) for branch in range(branches)]
+            velocity = [forward(block, step, branch, newest, refresh) for branch in range(branches)]
             expert_index = spec.expert(float(sampler.timesteps[step]), sampler.num_train_timesteps)
             guided = velocity[0]
             if branches == 2:

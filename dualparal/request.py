@@ -33,13 +33,6 @@ class Request:
     latents: torch.Tensor | None
     callback: Any = None
 
-    @property
-    def max_window_frames(self) -> int:
-        """Frames of the largest window that is fed to the model."""
-        if self.layout.num_blocks == 1:
-            return self.layout.window_frames(0)
-        return max(self.layout.window_frames(0), self.layout.window_frames(1))
-
 
 def split_videos(
     prompt: Prompt | Sequence[Prompt] | None,

@@ -7,12 +7,26 @@ in-place copy of the result corrupts UniPC's ``last_sample`` (0.12 off stock Wan
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 # Deterministic multistep and single-step samplers whose step() is a function of its arguments and its own history.
-SUPPORTED = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+# What each remembers from one step to the next; nothing else of it changes.
+_MEMORY = {
+    "UniPCMultistepScheduler": (
+        "model_outputs",
+        "timestep_list",
+        "last_sample",
+        "lower_order_nums",
+        "this_order",
+        "_step_index",
+    ),
+    "FlowMatchEulerDiscreteScheduler": ("_step_index",),
+    "DPMSolverMultistepScheduler": ("model_outputs", "lower_order_nums", "_step_index"),
+}
+SUPPORTED = tuple(_MEMORY)
 
 
 class Sampler:
@@ -59,3 +73,28 @@ class BlockSampler:
         timestep = self.scheduler.timesteps[step]
         result: torch.Tensor = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         return result
+
+    def state(self) -> dict[str, Any]:
+        """What it remembers: numbers, tensors, None, and lists of these. The tensors are never written to."""
+        names = [name for name in _MEMORY[type(self.scheduler).__name__] if name in vars(self.scheduler)]
+        found = {name: getattr(self.scheduler, name) for name in names}
+        return {name: list(value) if isinstance(value, list) else value for name, value in found.items()}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Takes up a ``state``.
+
+        Raises:
+            ValueError: it is not one of this class.
+        """
+        kind = type(self.scheduler).__name__
+        unknown = sorted(set(state) - set(_MEMORY[kind]))
+        if unknown:
+            raise ValueError(f"sampler {kind} remembers no {', '.join(unknown)}")
+        for name, value in state.items():
+            several = [_moved(item, device) for item in value] if isinstance(value, list) else _moved(value, device)
+            setattr(self.scheduler, name, several)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Time steps, of no dimension, stay where the sampler has its own."""
+    return value.to(device) if isinstance(value, torch.Tensor) and value.ndim else value

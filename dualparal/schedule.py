@@ -60,6 +60,7 @@ class Features(NamedTuple):
     branch: int
     slot: int
     video: int = 0
+    refresh: bool = False  # made in a refresh
 
 
 class Action(NamedTuple):
@@ -116,6 +117,8 @@ class Schedule:
     num_videos: independent videos of the same length. In each iteration they follow each other, so that one keeps the
         stages busy while the velocities of another travel.
     num_blocks None: endless; ``actions`` and ``units`` are then endless iterators.
+    key_means: whether 8-bit attention keeps a mean of its keys from one step of a block to the next.
+    start: the iteration to begin with, for a run that goes on from latents alone: see ``stands_alone``.
     """
 
     num_stages: int  # N
@@ -129,11 +132,16 @@ class Schedule:
     max_blocks_in_flight: int | None = None  # K
     context_version: str = "matching"
     num_videos: int = 1  # V
+    refresh_every: int | None = None  # R
+    key_means: bool = False
+    start: int = 0
 
     def __post_init__(self) -> None:
         for name, low in (("num_stages", 1), ("num_steps", 1), ("context_frames", 0), ("depth", 1), ("num_videos", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {low} or more")
+        if self.start < 0 or not self.stands_alone(self.start):
+            raise ValueError(f"start={self.start}: needs what an earlier iteration left behind; use a refresh")
         if self.num_blocks is not None and self.num_blocks < 1:
             raise ValueError(f"num_blocks={self.num_blocks}: a video has at least one block (None: endless)")
         if self.context not in CONTEXT_POLICIES:
@@ -165,10 +173,10 @@ class Schedule:
 
     def units(self) -> Iterator[Unit]:
         """All units in the order in which every stage runs them."""
-        iteration = 0
+        iteration = self.start
         while blocks := self.in_flight(iteration):
             for video in range(self.num_videos):
-                for block in blocks if self.context == "prior" else reversed(blocks):
+                for block in blocks if self._oldest_first(iteration) else reversed(blocks):
                     for branch in range(self.branches):
                         yield Unit(block, iteration - block * self.gap, branch, video)
             iteration += 1
@@ -177,7 +185,48 @@ class Schedule:
     def num_units(self) -> int | None:
         if self.num_blocks is None:
             return None
-        return self.num_videos * self.num_blocks * self.num_steps * self.branches
+        done = sum(self.steps_done(block) for block in range(min(self.num_blocks, self.start // self.gap + 1)))
+        return self.num_videos * (self.num_blocks * self.num_steps - done) * self.branches
+
+    def iteration(self, unit: Unit) -> int:
+        return unit.block * self.gap + unit.step
+
+    def ends_iteration(self, unit: Unit) -> bool:
+        """Whether the unit's block is the last one of its iteration."""
+        iteration = self.iteration(unit)
+        blocks = self.in_flight(iteration)
+        last = blocks[-1] if self._oldest_first(iteration) else blocks[0]
+        return unit.block == last and unit.video == self.num_videos - 1
+
+    def _oldest_first(self, iteration: int) -> bool:
+        return self.context == "prior" and not self._refreshes(iteration)
+
+    def steps_done(self, block: int) -> int:
+        """Steps that a block has behind it when the schedule starts."""
+        return min(max(0, self.start - block * self.gap), self.num_steps)
+
+    @property
+    def first_block(self) -> int:
+        """The first block that is not finished when the schedule starts."""
+        return self.in_flight(self.start).start
+
+    # Refreshes ----------------------------------------------------------------------------------------------
+
+    def refreshes(self, unit: Unit) -> bool:
+        """Whether the unit reads nothing that an earlier iteration left behind, by ``refresh_every``."""
+        return self._refreshes(self.iteration(unit))
+
+    def _refreshes(self, iteration: int) -> bool:
+        every = self.refresh_every
+        return every is not None and iteration >= every and iteration % every < self.gap
+
+    def stands_alone(self, iteration: int) -> bool:
+        """Whether a schedule can start with an iteration: all that it and later ones read of earlier ones are latents
+        and sampler states. Features are read for up to ``gap`` iterations, and so many refresh."""
+        stateless = self.context == "paper" or self.context_frames == 0
+        if iteration == 0 or (stateless and not self.key_means):
+            return True
+        return self.refresh_every is not None and iteration % self.refresh_every == 0
 
     @property
     def max_in_flight(self) -> int:
@@ -197,8 +246,8 @@ class Schedule:
     # What a unit reads and leaves ---------------------------------------------------------------------------
 
     def previous_latents(self, unit: Unit) -> int | None:
-        """``paper``: the version of block b-1's latents that are fed in front; None: nothing is fed."""
-        if self.context != "paper" or unit.block == 0 or self.context_frames == 0:
+        """The version of block b-1's latents that are fed in front; None: nothing is fed."""
+        if not (self.context == "paper" or self.refreshes(unit)) or unit.block == 0 or self.context_frames == 0:
             return None
         return min(self.num_steps, unit.step + self.gap)
 
@@ -206,7 +255,7 @@ class Schedule:
         """Features of block b-1 that the unit reads. ``cached``: of the same step ("matching"), or of its step in the
         iteration before ("newest"); ``prior``: of the one before it in this iteration. Of its last step once it is
         done."""
-        if self.context == "paper" or unit.block == 0 or self.context_frames == 0:
+        if self.context == "paper" or unit.block == 0 or self.context_frames == 0 or self.refreshes(unit):
             return None
         step = min(unit.step + self._ahead, self.num_steps - 1)
         return self._tail(unit._replace(block=unit.block - 1, step=step))
@@ -229,11 +278,16 @@ class Schedule:
         if self.slots("head") and unit.block > 0 and unit.step + self.gap < self.num_steps:
             found.append(self._head(unit))
         last = self.num_blocks is not None and unit.block + 1 >= self.num_blocks
-        # The first steps are read by nobody, unless one is the last, too.
-        read = unit.step >= self._ahead or unit.step == self.num_steps - 1
-        if self.slots("tail") and not last and read:
+        if self.slots("tail") and not last and self._tail_is_read(unit):
             found.append(self._tail(unit))
         return tuple(found)
+
+    def _tail_is_read(self, unit: Unit) -> bool:
+        """By one step of the next block; what the last step leaves, by all that are left when it is done."""
+        first = unit.step - self._ahead
+        steps = range(first, self.num_steps) if unit.step == self.num_steps - 1 else [first]
+        after = unit._replace(block=unit.block + 1)
+        return any(step >= 0 and not self.refreshes(after._replace(step=step)) for step in steps)
 
     @property
     def _ahead(self) -> int:
@@ -276,21 +330,21 @@ class Schedule:
         return self.num_steps if self.context_version == "matching" else -(-self.num_steps // self.gap)
 
     def _head(self, unit: Unit) -> Features:
-        return Features("head", unit.block, unit.step, unit.branch, 0, unit.video)
+        return Features("head", unit.block, unit.step, unit.branch, 0, unit.video, self.refreshes(unit))
 
     def _tail(self, unit: Unit) -> Features:
         left = self.num_steps - 1 - unit.step
         if self.context == "prior":
             slot = unit.video if left == 0 else self.slots("tail") - 1
-            return Features("tail", unit.block, unit.step, unit.branch, slot, unit.video)
-        if self._video_slots < self._relay_slots:  # few blocks: each keeps its own
+        elif self._video_slots < self._relay_slots:  # few blocks: each keeps its own
             slot = unit.block * self._copies + unit.step % self._copies
         elif self.context_version == "matching":
             slot = unit.step  # the only reader is the block after, at this step, which then writes there
         else:
             slot = -(-left // self.gap)  # where the block after has just read when this one gets there
-        slot += unit.video * self._video_slots
-        return Features("tail", unit.block, unit.step, unit.branch, slot, unit.video)
+        if self.context == "cached":
+            slot += unit.video * self._video_slots
+        return Features("tail", unit.block, unit.step, unit.branch, slot, unit.video, self.refreshes(unit))
 
     # What every stage does ----------------------------------------------------------------------------------
 
@@ -628,13 +682,13 @@ def _check_video(schedule: Schedule, actions: list[Action], complete: bool) -> N
     for action in actions:
         unit = action.unit
         if action.op is Op.RUN:
-            if version.setdefault(unit.block, 0) != unit.step:
+            if version.setdefault(unit.block, schedule.steps_done(unit.block)) != unit.step:
                 raise ScheduleError(f"{action} <- latents of block {unit.block} are at {version[unit.block]}")
             wanted = schedule.previous_latents(unit)
-            if wanted is not None and version.get(unit.block - 1) != wanted:
+            before = version.get(unit.block - 1, schedule.steps_done(unit.block - 1))
+            if wanted is not None and before != wanted:
                 raise ScheduleError(
-                    f"{action} <- reads latents of block {unit.block - 1} at {wanted}, "
-                    f"which are at {version.get(unit.block - 1)}"
+                    f"{action} <- reads latents of block {unit.block - 1} at {wanted}, which are at {before}"
                 )
         if action.op is (Op.RECV if schedule.num_stages > 1 else Op.RUN):
             velocities.setdefault((unit.block, unit.step), set()).add(unit.branch)
@@ -646,5 +700,5 @@ def _check_video(schedule: Schedule, actions: list[Action], complete: bool) -> N
             if version[unit.block] != schedule.num_steps:
                 raise ScheduleError(f"{action} <- block is at version {version[unit.block]}")
             emitted.append(unit.block)
-    if complete and emitted != list(range(schedule.num_blocks or 0)):
+    if complete and emitted != list(range(schedule.first_block, schedule.num_blocks or 0)):
         raise ScheduleError(f"blocks leave in the order {emitted}")

@@ -7,7 +7,8 @@ text per prompt, rotary angles per window. Layers share one workspace for keys a
 graph of it (``graphs.py``) serves every block.
 
 With 8-bit attention a block has a state in every layer and branch: the mean of its keys at the step before, which is
-what it takes from them at this one. It lies in the store, as features do.
+what it takes from them at this one. It lies in the store, as features do. A refresh is in 16 bits: it may not read
+that state, and after it the state begins anew.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class StepShape(NamedTuple):
     expert: int
     branch: int
     frames: int
-    fed_context: int  # leading frames that belong to the previous block (``paper``)
+    fed_context: int  # leading frames that belong to the previous block (``paper``, refreshes)
     reads: tuple[Read, ...]  # features read, in the order in which their keys follow the own ones
     writes: tuple[str, ...]  # sides
     eight_bit: bool = False  # is 8-bit attention on, in the layers that take part?
@@ -64,9 +65,11 @@ class Stage:
         slots: of the features of neighbours, by side ("head", "tail"), and of what a block keeps ("mean").
         branches: 2 with guidance.
         max_tokens: own tokens of the largest window.
-        context_tokens: tokens that a neighbour lends. starts: the first of them among its own, by side.
+        context_tokens: tokens that a neighbour lends. starts: the first of them among its own outside of refreshes,
+            by side.
         first, last: whether this stage embeds latents, and whether it makes velocities.
         layers: which layers of the model these are. eight_bit: where they attend in 8 bits.
+        refreshes: whether there will be any.
         wrap: what to put around ``forward``, such as ``graphs.Graphed``.
     """
 
@@ -86,6 +89,7 @@ class Stage:
         last: bool,
         layers: range,
         eight_bit: EightBitSchedule,
+        refreshes: bool = False,
         wrap: Callable[[Forward], Forward] | None = None,
     ) -> None:
         self.experts = experts
@@ -99,16 +103,20 @@ class Stage:
         self._covered = [eight_bit.covers(layer) for layer in layers]
         self._on = [any(self._covered) and eight_bit.at(step, steps) for step in range(steps)]
         self._fp8 = eight_bit.mode == "fp8"
-        sizes = max_tokens, {side: starts[side] for side in ("head", "tail") if slots[side]}, context_tokens
+        starts = {side: starts[side] for side in ("head", "tail") if slots[side]}
+        self._always_8bit = all(self._on) and not refreshes
         self._workspace = self._workspace8 = None
-        if not (all(self._covered) and all(self._on)):
-            self._workspace = Workspace(*sizes, self.inner_dim, slice_.dtype, slice_.device)
-        if any(self._on):
-            self._workspace8 = Workspace8(
-                *sizes, self.inner_dim, slice_.heads, FP8 if self._fp8 else slice_.dtype, slice_.device
+        if not (all(self._covered) and self._always_8bit):
+            self._workspace = Workspace(
+                max_tokens, len(starts), context_tokens, self.inner_dim, slice_.dtype, slice_.device
             )
-        self._starts = starts
-        self.store = FeatureStore(slots, branches, [self._formats(sizes[1], c) for c in self._covered], slice_.device)
+        if any(self._on):
+            values = FP8 if self._fp8 else slice_.dtype
+            self._workspace8 = Workspace8(
+                max_tokens, starts, context_tokens, self.inner_dim, slice_.heads, values, slice_.device
+            )
+        self._lent = context_tokens
+        self.store = FeatureStore(slots, branches, [self._formats(starts, c) for c in self._covered], slice_.device)
         self._step = wrap(self.forward) if wrap else self.forward
         self._time: dict[int, TimeCondition] = {}
         self._prompts: dict[int, torch.Tensor] = {}
@@ -137,8 +145,10 @@ class Stage:
         *,
         prompt: int,
         place: int,
-        window: tuple[int, int],
+        window: range,
         fed_context: int,
+        refresh: bool,
+        after_refresh: bool,
         reads: Sequence[Features],
         writes: Sequence[Features],
     ) -> torch.Tensor:
@@ -147,30 +157,33 @@ class Stage:
         Args:
             hidden: first stage: latents [1, C, F, H, W]; otherwise hidden states [tokens, inner].
             place: a number that the block has to itself while it is in flight.
-            window: absolute index of the first frame, and number of frames F.
-            fed_context: leading frames that belong to the previous block (``paper``).
+            window: absolute indices of its frames.
+            fed_context: leading frames that belong to the previous block (``paper``, refreshes).
+            refresh, after_refresh: whether this or the block's last unit is one of a refresh.
             reads, writes: slots of the feature store, in the order in which keys follow the own ones.
 
         Returns:
             Hidden states [tokens, inner], or on the last stage the velocity [1, C, own frames, H, W]. Good until the
             next unit.
         """
-        expert, eight_bit = self.expert_of_step[unit.step], self._on[unit.step]
+        if not self.first:
+            hidden = hidden[: len(window) * self.grid.tokens]  # a message is as long as the largest
+        expert, eight_bit = self.expert_of_step[unit.step], self._on[unit.step] and not refresh
         shape = StepShape(
             expert,
             unit.branch,
-            window[1],
+            len(window),
             fed_context,
-            tuple((f.side, self._on[f.step]) for f in reads),
+            tuple((f.side, self._on[f.step] and not f.refresh) for f in reads),
             tuple(f.side for f in writes),
             eight_bit,
-            eight_bit and not (unit.step and self._on[unit.step - 1]),
+            eight_bit and (after_refresh or not (unit.step and self._on[unit.step - 1])),
         )
         inputs = StepInputs(
             hidden,
             self._text_condition(prompt, unit.branch, expert),
             self._time_condition(unit.step),
-            self._angles(*window),
+            self._angles(window.start, len(window)),
             tuple(self._row(features) for features in reads),
             tuple(self._row(features) for features in writes),
             (self.store.row("mean", place, unit.branch),) if eight_bit else (),
@@ -182,14 +195,16 @@ class Stage:
         expert, tokens = self.experts[shape.expert], self.grid.tokens
         hidden = expert.embed(inputs.hidden) if self.first else inputs.hidden
         first_own = shape.fed_context * tokens
-        views = self._views(shape, len(hidden))
+        places = {"head": first_own, "tail": len(hidden) - self._lent}
+        starts = {side: places[side] for side in shape.writes}
+        views = self._views(shape, len(hidden), starts)
         pending: Pending | None = None
         for index in range(expert.num_layers):
             eight_bit = shape.eight_bit and self._covered[index]
             view = views[eight_bit]
             self._read(index, eight_bit, view, shape, inputs)
             text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
-            lends = {} if eight_bit else self._lends(index, shape, inputs)
+            lends = {} if eight_bit else self._lends(index, starts, inputs)
             hidden, pending = expert.layer(
                 index, hidden, pending, inputs.time, text, inputs.rotary, view.context, list(lends.values())
             )
@@ -204,11 +219,11 @@ class Stage:
         assert pending is not None, "a stage has at least one layer"
         return expert.head(hidden[first_own:], (pending[0][first_own:], pending[1]), inputs.time, self.grid)
 
-    def _views(self, shape: StepShape, own: int) -> dict[bool, View]:
+    def _views(self, shape: StepShape, own: int, starts: Mapping[str, int]) -> dict[bool, View]:
         """The workspaces as the unit's layers see them, by whether they attend in 8 bits."""
         found = {}
         if self._workspace is not None:
-            found[False] = self._workspace.view(own, shape.reads, shape.writes)
+            found[False] = self._workspace.view(own, shape.reads, starts)
         if self._workspace8 is not None and shape.eight_bit:
             found[True] = self._workspace8.view(own, shape.reads, shape.writes, shape.first_8bit)
         return found
@@ -235,11 +250,11 @@ class Stage:
             for tensor, source in zip(target, converted, strict=True):
                 tensor.copy_(source)
 
-    def _lends(self, index: int, shape: StepShape, inputs: StepInputs) -> dict[str, Lend]:
+    def _lends(self, index: int, starts: Mapping[str, int], inputs: StepInputs) -> dict[str, Lend]:
         """What the layer itself puts into the store, by side."""
         found = {
-            side: self.store.lend(index, side, at, self._starts[side])
-            for side, at in zip(shape.writes, inputs.write_at, strict=True)
+            side: self.store.lend(index, side, at, start)
+            for (side, start), at in zip(starts.items(), inputs.write_at, strict=True)
         }
         return {side: lend for side, lend in found.items() if lend is not None}
 
@@ -248,7 +263,7 @@ class Stage:
         found: dict[str, dict[bool, Format]] = {}
         for side in starts:
             found[side] = {}
-            if self._workspace is not None and not (covered and all(self._on)):
+            if self._workspace is not None and not (covered and self._always_8bit):
                 found[side][False] = self._workspace.fresh("meta")
             if self._workspace8 is not None and covered:
                 found[side][True] = self._workspace8.fresh(side, "meta").tensors

@@ -96,6 +96,11 @@ class SegmentWriter:
             self._write_playlist()
 
     @property
+    def blocks(self) -> set[int]:
+        """The blocks on disk."""
+        return set(self._frames)
+
+    @property
     def segments(self) -> list[Path]:
         """The segments on disk in the order of their blocks: what `join` takes."""
         return [self._path(block) for block in sorted(self._frames)]

@@ -28,32 +28,35 @@ class Workspace:
 
     Args:
         tokens: own tokens of the largest window.
-        starts: the first row that a block lends, by side.
-        lent: so many rows it lends.
+        sides: how many neighbours there are features of.
+        lent: so many rows a block lends to each.
     """
 
     def __init__(
-        self, tokens: int, starts: Mapping[str, int], lent: int, inner: int, dtype: torch.dtype, device: torch.device
+        self, tokens: int, sides: int, lent: int, inner: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._starts, self._lent = starts, lent
+        self._lent = lent
         self._memory = KeysValues(
-            *(torch.empty(tokens + len(starts) * lent, inner, dtype=dtype, device=device) for _ in range(2))
+            *(torch.empty(tokens + sides * lent, inner, dtype=dtype, device=device) for _ in range(2))
         )
 
     def fresh(self, device: str | None = None) -> KeysValues:
         """Memory for what a side lends."""
         return KeysValues(*(torch.empty_like(tensor[: self._lent], device=device) for tensor in self._memory))
 
-    def view(self, own: int, reads: Sequence[Read], writes: Sequence[str]) -> View:
+    def view(self, own: int, reads: Sequence[Read], starts: Mapping[str, int]) -> View:
+        """starts: the first row of what is lent, by side."""
         rows = self._memory.rows(0, own + len(reads) * self._lent)
         places: list[Format] = [rows.rows(own + number * self._lent, self._lent) for number in range(len(reads))]
-        return View(rows, places, {side: rows.rows(self._starts[side], self._lent) for side in writes})
+        return View(rows, places, {side: rows.rows(start, self._lent) for side, start in starts.items()})
 
 
 class Workspace8:
     """In 8 bits: every part begins at a multiple of TILE, and what is lent begins with a whole tile.
 
-    Args: as ``Workspace``; values: their dtype, FP8 or one of 16 bits.
+    Args:
+        starts: the first row that a block lends, by side. values: their dtype, FP8 or one of 16 bits. The others: as
+            in ``Workspace``.
     """
 
     def __init__(

@@ -22,8 +22,8 @@ def test_blocks_tile_the_video(config: BlockConfig, length: int) -> None:
         assert layout.start(block) == at
         at += layout.kept_frames(block)
         assert layout.kept_frames(block) > 0, "no block is all surplus"
-        assert layout.window_start(block) >= 0
-        assert layout.window_start(block) + layout.window_frames(block) == layout.start(block) + layout.frames(block)
+        assert layout.window(block).start >= 0
+        assert layout.window(block).stop == layout.start(block) + layout.frames(block)
     assert at == length
     assert layout.padded_latents is not None and 0 <= layout.padded_latents - length < config.frames_per_block
 
@@ -34,7 +34,7 @@ def test_an_endless_video_is_laid_out_as_a_long_one(config: BlockConfig) -> None
     assert endless.num_blocks is None
     for block in (0, 1, 7):
         assert endless.start(block) == long.start(block)
-        assert endless.window_frames(block) == long.window_frames(block)
+        assert endless.window(block) == long.window(block)
 
 
 def test_a_video_that_fits_into_a_block_is_one_block_of_its_length() -> None:

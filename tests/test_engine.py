@@ -116,6 +116,33 @@ def test_few_blocks_in_flight_equal_reference(
         assert torch.equal(made, expected), f"{stages} stages: {(made - expected).abs().max()}"
 
 
+REFRESHED = {  # name: R, T, K, latent frames; blocks of 2
+    "each step": (1, 3, None, 9),
+    "every other": (2, 4, None, 11),
+    "rarely": (4, 5, None, 13),
+    "never reached": (50, 3, None, 7),
+    "gap": (4, 6, 3, 11),
+    "gap, each step": (2, 6, 2, 9),
+}
+
+
+@pytest.mark.parametrize("version", ["matching", "newest", "prior", "paper"])
+@pytest.mark.parametrize("shape", REFRESHED)
+def test_refreshes_equal_reference(engine: Build, wan22: Path, version: str, shape: str) -> None:
+    every, steps, limit, latents = REFRESHED[shape]
+    policy = {"context": "cached", "context_version": version} if version in CONTEXT_VERSIONS else {"context": version}
+    options = {"frames_per_block": 2, "context_frames": 1, "max_blocks_in_flight": limit, **policy}
+    call = {"num_frames": 4 * (latents - 1) + 1, "num_inference_steps": steps, **SIZE}
+    prompt = embeds(engine(wan22))
+    plain = reference_latents(engine(wan22, **options), prompt, seed=3, **call)
+    for stages in (1, 3):
+        built = engine(wan22, stages=stages, refresh_every=every, **options)
+        expected = reference_latents(built, prompt, seed=3, **call)
+        made = built(**prompt, seed=3, output_type="latent", **call).frames
+        assert torch.equal(made, expected), f"{stages} stages: {(made - expected).abs().max()}"
+        assert torch.equal(made, plain) == (version == "paper" or shape == "never reached")
+
+
 @pytest.mark.parametrize("split", [(1, 7, 1), (4, 3, 2), (1, 2, 1, 4, 1), (1, 1, 2, 1, 1, 2, 1), None])
 def test_any_split_of_the_layers_gives_the_same_video(
     engine: Build, wan21_9_layers: Path, split: tuple[int, ...] | None

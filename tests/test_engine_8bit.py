@@ -184,13 +184,25 @@ def test_off_does_nothing(engine: Build, monkeypatch: pytest.MonkeyPatch) -> Non
 # The store
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_refreshes_are_in_16_bits(engine: Build, policy: str) -> None:
+    """And what they leave behind is converted; the means of keys begin anew."""
+    options = {"context": policy, "attention_8bit": "int8", "refresh_every": 3}
+    asked = call(17, 4)
+    expected = truth(build(engine, **options), asked)
+    assert not torch.equal(expected, truth(build(engine, **{**options, "refresh_every": None}), asked))
+    for stages in (1, 3):
+        made = latents(build(engine, stages=stages, **options), asked)
+        assert torch.equal(made, expected), f"{stages} stages: {(made - expected).abs().max()}"
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 def test_slots_hold_either_format(fp8: bool) -> None:
     tokens, inner, heads, count, slots = 1000, 128, 2, 500, 3
     device = torch.device("cpu")
-    sizes = tokens, {"tail": tokens - count}, count, inner
-    plain = Workspace(*sizes, torch.bfloat16, device)
-    eight = Workspace8(*sizes, heads, FP8 if fp8 else torch.bfloat16, device)
+    plain = Workspace(tokens, 1, count, inner, torch.bfloat16, device)
+    values_dtype = FP8 if fp8 else torch.bfloat16
+    eight = Workspace8(tokens, {"tail": tokens - count}, count, inner, heads, values_dtype, device)
     formats = {False: plain.fresh("meta"), True: eight.fresh("tail", "meta").tensors}
     both, only_16, only_8 = (
         FeatureStore({"tail": slots}, 1, [{"tail": chosen}] * 2, device)

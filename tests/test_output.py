@@ -54,7 +54,7 @@ def test_what_is_there_is_replaced_only_on_request(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=f"{why}.*--overwrite"):
             check_out(path, overwrite=False)
         check_out(path, overwrite=True)
-    open_output(pictures, 16, keep_blocks=False).close()
+    open_output(pictures, 16).close()
     assert (pictures / "mine.txt").exists()  # only pictures of an earlier run go
 
 
@@ -85,7 +85,7 @@ def test_a_video_grows_by_blocks_and_is_joined_at_the_end(tmp_path: Path) -> Non
     path = tmp_path / "new" / "a.mp4"
     began = time.time() - 1
     assert what_is_left(path, began) == ""
-    output = open_output(path, 16, keep_blocks=False)
+    output = open_output(path, 16)
     output.write(0, FRAMES)
     assert "1 finished block;" in what_is_left(path, began) and "playlist.m3u" in what_is_left(path, began)
     output.write(1, FRAMES[:3])
@@ -93,6 +93,8 @@ def test_a_video_grows_by_blocks_and_is_joined_at_the_end(tmp_path: Path) -> Non
     assert [count_frames(blocks / f"block-{k:06d}.mp4") for k in range(2)] == [4, 3]
     assert "2 finished blocks" in what_is_left(path, began) and not path.exists()
     assert output.close() == count_frames(path) == 7
+    assert count_frames(blocks / "block-000000.mp4") == 4  # until they are not wanted any more
+    output.remove_blocks()
     assert [p.name for p in path.parent.iterdir()] == ["a.mp4"]
     assert what_is_left(path, began) == f"{path} has the finished frames"
     assert what_is_left(path, time.time() + 60) == ""  # an earlier run's
@@ -101,21 +103,17 @@ def test_a_video_grows_by_blocks_and_is_joined_at_the_end(tmp_path: Path) -> Non
 def test_no_block_no_video_and_old_blocks_make_way(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(b"an earlier video")
-    old = open_output(path, 16, keep_blocks=True)
+    old = open_output(path, 16)
     for block in range(3):
         old.write(block, FRAMES)
-    output = open_output(path, 25, keep_blocks=False)  # other settings would not join with the old blocks
+    output = open_output(path, 25)  # other settings would not join with the old blocks
     assert output.close() == 0
+    output.remove_blocks()
     assert path.read_bytes() == b"an earlier video" and [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_blocks_stay_when_they_are_wanted_or_cannot_be_joined(tmp_path: Path) -> None:
-    output = open_output(tmp_path / "a.mp4", 16, keep_blocks=True)
-    output.write(0, FRAMES)
-    output.close()
-    assert count_frames(tmp_path / "a.mp4.blocks" / "block-000000.mp4") == count_frames(tmp_path / "a.mp4")
-
-    output = open_output(tmp_path / "b.mp4", 16, keep_blocks=False)
+def test_blocks_stay_when_they_cannot_be_joined(tmp_path: Path) -> None:
+    output = open_output(tmp_path / "b.mp4", 16)
     output.write(0, FRAMES)
     (tmp_path / "b.mp4.tmp").symlink_to(tmp_path / "elsewhere")  # the join refuses to follow it
     with pytest.raises(OSError):
@@ -124,14 +122,39 @@ def test_blocks_stay_when_they_are_wanted_or_cannot_be_joined(tmp_path: Path) ->
 
 
 def test_pictures_are_numbered_on_and_exact(tmp_path: Path) -> None:
-    output = open_output(tmp_path / "pictures", 16, keep_blocks=False)
+    output = open_output(tmp_path / "pictures", 16)
     output.write(0, FRAMES[:1])
     output.write(1, FRAMES[1:])
     assert output.close() == 4
     for number, frame in enumerate(FRAMES, 1):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "pictures" / f"frame-{number:08d}.png")), frame)
-    open_output(tmp_path / "pictures", 16, keep_blocks=False)
+    open_output(tmp_path / "pictures", 16)
     assert not list((tmp_path / "pictures").iterdir())
+
+
+def test_a_resumed_video_is_the_one_written_in_one_go(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole.mp4", tmp_path / "broken.mp4"
+    output = open_output(whole, 16)
+    for block in range(3):
+        output.write(block, FRAMES[block : block + 2])
+    output.close()
+    open_output(broken, 16).write(0, FRAMES[:2])
+    check_out(broken, overwrite=False, resume=True)
+    again = open_output(broken, 16, block=1, frames=2)
+    for block in (1, 2):
+        again.write(block, FRAMES[block : block + 2])
+    assert again.close() == 6 and broken.read_bytes() == whole.read_bytes()
+    with pytest.raises(OutputError, match="the segment of block 3 is missing"):
+        open_output(broken, 16, block=4, frames=8)
+
+
+def test_resumed_pictures_go_on_where_they_were(tmp_path: Path) -> None:
+    open_output(tmp_path / "pictures", 16).write(0, FRAMES[:3])
+    again = open_output(tmp_path / "pictures", 16, block=1, frames=2)
+    again.write(1, FRAMES[:2])
+    assert again.close() == 4
+    names = [f"frame-{number:08d}.png" for number in (1, 2, 3, 4)]
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == names
 
 
 # Latents ----------------------------------------------------------------------------------------------------------

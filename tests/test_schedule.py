@@ -28,6 +28,7 @@ schedules = st.builds(
     max_blocks_in_flight=st.none() | st.integers(1, 8),
     context_version=st.sampled_from(CONTEXT_VERSIONS),
     num_videos=st.sampled_from([1, 1, 2, 3]),
+    refresh_every=st.none() | st.integers(1, 9),
 )
 
 
@@ -47,6 +48,32 @@ def test_every_schedule_runs_and_reads_what_it_names(schedule: Schedule) -> None
     assert set(runs) == expected and set(runs.values()) == {schedule.num_stages}
 
 
+@settings(max_examples=200, deadline=None)
+@given(schedules, st.data())
+def test_a_schedule_goes_on_from_latents_alone(schedule: Schedule, data: st.DataObject) -> None:
+    """From an iteration that stands alone: the same units, in the same order, that read what is made after it."""
+    assert schedule.num_blocks is not None
+    last = (schedule.num_blocks - 1) * schedule.gap + schedule.num_steps
+    start = data.draw(st.sampled_from([i for i in range(last) if schedule.stands_alone(i)]))
+    rest = replace(schedule, start=start, num_stages=data.draw(st.integers(1, 8)))
+    validate(rest)
+    units = [unit for unit in schedule.units() if schedule.iteration(unit) >= start]
+    assert list(rest.units()) == units and rest.num_units == len(units)
+    for unit in units:
+        assert rest.reads(unit) == schedule.reads(unit)
+        assert all(f.block * schedule.gap + f.step >= start for f in rest.reads(unit))
+
+
+def test_a_schedule_starts_where_it_can() -> None:
+    schedule = Schedule(2, 6, 9, max_blocks_in_flight=3, refresh_every=5)
+    assert [i for i in range(22) if schedule.stands_alone(i)] == [0, 5, 10, 15, 20]
+    assert [schedule._refreshes(i) for i in range(4, 13)] == [False, True, True, False, False, False, True, True, False]
+    assert replace(schedule, context="paper").stands_alone(7)
+    assert not replace(schedule, context="paper", key_means=True).stands_alone(7)
+    with pytest.raises(ValueError, match="start=7: needs what an earlier iteration left"):
+        replace(schedule, start=7)
+
+
 @settings(max_examples=300, deadline=None)
 @given(schedules)
 def test_features_take_as_many_slots_as_are_needed_at_once(schedule: Schedule) -> None:
@@ -60,7 +87,7 @@ def test_features_take_as_many_slots_as_are_needed_at_once(schedule: Schedule) -
         for at, unit in enumerate(units):
             kept = [f for f in made if f.side == side and made[f] <= at < last_read[f] and f.branch == unit.branch]
             most = max(most, len(kept))
-        assert schedule.slots(side) == most
+        assert schedule.slots(side) == most or (schedule.refresh_every and schedule.slots(side) > most)
 
 
 @pytest.mark.parametrize(("steps", "limit", "gap", "most"), [(50, 8, 7, 8), (50, 25, 2, 25), (50, 26, 2, 25),
