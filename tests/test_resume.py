@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +302,7 @@ def test_a_damaged_snapshot_is_passed_over(kept: Any, caplog: pytest.LogCaptureF
     assert all(torch.equal(c.latents, whole[c.block].latents) for c in made)
     for path in snapshot._snapshots(folder):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(SnapshotError, match="no snapshot in .* can be used: .*damaged.*damaged"):
+    with pytest.raises(SnapshotError, match=r"no snapshot in .* can be used: .*damaged.*damaged"):
         build(1).resume(folder)
 
 
@@ -310,13 +310,13 @@ def test_missing_latents_and_foreign_engines_are_refused(kept: Any, engine: Buil
     folder, _, build = kept
     with pytest.raises(SnapshotError, match=r"another run: blocks: .*'context_frames': 1.* there, .*2.* here"):
         engine(frames_per_block=2, context_frames=2, context="paper").resume(folder)
-    with pytest.raises(SnapshotError, match="another run: dtype: 'torch.float32' there, 'torch.bfloat16' here"):
+    with pytest.raises(SnapshotError, match=r"another run: dtype: 'torch.float32' there, 'torch.bfloat16' here"):
         engine(frames_per_block=2, context_frames=1, context="paper", dtype="bfloat16").resume(folder)
     last = max(snapshot._blocks(folder))
     for number in range(last[1] + 1):
         for path in snapshot._blocks(folder).get((0, number), []):
             path.unlink()
-    with pytest.raises(SnapshotError, match="the latents of block . are missing"):
+    with pytest.raises(SnapshotError, match=r"the latents of block . are missing"):
         list(build(1).resume(folder))
     with pytest.raises(SnapshotError, match="holds no snapshot"):
         build(1).resume(folder / "elsewhere")
