@@ -312,7 +312,7 @@ def generate(
         given = context_of_call.params
         _run_job(_resumed(context_of_call, resume, given), heartbeat, False)
     if not prompt:
-        raise ValueError("--prompt: say what the video shows, or --resume a folder")
+        raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
     default_height, default_width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)
     split = _layers_per_stage(layers_per_stage)
     if split and gpus is None and stages is None and "RANK" not in os.environ:
@@ -763,7 +763,7 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
             if outputs:
                 outputs[chunk.video].write(chunk.block, chunk.frames)
             if job.latents_out is not None:
-                if not final[chunk.video]:
+                if job.resume and not final[chunk.video]:
                     final[chunk.video] += _finished_before(job, chunk)
                 final[chunk.video].append(chunk.latents.cpu())
             report = asdict(chunk.progress)
