@@ -154,6 +154,8 @@ def read_latents(path: Path) -> torch.Tensor:
         raise ValueError(f"--latents-in {path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"--latents-in {path} is not a safetensors file: {error}") from None
+    if not tensor.is_floating_point():
+        raise ValueError(f"--latents-in {path} holds {tensor.dtype}; latents are floating-point numbers")
     return tensor.float()
 
 

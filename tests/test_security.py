@@ -28,7 +28,7 @@ import safetensors
 import torch
 
 import dualparal
-from dualparal import cli, gantt, output
+from dualparal import cli, gantt, mesh, output
 from dualparal.loading import ModelError, ModelFiles, WeightFiles, resolve_model
 from dualparal.output import OutputError, check_file, check_out, open_output, read_latents, write_latents
 from dualparal.supervisor import supervise
@@ -178,6 +178,19 @@ def test_no_socket_is_open_outside_this_machine(watched: Watched) -> None:
     assert _outside(watched.sockets) == []
 
 
+def test_ranks_of_one_node_are_told_to_stay_on_loopback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a machine's name leads to loopback anyway, its sockets do not show whether they were told."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in ((mesh.RENDEZVOUS, str(tmp_path / "store")), ("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mesh.dist, "FileStore", lambda *_: None)
+    monkeypatch.setattr(mesh.dist, "init_process_group", lambda *_, **__: None)
+    mesh.Mesh._init("gloo")
+    assert {os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")} <= {"lo", "lo0"}
+
+
 @pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1"])
 def test_an_open_socket_would_be_seen(address: str) -> None:
     program = f"import socket; s = socket.create_server(({address!r}, 0)); print(flush=True); input()"
@@ -211,7 +224,7 @@ def test_a_failure_does_not_tell_the_prompt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [["--prompt-at", SECRET], ["--prompt-at", f"99:{SECRET}"], ["--prompt-at", f"8:{SECRET}", "--prompt-at", "8:b"]],
+    [["--prompt-at", SECRET], ["--prompt-at", f"99:{SECRET}"], ["--prompt-at", "8:b", "--prompt-at", f"8:{SECRET}"]],
 )
 def test_a_refusal_does_not_tell_the_prompt(refused: Callable[..., str], wan21: Path, flags: list[str]) -> None:
     assert "quokka" not in refused("--prompt", SECRET, *flags, "--num-frames", 33, "--model", wan21)
