@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import faulthandler
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +110,7 @@ def config(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
             "context_version": "matching",
         }
         made = config.BlockConfig(**arguments(rng, right, anything))
+        assert 0 <= made.context_frames <= made.frames_per_block
         layout = config.Layout(made, rng.choice([None, 1, rng.randint(1, 10**6)]))
         assert made.gap(rng.randint(1, config.MAX_STEPS)) >= 1
         if layout.num_blocks is not None and layout.num_latents is not None:
@@ -185,21 +188,24 @@ def argv(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     Path("full/file").touch()
     Path("link.mp4").symlink_to("nowhere")
     command = typer.main.get_command(cli.app)
-    options = command.commands["generate"].params  # type: ignore[attr-defined]
+    options = [*inspect.signature(cli.generate).parameters.values()]
     cli.app = lambda: command(standalone_mode=True)  # type: ignore[assignment]
     right = ["generate", "--prompt", "a cat", "--model", "model", "--height", "32", "--width", "32", "--device", "cpu"]
     names = ["there.mp4", "full", "full/a.mp4", "there.mp4/a", "link.mp4", "model", "new/a.mp4"]
 
-    def value(rng: random.Random) -> str:
-        made = rng.choice([integer, integer, anything, lambda r: r.choice(WORDS), lambda r: r.choice(names)])(rng)
-        return str(made).replace("\0", "")
+    def value(rng: random.Random, kind: str) -> str:
+        numeric = "int" in kind or "float" in kind
+        kinds = [integer, integer, anything] if numeric else [lambda r: r.choice(WORDS), lambda r: r.choice(names)]
+        return str(rng.choice([*kinds, anything])(rng)).replace("\0", "")
 
     def flags(rng: random.Random) -> list[str]:
         made = []
         for option in rng.sample(options, rng.randint(0, 4)):
-            made.append(rng.choice(option.opts) if rng.random() < 0.97 else rng.choice(WORDS))
-            if not getattr(option, "is_flag", False) or rng.random() < 0.05:
-                made.append(value(rng))
+            kind = str(option.annotation).partition(",")[0]  # Annotated[int | None, ...
+            flag = "--" + option.name.replace("_", "-")
+            made.append(flag if rng.random() < 0.97 else rng.choice(WORDS))
+            if "bool" not in kind or rng.random() < 0.05:
+                made.append(value(rng, kind))
         return made
 
     def feed(rng: random.Random) -> None:
@@ -222,7 +228,7 @@ def argv(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
 
 @target
 def header(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
-    """Message headers: noise, flipped bits, fields that were changed, cut or meant for a tensor of another size."""
+    """Message headers: noise, bits and fields changed, with the old checksum or a right one, cut, for another size."""
     import torch
 
     from dualparal.schedule import Unit
@@ -236,13 +242,17 @@ def header(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
         unit = Unit(rng.randrange(2**40), rng.randrange(2**20), rng.randrange(2), rng.randrange(2**20))
         sent = Header(rng.choice(list(Kind)), unit, rng.randrange(2**40))
         fields = pack_header(sent, elements)
-        change = rng.choice(["none", "bits", "field", "noise", "length", "size", "swap"])
+        change = rng.choice(["none", "bits", "field", "forged", "noise", "length", "size", "swap"])
         if change == "bits":
             for _ in range(rng.randint(1, 3)):
                 at, bit = rng.randrange(len(fields)), rng.randrange(64)
                 fields[at] ^= (1 << bit) - (1 << 64 if bit == 63 else 0)
         elif change == "field":
             fields[rng.randrange(len(fields))] = number(rng)
+        elif change == "forged":
+            for _ in range(rng.randint(1, 3)):
+                fields[rng.randrange(len(fields))] = number(rng)
+            fields[-1] = zlib.crc32(fields[:-1].numpy().tobytes())
         elif change == "noise":
             fields = torch.tensor([number(rng) for _ in range(rng.randrange(14))], dtype=torch.int64)
         elif change == "length":
@@ -252,7 +262,8 @@ def header(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
             fields = fields[order]
         wanted = number(rng) if change == "size" else elements
         received = unpack_header(fields, wanted, "edge 0 -> 1")
-        assert received == sent and wanted == elements, "taken for what was not sent"
+        assert torch.equal(pack_header(received, wanted), fields), "taken for what was not sent"
+        assert change == "forged" or (received == sent and wanted == elements), "a change went unnoticed"
 
     return feed, (TransportError,)
 
@@ -277,7 +288,7 @@ def latents(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
 
     def entry(rng: random.Random) -> dict[str, Any]:
         made: dict[str, Any] = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
-        change = rng.randrange(7)
+        change = max(0, rng.randrange(-5, 7))
         if change == 1:
             made["dtype"] = rng.choice([*DTYPES, anything(rng)])
         elif change == 2:
@@ -307,7 +318,8 @@ def latents(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
         if change == 5:
             head = rng.choice([b"[]", b"{", b"[" * 5000, b"{}" + b" " * rng.randrange(2**21), head * 2, b"\xff" * 9])
         length = rng.choice([0, 1, 2**63, 2**64 - 1, rng.randrange(2**22)]) if change == 6 else len(head)
-        values = struct.pack("<f", rng.choice(FLOATS[:8])) if rng.random() < 0.9 else rng.randbytes(4)
+        number = rng.choice([0.0, 1.0, -1.0, 5.0, 3e38, math.inf, -math.inf, math.nan])
+        values = struct.pack("<f", number) if rng.random() < 0.9 else rng.randbytes(4)
         data = bytearray(struct.pack("<Q", length) + head + values * (size // 4))
         if change == 7:
             del data[rng.randrange(len(data)) :]

@@ -1,6 +1,7 @@
 """The trap of two folders: kernels/ of the repository is dualparal.kernels, and nothing else."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -80,15 +81,21 @@ def test_the_model_of_the_package_is_small():
 def test_a_source_distribution_holds_what_is_tracked_and_needed(tmp_path):
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    clean = tmp_path / "clean"  # what an earlier build left beside the sources must not decide
+    for name in files:
+        (clean / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clean / name)
+    for name in ("csrc/built.so", "kernels/built.so", "tests/built.pyc"):
+        (clean / name).touch()
     code = f"import setuptools.build_meta as build; print(build.build_sdist({str(tmp_path)!r}))"
-    result = python(code, ROOT)
+    result = python(code, clean)
     assert result.returncode == 0, result.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         held = {name.partition("/")[2] for name in (m.name for m in archive if not m.isdir())}
         links = [m.name for m in archive if not (m.isfile() or m.isdir())]
     generated = {"PKG-INFO", "setup.cfg"} | {name for name in held if name.startswith("dualparal.egg-info/")}
-    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    files = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     parts = ("csrc/", "dualparal/", "kernels/", "tests/")
     single = {"CMakeLists.txt", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "constraints.txt"}
     needed = {name for name in files if name.startswith(parts)} | single | {"pyproject.toml", "setup.py"}
