@@ -216,7 +216,7 @@ def argv(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
                 code: Any = 0
             except SystemExit as end:
                 code = end.code or 0
-        text = errors.getvalue()
+        text = re.sub(r"\Aplan: .*\n", "", errors.getvalue())  # what --plan auto found, before other flags are checked
         assert code in (0, 2), (code, sys.argv, text)
         if code == 2:
             ours = text.startswith("error: ") and text.count("\n") == 1
