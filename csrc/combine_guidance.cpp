@@ -27,9 +27,10 @@ static void combine_guidance(uintptr_t cond, uintptr_t uncond, uintptr_t out, in
     check_where({device, stream, threads});
     DP_CHECK(size >= 0 && size < (int64_t{1} << 40), "size=", size, ": 0 to 2^40 - 1 elements expected");
     DP_CHECK(std::isfinite(scale), "scale=", scale, ": a finite number expected");
-    check_pointer("cond", cond, size);
-    check_pointer("uncond", uncond, size);
-    check_pointer("out", out, size);
+    const int64_t bytes = element_size(to_dtype(dtype));
+    check_pointer("cond", cond, size, bytes);
+    check_pointer("uncond", uncond, size, bytes);
+    check_pointer("out", out, size, bytes);
     const CombineGuidanceParams p{as<const void>(cond), as<const void>(uncond), as<void>(out), size, float(scale),
                                   to_dtype(dtype)};
     if (size == 0) return;

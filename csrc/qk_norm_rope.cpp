@@ -41,21 +41,27 @@ void qk_norm_rope_cpu(const QkNormRopeParams& p, int threads) {
 // As Python gives it: keys, values, slot, slots, tokens, first.
 using LendArguments = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
 
-static QkNormRopeLend to_lend(const LendArguments& arguments, int64_t rows, int device) {
+static QkNormRopeLend to_lend(const LendArguments& arguments, int64_t rows, int64_t bytes, int device) {
     const auto [keys, values, slot, slots, tokens, first] = arguments;
     DP_CHECK(slots >= 1 && slots < (int64_t{1} << 31), "a lend's slots=", slots, ": 1 to 2^31 - 1 expected");
     DP_CHECK(tokens >= 0 && tokens <= rows, "a lend's tokens=", tokens, ": 0 to rows=", rows, " expected");
     DP_CHECK(first >= 0 && first <= rows - tokens, "a lend's first=", first, ": 0 to ", rows - tokens,
              " expected, for tokens=", tokens, " of rows=", rows);
-    check_pointer("a lend's keys", keys, tokens);
-    check_pointer("a lend's values", values, tokens);
-    check_pointer("a lend's slot", slot, tokens);
+    check_pointer("a lend's keys", keys, tokens, bytes);
+    check_pointer("a lend's values", values, tokens, bytes);
+    check_pointer("a lend's slot", slot, tokens, sizeof(int64_t));
     const QkNormRopeLend lend{as<void>(keys), as<void>(values), as<const int64_t>(slot), slots, tokens, first};
     if (device < 0 && tokens > 0) {
         DP_CHECK(*lend.slot >= 0 && *lend.slot < slots, "a lend's slot is ", *lend.slot, ": 0 to ", slots - 1,
                  " expected, the store has no other");
     }
     return lend;
+}
+
+static void check_stride(const char* name, int64_t stride, int64_t rows, int64_t inner) {
+    if (rows <= 1) return;  // a single row has no distance to a next one
+    DP_CHECK(stride >= inner, name, "'s row stride ", stride, " is less than its row of ", inner);
+    DP_CHECK(stride < (int64_t{1} << 31), name, "'s row stride ", stride, ": less than 2^31 expected");
 }
 
 static void qk_norm_rope(uintptr_t qkv, uintptr_t norm_q, uintptr_t norm_k, uintptr_t cos, uintptr_t sin, uintptr_t q,
@@ -69,22 +75,22 @@ static void qk_norm_rope(uintptr_t qkv, uintptr_t norm_q, uintptr_t norm_k, uint
     const int64_t inner = heads * head_dim;
     check_sizes(rows, inner);
     check_eps(eps);
-    // A single row has no distance to a next one.
-    DP_CHECK(rows <= 1 || k_stride >= inner, "k_out's row stride ", k_stride, " is less than its row of ", inner);
-    DP_CHECK(rows <= 1 || v_stride >= inner, "v_out's row stride ", v_stride, " is less than its row of ", inner);
-    check_pointer("qkv", qkv, rows);
-    check_pointer("norm_q", norm_q, rows);
-    check_pointer("norm_k", norm_k, rows);
-    check_pointer("cos", cos, rows);
-    check_pointer("sin", sin, rows);
-    check_pointer("q", q, rows);
-    check_pointer("k_out", k, rows);
-    check_pointer("v_out", v, rows);
+    check_stride("k_out", k_stride, rows, inner);
+    check_stride("v_out", v_stride, rows, inner);
+    const int64_t bytes = element_size(to_dtype(dtype));
+    check_pointer("qkv", qkv, rows, bytes);
+    check_pointer("norm_q", norm_q, rows, sizeof(float));
+    check_pointer("norm_k", norm_k, rows, sizeof(float));
+    check_pointer("cos", cos, rows, sizeof(float));
+    check_pointer("sin", sin, rows, sizeof(float));
+    check_pointer("q", q, rows, bytes);
+    check_pointer("k_out", k, rows, bytes);
+    check_pointer("v_out", v, rows, bytes);
     DP_CHECK(lends.size() <= kMaxLends, lends.size(), " lends: at most ", kMaxLends, " expected");
     QkNormRopeParams p{as<const void>(qkv), as<const float>(norm_q), as<const float>(norm_k), as<const float>(cos),
                        as<const float>(sin), as<void>(q), as<void>(k), as<void>(v), rows, heads, head_dim, k_stride,
                        v_stride, float(eps), to_dtype(dtype), {}};
-    for (size_t i = 0; i < lends.size(); ++i) p.lends[i] = to_lend(lends[i], rows, device);
+    for (size_t i = 0; i < lends.size(); ++i) p.lends[i] = to_lend(lends[i], rows, bytes, device);
     if (rows == 0) return;
 #ifdef DUALPARAL_WITH_CUDA
     if (device >= 0) return qk_norm_rope_cuda(p, device, stream);

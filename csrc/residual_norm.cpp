@@ -33,7 +33,14 @@ static void residual_norm(uintptr_t x, uintptr_t y, uintptr_t gate, uintptr_t we
     check_where({device, stream, threads});
     check_sizes(rows, dim);
     check_eps(eps);
-    check_pointer("x", x, rows);
+    const int64_t bytes = element_size(to_dtype(dtype));
+    check_pointer("x", x, rows, bytes);
+    check_aligned("y", y, bytes);
+    check_aligned("x_new", x_new, bytes);
+    check_aligned("h", h, bytes);
+    check_aligned("gate", gate, sizeof(float));
+    check_aligned("weight", weight, sizeof(float));
+    check_aligned("bias", bias, sizeof(float));
     DP_CHECK((y == 0) == (x_new == 0) || rows == 0, "y and x_new come together, got y=", y, ", x_new=", x_new);
     DP_CHECK(y != 0 || h != 0 || rows == 0, "neither y nor h is given: nothing to do");
     const ResidualNormParams p{as<const void>(x), as<const void>(y),  as<const float>(gate), as<const float>(weight),

@@ -66,8 +66,6 @@ inline float join_lanes(float* lanes) {
 
 }  // namespace
 
-int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 DP_CLONES void load_row(DType dtype, const void* from, int64_t n, float* to) {
     const uint16_t* half = static_cast<const uint16_t*>(from);
     switch (dtype) {

@@ -11,7 +11,6 @@ namespace dualparal {
 
 constexpr int64_t kMinParallelElements = 1 << 15;  // below, waking threads costs more than the work
 
-int64_t element_size(DType dtype);
 void load_row(DType dtype, const void* from, int64_t n, float* to);
 void store_row(DType dtype, const float* from, int64_t n, void* to);
 

@@ -58,7 +58,6 @@ class Checkpointer:
     Args:
         history: latent frames before a block that its decoding needs.
         prompts: asked at every snapshot, for the prompts of each video.
-        start: the first block that is not finished at the beginning.
     """
 
     def __init__(
@@ -73,6 +72,7 @@ class Checkpointer:
     ) -> None:
         self.folder, self.every, self.keep_latents = checkpoint.folder, checkpoint.every, checkpoint.keep_latents
         self.run, self.schedule, self.layout, self.history, self.prompts = run, schedule, layout, history, prompts
+        snapshot.remove_leftovers(self.folder)
         self._delivered = [schedule.first_block] * schedule.num_videos  # blocks that the consumer has
         self._pending: Snapshot | None = None  # captured; blocks before it may still be on their way out
         self._ready: torch.cuda.Event | None = None

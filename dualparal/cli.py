@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dualparal")
 
 RESUME = "dualparal generate --resume"
+# What a rank runs. "python -m" would let modules in the current folder, perhaps a model's, stand in for ours.
+RANK_PROGRAM = "import sys; sys.path[:1] = filter(None, sys.path[:1]); from dualparal.cli import main; main()"
+_ARGUMENT = "DUALPARAL_ARGUMENT_"
 BAD_INPUT, RANK_FAILED, STORAGE, NUMERICS = 2, 3, 5, 6
 _SAMPLERS = {
     "unipc": "UniPCMultistepScheduler",
@@ -116,6 +119,7 @@ def _outs(out: Path | None, videos: int) -> list[Path]:
 
 
 def _prompts(texts: list[str], later: list[str], num_frames: int) -> list[dict[int, str]]:
+    """ValueErrors name a prompt by its frame: the text may be private, and errors end up in logs."""
     if len(texts) > 1 and later:
         raise ValueError(
             f"--prompt-at with {len(texts)} times --prompt: which video it means is not said; run them apart"
@@ -123,15 +127,17 @@ def _prompts(texts: list[str], later: list[str], num_frames: int) -> list[dict[i
     prompts = {0: texts[0]}
     for entry in later:
         frame, colon, text = entry.partition(":")
-        if not colon or not frame.strip().isdecimal():
-            raise ValueError(f"--prompt-at {entry!r}: use FRAME:TEXT, such as --prompt-at '400:a dog runs'")
+        if not colon or not frame.strip().isdecimal() or len(frame) > 20:
+            raise ValueError(
+                f"--prompt-at, number {later.index(entry) + 1}: use FRAME:TEXT, such as --prompt-at '400:a dog runs'"
+            )
         if not 0 < int(frame) < num_frames:
             raise ValueError(
-                f"--prompt-at {entry!r}: frame 0 has --prompt's text, and the video ends at {num_frames - 1}; use a "
-                "frame between"
+                f"--prompt-at {int(frame)}:...: frame 0 has --prompt's text, and the video ends at {num_frames - 1}; "
+                "use a frame between"
             )
         if int(frame) in prompts:
-            raise ValueError(f"--prompt-at {entry!r}: frame {int(frame)} has a text already; give one per frame")
+            raise ValueError(f"--prompt-at {int(frame)}:...: that frame has a text already; give one per frame")
         prompts[int(frame)] = text.strip()
     return [prompts, *({0: text} for text in texts[1:])]
 
@@ -658,10 +664,10 @@ def _lead(job: Job, planned: bool = False) -> int:
 
     with display:
         result = supervise(
-            [sys.executable, "-m", "dualparal.cli", *arguments],
+            [sys.executable, "-c", RANK_PROGRAM],
             job.stages,
             on_message=hear,
-            env={"OMP_NUM_THREADS": str(job.threads)},
+            env={"OMP_NUM_THREADS": str(job.threads), **_pack(arguments)},
         )
     if job.timeline is not None:
         _draw(job.timeline, started)
@@ -683,6 +689,17 @@ def _lead(job: Job, planned: bool = False) -> int:
 def _say_how_to_resume(job: Job) -> None:
     if job.checkpoint is not None and job.checkpoint.is_dir():
         typer.echo(f"resume with: {RESUME} {shlex.quote(str(job.checkpoint))}", err=True)
+
+
+def _pack(arguments: list[str]) -> dict[str, str]:
+    """A rank's arguments as environment variables: every user of a machine may read command lines, with prompts."""
+    return {f"{_ARGUMENT}{index}": argument for index, argument in enumerate(arguments)}
+
+
+def _unpack() -> list[str]:
+    """The inverse, which takes them out of the environment. Empty: the arguments are in the command line."""
+    count = sum(name.startswith(_ARGUMENT) for name in os.environ)
+    return [os.environ.pop(f"{_ARGUMENT}{index}") for index in range(count)]
 
 
 def _display(job: Job) -> Display:
@@ -725,7 +742,7 @@ def _work(job: Job, heartbeat: Heartbeat) -> int:
 def _fail(text: str, code: int, heartbeat: Heartbeat) -> int:
     """Says what went wrong, unless the supervisor will: it has heard of it and names the first cause."""
     if not heartbeat.supervised:
-        typer.echo(f"error: {text}", err=True)
+        typer.echo(f"error: {_line(text)}", err=True)
     return code
 
 
@@ -867,14 +884,20 @@ def root(
 
 def main() -> None:
     """Entry point: one line on stderr and exit code 2 for the user's mistakes."""
+    sys.argv[1:] = _unpack() or sys.argv[1:]
     try:
         app()
     except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_line(error)}", err=True)
         sys.exit(BAD_INPUT)
     except OSError as error:
-        typer.echo(f"error: cannot read or write: {error}", err=True)
+        typer.echo(f"error: cannot read or write: {_line(error)}", err=True)
         sys.exit(STORAGE)
+
+
+def _line(error: object) -> str:
+    """One line, whatever a name in it holds: line breaks and a terminal's control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(error))
 
 
 if __name__ == "__main__":

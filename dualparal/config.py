@@ -26,6 +26,7 @@ BUILT_IN_SIZE = (64, 64)  # height and width of its videos, pixels
 # Caps against typing mistakes (a height of 10**6), far above what any known model can use.
 MAX_SIDE = 16384
 MAX_STEPS = 10_000
+MAX_GUIDANCE = 1_000_000
 MAX_FRAMES = 100_000_000
 
 
@@ -186,8 +187,11 @@ class VideoConfig:
             value = getattr(self, name)
             if value is None and name == "guidance_scale_2":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name}={value!r} is not a finite number; use a value such as 5.0 (1.0: no guidance)")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not -MAX_GUIDANCE <= value <= MAX_GUIDANCE:  # nor is NaN in between
+                raise ValueError(
+                    f"{name}={value!r} is not a number up to {MAX_GUIDANCE}; use a value such as 5.0 (1.0: no guidance)"
+                )
         if self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={self.output_type!r} is not supported; use one of {OUTPUT_TYPES}")
 

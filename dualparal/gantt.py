@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dualparal.files import whole_file
 from dualparal.timeline import DECODER, STAGE, TimelineError, place, read
 
 # Of a longer run only the beginning is drawn: more bars cannot be told apart, and take minutes.
@@ -90,7 +91,8 @@ def draw(path: Path) -> Path:
         loc="lower right", bbox_to_anchor=(1, 1), ncols=len(legend), fontsize=8, frameon=False,
     )  # fmt: skip
     target = picture_of(path)
-    figure.savefig(target, dpi=120)
+    with whole_file(target) as file:
+        figure.savefig(file, dpi=120, format="png")
     return target
 
 

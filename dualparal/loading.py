@@ -28,15 +28,21 @@ from dualparal.sampler import SUPPORTED as SAMPLERS
 logger = logging.getLogger("dualparal")
 
 SUPPORTED_PIPELINES = ("WanPipeline",)
-COMPONENTS = {
-    "transformer": ("WanTransformer3DModel",),
-    "transformer_2": ("WanTransformer3DModel",),
-    "vae": ("AutoencoderKLWan",),
-    "text_encoder": ("UMT5EncoderModel",),
-    "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
-    "scheduler": SAMPLERS,
+_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
+COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {  # library and classes
+    "transformer": ("diffusers", ("WanTransformer3DModel",)),
+    "transformer_2": ("diffusers", ("WanTransformer3DModel",)),
+    "vae": ("diffusers", ("AutoencoderKLWan",)),
+    "text_encoder": ("transformers", ("UMT5EncoderModel",)),
+    "tokenizer": ("transformers", _TOKENIZERS),
+    "scheduler": ("diffusers", SAMPLERS),
 }
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+_MAX_JSON_BYTES = 1 << 24  # the index of the largest models has some hundred kilobytes
+# Keys by which a config names code that a library would fetch and run.
+_CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code")
+_MODULE_COUNTS = ("num_layers", "num_decoder_layers", "num_res_blocks")  # a library builds so many, before any check
+_MAX_MODULES = 1000
 
 
 class ModelError(ValueError):
@@ -61,22 +67,32 @@ class ModelFiles:
                 f"{self.path / 'model_index.json'}: pipeline class {name!r} is not supported; "
                 f"supported: {', '.join(SUPPORTED_PIPELINES)}"
             )
-        for component, classes in COMPONENTS.items():
+        for component, (library, classes) in COMPONENTS.items():
             if not self.has(component) and component == "transformer_2":
                 continue
-            if not self.has(component) or index[component][1] not in classes:
+            if not self.has(component) or index[component][0] != library or index[component][1] not in classes:
                 raise ModelError(
                     f"{self.path / 'model_index.json'}: {component} is {index.get(component)}; supported: "
-                    f"{', '.join(classes)}"
+                    f"{', '.join(classes)} of {library}"
                 )
+        foreign = sorted(name for name in index if name not in COMPONENTS and self.has(name))
+        if foreign:
+            raise ModelError(
+                f"{self.path / 'model_index.json'}: component {foreign[0]!r} is none of a {name}, which has "
+                f"{', '.join(COMPONENTS)}"
+            )
 
     @cached_property
     def index(self) -> dict[str, Any]:
         return _read_json(self.path / "model_index.json")
 
     def config(self, component: str) -> dict[str, Any]:
-        name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return _read_json(self.path / component / name)
+        path = self.path / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
+        config = _read_json(path)
+        for key in _MODULE_COUNTS:
+            if isinstance(config.get(key), (int, float)) and not 0 <= config[key] <= _MAX_MODULES:
+                raise ModelError(f"{path}: {key}={config[key]}; from 0 to {_MAX_MODULES} are supported")
+        return config
 
     def has(self, component: str) -> bool:
         entry = self.index.get(component)
@@ -134,6 +150,14 @@ class ModelFiles:
                     f"{wanted[0]}={wanted[1]}; are these parts of one model?"
                 )
             _check_part(self.path / component, config, build)
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        folder = self.path / "tokenizer"
+        for path in (folder / "config.json", folder / "tokenizer_config.json"):
+            kind = _read_json(path).get("tokenizer_class") if path.exists() else None
+            if kind is not None and kind not in _TOKENIZERS:
+                raise ModelError(f"{path}: tokenizer_class={kind!r}; supported: {', '.join(_TOKENIZERS)}")
 
     def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]:
         """One slice per expert, reading only the tensors of these layers."""
@@ -216,7 +240,9 @@ class WeightFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name in names:
             if Path(name).name != name:
-                raise ModelError(f"{indices[0]}: names the file {name!r} outside its folder")
+                raise ModelError(f"{indices[0]}: names the file {_short(name)} outside its folder")
+            if not name.endswith(".safetensors") or "\0" in name or len(name) > 255:
+                raise ModelError(f"{indices[0]}: names {_short(name)}, which is no .safetensors file")
             with _open(folder / name) as handle:
                 for key in handle.keys():  # noqa: SIM118 (not a dict)
                     self.owner[key] = folder / name
@@ -329,15 +355,18 @@ def resolve_model(model: str | Path) -> ModelFiles:
     Raises:
         ModelError: none of them.
     """
-    path = Path(model)
-    if path.is_dir():
-        return ModelFiles(path)
-    name = str(model)
+    path, name = Path(model), str(model)
+    try:
+        if path.is_dir():
+            return ModelFiles(path)
+        exists = path.exists()
+    except OSError as error:  # a name that is too long, a loop of links
+        raise ModelError(f"model {_short(name)}: {error.strerror}") from None
     if name == BUILT_IN:
         return ModelFiles(Path(__file__).with_name("moving_shapes"))
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if exists or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(
-            f"model {name!r} is not a directory in diffusers format, nor a hub id such as "
+            f"model {_short(name)} is not a directory in diffusers format, nor a hub id such as "
             f"'Wan-AI/Wan2.1-T2V-1.3B-Diffusers', nor {BUILT_IN!r}, which ships with this package"
         )
     from huggingface_hub import snapshot_download
@@ -355,18 +384,47 @@ def _expert_folder(expert: int) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ModelError(f"{path} is missing: not a model directory in diffusers format")
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ModelError(f"{path} has {path.stat().st_size} bytes: a config has at most {_MAX_JSON_BYTES}")
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: not a model directory in diffusers format") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        _refuse_code(path, data)
+    except ModelError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise ModelError(f"{path} holds {type(data).__name__}, not an object")
     return data
 
 
+def _refuse_code(path: Path, data: Any) -> None:
+    """Raises ModelError for a config that names code to run, however deep: ours names none, whatever a library does.
+
+    ``attn_implementation`` may name a repository of kernels (CVE-2026-4372 of transformers).
+    """
+    if isinstance(data, list):
+        for value in data:
+            _refuse_code(path, value)
+    elif isinstance(data, dict):
+        for key, value in data.items():
+            named = "_implementation" in key and "/" in json.dumps(value)
+            if named or (key in _CODE_KEYS and value):
+                raise ModelError(f"{path}: {key}={_short(value)} names code, and no code of a model is run; remove it")
+            _refuse_code(path, value)
+
+
+def _short(value: object) -> str:
+    """As it would be typed, and of a length that can be read."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:160]}... ({len(text)} characters)"
+
+
 def _open(path: Path) -> Any:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ModelError(f"{path} is no file; download it again")
         if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
             raise ModelError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull'")
         return safe_open(path, framework="pt")

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dualparal.files import whole_file
+
+_MAX_HEADER_BYTES = 1 << 20  # of a file with one tensor; the library takes 100 MB, parsed to gigabytes of objects
 
 
 class OutputError(ValueError):
@@ -88,6 +93,8 @@ def check_out(path: Path, overwrite: bool, resume: bool = False) -> None:
     if path.suffix == "" and path.exists() and not path.is_dir():
         raise OutputError(f"--out {path} is a file: give a .mp4 name, or a folder for PNG files")
     check_file(path, "--out", overwrite or path.suffix == "", folder=path.suffix == "")
+    if path.suffix == ".mp4" and blocks.is_symlink():
+        raise OutputError(f"--out {path}: {blocks} is a link, which is not followed; remove it")
     if path.suffix == ".mp4" and blocks.exists() and not overwrite:
         raise OutputError(
             f"--out {path}: {blocks} holds finished blocks of a run that did not end (playlist.m3u plays them); "
@@ -100,7 +107,7 @@ def check_file(path: Path, flag: str, overwrite: bool, folder: bool = False) -> 
     _check_name(path, flag)
     if path.is_dir() and not folder:
         raise OutputError(f"{flag} {path} is a folder; give the name of a file")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:  # also a link that leads nowhere
         raise OutputError(f"{flag} {path} exists; choose another name or pass --overwrite")
     parent = path.absolute().parent
     while not parent.exists():
@@ -117,6 +124,8 @@ def _check_name(path: Path, flag: str) -> None:
         pass
     except OSError as error:
         raise OutputError(f"{flag} {path}: {error.strerror}; choose another name") from None
+    except ValueError:
+        raise OutputError(f"{flag} {str(path)!r} holds a NUL byte; choose another name") from None
 
 
 def what_is_left(path: Path, since: float) -> str:
@@ -152,26 +161,36 @@ def read_latents(path: Path) -> torch.Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:
+        _check_header(path)
         with safe_open(path, framework="pt") as handle:
-            if "latents" not in handle.keys():  # noqa: SIM118 (not a dict)
-                raise ValueError(f"--latents-in {path} holds {sorted(handle.keys())}; one tensor 'latents' is needed")
+            names = sorted(handle.keys())
+            if "latents" not in names:
+                several = ", ..." if len(names) > 3 else ""
+                raise ValueError(f"--latents-in {path} holds {names[:3]}{several}; one tensor 'latents' is needed")
             tensor: torch.Tensor = handle.get_tensor("latents")
     except FileNotFoundError:
         raise ValueError(f"--latents-in {path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"--latents-in {path} is not a safetensors file: {error}") from None
+    if not tensor.is_floating_point():
+        raise ValueError(f"--latents-in {path} holds {tensor.dtype}; latents are floating-point numbers")
     return tensor.float()
+
+
+def _check_header(path: Path) -> None:
+    """Raises OSError for what is no file (a pipe would be waited for) or has a header too large to be ours."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("no regular file")
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > _MAX_HEADER_BYTES:
+        raise OSError(f"a header of {size} bytes, at most {_MAX_HEADER_BYTES} expected")
 
 
 def write_latents(path: Path, latents: torch.Tensor) -> None:
     """One tensor ``latents`` [videos, C, L, H, W], float32, written aside, synced and renamed."""
     from safetensors.torch import save
 
-    data = save({"latents": latents.float().contiguous().cpu()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with whole_file(path) as file:
+        file.write(save({"latents": latents.float().contiguous().cpu()}))

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from dualparal.video import _whole_file
+from dualparal.files import whole_file
 
 logger = logging.getLogger("dualparal")
 
@@ -206,13 +206,24 @@ def check_empty(folder: Path) -> None:
         raise SnapshotError(f"checkpoint {folder} holds {what}, or choose an empty folder")
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a run that was killed left half-written."""
+    for path in list(folder.iterdir()):
+        if path.name.endswith(".tmp") and _is_ours(path.name.removesuffix(".tmp")):
+            path.unlink()
+
+
 def clear(folder: Path) -> None:
     """Removes what this module has written there, and the folder if nothing else is in it."""
     for path in list(folder.iterdir()):
-        if any(pattern.fullmatch(path.name.removesuffix(".tmp")) for pattern in (_SNAPSHOT, _BLOCK, _NOISE)):
+        if _is_ours(path.name.removesuffix(".tmp")):
             path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _is_ours(name: str) -> bool:
+    return any(pattern.fullmatch(name) for pattern in (_SNAPSHOT, _BLOCK, _NOISE))
 
 
 def _snapshots(folder: Path) -> list[Path]:
@@ -233,7 +244,7 @@ def _blocks(folder: Path) -> dict[tuple[int, int], list[Path]]:
 def _write(folder: Path, stem: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> Path:
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
     path = folder / f"{stem}-{_checksum(data)}.safetensors"
-    with _whole_file(path) as file:
+    with whole_file(path) as file:
         file.write(data)
     return path
 

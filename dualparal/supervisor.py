@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dualparal.files import whole_file
 from dualparal.heartbeat import LIFE_FD, RENDEZVOUS, STATUS_FD, STOP, TICK_SECONDS
 
 logger = logging.getLogger("dualparal")
@@ -551,10 +552,9 @@ class Supervisor:
         if self._error_path is None:
             return
         record = {**dataclasses.asdict(failure), "message": str(failure)}
-        partial = self._error_path.with_name(self._error_path.name + ".tmp")
         try:
-            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, self._error_path)
+            with whole_file(self._error_path) as file:
+                file.write(json.dumps(record, indent=2).encode() + b"\n")
         except OSError as error:
             # A full disk may be the very failure we report: it must not hide it.
             logger.warning("could not write %s: %s", self._error_path, error)

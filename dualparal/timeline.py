@@ -17,8 +17,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from dualparal.files import WholeFile, whole_file
 from dualparal.schedule import Action, Op
 
 logger = logging.getLogger("dualparal")
@@ -51,7 +52,7 @@ def check_name(path: Path) -> None:
     """Raises TimelineError unless ``path`` can be a .json or .json.gz file."""
     if not path.name.endswith((".json", ".json.gz")):
         raise TimelineError(f"timeline {path}: a trace is a .json or .json.gz file; give it such an ending")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise TimelineError(f"timeline {path} is a folder; give the name of a file")
 
 
@@ -94,7 +95,7 @@ class Recorder:
         self.offset = offset
         folder = parts_of(path)
         folder.mkdir(parents=True, exist_ok=True)  # on another node than rank 0's
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW
         self._file: int | None = os.open(folder / f"rank-{rank:05d}-of-{world_size:05d}.json", flags, 0o644)
         os.write(self._file, b"[\n")
 
@@ -205,8 +206,7 @@ def merge(path: Path) -> list[int]:
     parts = {part: found for part in sorted(folder.glob("rank-*")) if (found := _PART.fullmatch(part.name))}
     if not parts:
         raise TimelineError(f"timeline {path}: no parts in {folder}")
-    partial = path.with_name(f".{path.name}.tmp")
-    with gzip.open(partial, "wt") if path.suffix == ".gz" else open(partial, "w") as out:
+    with whole_file(path) as file, _writer(path, file) as out:
         out.write('{"displayTimeUnit":"ms","traceEvents":[')
         separator = "\n"
         for part in parts:
@@ -216,10 +216,13 @@ def merge(path: Path) -> list[int]:
                         out.write(separator + line[:-2])
                         separator = ",\n"
         out.write("\n]}\n")
-    os.replace(partial, path)
     shutil.rmtree(folder)
     world_size = max(int(found[2]) for found in parts.values())
     return sorted(set(range(world_size)) - {int(found[1]) for found in parts.values()})
+
+
+def _writer(path: Path, file: WholeFile) -> TextIO:
+    return gzip.open(file, "wt") if path.suffix == ".gz" else open(file.fileno(), "w", closefd=False)
 
 
 def merge_left(path: Path) -> None:

@@ -6,8 +6,6 @@ disk or a power cut, all finished blocks play. Latents, and which block comes wh
 
 from __future__ import annotations
 
-import errno
-import io
 import logging
 import math
 import os
@@ -20,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+
+from dualparal.files import WholeFile, sync_folder, whole_file
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -122,7 +122,7 @@ class SegmentWriter:
             )
         self._require_size((height, width), f"block {block}")
         path = self._path(block)
-        with _whole_file(path) as file:
+        with whole_file(path) as file:
             self._encode(file, frames)
         self._size = height, width
         self._frames[block] = len(frames)
@@ -150,7 +150,7 @@ class SegmentWriter:
                 f"{self._size[1]}: a video has one size; use another directory for another size"
             )
 
-    def _encode(self, file: _WholeFile, frames: Frames) -> None:
+    def _encode(self, file: WholeFile, frames: Frames) -> None:
         import av
 
         with av.open(file, "w", format="mp4") as container:
@@ -177,7 +177,7 @@ class SegmentWriter:
         for block in sorted(self._frames):
             seconds = _decimal(self._frames[block] / self._fps)
             lines += [f"#EXTINF:{seconds},block {block}", self._path(block).name]
-        with _whole_file(self._directory / PLAYLIST) as file:
+        with whole_file(self._directory / PLAYLIST) as file:
             file.write("\n".join([*lines, ""]).encode())
 
 
@@ -225,10 +225,10 @@ class PngWriter:
         paths = []
         for number, picture in enumerate(frames, self._next):
             path = self._directory / f"frame-{number:08d}.png"
-            with _whole_file(path, sync_directory=False) as file:  # once below, not for each picture
+            with whole_file(path, sync_directory=False) as file:  # once below, not for each picture
                 Image.fromarray(picture).save(file, format="PNG")
             paths.append(path)
-        _sync_directory(self._directory)
+        sync_folder(self._directory)
         self._next += len(paths)
         self._block = block
         return paths
@@ -252,7 +252,7 @@ def join(segments: Iterable[Path], out: str | Path) -> int:
         raise ValueError(f"{out} is one of the segments: join into another file")
     frames = 0
     index_first = {"movflags": "faststart"}
-    with _whole_file(out) as file, av.open(file, "w", format="mp4", options=index_first) as target:
+    with whole_file(out) as file, av.open(file, "w", format="mp4", options=index_first) as target:
         first: _Stream | None = None
         for path in paths:
             with _reading(path) as source:
@@ -328,84 +328,6 @@ def _copy_packets(
         target.mux(packet)
         count += 1
     return count
-
-
-class _WholeFile(io.FileIO):
-    """A new file opened for this process alone, whose `write` writes everything or raises.
-
-    A bare FileIO may write a part and return its length, on a full disk for example, and ffmpeg takes that
-    for success. Unbuffered, because ffmpeg reads the file again by its name to put the index first.
-    """
-
-    def __init__(self, path: Path) -> None:
-        # An absolute name, since ffmpeg takes "a:b.mp4" for a protocol.
-        name = str(path.absolute())
-        self.failure: OSError | None = None
-        super().__init__(name, "x+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
-
-    def write(self, data: object) -> int:
-        rest = memoryview(data).cast("B")  # type: ignore[arg-type]
-        total = len(rest)
-        while rest:
-            try:
-                rest = rest[super().write(rest) or 0 :]
-            except OSError as error:
-                # Kept, because what calls us may lose it: PyAV reports only the last one of a container.
-                self.failure = self.failure or error
-                raise
-        return total
-
-
-@contextmanager
-def _whole_file(path: Path, *, sync_directory: bool = True) -> Iterator[_WholeFile]:
-    """A file that appears under `path` complete and synced, or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    if aside.is_file() and not aside.is_symlink():
-        aside.unlink()  # of a run that was killed
-    try:
-        file = _WholeFile(aside)
-    except FileExistsError:
-        raise FileExistsError(
-            errno.EEXIST,
-            "a link, or just made by another process: not followed; remove it",
-            str(aside),
-        ) from None
-    with file:
-        try:
-            yield file
-            if file.failure is not None:
-                raise file.failure
-            os.fsync(file.fileno())
-            if not _is_still(file, aside):
-                raise FileExistsError(errno.EEXIST, "another process replaced the file", str(aside))
-            os.replace(aside, path)
-        except BaseException as error:
-            if _is_still(file, aside):
-                aside.unlink()
-            cause = file.failure or error
-            if isinstance(cause, OSError) and cause.filename is None:
-                cause.filename = str(path)  # "No space left on device" should say where
-            if cause is not error and isinstance(error, Exception):
-                raise cause from error
-            raise
-    if sync_directory:
-        _sync_directory(path.parent)
-
-
-def _is_still(file: io.FileIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _sync_directory(directory: Path) -> None:
-    # The rename itself is lost in a power cut until the directory is synced.
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(directory: Path, name: re.Pattern[str]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 from conftest import embeds
 from dualparal.engine import Engine
 from test_cli import Outcome, Run, dualparal, start

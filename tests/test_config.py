@@ -86,6 +86,7 @@ def test_layers_are_split_as_asked() -> None:
         (lambda: VideoConfig(height=10**6), "height=1000000"),
         (lambda: VideoConfig(num_inference_steps=True), "num_inference_steps=True"),
         (lambda: VideoConfig(guidance_scale=float("nan")), "guidance_scale=nan"),
+        (lambda: VideoConfig(guidance_scale_2=10**400), "guidance_scale_2=10"),
         (lambda: VideoConfig(output_type="gif"), "output_type='gif'"),  # type: ignore[arg-type]
         (lambda: VideoConfig(height=100).check_size(16, 16), "height=100 is not divisible by 16.*use 96 or 112"),
     ],

@@ -197,6 +197,9 @@ def test_what_is_no_latents_file(tmp_path: Path, content: bytes) -> None:
     save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"\['a', 'b'\]; one tensor 'latents' is needed"):
         read_latents(path)
+    save_file({"latents": torch.zeros(1, dtype=torch.complex64)}, path)
+    with pytest.raises(ValueError, match=r"holds torch\.complex64; latents are floating-point"):
+        read_latents(path)
 
 
 # Progress and doctor ----------------------------------------------------------------------------------------------

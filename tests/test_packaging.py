@@ -1,7 +1,10 @@
 """The trap of two folders: kernels/ of the repository is dualparal.kernels, and nothing else."""
 
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,46 @@ def test_the_model_of_the_package_is_small():
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert {"model_index.json", "tokenizer.json", "model.safetensors"} <= {file.name for file in files}
     assert sum(file.stat().st_size for file in files) <= 16e6
+
+
+def test_a_source_distribution_holds_what_is_tracked_and_needed(tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    clean = tmp_path / "clean"  # what an earlier build left beside the sources must not decide
+    for name in files:
+        (clean / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clean / name)
+    for name in ("csrc/built.so", "kernels/built.so", "tests/built.pyc"):
+        (clean / name).touch()
+    code = f"import setuptools.build_meta as build; print(build.build_sdist({str(tmp_path)!r}))"
+    result = python(code, clean)
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in (m.name for m in archive if not m.isdir())}
+        links = [m.name for m in archive if not (m.isfile() or m.isdir())]
+    generated = {"PKG-INFO", "setup.cfg"} | {name for name in held if name.startswith("dualparal.egg-info/")}
+    parts = ("csrc/", "dualparal/", "kernels/", "tests/")
+    single = {"CMakeLists.txt", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "constraints.txt"}
+    needed = {name for name in files if name.startswith(parts)} | single | {"pyproject.toml", "setup.py"}
+    assert held - generated == needed
+    assert not links
+
+
+def test_dependencies_are_bounded():
+    """Those of the build from above, so that a release of tomorrow cannot change it; ours from below, at the fixes."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (build,) = re.findall(r"^requires = \[(.*)\]$", text, re.MULTILINE)
+    assert re.findall(r'"([^"]+)"', build) and all("<" in entry for entry in re.findall(r'"([^"]+)"', build))
+    runtime = text.partition("\ndependencies = [")[2].partition("\n]")[0]
+    lowest = dict(re.findall(r'"(\w+)>=([\d.]+)"', runtime))
+    tested = dict(re.findall(r"^(\w+)==([\d.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"diffusers", "transformers", "safetensors", "torch"} <= set(lowest) <= set(tested)
+
+    def number(version: str) -> tuple[int, ...]:
+        return tuple(map(int, version.split(".")))
+
+    assert [name for name in lowest if number(tested[name]) < number(lowest[name])] == []
+    fixed = {"diffusers": "0.38", "transformers": "5.5", "av": "17.1"}
+    assert [name for name in fixed if number(lowest[name]) < number(fixed[name])] == []

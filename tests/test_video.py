@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dualparal.video import PLAYLIST, PngWriter, SegmentWriter, VideoInfo, _whole_file, count_frames, join, probe
+from dualparal.files import whole_file
+from dualparal.video import PLAYLIST, PngWriter, SegmentWriter, VideoInfo, count_frames, join, probe
 
 Frames = npt.NDArray[np.uint8]
 BT709 = 1
@@ -468,7 +469,7 @@ def test_a_full_disk_keeps_the_finished_and_nothing_half(what: str, name: str, t
         )
 
 
-def test_every_size_limit_up_to_the_whole_file(tmp_path: Path) -> None:
+def test_every_size_limit_up_to_thewhole_file(tmp_path: Path) -> None:
     """Under each limit a segment is either refused, leaving nothing, or whole."""
     if (soft := resource.getrlimit(resource.RLIMIT_FSIZE))[0] != resource.RLIM_INFINITY:
         pytest.skip("a file size limit is set already")
@@ -491,7 +492,7 @@ def test_a_write_error_that_was_swallowed_still_counts(tmp_path: Path) -> None:
     path = tmp_path / "any.mp4"
 
     def write_and_carry_on() -> None:
-        with _whole_file(path) as file:
+        with whole_file(path) as file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
             try:
                 with contextlib.suppress(OSError):

@@ -95,7 +95,7 @@ def bad(native: Any) -> int:
     """Wrong arguments over right memory: each raises, and nothing is touched; returns the number of calls."""
     common = [
         *(dict(dtype=code) for code in (-1, 3, 1 << 20)),
-        *(dict(threads=threads) for threads in (0, -1)),
+        *(dict(threads=threads) for threads in (0, -1, 4097)),
         *(dict(device=device) for device in (-2, 0)),
         *(dict(stream="0"), dict(dtype=None), dict(threads=1.5)),
     ]
@@ -111,6 +111,7 @@ def bad(native: Any) -> int:
             *sizes,
             *(dict(dim=dim) for dim in (0, -1, 1 << 24, 1 << 62)),
             *(dict(x=0), dict(y=0), dict(x_new=0), dict(y=0, x_new=0, h=0), dict(x=-8)),
+            *({name: pointer(data(9)) + 2} for name in ("x", "y", "gate", "weight", "bias", "x_new", "h")),
         ],
         "qk_norm_rope": [
             *sizes,
@@ -118,6 +119,8 @@ def bad(native: Any) -> int:
             *(dict(heads=heads) for heads in (0, -1, 1 << 20)),
             *(dict(head_dim=head_dim) for head_dim in (0, 1, 3, -2, 1 << 20)),
             *(dict(heads=(1 << 20) - 1, head_dim=(1 << 20) - 2), dict(k_stride=11), dict(v_stride=-12)),
+            *(dict(k_stride=1 << 31), dict(v_stride=1 << 62)),
+            *({name: pointer(data(9)) + 2} for name in ("qkv", "norm_q", "norm_k", "cos", "sin", "q", "k", "v")),
             *(dict(lends=lends) for lends in (None, [right[:5]], [(*right, 0)], [None], [right] * 3)),
             *(
                 dict(lends=[right, (*right[:at], value, *right[at + 1 :])])

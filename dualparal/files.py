@@ -1,0 +1,91 @@
+"""Files that appear under their name whole and synced, or not at all; a link planted in the way is never followed.
+
+Used for everything this package writes under a name that a user gave. What the bytes mean is left to others.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class WholeFile(io.FileIO):
+    """A new file opened for this process alone, whose `write` writes everything or raises.
+
+    A bare FileIO may write a part and return its length, on a full disk for example, and ffmpeg takes that
+    for success. Unbuffered, because ffmpeg reads the file again by its name to put the index first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # An absolute name, since ffmpeg takes "a:b.mp4" for a protocol.
+        name = str(path.absolute())
+        self.failure: OSError | None = None
+        super().__init__(name, "x+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+    def write(self, data: object) -> int:
+        rest = memoryview(data).cast("B")  # type: ignore[arg-type]
+        total = len(rest)
+        while rest:
+            try:
+                rest = rest[super().write(rest) or 0 :]
+            except OSError as error:
+                # Kept, because what calls us may lose it: PyAV reports only the last one of a container.
+                self.failure = self.failure or error
+                raise
+        return total
+
+
+@contextmanager
+def whole_file(path: Path, *, sync_directory: bool = True) -> Iterator[WholeFile]:
+    """A file that appears under `path` complete and synced, or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    if aside.is_file() and not aside.is_symlink():
+        aside.unlink()  # of a run that was killed
+    try:
+        file = WholeFile(aside)
+    except FileExistsError:
+        raise FileExistsError(
+            errno.EEXIST,
+            "a link, or just made by another process: not followed; remove it",
+            str(aside),
+        ) from None
+    with file:
+        try:
+            yield file
+            if file.failure is not None:
+                raise file.failure
+            os.fsync(file.fileno())
+            if not _is_still(file, aside):
+                raise FileExistsError(errno.EEXIST, "another process replaced the file", str(aside))
+            os.replace(aside, path)
+        except BaseException as error:
+            if _is_still(file, aside):
+                aside.unlink()
+            cause = file.failure or error
+            if isinstance(cause, OSError) and cause.filename is None:
+                cause.filename = str(path)  # "No space left on device" should say where
+            if cause is not error and isinstance(error, Exception):
+                raise cause from error
+            raise
+    if sync_directory:
+        sync_folder(path.parent)
+
+
+def _is_still(file: io.FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def sync_folder(directory: Path) -> None:
+    # The rename itself is lost in a power cut until the directory is synced.
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
