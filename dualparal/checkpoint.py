@@ -8,6 +8,7 @@ copies and writes them beside the run.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +21,9 @@ import torch
 
 from dualparal import snapshot
 from dualparal.config import Layout
+from dualparal.sampler import Sampler
 from dualparal.schedule import Schedule
-from dualparal.snapshot import BlockState, Snapshot
+from dualparal.snapshot import BlockState, Snapshot, SnapshotError
 
 logger = logging.getLogger("dualparal")
 
@@ -181,6 +183,53 @@ class Checkpointer:
             if task is self._writing:
                 self._writing = None
             task.result()
+
+
+def check_fits(
+    found: Snapshot, schedule: Schedule, layout: Layout, sampler: Sampler, shape: tuple[int, int, int], text_dim: int
+) -> None:
+    """Whether a snapshot is one of this schedule's at its start.
+
+    shape: channels, height and width of a latent frame.
+
+    Raises:
+        SnapshotError: other blocks, shapes, dtypes or sampler states than the run would have there.
+    """
+    expected = {block for block in schedule.in_flight(schedule.start) if schedule.steps_done(block)}
+    for prompts, blocks in zip(found.prompts, found.blocks, strict=True):
+        if set(blocks) != expected:
+            raise SnapshotError(f"a snapshot of blocks {sorted(blocks)}: iteration {schedule.start} has others")
+        if min(prompts, default=math.inf) > schedule.first_block:
+            raise SnapshotError("a snapshot without the first block's prompt")
+        for embeds in prompts.values():
+            tokens = next(iter(found.prompts[0].values())).shape[1]
+            if list(embeds.shape) != [schedule.branches, tokens, text_dim]:
+                raise SnapshotError(f"a snapshot with prompt embeddings of shape {list(embeds.shape)}")
+        for block, state in blocks.items():
+            size = (1, shape[0], layout.frames(block), *shape[1:])
+            if state.latents.shape != size or state.latents.dtype != torch.float32:
+                raise SnapshotError(f"a snapshot with latents of shape {list(state.latents.shape)}, not {list(size)}")
+            _check_sampler(state.sampler, sampler.start().state(), schedule.steps_done(block), state.latents)
+
+
+def _check_sampler(state: Mapping[str, Any], fresh: Mapping[str, Any], steps: int, latents: torch.Tensor) -> None:
+    """The names and kinds of a state's values are those of the sampler; tensors are shaped as the latents."""
+
+    def fits(value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            return value.shape in (latents.shape, ()) and value.device == latents.device
+        return value is None or (type(value) is int and 0 <= value <= steps)
+
+    for name, value in state.items():
+        wanted = fresh.get(name)
+        items = value if isinstance(value, list) else [value]
+        if isinstance(wanted, list) != isinstance(value, list) or not all(map(fits, items)):
+            raise SnapshotError(f"a snapshot with a sampler state that has another {name}")
+        if isinstance(wanted, list) and len(items) != len(wanted):
+            raise SnapshotError(f"a snapshot with a sampler state of another order ({name})")
+    at = state.get("_step_index")
+    if type(at) is not int or at != steps or set(fresh) - set(state):
+        raise SnapshotError("a snapshot with a sampler state of another step")
 
 
 def needed(layout: Layout, first: int, history: int) -> range:

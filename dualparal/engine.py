@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 import dualparal
 from dualparal import snapshot
-from dualparal.checkpoint import Checkpoint, Checkpointer, needed
+from dualparal.checkpoint import Checkpoint, Checkpointer, check_fits, needed
 from dualparal.config import BlockConfig, OutputType, VideoConfig, split_layers
 from dualparal.decode import StreamingDecoder
 from dualparal.eight_bit import OFF, EightBitSchedule
@@ -321,8 +321,23 @@ class Engine:
         checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(Path(checkpoint))
         found, name = snapshot.newest(checkpoint.folder)
         checkpoint = replace(checkpoint, notes=found.run.get("notes", {}))
-        noise = found.run.get("noise")
-        latents = None if noise is None else snapshot.read_noise(checkpoint.folder, noise)
+        try:
+            self._check_same_run(found)
+            requests = self._requests_of(found, checkpoint.folder)
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise SnapshotError(f"{name} does not describe a run ({error!r})") from None
+        requests = [replace(request, callback=callback_on_step_end) for request in requests]
+        self._check_checkpoint(requests)
+        grid, spec = requests[0].grid, self.source.spec
+        schedule = self._schedule(requests, found.iteration)
+        shape = spec.in_channels, grid.height, grid.width
+        check_fits(found, schedule, requests[0].layout, requests[0].sampler, shape, spec.text_dim)
+        return self._begin(requests, timeline, checkpoint, Resumed(found, name))
+
+    def _requests_of(self, found: Snapshot, folder: Path) -> list[Request]:
+        """Of every video in a snapshot."""
+        noise = found.run["noise"]
+        latents = None if noise is None else snapshot.read_noise(folder, noise)
         requests = []
         for number, (fields, prompts) in enumerate(zip(found.run["videos"], found.prompts, strict=True)):
             rows = prompts[min(prompts)]
@@ -338,10 +353,10 @@ class Engine:
                 prompt_embeds=rows[:1],
                 negative_prompt_embeds=rows[1:] if len(rows) > 1 else None,
             )
-            requests.append(replace(request, callback=callback_on_step_end))
-        self._check_checkpoint(requests)
-        self._check_same_run(found, requests)
-        return self._begin(requests, timeline, checkpoint, Resumed(found, name))
+            requests.append(request)
+        if len({replace(request.video, seed=0) for request in requests}) != 1:
+            raise SnapshotError("a snapshot of videos that are not alike")
+        return requests
 
     def _begin(
         self,
@@ -378,11 +393,11 @@ class Engine:
             "videos": [asdict(request.video) for request in requests],
             "noise": noise,
             "notes": dict(notes),
-            "same": self._identity(requests),
+            "same": self._identity(),
             "made_with": self._versions(),
         }
 
-    def _identity(self, requests: list[Request]) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         config = self.scheduler.config
         return {
@@ -402,10 +417,10 @@ class Engine:
         versions = {"dualparal": dualparal.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
         return {**versions, "device": f"{self.mesh.device.type} {card}"}
 
-    def _check_same_run(self, found: Snapshot, requests: list[Request]) -> None:
+    def _check_same_run(self, found: Snapshot) -> None:
         """Raises SnapshotError when the engine is not of the snapshot's kind; warns where only bits may differ."""
         wanted = found.run["same"]
-        have = json.loads(json.dumps(self._identity(requests)))
+        have = json.loads(json.dumps(self._identity()))
         different = [f"{k}: {wanted.get(k)!r} there, {have[k]!r} here" for k in have if have[k] != wanted.get(k)]
         if different:
             raise SnapshotError("the snapshot is of another run: " + "; ".join(different))

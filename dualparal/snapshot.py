@@ -138,7 +138,7 @@ def read(path: Path) -> Snapshot:
         if not isinstance(run, dict) or len(prompts) != len(blocks) or not prompts:
             raise ValueError("the run it belongs to is not described")
         iteration = _number(state["iteration"])
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise SnapshotError(f"{path}: not a snapshot's contents ({type(error).__name__}: {error})") from None
     return Snapshot(iteration, run, prompts, blocks)
 
@@ -271,7 +271,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
         # Copies, since those of safetensors lie in its bytes, and where a tensor lies may decide its rounding.
         tensors = {name: tensor.clone() for name, tensor in load(data).items()}
-    except (SafetensorError, ValueError, AttributeError, RecursionError, KeyError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise SnapshotError(f"{path} is not a safetensors file: {error}") from None
     if not isinstance(metadata, dict):
         raise SnapshotError(f"{path} has no metadata")

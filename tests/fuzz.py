@@ -19,6 +19,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import mmap
 import os
@@ -108,6 +109,7 @@ def config(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
             "context": lambda r: r.choice(config.CONTEXT_POLICIES),
             "max_blocks_in_flight": lambda r: r.choice([None, 1, 2, 7]),
             "context_version": "matching",
+            "refresh_every": lambda r: r.choice([None, 1, 5]),
         }
         made = config.BlockConfig(**arguments(rng, right, anything))
         assert 0 <= made.context_frames <= made.frames_per_block
@@ -116,7 +118,7 @@ def config(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
         if layout.num_blocks is not None and layout.num_latents is not None:
             last = layout.num_blocks - 1
             assert layout.start(last) + layout.kept_frames(last) == layout.num_latents
-            assert layout.window_start(last) >= 0 and layout.padded_latents is not None
+            assert layout.window(last, refresh=True).start >= 0 and layout.padded_latents is not None
 
     def video(rng: random.Random) -> None:
         right = {
@@ -136,6 +138,7 @@ def config(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
             "context": lambda r: r.choice(config.CONTEXT_POLICIES), "context_frames": lambda r: r.randint(0, 4),
             "guidance": lambda r: r.random() < 0.5, "depth": small,
             "max_blocks_in_flight": lambda r: r.choice([None, 1, 2]), "context_version": "matching",
+            "refresh_every": lambda r: r.choice([None, 1, 5]), "start": lambda r: r.choice([0, 0, 5]),
         }  # fmt: skip
         made = Schedule(**arguments(rng, right, integer))
         units = list(itertools.islice(made.units(), 50))
@@ -336,6 +339,92 @@ def latents(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
         assert read.dtype == torch.float32
         taken = _latents(read, layout, grid, shape[1])
         assert list(taken.shape) == shape and bool(torch.isfinite(taken).all())
+
+    return feed, (ValueError,)
+
+
+@target
+def snapshot(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
+    """Snapshots: a real one with changed values, keys, tensors, bytes or name; up to where a run would go on."""
+    import torch
+    from safetensors.torch import load, save
+
+    from dualparal import snapshot
+    from dualparal.checkpoint import Checkpoint
+    from dualparal.engine import Engine
+    from dualparal.tiny import build_tiny_pipeline
+
+    logging.disable(logging.WARNING)
+    model = build_tiny_pipeline(folder / "model", layers=1)
+    engine = Engine.from_pretrained(model, frames_per_block=2, context_frames=1, refresh_every=2, device="cpu")
+    rows = torch.randn(2, 4, engine.source.spec.text_dim)
+    kept = folder / "kept"
+    chunks = engine.stream(
+        prompt_embeds=rows[:1], negative_prompt_embeds=rows[1:], height=16, width=16, num_frames=33,
+        num_inference_steps=4, output_type="latent", checkpoint=Checkpoint(kept, every=1, notes={"out": ["a.mp4"]}),
+    )  # fmt: skip
+    for _ in range(3):
+        next(chunks)
+        time.sleep(0.2)  # until it is on disk
+    chunks.close()
+    whole = snapshot._snapshots(kept)[0].read_bytes()
+    metadata = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]
+    tensors = load(whole)
+    assert json.loads(metadata["state"])["blocks"][0], "blocks are in flight"
+
+    def change(rng: random.Random, tree: Any) -> None:
+        """One value or key somewhere in a tree."""
+        while isinstance(tree, (dict, list)) and tree:
+            key = rng.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
+            if rng.random() < 0.3 or not isinstance(tree[key], (dict, list)) or not tree[key]:
+                if rng.random() < 0.2:
+                    del tree[key]
+                else:
+                    tree[key] = rng.choice([anything(rng), "tensor:" + rng.choice([*tensors, "x"]), str(integer(rng))])
+                return
+            tree = tree[key]
+
+    def other(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
+        kind = rng.randrange(4)
+        if kind == 0:
+            return tensor.to(rng.choice([torch.float16, torch.int64, torch.bool, torch.float64]))
+        if kind == 1:
+            return tensor.flatten()[: rng.randrange(5)]
+        return tensor[None] if kind == 2 else torch.zeros([rng.randrange(4) for _ in range(rng.randrange(6))])
+
+    def contents(rng: random.Random) -> bytes:
+        said, kinds = (
+            dict(metadata),
+            rng.choices(["value", "tensor", "format", "none"], [5, 3, 1, 2], k=rng.randint(1, 2)),
+        )
+        chosen = dict(tensors)
+        for kind in kinds:
+            if kind == "value":
+                part = rng.choice(["run", "state"])
+                tree = json.loads(metadata[part])
+                change(rng, tree)
+                said[part] = json.dumps(tree, default=str)
+            elif kind == "tensor":
+                name = rng.choice(sorted(chosen))
+                chosen[name] = other(rng, chosen[name])
+            elif kind == "format":
+                said[rng.choice(sorted(said))] = rng.choice(["", "2", "[", "{}", "[" * 5000, "null"])
+        return bytes(save({name: tensor.contiguous() for name, tensor in chosen.items()}, said))
+
+    def feed(rng: random.Random) -> None:
+        for path in snapshot._snapshots(kept):
+            path.unlink()
+        data = bytearray(contents(rng))
+        kind = rng.randrange(12)
+        if kind == 0:
+            del data[rng.randrange(len(data)) :]
+        elif kind == 1:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        name = snapshot._checksum(bytes(data))
+        if kind == 2:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (kept / f"snapshot-{rng.choice([2, 4, 7]):010d}-{name}.safetensors").write_bytes(data)
+        engine.resume(kept).close()
 
     return feed, (ValueError,)
 

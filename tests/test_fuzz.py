@@ -8,7 +8,7 @@ import pytest
 
 import fuzz
 
-INPUTS = {"config": 5000, "argv": 2000, "header": 5000, "latents": 1500, "extension": 5000}
+INPUTS = {"config": 5000, "argv": 2000, "header": 5000, "latents": 1500, "snapshot": 600, "extension": 5000}
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
