@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dualparal.checkpoint import Checkpoint
     from dualparal.config import BlockConfig, VideoConfig
     from dualparal.eight_bit import EightBitSchedule
     from dualparal.engine import Chunk, Engine, EngineOutput
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "BlockConfig": "config",
+    "Checkpoint": "checkpoint",
     "Chunk": "engine",
     "EightBitSchedule": "eight_bit",
     "Engine": "engine",
@@ -30,6 +32,7 @@ _EXPORTS = {
 }
 __all__ = [
     "BlockConfig",
+    "Checkpoint",
     "Chunk",
     "EightBitSchedule",
     "Engine",
