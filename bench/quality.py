@@ -1,6 +1,6 @@
 """How good are long videos? Makes many of the same captions with several methods and measures them against the truth.
 
-    python bench/quality.py --preset table --workers 2 --figures docs --record
+    python bench/quality.py --preset full --workers 2 --figures docs --record
     python bench/quality.py --model DIR --variants cached prior "paper C8" --latents 80 --prompts 4 --seeds 2
 
 What is measured is defined in scene_metrics.py (one video), scene_classifier.py (features) and quality_report.py
@@ -114,8 +114,20 @@ PRESETS = {
         Part(TRAINED, ("truth", "vae", "whole"), 6, 2),
         Part(5 * TRAINED, ("truth", "vae", "independent", "fifo", *POLICIES), 6, 1),
     ),
-    # As much as two cores do in some twenty minutes, so few captions; --prompts N for narrower intervals.
+    # Less than twenty minutes of two cores, so few captions.
     "table": (
+        Part(TRAINED, ("truth", "vae", "whole", "whole T8"), 4, 2),
+        Part(5 * TRAINED, ("truth", "independent", "fifo", *POLICIES), 4, 2),
+        Part(
+            5 * TRAINED,
+            ("cached C2", "cached C8", "cached T8", "cached K5 newest", "cached R5", "cached own noise"),
+            4,
+            1,
+        ),
+        Part(20 * TRAINED, ("truth", "paper", "cached", "prior"), 1, 1),
+    ),
+    # Some 35 minutes of two cores; --prompts N for narrower intervals.
+    "full": (
         Part(TRAINED, ("truth", "vae", "whole", "whole T4", "whole T8", "whole T50", "whole euler"), 8, 2),
         Part(5 * TRAINED, ("truth", "independent", "fifo", *POLICIES), 6, 2),
         Part(
