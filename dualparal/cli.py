@@ -314,7 +314,7 @@ def generate(
     else:
         code = _lead(job, planned=plan is not None)
     if is_rank and count > 1:
-        # Its work is done and on disk. gloo's threads sometimes abort a process that ends the usual way.
+        # Its work is done and on disk: nothing that libraries do while they unload can change that now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

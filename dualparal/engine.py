@@ -24,11 +24,11 @@ from dualparal.decode import StreamingDecoder
 from dualparal.eight_bit import OFF, EightBitSchedule
 from dualparal.executor import LatentQueue, StageExecutor, StepCallback, run_together
 from dualparal.graphs import Graphed, cuda_capture
-from dualparal.handshake import handshake
+from dualparal.handshake import gather, handshake
 from dualparal.kernels import attention_8bit as kernels_8bit
 from dualparal.lane import Chunk, DecodeLane
 from dualparal.loading import LoadedPipeline, ModelFiles, ModelSource, resolve_model
-from dualparal.mesh import Mesh, in_distributed_run
+from dualparal.mesh import TIMEOUT, Mesh, drop_at_exit, in_distributed_run
 from dualparal.models.base import Slice
 from dualparal.noise import BlockNoise
 from dualparal.request import Prompt, Request, check_request, split_videos
@@ -96,6 +96,7 @@ class Engine:
         self._slices: dict[int, list[Slice]] = {}
         self._vae: Any = None
         self._groups: list[Any] | None = None
+        self._store: Any = None  # of the run, where its ranks meet
         self._prompts: list[Prompts] = []  # of the videos that run, on rank 0
         self._requests: list[Request] = []
         self._interrupted = False
@@ -422,10 +423,11 @@ class Engine:
             "attention_8bit": asdict(self.attention_8bit),
             "timeline": timeline and str(timeline),
         }
-        store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
-        handshake(store, self.mesh.rank, self.mesh.world_size, info, HANDSHAKE_SECONDS)
+        self._store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
+        handshake(self._store, self.mesh.rank, self.mesh.world_size, info, HANDSHAKE_SECONDS)
         if self._groups is None:
             self._groups = make_groups(self.mesh.world_size)
+            drop_at_exit(self._groups)
             warm_up(self._groups, self.mesh.rank, self.mesh.device)
 
     def _encode(self) -> list[Prompts]:
@@ -595,9 +597,11 @@ class Engine:
         own = RankStats.of(clocks, self.mesh.device)
         ranks = [own]
         if self.mesh.distributed:
-            rows = [torch.zeros(4, dtype=torch.float64) for _ in range(self.mesh.world_size)]
-            dist.all_gather(rows, torch.tensor(own.to_list(), dtype=torch.float64))
-            ranks = [RankStats.from_list(row.tolist()) for row in rows]
+            rows = gather(
+                self._store, self.mesh.rank, self.mesh.world_size, own.to_list(), HANDSHAKE_SECONDS,
+                TIMEOUT.total_seconds(),
+            )  # fmt: skip
+            ranks = [RankStats.from_list(row) for row in rows or []]
         if lane is not None:
             done = lane.progress
             # The schedule's bubble is that of N stages at once and of the whole video.
