@@ -28,6 +28,7 @@ from dualparal.eight_bit import EightBitSchedule
 from dualparal.heartbeat import Heartbeat
 from dualparal.plan_command import command as plan_command
 from dualparal.progress import Display
+from dualparal.slow import SlowStages
 
 logger = logging.getLogger("dualparal")
 
@@ -72,6 +73,7 @@ class Job:
     latents_out: Path | None
     timeline: Path | None
     overwrite: bool
+    allow_nonfinite: bool = False
 
 
 def _outs(out: Path | None, videos: int) -> list[Path]:
@@ -240,6 +242,9 @@ def generate(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option(help="Go on when a block holds NaN or infinity, instead of stopping before it.")
+    ] = False,
     plan: Annotated[
         str | None,
         typer.Option(help="auto: layers per stage and blocks in flight as 'dualparal plan' would have them here."),
@@ -300,12 +305,15 @@ def generate(
         latents_out=latents_out,
         timeline=timeline,
         overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
     )
     is_rank = "RANK" in os.environ
     if plan is not None and not heartbeat.supervised:
         job = _planned(job, plan, max_blocks_in_flight)
     if not is_rank or os.environ["RANK"] == "0":
         _check(job)
+    if not is_rank:
+        _error_file(job).unlink(missing_ok=True)  # of an earlier run
     if is_rank or count == 1:
         started = time.time()
         code = _work(job, heartbeat)
@@ -400,6 +408,7 @@ def _engine(job: Job, stages: int | None, report: Callable[..., None] | None = N
         graphs=job.graphs,
         attention_8bit=job.attention_8bit,
         report=report,
+        allow_nonfinite=job.allow_nonfinite,
     )
     if job.sampler is not None or job.flow_shift is not None:
         engine.scheduler = _sampler(engine.scheduler, job)
@@ -489,13 +498,14 @@ def _call(job: Job) -> dict[str, Any]:
         "guidance_scale_2": video.guidance_scale_2,
         "seed": video.seed,
         "output_type": video.output_type,
+        "keeps": None if job.latents_out is None else "latents",
     }
 
 
 def _lead(job: Job, planned: bool = False) -> int:
     """Starts the ranks and draws their progress; the parent of ``--gpus N``."""
     from dualparal.output import what_is_left
-    from dualparal.supervisor import supervise
+    from dualparal.supervisor import Kept, supervise
 
     arguments = sys.argv[1:]
     if planned and job.layers_per_stage is not None:
@@ -506,10 +516,17 @@ def _lead(job: Job, planned: bool = False) -> int:
     display = _display(job)
     started = time.time()
     summary: list[str] = []
+    slow = SlowStages(job.stages)
+    kept = Kept()
 
     def hear(rank: int, message: dict[str, Any]) -> None:
+        nonlocal kept
         if "progress" in message:
             display.update(message["progress"])
+        if "committed" in message:
+            kept = replace(kept, last_committed_block=message["committed"])
+        if "busy" in message:
+            slow.note(rank, message["iteration"], message["busy"])
         if "summary" in message:
             summary.append(message["summary"])  # shown when the bar is gone
 
@@ -519,6 +536,8 @@ def _lead(job: Job, planned: bool = False) -> int:
             job.stages,
             on_message=hear,
             env={"OMP_NUM_THREADS": str(job.threads)},
+            error_path=_error_file(job),
+            kept=lambda: kept,
         )
     if job.timeline is not None:
         _draw(job.timeline, started)
@@ -533,6 +552,12 @@ def _lead(job: Job, planned: bool = False) -> int:
         if left:
             typer.echo(left, err=True)
     return result.exit_code
+
+
+def _error_file(job: Job) -> Path:
+    """Where a failure is told in JSON: beside the first output."""
+    first = next(path for path in (*job.outs, job.latents_out) if path is not None)
+    return first.with_name(first.name + ".error.json")
 
 
 def _display(job: Job) -> Display:
@@ -552,30 +577,36 @@ def _work(job: Job, heartbeat: Heartbeat) -> int:
     _quiet_libraries()
     try:
         interrupted = _stream(job, heartbeat)
-    except PeerLost as error:
+    except (PeerLost, TimeoutError) as error:  # another rank is gone, or did not come
         heartbeat.error(error, peer=True, exit_code=RANK_FAILED)
-        return _fail(str(error), RANK_FAILED, heartbeat)
+        return _fail(job, str(error), RANK_FAILED, heartbeat)
     except NonFiniteError as error:
         heartbeat.error(error, exit_code=NUMERICS)
-        return _fail(str(error), NUMERICS, heartbeat)
+        return _fail(job, str(error), NUMERICS, heartbeat)
     except (ModelError, ValueError) as error:
         heartbeat.error(error, exit_code=BAD_INPUT)
-        return _fail(str(error), BAD_INPUT, heartbeat)
+        return _fail(job, str(error), BAD_INPUT, heartbeat)
     except OSError as error:
         heartbeat.error(error, exit_code=STORAGE)
-        return _fail(f"cannot read or write: {error}", STORAGE, heartbeat)
+        return _fail(job, f"cannot read or write: {error}", STORAGE, heartbeat)
     except Exception as error:
         heartbeat.error(error, exit_code=RANK_FAILED)
         logger.exception("this rank failed")
-        return _fail(f"{type(error).__name__}: {error}", RANK_FAILED, heartbeat)
+        return _fail(job, f"{type(error).__name__}: {error}", RANK_FAILED, heartbeat)
     heartbeat.done()
     return 128 + interrupted if interrupted and not heartbeat.supervised else 0
 
 
-def _fail(text: str, code: int, heartbeat: Heartbeat) -> int:
+def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
     """Says what went wrong, unless the supervisor will: it has heard of it and names the first cause."""
-    if not heartbeat.supervised:
-        typer.echo(f"error: {text}", err=True)
+    if heartbeat.supervised:
+        return code
+    typer.echo(f"error: {text}", err=True)
+    if code != BAD_INPUT and "RANK" not in os.environ:
+        from dualparal.supervisor import Failure, write_error
+
+        where: dict[str, Any] = {name: heartbeat.where.get(name) for name in ("stage", "block", "step", "phase")}
+        write_error(_error_file(job), Failure(0, **where, cause=text, exit_code=code))
     return code
 
 
@@ -603,16 +634,21 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
             if job.latents_out is not None:
                 final[chunk.video].append(chunk.latents.cpu())
             report = asdict(chunk.progress)
-            heartbeat.message(progress=report)
+            heartbeat.message(progress=report, **({"committed": chunk.block} if outputs else {}))
             if display is not None:
                 display.update(report)
+    except BaseException:
+        # The parent of supervised ranks wants to hear of it at once, and ends them then: blocks stay as they are.
+        for output in [] if heartbeat.supervised else outputs:
+            _close_after(output)
+        raise
     finally:
         if display is not None:
             display.stop()
-        if outputs:
-            heartbeat.phase("write")
-        for output in outputs:
-            output.close()
+    if outputs:
+        heartbeat.phase("write")
+    for output in outputs:
+        output.close()
     if leading and job.latents_out is not None and all(final):
         whole = [torch.cat(parts, dim=2) for parts in final]
         shortest = min(part.shape[2] for part in whole)  # after an interruption they are not all as long
@@ -625,6 +661,14 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
         else:
             typer.echo(summary, err=True)
     return stopped[0] if stopped else 0
+
+
+def _close_after(output: Any) -> None:
+    """Joins what is finished after a failure, which must not be hidden by another one."""
+    try:
+        output.close()
+    except (OSError, ValueError) as error:
+        logger.warning("%s: finished blocks were not joined: %s", output.path, error)
 
 
 def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[int]:

@@ -12,23 +12,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 import dualparal
+from dualparal import capacity
 from dualparal.config import BlockConfig, OutputType, VideoConfig, split_layers
+from dualparal.cost import Workload
 from dualparal.decode import StreamingDecoder
 from dualparal.eight_bit import OFF, EightBitSchedule
-from dualparal.executor import LatentQueue, StageExecutor, StepCallback, run_together
+from dualparal.executor import LatentQueue, NonFiniteError, StageExecutor, StepCallback, run_together
 from dualparal.graphs import Graphed, cuda_capture
 from dualparal.handshake import gather, handshake
 from dualparal.kernels import attention_8bit as kernels_8bit
 from dualparal.lane import Chunk, DecodeLane
 from dualparal.loading import LoadedPipeline, ModelFiles, ModelSource, resolve_model
 from dualparal.mesh import TIMEOUT, Mesh, drop_at_exit, in_distributed_run
+from dualparal.model_shape import model_shape
 from dualparal.models.base import Slice
 from dualparal.noise import BlockNoise
 from dualparal.request import Prompt, Request, check_request, split_videos
@@ -79,6 +82,7 @@ class Engine:
         graphs: bool = False,
         report: Callable[..., None] | None = None,
         attention_8bit: EightBitSchedule = OFF,
+        allow_nonfinite: bool = False,
     ) -> None:
         self.source = source
         self.blocks = blocks
@@ -90,6 +94,7 @@ class Engine:
         self.graphs = graphs
         self.report = report
         self.attention_8bit = attention_8bit
+        self.allow_nonfinite = allow_nonfinite
         self.scheduler: Any = source.load_scheduler()  # diffusers' name; assign another one as in diffusers
         self.stats: RunStats | None = None  # of the last run, on rank 0
         self._encoder = PromptEncoder(lambda: source.load_text_encoder(mesh.device, dtype), mesh.device)
@@ -120,6 +125,7 @@ class Engine:
         graphs: bool = False,
         attention_8bit: str | EightBitSchedule = "off",
         report: Callable[..., None] | None = None,
+        allow_nonfinite: bool = False,
     ) -> Engine:
         """An engine for a model. Weights are read at the first request, and then only this rank's.
 
@@ -141,7 +147,9 @@ class Engine:
             attention_8bit: "int8" (queries and keys of self-attention), "fp8" (values and weights besides), or an
                 ``EightBitSchedule``, which can leave layers and steps out; with a dtype of 16 bits. Another video, near
                 that of "off"; the same for any number of stages.
-            report: called with (phase, block=, step=, stage=) before every action; for supervisors.
+            report: called with (phase, block=, step=, stage=) before every action; for supervisors. At the first unit
+                of an iteration besides with iteration= and busy=, seconds per layer spent in units so far.
+            allow_nonfinite: give out blocks that hold NaN or infinity, with a warning, and do not stop.
 
         Raises:
             ValueError: bad values, or a model that is not supported (``ModelError``), before weights are read.
@@ -192,7 +200,7 @@ class Engine:
             _check_8bit(eight_bit, source, mesh.device, dtype)
         if isinstance(source, ModelFiles):
             source.check_weights()
-        return cls(source, blocks, layers, mesh, dtype, depth, graphs, report, eight_bit)
+        return cls(source, blocks, layers, mesh, dtype, depth, graphs, report, eight_bit, allow_nonfinite)
 
     # Requests -----------------------------------------------------------------------------------------------
 
@@ -205,6 +213,7 @@ class Engine:
         return_dict = kwargs.pop("return_dict", True)
         if kwargs.get("num_frames", 81) is None:
             raise ValueError("num_frames=None is an endless video: use engine.stream(...)")
+        kwargs.setdefault("keeps", "latents" if kwargs.get("output_type") == "latent" else "frames")
         chunks = list(self.stream(prompt, **kwargs))
         frames = _whole(chunks, kwargs.get("output_type", "np")) if chunks else None
         return EngineOutput(frames, self.stats) if return_dict else (frames,)  # type: ignore[return-value]
@@ -229,6 +238,7 @@ class Engine:
         *,
         seed: int | Sequence[int] | None = None,
         timeline: str | Path | None = None,
+        keeps: Literal["frames", "latents"] | None = None,
     ) -> Iterator[Chunk]:
         """Yields every block as soon as it is finished. The request is checked before this returns.
 
@@ -248,6 +258,8 @@ class Engine:
             timeline: a .json or .json.gz file for a trace of the run (ui.perfetto.dev opens it), replaced if it is
                 there; the same on all ranks. It is whole when the stream has ended; what ranks on other nodes, or a
                 distributed run that failed, left is in ``FILE.parts``, for ``dualparal.timeline.merge``.
+            keeps: what of all chunks the caller will have in memory at the end, on the CPU. It counts when the request
+                is checked against the memory there is.
 
         Raises:
             ValueError: a request that cannot be run; names the value, the rule and the way out.
@@ -269,6 +281,7 @@ class Engine:
             )
             request = check_request(self.source, self.scheduler, self.blocks, self.mesh.device, video, **own)
             requests.append(replace(request, callback=callback_on_step_end))
+        self._check_capacity(requests, keeps)
         self.attention_8bit.check_steps(len(requests[0].sampler))
         if self._running:
             raise RuntimeError(
@@ -280,6 +293,18 @@ class Engine:
             check_name(timeline)
         self._interrupted = False
         return self._run(requests, timeline)
+
+    def _check_capacity(self, requests: list[Request], keeps: Literal["frames", "latents"] | None) -> None:
+        """Raises ValueError for a request that cannot fit. A pipeline in memory has no config files to count from."""
+        if not isinstance(self.source, ModelFiles):
+            return
+        video = requests[0].video
+        decode = video.output_type != "latent"
+        shape = model_shape(str(self.source.path))
+        work = Workload(shape, video, self.blocks, self.dtype.itemsize, decode, self.depth)
+        split = [len(layers) for layers in self.layers]
+        held = len(requests) * capacity.whole_bytes(work, video.output_type, keeps) if self.mesh.rank == 0 else 0
+        capacity.check(work, split, self._owned_stages(), self.mesh.device, held)
 
     def set_prompt(self, prompt: str, negative_prompt: str | None = None, *, video: int = 0) -> int:
         """Changes a video's prompt while it runs: blocks in flight keep theirs, new ones take this. Rank 0 only.
@@ -331,6 +356,10 @@ class Engine:
                 yield from lane.drain()
             self._finish(clocks, lane, started, schedule)
             finished = True
+        except NonFiniteError:
+            assert lane is not None  # stage 0 has found it
+            yield from lane.drain()  # blocks finished before are whole
+            raise
         except GeneratorExit:  # the consumer has had enough
             if self._running:
                 self._stop(executors)
@@ -515,7 +544,8 @@ class Engine:
                     queues,
                     on_emit=lane.emit if lane else None,
                     on_decode=lane.decode if lane else None,
-                    report=self._reporter(index),
+                    report=self._reporter(index, schedule, clock),
+                    allow_nonfinite=self.allow_nonfinite,
                 )
             )
         return result
@@ -524,17 +554,24 @@ class Engine:
     def _graphed(forward: Forward) -> Forward:
         return Graphed(forward, cuda_capture([]))
 
-    def _reporter(self, index: int) -> Callable[[str, Unit], None] | None:
+    def _reporter(self, index: int, schedule: Schedule, clock: BusyClock) -> Callable[[str, Unit], None] | None:
         if self.report is None:
             return None
-        report = self.report
+        report, layers = self.report, len(self.layers[index])
+        iteration = -1
 
         def tell(phase: str, unit: Unit) -> None:
+            nonlocal iteration
+            more = {}
+            if phase == "run" and (now := unit.step + schedule.gap * unit.block) > iteration:
+                iteration = now
+                more = {"iteration": iteration, "busy": clock.seconds / layers}
             report(
                 "wait_recv" if phase == "recv" else "wait_send" if phase == "send" else phase,
                 stage=index,
                 block=unit.block,
                 step=unit.step,
+                **more,
             )
 
         return tell
@@ -544,7 +581,7 @@ class Engine:
         layout, grid, n = request.layout, request.grid, self.num_stages
         hidden = request.max_window_frames * grid.tokens * self.source.spec.inner_dim
         velocity = layout.first_frames * self.source.spec.in_channels * grid.height * grid.width  # of the largest block
-        sizes = [hidden] * (n - 1) + [velocity]
+        sizes = [hidden + 1] * (n - 1) + [velocity + 1]  # and a mark, see `finite`
         names = [f"edge {k} -> {(k + 1) % n}" for k in range(n)]
         device = self.mesh.device
         if not self.mesh.distributed:

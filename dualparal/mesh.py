@@ -18,7 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dualparal.handshake import handshake
+
 RENDEZVOUS = "DUALPARAL_RENDEZVOUS"
+JOIN_SECONDS = 120.0  # until the last rank of this machine has imported what it needs
 TIMEOUT = timedelta(minutes=30)  # a rank may wait long for a slow neighbour; the supervisor watches progress
 
 _groups: list[list[Any]] = []  # of every engine, also of those that live until the interpreter ends
@@ -100,11 +103,13 @@ class Mesh:
             os.environ.setdefault(variable, "lo0" if os.uname().sysname == "Darwin" else "lo")
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = dist.FileStore(path, world_size)
+        # torch would wait for a rank that never comes for as long as for a slow one, and not say which.
+        handshake(dist.PrefixStore("dualparal/join", store), rank, world_size, {}, JOIN_SECONDS)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
 
 
 def drop_at_exit(groups: list[Any]) -> None:
-    """Empties this list of process groups when the process ends: its owner may live longer than Python's threads can."""
+    """Empties this list of process groups when the process ends: its owner may live until after that."""
     _groups.append(groups)
 
 
