@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from dualparal.config import OutputType
-from dualparal.cost import Memory, Workload, stage_memory
+from dualparal.cost import Workload, stage_memory
 
 GIB = 2**30
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -20,7 +20,14 @@ class TooLarge(ValueError):
     """A request whose estimate exceeds the memory there is; names both."""
 
 
-def check(work: Workload, split: Sequence[int], owned: Sequence[int], device: torch.device, held: int = 0) -> None:
+def check(
+    work: Workload,
+    split: Sequence[int],
+    owned: Sequence[int],
+    device: torch.device,
+    encodes: bool = True,
+    held: int = 0,
+) -> None:
     """Compares what the stages of this process need with what there is: all of a card, or all of the host's memory.
 
     The estimate leaves out what libraries take, so a request that passes may still not fit. On the CPU the stages of
@@ -28,6 +35,7 @@ def check(work: Workload, split: Sequence[int], owned: Sequence[int], device: to
 
     Args:
         owned: stages of this process.
+        encodes: whether the text encoder is needed. It is gone before the weights are loaded.
         held: bytes of the result besides, where it is kept whole.
 
     Raises:
@@ -36,7 +44,10 @@ def check(work: Workload, split: Sequence[int], owned: Sequence[int], device: to
     schedule = work.schedule(len(split))
     on_host = device.type != "cuda"
     together = range(len(split)) if on_host and _alone() else owned
-    need = sum(_steady(stage_memory(work, schedule, split, stage)) for stage in together) + held * on_host
+    memory = [stage_memory(work, schedule, split, stage) for stage in together]
+    need = sum(stage.running for stage in memory) + held * on_host
+    if encodes:
+        need = max(need, *(stage.before for stage in memory))
     have = host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
     if need > have:
         video, blocks = work.video, work.blocks
@@ -69,10 +80,6 @@ def host_memory() -> int:
         except (OSError, ValueError):  # none, or "max"
             continue
     return min(limits)
-
-
-def _steady(memory: Memory) -> int:
-    return max(memory.running, memory.before)
 
 
 def _alone() -> bool:

@@ -304,7 +304,8 @@ class Engine:
         work = Workload(shape, video, self.blocks, self.dtype.itemsize, decode, self.depth)
         split = [len(layers) for layers in self.layers]
         held = len(requests) * capacity.whole_bytes(work, video.output_type, keeps) if self.mesh.rank == 0 else 0
-        capacity.check(work, split, self._owned_stages(), self.mesh.device, held)
+        encodes = requests[0].embeds is None
+        capacity.check(work, split, self._owned_stages(), self.mesh.device, encodes, held)
 
     def set_prompt(self, prompt: str, negative_prompt: str | None = None, *, video: int = 0) -> int:
         """Changes a video's prompt while it runs: blocks in flight keep theirs, new ones take this. Rank 0 only.

@@ -6,6 +6,7 @@ Processes without torch show the same for the supervisor alone, many times over:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -25,9 +26,12 @@ import torch
 from conftest import embeds
 from dualparal import capacity
 from dualparal.capacity import TooLarge
+from dualparal.config import VideoConfig
+from dualparal.cost import Workload
 from dualparal.engine import Engine
 from dualparal.executor import NonFiniteError
 from dualparal.finite import FirstMark, Origin, mark
+from dualparal.model_shape import model_shape
 from dualparal.schedule import Unit
 from dualparal.slow import ITERATIONS, SlowStages
 from dualparal.stage import Stage
@@ -138,9 +142,9 @@ def test_the_cause_is_the_headline_and_not_who_lost_a_peer(tmp_path: Path, wan21
 
 
 def test_nan_stops_the_run_before_its_block_and_names_its_origin(tmp_path: Path, wan21: Path) -> None:
-    run = Run(tmp_path, wan21, "nan:1", FAULT_BLOCK="6")
+    run = Run(tmp_path, wan21, "nan:1", FAULT_BLOCK="6", FAULT_DECODE_SECONDS="0.3")
     run.check(0, 6, "NonFiniteError", "first in stage 1 at block 6, step 1", "not given out")
-    assert run.committed == list(range(6))
+    assert run.committed == list(range(6))  # some of which were still to be decoded
     assert not (tmp_path / "a.mp4.blocks" / "block-000006.mp4").exists()
 
 
@@ -304,6 +308,16 @@ def test_a_whole_video_counts_its_frames(wan21: Path, monkeypatch: pytest.Monkey
     with pytest.raises(TooLarge, match="kept whole"):
         engine("a cat", num_frames=100_001, **SIZE)
     engine.stream("a cat", num_frames=100_001, **SIZE)  # whoever reads on the way may have any length
+
+
+def test_the_text_encoder_counts_where_it_is_needed(wan21: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.from_pretrained(wan21, device="cpu", stages=2)
+    work = Workload(model_shape(str(wan21)), VideoConfig(32, 32, 9), itemsize=4, decode=False)
+    larger = dataclasses.replace(work, model=dataclasses.replace(work.model, text_encoder=2**29))
+    monkeypatch.setattr(capacity, "host_memory", lambda: 2**30)
+    capacity.check(larger, [2, 2], [0, 1], engine.mesh.device, encodes=False)
+    with pytest.raises(TooLarge, match=r"need about 2\.0 GiB"):
+        capacity.check(larger, [2, 2], [0, 1], engine.mesh.device)
 
 
 def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

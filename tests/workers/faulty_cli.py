@@ -17,6 +17,7 @@ import torch
 from dualparal import cli, transport
 from dualparal.executor import StageExecutor
 from dualparal.heartbeat import Heartbeat
+from dualparal.lane import DecodeLane
 from dualparal.schedule import Unit
 from dualparal.stage import Stage
 from dualparal.transport import Header, PeerLost, SendEdge
@@ -95,6 +96,16 @@ def change_messages() -> None:
     SendEdge.send = send  # type: ignore[method-assign]
 
 
+def decode_slowly() -> None:
+    decoded = DecodeLane._frames
+
+    def frames(self: DecodeLane, *what: Any) -> Any:
+        time.sleep(float(os.environ["FAULT_DECODE_SECONDS"]))
+        return decoded(self, *what)
+
+    DecodeLane._frames = frames  # type: ignore[method-assign]
+
+
 def read_slowly() -> None:
     """The consumer of the first chunk stays away for 2 s."""
     gave, waited = StageExecutor._emit, []
@@ -112,6 +123,8 @@ change_units()
 change_messages()
 if os.environ.get("FAULT_DEAF"):
     make_deaf()
+if "FAULT_DECODE_SECONDS" in os.environ:
+    decode_slowly()
 if NAME == "reader" and HERE:
     read_slowly()
 
