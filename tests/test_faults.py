@@ -335,18 +335,20 @@ def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_pa
 class Command:
     """`dualparal generate` of a long video, some blocks of which are on disk."""
 
-    def __init__(self, folder: Path, model: Path, *flags: str, temporary: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, model: Path, *flags: str, temporary: Path | None = None, decode_seconds: float = 0.0
+    ) -> None:
         folder.mkdir()
         self.folder, self.blocks = folder, folder / "a.mp4.blocks"
         self.log = folder / "stderr.txt"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dualparal.cli", *RUN, "--model", str(model), "--num-frames", "20001",
+                [sys.executable, str(WORKER), *RUN, "--model", str(model), "--num-frames", "20001",
                  "--out", str(folder / "a.mp4"), *flags],
                 cwd=folder,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "TMPDIR": str(temporary or folder)},
+                env={**os.environ, "TMPDIR": str(temporary or folder), "FAULT_DECODE_SECONDS": str(decode_seconds)},
             )  # fmt: skip
         deadline = time.monotonic() + 120
         while len(self.segments()) < 3:
@@ -376,7 +378,7 @@ class Command:
 def command(tmp_path: Path, wan21: Path) -> Any:
     started: list[Command] = []
 
-    def start(*flags: str, **more: Path) -> Command:
+    def start(*flags: str, **more: Any) -> Command:
         started.append(Command(tmp_path / f"run{len(started)}", wan21, *flags, **more))
         return started[-1]
 
@@ -405,10 +407,14 @@ def test_a_full_disk_ends_the_run_and_finished_blocks_play(command: Any) -> None
 
 
 def test_a_second_signal_ends_one_process_at_once(command: Any) -> None:
-    run = command()
-    for _ in range(2):
-        run.process.send_signal(signal.SIGINT)
+    run = command(decode_seconds=1.0)  # so that what is finished takes seconds to be given out
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert run.process.poll() is None
+    begin = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
     assert run.process.wait(5) == 130
+    assert time.monotonic() - begin < 0.5
     assert all(decode(path) for path in run.segments())
 
 
