@@ -78,8 +78,8 @@ def run(case: dict[str, Any], mesh: Mesh, groups: Sequence[Any]) -> dict[str, An
     assert layout.num_blocks == schedule.num_blocks
     rank, n = mesh.rank, mesh.world_size
     before, after = (rank - 1) % n, (rank + 1) % n
-    hidden = layout.max_window_frames * SIDE * SIDE * INNER
-    sizes = [hidden] * (n - 1) + [layout.first_frames * CHANNELS * SIDE * SIDE]
+    hidden = layout.max_window_frames * SIDE * SIDE * INNER + 1
+    sizes = [hidden] * (n - 1) + [layout.first_frames * CHANNELS * SIDE * SIDE + 1]
     common = schedule.depth, schedule.num_units, torch.float32, mesh.device
 
     def queue(video: int) -> LatentQueue:

@@ -109,10 +109,12 @@ class Checkpointer:
         self._collect()
         if self._pending is not None or self._writing is not None or not self._is_due(iteration):
             return
-        first = self.schedule.in_flight(iteration)
-        if not first:
+        in_flight = self.schedule.in_flight(iteration)
+        if not in_flight:
             return  # the end
-        states = [{block: state for block, state in video.items() if block in first} for video in blocks()]
+        # Stage 0 may have let in a block of this iteration already; it begins with its noise.
+        begun = [block for block in in_flight if block * self.schedule.gap < iteration]
+        states = [{block: video[block] for block in begun} for video in blocks()]
         self._pending = Snapshot(iteration, self.run, self.prompts(), states)
         self._ready = self._event()
         self._last = iteration

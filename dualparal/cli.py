@@ -30,13 +30,13 @@ from dualparal.eight_bit import EightBitSchedule
 from dualparal.heartbeat import Heartbeat
 from dualparal.plan_command import command as plan_command
 from dualparal.progress import Display
+from dualparal.slow import SlowStages
 
 if TYPE_CHECKING:
     from dualparal.output import PictureOutput, VideoOutput
 
 logger = logging.getLogger("dualparal")
 
-RESUME = "dualparal generate --resume"
 # What a rank runs. "python -m" would let modules in the current folder, perhaps a model's, stand in for ours.
 RANK_PROGRAM = "import sys; sys.path[:1] = filter(None, sys.path[:1]); from dualparal.cli import main; main()"
 _ARGUMENT = "DUALPARAL_ARGUMENT_"
@@ -84,6 +84,7 @@ class Job:
     checkpoint: Path | None
     checkpoint_every: int | None
     resume: bool = False  # from ``checkpoint``
+    allow_nonfinite: bool = False
 
     def notes(self) -> dict[str, Any]:
         """What a snapshot keeps of it: JSON values, and no prompt."""
@@ -304,6 +305,9 @@ def generate(
         typer.Option(help="Go on from this folder's last snapshot, on any number of stages; all else is known there."),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option(help="Go on when a block holds NaN or infinity, instead of stopping before it.")
+    ] = False,
     plan: Annotated[
         str | None,
         typer.Option(help="auto: layers per stage and blocks in flight as 'dualparal plan' would have them here."),
@@ -372,6 +376,7 @@ def generate(
         overwrite=overwrite,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
+        allow_nonfinite=allow_nonfinite,
     )
     if plan is not None and not heartbeat.supervised:
         job = _planned(job, plan, max_blocks_in_flight)
@@ -383,6 +388,8 @@ def _run_job(job: Job, heartbeat: Heartbeat, planned: bool) -> NoReturn:
     is_rank, count = "RANK" in os.environ, job.stages
     if not is_rank or os.environ["RANK"] == "0":
         _check(job)
+    if not is_rank:
+        _error_file(job).unlink(missing_ok=True)  # of an earlier run
     if is_rank or count == 1:
         started = time.time()
         code = _work(job, heartbeat)
@@ -394,7 +401,7 @@ def _run_job(job: Job, heartbeat: Heartbeat, planned: bool) -> NoReturn:
     else:
         code = _lead(job, planned)
     if is_rank and count > 1:
-        # Its work is done and on disk. gloo's threads sometimes abort a process that ends the usual way.
+        # Its work is done and on disk: nothing that libraries do while they unload can change that now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -533,6 +540,7 @@ def _engine(job: Job, stages: int | None, report: Callable[..., None] | None = N
         graphs=job.graphs,
         attention_8bit=job.attention_8bit,
         report=report,
+        allow_nonfinite=job.allow_nonfinite,
     )
     if job.sampler is not None or job.flow_shift is not None:
         engine.scheduler = _sampler(engine.scheduler, job)
@@ -638,13 +646,14 @@ def _call(job: Job) -> dict[str, Any]:
         "guidance_scale_2": video.guidance_scale_2,
         "seed": video.seed,
         "output_type": video.output_type,
+        "keeps": None if job.latents_out is None else "latents",
     }
 
 
 def _lead(job: Job, planned: bool = False) -> int:
     """Starts the ranks and draws their progress; the parent of ``--gpus N``."""
     from dualparal.output import what_is_left
-    from dualparal.supervisor import supervise
+    from dualparal.supervisor import Kept, supervise
 
     arguments = sys.argv[1:]
     if planned and job.layers_per_stage is not None:
@@ -655,10 +664,17 @@ def _lead(job: Job, planned: bool = False) -> int:
     display = _display(job)
     started = time.time()
     summary: list[str] = []
+    slow = SlowStages(job.stages)
+    kept = Kept()
 
     def hear(rank: int, message: dict[str, Any]) -> None:
+        nonlocal kept
         if "progress" in message:
             display.update(message["progress"])
+        if "committed" in message:
+            kept = replace(kept, last_committed_block=message["committed"])
+        if "busy" in message:
+            slow.note(rank, message["iteration"], message["busy"])
         if "summary" in message:
             summary.append(message["summary"])  # shown when the bar is gone
 
@@ -668,6 +684,8 @@ def _lead(job: Job, planned: bool = False) -> int:
             job.stages,
             on_message=hear,
             env={"OMP_NUM_THREADS": str(job.threads), **_pack(arguments)},
+            error_path=_error_file(job),
+            kept=lambda: replace(kept, resume_command=_resume_command(job)),
         )
     if job.timeline is not None:
         _draw(job.timeline, started)
@@ -681,14 +699,22 @@ def _lead(job: Job, planned: bool = False) -> int:
         left = what_is_left(out, started)
         if left:
             typer.echo(left, err=True)
-    if result.exit_code:
+    if result.exit_code and result.failure is None:  # which says it
         _say_how_to_resume(job)
     return result.exit_code
 
 
+def _resume_command(job: Job) -> str | None:
+    """What goes on from the snapshots of a job, if there are any."""
+    if job.checkpoint is None or not any(job.checkpoint.glob("snapshot-*")):
+        return None
+    return f"dualparal generate --resume {shlex.quote(str(job.checkpoint))}"
+
+
 def _say_how_to_resume(job: Job) -> None:
-    if job.checkpoint is not None and job.checkpoint.is_dir():
-        typer.echo(f"resume with: {RESUME} {shlex.quote(str(job.checkpoint))}", err=True)
+    command = _resume_command(job)
+    if command is not None:
+        typer.echo(f"resume with: {command}", err=True)
 
 
 def _pack(arguments: list[str]) -> dict[str, str]:
@@ -700,6 +726,12 @@ def _unpack() -> list[str]:
     """The inverse, which takes them out of the environment. Empty: the arguments are in the command line."""
     count = sum(name.startswith(_ARGUMENT) for name in os.environ)
     return [os.environ.pop(f"{_ARGUMENT}{index}") for index in range(count)]
+
+
+def _error_file(job: Job) -> Path:
+    """Where a failure is told in JSON: beside the first output."""
+    first = next(path for path in (*job.outs, job.latents_out) if path is not None)
+    return first.with_name(first.name + ".error.json")
 
 
 def _display(job: Job) -> Display:
@@ -719,30 +751,38 @@ def _work(job: Job, heartbeat: Heartbeat) -> int:
     _quiet_libraries()
     try:
         interrupted = _stream(job, heartbeat)
-    except PeerLost as error:
+    except (PeerLost, TimeoutError) as error:  # another rank is gone, or did not come
         heartbeat.error(error, peer=True, exit_code=RANK_FAILED)
-        return _fail(str(error), RANK_FAILED, heartbeat)
+        return _fail(job, str(error), RANK_FAILED, heartbeat)
     except NonFiniteError as error:
         heartbeat.error(error, exit_code=NUMERICS)
-        return _fail(str(error), NUMERICS, heartbeat)
+        return _fail(job, str(error), NUMERICS, heartbeat)
     except (ModelError, ValueError) as error:
         heartbeat.error(error, exit_code=BAD_INPUT)
-        return _fail(str(error), BAD_INPUT, heartbeat)
+        return _fail(job, str(error), BAD_INPUT, heartbeat)
     except OSError as error:
         heartbeat.error(error, exit_code=STORAGE)
-        return _fail(f"cannot read or write: {error}", STORAGE, heartbeat)
+        return _fail(job, f"cannot read or write: {error}", STORAGE, heartbeat)
     except Exception as error:
         heartbeat.error(error, exit_code=RANK_FAILED)
         logger.exception("this rank failed")
-        return _fail(f"{type(error).__name__}: {error}", RANK_FAILED, heartbeat)
+        return _fail(job, f"{type(error).__name__}: {error}", RANK_FAILED, heartbeat)
     heartbeat.done()
     return 128 + interrupted if interrupted and not heartbeat.supervised else 0
 
 
-def _fail(text: str, code: int, heartbeat: Heartbeat) -> int:
+def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
     """Says what went wrong, unless the supervisor will: it has heard of it and names the first cause."""
-    if not heartbeat.supervised:
-        typer.echo(f"error: {_line(text)}", err=True)
+    if heartbeat.supervised:
+        return code
+    typer.echo(f"error: {_line(text)}", err=True)
+    if code != BAD_INPUT and "RANK" not in os.environ:
+        from dualparal.supervisor import Failure, write_error
+
+        where: dict[str, Any] = {name: heartbeat.where.get(name) for name in ("stage", "block", "step", "phase")}
+        write_error(
+            _error_file(job), Failure(0, **where, cause=text, exit_code=code, resume_command=_resume_command(job))
+        )
     return code
 
 
@@ -784,20 +824,25 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
                     final[chunk.video] += _finished_before(job, chunk)
                 final[chunk.video].append(chunk.latents.cpu())
             report = asdict(chunk.progress)
-            heartbeat.message(progress=report)
+            heartbeat.message(progress=report, **({"committed": chunk.block} if outputs else {}))
             if display is not None:
                 display.update(report)
         complete = not engine.interrupted
+    except BaseException:
+        # The parent of supervised ranks wants to hear of it at once, and ends them then: blocks stay as they are.
+        for output in [] if heartbeat.supervised else outputs:
+            _close_after(output)
+        raise
     finally:
         if display is not None:
             display.stop()
-        if outputs:
-            heartbeat.phase("write")
+    if outputs:
+        heartbeat.phase("write")
+    for output in outputs:
+        output.close()
+    if not job.keep_blocks and (job.checkpoint is None or complete):
         for output in outputs:
-            output.close()
-        if not job.keep_blocks and (job.checkpoint is None or complete):
-            for output in outputs:
-                output.remove_blocks()
+            output.remove_blocks()
     if leading and job.latents_out is not None and all(final) and (job.checkpoint is None or complete):
         whole = [torch.cat(parts, dim=2) for parts in final]
         shortest = min(part.shape[2] for part in whole)  # after an interruption they are not all as long
@@ -822,6 +867,14 @@ def _finished_before(job: Job, chunk: Any) -> list[Any]:
     if job.checkpoint is None or chunk.block == 0:
         return []
     return read_blocks(job.checkpoint, chunk.video, range(chunk.block))
+
+
+def _close_after(output: Any) -> None:
+    """Joins what is finished after a failure, which must not be hidden by another one."""
+    try:
+        output.close()
+    except (OSError, ValueError) as error:
+        logger.warning("%s: finished blocks were not joined: %s", output.path, error)
 
 
 def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[int]:

@@ -16,25 +16,27 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 import dualparal
-from dualparal import snapshot
+from dualparal import capacity, snapshot
 from dualparal.checkpoint import Checkpoint, Checkpointer, check_fits, needed
 from dualparal.config import BlockConfig, OutputType, VideoConfig, split_layers
+from dualparal.cost import Workload
 from dualparal.decode import StreamingDecoder
 from dualparal.eight_bit import OFF, EightBitSchedule
-from dualparal.executor import LatentQueue, StageExecutor, StepCallback, run_together
+from dualparal.executor import LatentQueue, NonFiniteError, StageExecutor, StepCallback, run_together
 from dualparal.graphs import Graphed, cuda_capture
-from dualparal.handshake import handshake
+from dualparal.handshake import gather, handshake
 from dualparal.kernels import attention_8bit as kernels_8bit
 from dualparal.lane import Chunk, DecodeLane
 from dualparal.loading import LoadedPipeline, ModelFiles, ModelSource, resolve_model
-from dualparal.mesh import Mesh, in_distributed_run
+from dualparal.mesh import TIMEOUT, Mesh, drop_at_exit, in_distributed_run
+from dualparal.model_shape import model_shape
 from dualparal.models.base import Slice
 from dualparal.noise import BlockNoise
 from dualparal.request import Prompt, Request, check_request, split_videos
@@ -96,6 +98,7 @@ class Engine:
         graphs: bool = False,
         report: Callable[..., None] | None = None,
         attention_8bit: EightBitSchedule = OFF,
+        allow_nonfinite: bool = False,
     ) -> None:
         self.source = source
         self.blocks = blocks
@@ -107,12 +110,14 @@ class Engine:
         self.graphs = graphs
         self.report = report
         self.attention_8bit = attention_8bit
+        self.allow_nonfinite = allow_nonfinite
         self.scheduler: Any = source.load_scheduler()  # diffusers' name; assign another one as in diffusers
         self.stats: RunStats | None = None  # of the last run, on rank 0
         self._encoder = PromptEncoder(lambda: source.load_text_encoder(mesh.device, dtype), mesh.device)
         self._slices: dict[int, list[Slice]] = {}
         self._vae: Any = None
         self._groups: list[Any] | None = None
+        self._store: Any = None  # of the run, where its ranks meet
         self._prompts: list[Prompts] = []  # of the videos that run, on rank 0
         self._requests: list[Request] = []
         self._interrupted = False
@@ -137,6 +142,7 @@ class Engine:
         graphs: bool = False,
         attention_8bit: str | EightBitSchedule = "off",
         report: Callable[..., None] | None = None,
+        allow_nonfinite: bool = False,
     ) -> Engine:
         """An engine for a model. Weights are read at the first request, and then only this rank's.
 
@@ -161,7 +167,9 @@ class Engine:
             attention_8bit: "int8" (queries and keys of self-attention), "fp8" (values and weights besides), or an
                 ``EightBitSchedule``, which can leave layers and steps out; with a dtype of 16 bits. Another video, near
                 that of "off"; the same for any number of stages.
-            report: called with (phase, block=, step=, stage=) before every action; for supervisors.
+            report: called with (phase, block=, step=, stage=) before every action; for supervisors. At the first unit
+                of an iteration besides with iteration= and busy=, seconds per layer spent in units so far.
+            allow_nonfinite: give out blocks that hold NaN or infinity, with a warning, and do not stop.
 
         Raises:
             ValueError: bad values, or a model that is not supported (``ModelError``), before weights are read.
@@ -213,7 +221,7 @@ class Engine:
             _check_8bit(eight_bit, source, mesh.device, dtype)
         if isinstance(source, ModelFiles):
             source.check_weights()
-        return cls(source, blocks, layers, mesh, dtype, depth, graphs, report, eight_bit)
+        return cls(source, blocks, layers, mesh, dtype, depth, graphs, report, eight_bit, allow_nonfinite)
 
     # Requests -----------------------------------------------------------------------------------------------
 
@@ -226,6 +234,7 @@ class Engine:
         return_dict = kwargs.pop("return_dict", True)
         if kwargs.get("num_frames", 81) is None:
             raise ValueError("num_frames=None is an endless video: use engine.stream(...)")
+        kwargs.setdefault("keeps", "latents" if kwargs.get("output_type") == "latent" else "frames")
         chunks = list(self.stream(prompt, **kwargs))
         frames = _whole(chunks, kwargs.get("output_type", "np")) if chunks else None
         return EngineOutput(frames, self.stats) if return_dict else (frames,)  # type: ignore[return-value]
@@ -251,6 +260,7 @@ class Engine:
         seed: int | Sequence[int] | None = None,
         timeline: str | Path | None = None,
         checkpoint: str | Path | Checkpoint | None = None,
+        keeps: Literal["frames", "latents"] | None = None,
     ) -> Iterator[Chunk]:
         """Yields every block as soon as it is finished. The request is checked before this returns.
 
@@ -273,6 +283,8 @@ class Engine:
             checkpoint: a folder for snapshots (or a ``Checkpoint``), from which ``resume`` goes on after whatever
                 happens; the same on all ranks, written by rank 0. A snapshot counts a block as finished when the
                 next chunk has been asked for. With ``cached`` and ``prior`` the engine needs ``refresh_every``.
+            keeps: what of all chunks the caller will have in memory at the end, on the CPU. It counts when the request
+                is checked against the memory there is.
 
         Raises:
             ValueError: a request that cannot be run; names the value, the rule and the way out.
@@ -294,6 +306,7 @@ class Engine:
             )
             request = check_request(self.source, self.scheduler, self.blocks, self.mesh.device, video, **own)
             requests.append(replace(request, callback=callback_on_step_end))
+        self._check_capacity(requests, keeps)
         if checkpoint is not None:
             checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(Path(checkpoint))
             self._check_checkpoint(requests)
@@ -332,6 +345,7 @@ class Engine:
         schedule = self._schedule(requests, found.iteration)
         shape = spec.in_channels, grid.height, grid.width
         check_fits(found, schedule, requests[0].layout, requests[0].sampler, shape, spec.text_dim)
+        self._check_capacity(requests, None)
         return self._begin(requests, timeline, checkpoint, Resumed(found, name))
 
     def _requests_of(self, found: Snapshot, folder: Path) -> list[Request]:
@@ -433,6 +447,19 @@ class Engine:
                     found.run["made_with"].get(key),
                 )
 
+    def _check_capacity(self, requests: list[Request], keeps: Literal["frames", "latents"] | None) -> None:
+        """Raises ValueError for a request that cannot fit. A pipeline in memory has no config files to count from."""
+        if not isinstance(self.source, ModelFiles):
+            return
+        video = requests[0].video
+        decode = video.output_type != "latent"
+        shape = model_shape(str(self.source.path))
+        work = Workload(shape, video, self.blocks, self.dtype.itemsize, decode, self.depth)
+        split = [len(layers) for layers in self.layers]
+        held = len(requests) * capacity.whole_bytes(work, video.output_type, keeps) if self.mesh.rank == 0 else 0
+        encodes = requests[0].embeds is None
+        capacity.check(work, split, self._owned_stages(), self.mesh.device, encodes, held)
+
     def set_prompt(self, prompt: str, negative_prompt: str | None = None, *, video: int = 0) -> int:
         """Changes a video's prompt while it runs: blocks in flight keep theirs, new ones take this. Rank 0 only.
 
@@ -502,6 +529,10 @@ class Engine:
                 keeper.close()
             self._finish(clocks, lane, started, schedule)
             finished = True
+        except NonFiniteError:
+            assert lane is not None  # stage 0 has found it
+            yield from lane.drain()  # blocks finished before are whole
+            raise
         except GeneratorExit:  # the consumer has had enough
             if self._running:
                 self._stop(executors)
@@ -646,10 +677,11 @@ class Engine:
             "timeline": timeline and str(timeline),
             "snapshot": resumed and resumed.name,
         }
-        store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
-        handshake(store, self.mesh.rank, self.mesh.world_size, info, HANDSHAKE_SECONDS)
+        self._store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
+        handshake(self._store, self.mesh.rank, self.mesh.world_size, info, HANDSHAKE_SECONDS)
         if self._groups is None:
             self._groups = make_groups(self.mesh.world_size)
+            drop_at_exit(self._groups)
             warm_up(self._groups, self.mesh.rank, self.mesh.device)
 
     def _encode(self) -> list[Prompts]:
@@ -744,7 +776,8 @@ class Engine:
                     on_emit=partial(self._emit, lane, keeper) if lane else None,
                     on_decode=lane.decode if lane else None,
                     on_cut=partial(self._cut, keeper, queues) if keeper else None,
-                    report=self._reporter(index),
+                    report=self._reporter(index, schedule, clock),
+                    allow_nonfinite=self.allow_nonfinite,
                 )
             )
         return result
@@ -765,17 +798,24 @@ class Engine:
     def _graphed(forward: Forward) -> Forward:
         return Graphed(forward, cuda_capture([]))
 
-    def _reporter(self, index: int) -> Callable[[str, Unit], None] | None:
+    def _reporter(self, index: int, schedule: Schedule, clock: BusyClock) -> Callable[[str, Unit], None] | None:
         if self.report is None:
             return None
-        report = self.report
+        report, layers = self.report, len(self.layers[index])
+        iteration = -1
 
         def tell(phase: str, unit: Unit) -> None:
+            nonlocal iteration
+            more = {}
+            if phase == "run" and (now := unit.step + schedule.gap * unit.block) > iteration:
+                iteration = now
+                more = {"iteration": iteration, "busy": clock.seconds / layers}
             report(
                 "wait_recv" if phase == "recv" else "wait_send" if phase == "send" else phase,
                 stage=index,
                 block=unit.block,
                 step=unit.step,
+                **more,
             )
 
         return tell
@@ -785,7 +825,7 @@ class Engine:
         layout, grid, n = request.layout, request.grid, self.num_stages
         hidden = layout.max_window_frames * grid.tokens * self.source.spec.inner_dim
         velocity = layout.first_frames * self.source.spec.in_channels * grid.height * grid.width  # of the largest block
-        sizes = [hidden] * (n - 1) + [velocity]
+        sizes = [hidden + 1] * (n - 1) + [velocity + 1]  # and a mark, see `finite`
         names = [f"edge {k} -> {(k + 1) % n}" for k in range(n)]
         device = self.mesh.device
         if not self.mesh.distributed:
@@ -838,9 +878,11 @@ class Engine:
         own = RankStats.of(clocks, self.mesh.device)
         ranks = [own]
         if self.mesh.distributed:
-            rows = [torch.zeros(4, dtype=torch.float64) for _ in range(self.mesh.world_size)]
-            dist.all_gather(rows, torch.tensor(own.to_list(), dtype=torch.float64))
-            ranks = [RankStats.from_list(row.tolist()) for row in rows]
+            rows = gather(
+                self._store, self.mesh.rank, self.mesh.world_size, own.to_list(), HANDSHAKE_SECONDS,
+                TIMEOUT.total_seconds(),
+            )  # fmt: skip
+            ranks = [RankStats.from_list(row) for row in rows or []]
         if lane is not None:
             done = lane.progress
             # The schedule's bubble is that of N stages at once and of the whole video.

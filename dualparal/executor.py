@@ -6,12 +6,14 @@ their samplers, and the updates.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dualparal.config import Layout
+from dualparal.finite import FirstMark, mark
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.sampler import BlockSampler, Sampler
 from dualparal.schedule import Action, Op, Schedule, Unit
@@ -20,12 +22,14 @@ from dualparal.stage import Stage
 from dualparal.trace import BusyClock
 from dualparal.transport import Header, Inbound, Kind, Outbound, PromptChannel, TransportError
 
+logger = logging.getLogger("dualparal")
+
 StepCallback = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 Report = Callable[[str, Unit], None]
 
 
 class NonFiniteError(ArithmeticError):
-    """NaN or infinity in latents; names block and step."""
+    """NaN or infinity in latents; names the block, and the stage and step where it first appeared."""
 
 
 class Stopped(Exception):
@@ -116,18 +120,11 @@ class LatentQueue:
         self._latents[block] = latents
 
     def emit(self, block: int) -> torch.Tensor:
-        """The block's final latents. Its successor may still read them, its predecessor is forgotten.
-
-        Raises:
-            NonFiniteError: they hold NaN or infinity.
-        """
+        """The block's final latents. Its successor may still read them, its predecessor is forgotten."""
         del self._states[block]
         self._latents.pop(block - 1, None)
         self._prompts.pop(block - 1, None)
-        latents = self._latents[block]
-        if not torch.isfinite(latents).all():
-            raise NonFiniteError(f"the latents of block {block} hold NaN or infinity; it is not given out")
-        return latents
+        return self._latents[block]
 
 
 class StageExecutor:
@@ -139,6 +136,7 @@ class StageExecutor:
         clock: adds up the time spent in units, and times actions for the timeline.
         on_emit, on_decode: stage 0 only, called with (video, block, latents) and (video, block).
         on_cut: stage 0 only, called with an iteration that stands alone when the latents are those at its start.
+        allow_nonfinite: whether blocks with NaN or infinity are given out, with a warning.
         report: called with a phase and the unit before every action.
     """
 
@@ -157,10 +155,12 @@ class StageExecutor:
         on_decode: Callable[[int, int], None] | None = None,
         on_cut: Callable[[int], None] | None = None,
         report: Report | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
         self.schedule = schedule
         self.layout = layout
         self.index = index
+        self.allow_nonfinite = allow_nonfinite
         self.stage = stage
         self.inbound, self.outbound = inbound, outbound
         self.prompts = prompts
@@ -170,6 +170,8 @@ class StageExecutor:
         self.clock = clock
         self.under_way = 0  # stage 0: units sent and not yet back
         self._hidden: torch.Tensor | None = None
+        self._mark: torch.Tensor | None = None  # of the unit under way
+        self._first_mark = FirstMark(queues[0].device) if queues else None
         self._prompt = 0
         self._prompt_of: dict[tuple[int, int], int] = {}  # by video and block
         self._handlers: dict[Op, Callable[[Unit], None]] = {
@@ -238,7 +240,7 @@ class StageExecutor:
 
     def _receive_hidden(self, unit: Unit) -> None:
         header, tensor = self._receive(unit)
-        self._hidden = tensor.view(-1, self.stage.inner_dim)
+        self._hidden, self._mark = tensor[:-1].view(-1, self.stage.inner_dim), tensor[-1:]
         self._prompt = header.prompt
         if not self.stage.knows_prompt(header.prompt):
             self.stage.add_prompt(header.prompt, self.prompts.fetch(header.prompt))
@@ -249,6 +251,7 @@ class StageExecutor:
         queue = self.queues[unit.video]
         shape = queue.velocity_shape(unit)
         queue.take(unit, tensor[: shape.numel()].view(shape))
+        self._take_mark(unit, tensor[-1:])
         self.inbound.release()
         self.under_way -= 1
 
@@ -260,9 +263,13 @@ class StageExecutor:
             self.stage.add_prompt(self._prompt, embeds)
             if self.schedule.num_stages > 1:
                 self.prompts.publish(self._prompt, embeds)
-        result = self._run(queue.window(unit), unit)
+        window = queue.window(unit)
+        self._mark = mark(window, None, None)
+        result = self._run(window, unit)
         if self.schedule.num_stages == 1:
             queue.take(unit, result)
+            assert self._mark is not None
+            self._take_mark(unit, self._mark)
         else:
             self._hidden = result
 
@@ -276,7 +283,7 @@ class StageExecutor:
             self._admit(unit)
         refresh = self.schedule.refreshes(unit)
         with self.clock:
-            return self.stage.run(
+            result = self.stage.run(
                 hidden,
                 unit,
                 prompt=self._prompt,
@@ -288,6 +295,9 @@ class StageExecutor:
                 reads=self.schedule.reads(unit),
                 writes=self.schedule.writes(unit),
             )
+        assert self._mark is not None
+        self._mark = mark(result, self._mark.to(result.dtype), self.index)
+        return result
 
     def _admit(self, unit: Unit) -> None:
         """A block enters; prompts that only blocks long gone have used are forgotten."""
@@ -297,8 +307,8 @@ class StageExecutor:
 
     def _send(self, unit: Unit) -> None:
         assert self._hidden is not None and self.outbound is not None
-        self.outbound.send(Header(Kind.UNIT, unit, self._prompt), self._hidden)
-        self._hidden = None
+        self.outbound.send(Header(Kind.UNIT, unit, self._prompt), self._hidden, self._mark)
+        self._hidden = self._mark = None
         self.under_way += 1
 
     def _update(self, unit: Unit) -> None:
@@ -311,7 +321,24 @@ class StageExecutor:
 
     def _emit(self, unit: Unit) -> None:
         assert self.on_emit is not None
-        self.on_emit(unit.video, unit.block, self.queues[unit.video].emit(unit.block))
+        latents = self.queues[unit.video].emit(unit.block)
+        if not torch.isfinite(latents).all():
+            self._refuse(unit)
+        self.on_emit(unit.video, unit.block, latents)
+
+    def _take_mark(self, unit: Unit, found: torch.Tensor) -> None:
+        assert self._first_mark is not None
+        self._first_mark.take(unit, found)
+
+    def _refuse(self, unit: Unit) -> None:
+        """Raises NonFiniteError, unless such blocks are wanted all the same."""
+        assert self._first_mark is not None
+        origin = self._first_mark.origin()
+        where = f"first in {origin}" if origin else "first in an update of the sampler"
+        text = f"the latents of block {unit.block} hold NaN or infinity, {where}"
+        if not self.allow_nonfinite:
+            raise NonFiniteError(f"{text}; it is not given out")
+        logger.warning("%s", text)
 
     def _decode(self, unit: Unit) -> None:
         assert self.on_decode is not None

@@ -1,7 +1,9 @@
-"""Ranks compare notes before the first tensor moves: versions, configuration, weights.
+"""What ranks tell each other as JSON through a store: their configuration before a run, what it cost afterwards.
 
-A difference found here is one sentence; found later it is a hang or a wrong picture. It works on any store
-with torch.distributed's `set`, `get` and `check`, and need not know what the fields mean.
+A difference found before the first tensor moves is one sentence; found later it is a hang or a wrong picture. It
+works on any store with torch.distributed's `set`, `get` and `check`, and need not know what the fields mean. No
+collective is used: gloo runs those in threads of its own, and such a thread that lets go of the last reference to a
+tensor while Python ends aborts the process.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 _POLL_SECONDS = 0.01
+_SLOW_POLL_SECONDS = 0.1
 # How long a rank that found a difference stays, so that the others can read it too: it may host the store.
 _LINGER_SECONDS = 2.0
 _ABSENT = "absent"
@@ -51,6 +54,28 @@ def handshake(store: Store, rank: int, world_size: int, info: Mapping[str, Any],
     raise ValueError("ranks disagree: " + "; ".join(differences))
 
 
+def gather(
+    store: Store, rank: int, world_size: int, value: Any, timeout: float = 30.0, patience: float = 1800.0
+) -> list[Any] | None:
+    """The JSON value of every rank, on rank 0; None on the others, which leave when rank 0 has come. Once per store.
+
+    Args:
+        timeout: seconds that rank 0 waits for the slowest rank.
+        patience: seconds that the others wait for rank 0, whose consumer may take its time.
+
+    Raises:
+        TimeoutError: a rank did not report in time; names it.
+    """
+    store.set(_key("value", rank), json.dumps(value))
+    expected = range(world_size) if rank == 0 else range(1)
+    keys = {r: _key("value", r) for r in expected}
+    limit = timeout if rank == 0 else patience
+    if not _wait_for(store, list(keys.values()), limit):
+        missing = [r for r, key in keys.items() if not store.check([key])]
+        raise TimeoutError(f"rank(s) {missing} did not come to the end of the run within {limit:g} s")
+    return [json.loads(store.get(key)) for key in keys.values()] if rank == 0 else None
+
+
 def _key(kind: str, rank: int) -> str:
     return f"dualparal/handshake/{kind}/{rank}"
 
@@ -73,10 +98,15 @@ def _collect(store: Store, world_size: int, timeout: float) -> dict[int, dict[st
         time.sleep(_POLL_SECONDS)
 
 
-def _wait_for(store: Store, keys: list[str], timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while not store.check(keys) and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
+def _wait_for(store: Store, keys: list[str], timeout: float) -> bool:
+    """Whether all keys are there in time."""
+    begin = time.monotonic()
+    while not store.check(keys):
+        waited = time.monotonic() - begin
+        if waited > timeout:
+            return False
+        time.sleep(_POLL_SECONDS if waited < 1.0 else _SLOW_POLL_SECONDS)
+    return True
 
 
 def _differences(reports: Mapping[int, Mapping[str, Any]]) -> list[str]:

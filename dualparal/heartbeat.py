@@ -84,6 +84,11 @@ class Heartbeat:
         """Whether somebody listens."""
         return self._fd is not None
 
+    @property
+    def where(self) -> dict[str, Any]:
+        """The phase said last, and where it is."""
+        return self._where
+
     def phase(self, name: str, **where: Any) -> None:
         """Says what the rank does from now on, and where: ``stage``, ``block``, ``step``.
 
@@ -91,10 +96,11 @@ class Heartbeat:
         does not count that time against this one. A name that starts with "start" means imports and loading, which
         may hold the GIL for long: the parent is patient then, as it is before the first phase.
         """
+        where["phase"] = name
         if self._fd is None:
+            self._where = where
             return
         now = time.monotonic()
-        where["phase"] = name
         # The machine's clock: it orders what several ranks say, whatever order that is read in.
         where["at"] = now
         with self._lock:

@@ -7,16 +7,24 @@ starts meet through a file in a private folder.
 from __future__ import annotations
 
 import atexit
+import gc
+import importlib
 import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dualparal.handshake import handshake
+
 RENDEZVOUS = "DUALPARAL_RENDEZVOUS"
+JOIN_SECONDS = 120.0  # until the last rank of this machine has imported what it needs
 TIMEOUT = timedelta(minutes=30)  # a rank may wait long for a slow neighbour; the supervisor watches progress
+
+_groups: list[list[Any]] = []  # of every engine, also of those that live until the interpreter ends
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,9 @@ class Mesh:
 
     @staticmethod
     def _init(backend: str) -> None:
-        # As torch asks. It does not cure that gloo now and then aborts a process that has done its work and ends.
+        # Its functions take the group of all ranks as a default argument. Imported later (transformers does) they would
+        # hold it, and with it gloo's threads, beyond the end of Python.
+        importlib.import_module("torch.distributed.nn.functional")
         atexit.register(_leave)
         path = os.environ.get(RENDEZVOUS)
         if path is None:
@@ -93,10 +103,21 @@ class Mesh:
             os.environ.setdefault(variable, "lo0" if os.uname().sysname == "Darwin" else "lo")
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = dist.FileStore(path, world_size)
+        # torch would wait for a rank that never comes for as long as for a slow one, and not say which.
+        handshake(dist.PrefixStore("dualparal/join", store), rank, world_size, {}, JOIN_SECONDS)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
 
 
+def drop_at_exit(groups: list[Any]) -> None:
+    """Empties this list of process groups when the process ends: its owner may live until after that."""
+    _groups.append(groups)
+
+
 def _leave() -> None:
+    """Ends all process groups, and with them gloo's threads, while Python is whole."""
+    for groups in _groups:
+        groups.clear()
+    gc.collect()  # the edges of past runs hold them too, in cycles
     if dist.is_initialized():
         dist.destroy_process_group()
 

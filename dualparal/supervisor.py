@@ -45,6 +45,18 @@ OnMessage = Callable[[int, dict[str, Any]], object]
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What of a run outlives its failure.
+
+    last_committed_block: the last block that is safe on disk. resume_command: what goes on from there; without the
+    prompt, since it is written to ``error.json``.
+    """
+
+    last_committed_block: int | None = None
+    resume_command: str | None = None
+
+
+@dataclass(frozen=True)
 class Limits:
     """How long the parent waits, in seconds."""
 
@@ -74,6 +86,8 @@ class Failure:
     cause: str
     exit_code: int
     hint: str = ""
+    last_committed_block: int | None = None
+    resume_command: str | None = None
 
     def __str__(self) -> str:
         stage = f" (stage {self.stage})" if self.stage is not None else ""
@@ -82,7 +96,12 @@ class Failure:
         ]
         places.append(f"phase '{self.phase}'" if self.phase else "start-up")
         text = f"rank {self.rank}{stage} failed at {', '.join(places)}: {self.cause}"
-        return f"{text}\nhint: {self.hint}" if self.hint else text
+        more = {
+            "hint": self.hint,
+            "last block on disk": self.last_committed_block,
+            "resume with": self.resume_command,
+        }
+        return "\n".join([text, *(f"{name}: {value}" for name, value in more.items() if value not in (None, ""))])
 
 
 @dataclass(frozen=True)
@@ -357,6 +376,17 @@ def _parse(line: bytearray) -> dict[str, Any] | None:
     return message
 
 
+def write_error(path: Path, failure: Failure) -> None:
+    """Writes a failure as JSON, whole or not at all. What hinders that is a warning."""
+    record = {**dataclasses.asdict(failure), "message": str(failure)}
+    try:
+        with whole_file(path) as file:
+            file.write(json.dumps(record, indent=2).encode() + b"\n")
+    except OSError as error:
+        # A full disk may be the very failure we report: it must not hide it.
+        logger.warning("could not write %s: %s", path, error)
+
+
 class Supervisor:
     """Runs one command as `world_size` ranks and waits for all of them; see `supervise`."""
 
@@ -369,6 +399,7 @@ class Supervisor:
         limits: Limits | None = None,
         on_message: OnMessage | None = None,
         error_path: str | os.PathLike[str] | None = None,
+        kept: Callable[[], Kept] | None = None,
     ) -> None:
         if world_size < 1:
             raise ValueError(f"world_size={world_size}: a run has at least one rank; use 1 or more")
@@ -380,6 +411,7 @@ class Supervisor:
         self._limits = limits or Limits()
         self._on_message = on_message
         self._error_path = Path(error_path) if error_path is not None else None
+        self._kept = kept or Kept
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
         self._signals: list[signal.Signals] = []
@@ -507,7 +539,7 @@ class Supervisor:
         now = self._listened_at
         failure = blame(self._states(), self._limits, now)
         if failure is not None:
-            self._fail(failure)
+            failure = self._fail(failure)
             return Result(failure.exit_code, failure)
         if not all(state.finished for state in self._states()):
             return None
@@ -532,8 +564,7 @@ class Supervisor:
         result = Result(128 + cause, interrupted=cause)
         failure = blame(self._states(), self._limits, now, stopping=True)
         if failure is not None:
-            self._fail(failure)
-            return dataclasses.replace(result, failure=failure)
+            return dataclasses.replace(result, failure=self._fail(failure))
         alive = [state.rank for state in self._states() if state.exit is None]
         if alive and len(self._signals) == 1 and now < self._stop_by:
             return None
@@ -542,22 +573,15 @@ class Supervisor:
             self._end(patience=0.0)
         return result
 
-    def _fail(self, failure: Failure) -> None:
+    def _fail(self, failure: Failure) -> Failure:
+        """Tells the failure, with what outlives it, and ends the ranks."""
+        failure = dataclasses.replace(failure, **dataclasses.asdict(self._kept()))
         # Now, not after the clean-up. The caller shows it again at the end, below the ranks' own output.
         logger.error("%s", failure)
-        self._write_error(failure)
+        if self._error_path is not None:
+            write_error(self._error_path, failure)
         self._end(patience=_TERM_SECONDS)
-
-    def _write_error(self, failure: Failure) -> None:
-        if self._error_path is None:
-            return
-        record = {**dataclasses.asdict(failure), "message": str(failure)}
-        try:
-            with whole_file(self._error_path) as file:
-                file.write(json.dumps(record, indent=2).encode() + b"\n")
-        except OSError as error:
-            # A full disk may be the very failure we report: it must not hide it.
-            logger.warning("could not write %s: %s", self._error_path, error)
+        return failure
 
     def _end(self, patience: float) -> None:
         """Ends every rank: SIGTERM, then SIGKILL when patience is over or another signal comes."""
@@ -593,6 +617,7 @@ def supervise(
     limits: Limits | None = None,
     on_message: OnMessage | None = None,
     error_path: str | os.PathLike[str] | None = None,
+    kept: Callable[[], Kept] | None = None,
 ) -> Result:
     """Runs `argv` as `world_size` ranks and returns when every one of them is gone.
 
@@ -607,6 +632,7 @@ def supervise(
         on_message: called with the rank and the message for everything a rank sends except ticks.
         error_path: where to write the failure as JSON; a file left there by an earlier run is removed first.
             It holds the fields of `Failure`, never the command line.
+        kept: asked when a rank fails, for what the message says of blocks on disk and of resuming.
     """
-    run = Supervisor(argv, world_size, env=env, limits=limits, on_message=on_message, error_path=error_path)
+    run = Supervisor(argv, world_size, env=env, limits=limits, on_message=on_message, error_path=error_path, kept=kept)
     return run.run()

@@ -23,13 +23,15 @@ import torch.distributed as dist
 
 from dualparal.schedule import Unit
 
-_MAGIC = 0x6475616C70617202  # "dualpar", version 2
-_FIELDS = 9  # magic, kind, block, step, branch, video, prompt, elements, checksum
+_MAGIC = 0x6475616C70617203  # "dualpar", version 3
+_FIELDS = 10  # magic, kind, block, step, branch, video, prompt, elements, dtype, checksum
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Kind(IntEnum):
     UNIT = 0
     STOP = 1  # the sender stops here; the tensor means nothing
+    HELLO = 2  # the first message of an edge, without a tensor: what size and dtype all others have
 
 
 class Header(NamedTuple):
@@ -38,7 +40,7 @@ class Header(NamedTuple):
     prompt: int
 
     def __str__(self) -> str:
-        return "stop" if self.kind is Kind.STOP else str(self.unit)
+        return str(self.unit) if self.kind is Kind.UNIT else self.kind.name.lower()
 
 
 class TransportError(RuntimeError):
@@ -49,28 +51,32 @@ class PeerLost(RuntimeError):
     """The other end of an edge is gone. A consequence of some other failure, never its cause."""
 
 
-def pack_header(header: Header, elements: int) -> torch.Tensor:
-    """Header as int64 [9], the last field a CRC-32 of the others."""
-    fields = torch.tensor([_MAGIC, header.kind, *header.unit, header.prompt, elements, 0], dtype=torch.int64)
+def pack_header(header: Header, elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Header as int64 [10], the last field a CRC-32 of the others."""
+    code = _DTYPES.index(dtype)
+    fields = torch.tensor([_MAGIC, header.kind, *header.unit, header.prompt, elements, code, 0], dtype=torch.int64)
     fields[-1] = zlib.crc32(fields[:-1].numpy().tobytes())
     return fields
 
 
-def unpack_header(fields: torch.Tensor, elements: int, edge: str) -> Header:
+def unpack_header(fields: torch.Tensor, elements: int, edge: str, dtype: torch.dtype = torch.float32) -> Header:
     """The inverse of ``pack_header``.
 
     Raises:
-        TransportError: not a header of ours, damaged, or of a tensor with another number of elements.
+        TransportError: not a header of ours, damaged, or of a tensor with another number of elements or dtype.
     """
     values = fields.tolist()
     if len(values) != _FIELDS or values[0] != _MAGIC or values[-1] != zlib.crc32(fields[:-1].numpy().tobytes()):
         raise TransportError(f"{edge}: message without a valid header: {values}")
-    if values[1] not in (Kind.UNIT, Kind.STOP):
+    if values[1] not in tuple(Kind):
         raise TransportError(f"{edge}: message of unknown kind {values[1]}")
     if values[7] != elements:
         raise TransportError(
             f"{edge}: message of {values[7]} elements, expected {elements}: do both ends run the same configuration?"
         )
+    if values[8] != _DTYPES.index(dtype):
+        sent = _DTYPES[values[8]] if 0 <= values[8] < len(_DTYPES) else f"dtype {values[8]}"
+        raise TransportError(f"{edge}: message of {sent}, expected {dtype}: do both ends run the same configuration?")
     return Header(Kind(values[1]), Unit(*values[2:6]), values[6])
 
 
@@ -89,8 +95,11 @@ class Outbound(Protocol):
         """False: sending would have to wait for something this process does itself."""
         ...
 
-    def send(self, header: Header, tensor: torch.Tensor | None) -> None:
-        """Copies the tensor into a buffer and starts the transfer. Waits while all buffers are in use."""
+    def send(self, header: Header, tensor: torch.Tensor | None, mark: torch.Tensor | None = None) -> None:
+        """Copies the tensor into a buffer and starts the transfer. Waits while all buffers are in use.
+
+        mark: one element more, which goes to the very end of the buffer; without it that is whatever was there.
+        """
         ...
 
     def stop(self) -> None:
@@ -127,6 +136,22 @@ class Inbound(Protocol):
         ...
 
 
+def _fill(edge: str, buffer: torch.Tensor, tensor: torch.Tensor, mark: torch.Tensor | None) -> None:
+    """Copies into a message buffer.
+
+    Raises:
+        TransportError: the tensor has another dtype, or does not fit beside the mark.
+    """
+    room = buffer.numel() - (mark is not None)
+    if tensor.dtype != buffer.dtype or tensor.numel() > room:
+        raise TransportError(
+            f"{edge}: {tensor.dtype} {list(tensor.shape)} to send where {room} elements of {buffer.dtype} fit"
+        )
+    buffer[: tensor.numel()].copy_(tensor.flatten(), non_blocking=True)
+    if mark is not None:
+        buffer[-1:].copy_(mark, non_blocking=True)
+
+
 class LocalEdge:
     """Both ends in one process: a ring of buffers that the sender fills and the receiver reads.
 
@@ -150,17 +175,19 @@ class LocalEdge:
     def can_receive(self) -> bool:
         return bool(self._full)
 
-    def send(self, header: Header, tensor: torch.Tensor | None) -> None:
+    def send(self, header: Header, tensor: torch.Tensor | None, mark: torch.Tensor | None = None) -> None:
         slot, stream = self._free.popleft(), self._stream
         if tensor is not None and stream is None:
-            self._buffers[slot][: tensor.numel()].copy_(tensor.flatten())
+            _fill(self.name, self._buffers[slot], tensor, mark)
         elif tensor is not None and stream is not None:
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(stream):
                 stream.wait_event(self._events[slot])  # its reader of the last round is done
-                self._buffers[slot][: tensor.numel()].copy_(tensor.flatten(), non_blocking=True)
+                _fill(self.name, self._buffers[slot], tensor, mark)
                 self._events[slot].record(stream)
-            tensor.record_stream(stream)
+            for each in (tensor, mark):
+                if each is not None:
+                    each.record_stream(stream)
         self._full.append((header, slot))
 
     def receive(self) -> tuple[Header, torch.Tensor]:
@@ -182,7 +209,7 @@ class LocalEdge:
 
 
 class _Slot(NamedTuple):
-    header: torch.Tensor  # int64 [9], CPU
+    header: torch.Tensor  # int64 [10], CPU
     tensor: torch.Tensor  # flat, on the device
     works: list[Any]  # handles of the transfer under way
 
@@ -207,6 +234,7 @@ class _DistributedEdge:
         self.peer = peer
         self.group = group
         self.elements = elements
+        self.dtype = dtype
         self.remaining = messages
         self._slots = deque(
             _Slot(torch.empty(_FIELDS, dtype=torch.int64), torch.empty(elements, dtype=dtype, device=device), [])
@@ -229,15 +257,20 @@ class _DistributedEdge:
 class SendEdge(_DistributedEdge):
     """The sending end: a buffer is used again once its last transfer is done, which bounds the depth."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        hello = pack_header(Header(Kind.HELLO, Unit(0, 0, 0), 0), self.elements, self.dtype)
+        self._hello = _Slot(hello, hello, [_guard(self.name, dist.isend, hello, self.peer, group=self.group)])
+
     def can_send(self) -> bool:
         return True  # waiting happens in send
 
-    def send(self, header: Header, tensor: torch.Tensor | None) -> None:
+    def send(self, header: Header, tensor: torch.Tensor | None, mark: torch.Tensor | None = None) -> None:
         slot = self._slots[0]
         self._wait(slot)
-        slot.header.copy_(pack_header(header, self.elements))
+        slot.header.copy_(pack_header(header, self.elements, self.dtype))
         if tensor is not None:
-            slot.tensor[: tensor.numel()].copy_(tensor.flatten())
+            _fill(self.name, slot.tensor, tensor, mark)
         self._transfer(dist.isend, slot)
         self._slots.rotate(-1)
         if self.remaining is not None:
@@ -250,15 +283,30 @@ class SendEdge(_DistributedEdge):
             self.send(Header(Kind.STOP, Unit(0, 0, 0), 0), None)
 
     def finish(self) -> None:
-        for slot in self._slots:
+        for slot in (self._hello, *self._slots):
             self._wait(slot)
 
 
 class ReceiveEdge(_DistributedEdge):
-    """The receiving end: ``depth`` receives are always posted, so that transfers overlap compute."""
+    """The receiving end: ``depth`` receives are always posted, so that transfers overlap compute.
+
+    They are posted once the sender has said how large its messages are: gloo aborts a process that is sent more than it
+    has room for, and fills a larger buffer in part without a word.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        fields = torch.zeros(_FIELDS, dtype=torch.int64)
+        self._hello: _Slot | None = _Slot(
+            fields, fields, [_guard(self.name, dist.irecv, fields, self.peer, group=self.group)]
+        )
+
+    def _begin(self) -> None:
+        if self._hello is None:
+            return
+        self._wait(self._hello)
+        unpack_header(self._hello.header, self.elements, self.name, self.dtype)
+        self._hello = None
         for slot in self._slots:
             self._post(slot)
 
@@ -273,17 +321,19 @@ class ReceiveEdge(_DistributedEdge):
         return True  # waiting happens in receive; polling a gloo handle never turns true (reliability notes)
 
     def receive(self) -> tuple[Header, torch.Tensor]:
+        self._begin()
         slot = self._slots[0]
         if not slot.works:
             raise TransportError(f"{self.name}: a message is wanted after the last one")
         self._wait(slot)
-        return unpack_header(slot.header, self.elements, self.name), slot.tensor
+        return unpack_header(slot.header, self.elements, self.name, self.dtype), slot.tensor
 
     def release(self) -> None:
         self._post(self._slots[0])
         self._slots.rotate(-1)
 
     def stop(self) -> None:
+        self._begin()
         for slot in self._slots:
             self._wait(slot)
 

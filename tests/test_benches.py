@@ -109,6 +109,14 @@ def test_end_to_end_compares_the_stock_pipeline(bench: Callable[..., ModuleType]
     assert all(0 < float(row["first_s"]) <= float(row["seconds"]) for row in found)
 
 
+def test_faults_are_named_in_time(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    bench("bench_faults", "--repeats", "3", "--only", "k")  # kill
+    found = rows(tmp_path / "faults.csv")
+    assert [(row["fault"], row["transport"]) for row in found] == [("kill", "hearing"), ("kill", "deaf")]
+    for row in found:
+        assert row["right_rank"] == "3/3" and float(row["named_max_s"]) < 1 and float(row["gone_max_s"]) < 5
+
+
 def test_flags_mean_the_same_and_every_bench_is_described(
     bench: Callable[..., ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -583,6 +583,10 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "height": (["--height", "40"], ["height=40", "divisible by 16", "32 or 48"]),
     "width": (["--width", "7"], ["width=7", "divisible by 16", "use 16"]),
     "huge height": (["--height", "1000000"], ["height=1000000", "16384"]),
+    "cannot fit": (
+        ["--height", "16384", "--width", "16384", "--frames-per-block", "4096", "--num-frames", "100001"],
+        ["need about", "GiB", " bytes", "smaller"],
+    ),
     "NaN guidance": (["--guidance-scale", "nan"], ["guidance_scale=nan", "5.0"]),
     "infinite guidance": (["--guidance-scale", "inf"], ["guidance_scale=inf", "5.0"]),
     "second guidance": (["--guidance-scale-2", "3"], ["guidance_scale_2=3.0", "single transformer"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,10 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(
     run.wait_for_segments(6)
     run.ranks[1].kill()
     assert run.end(20) == 3, run.stderr
-    assert run.stderr.rstrip().endswith("resume with: dualparal generate --resume kept")
+    told = json.loads((run.folder / "a.mp4.error.json").read_text())
+    assert told["resume_command"] == "dualparal generate --resume kept" and told["last_committed_block"] >= 4
+    assert "resume with: dualparal generate --resume kept" in run.stderr
+    (run.folder / "a.mp4.error.json").unlink()
     assert any((run.folder / "kept").glob("snapshot-*"))
 
     monkeypatch.chdir(run.folder)

@@ -109,6 +109,15 @@ def test_leaving_early_and_changing_prompts_end_well_on_all_ranks(tmp_path: Path
     changed, kept = (load_file(tmp_path / "2.safetensors")["latents"], alone(case(wan21, call={"num_frames": 61})))
     assert torch.equal(changed[:, :, :2], kept[:, :, :2]) and not torch.equal(changed, kept)
     assert torch.equal(load_file(tmp_path / "3.safetensors")["latents"], alone(after))
+    if sys.platform == "linux":
+        _check_threads(tmp_path)
+
+
+def _check_threads(folder: Path) -> None:
+    for rank in range(3):
+        noted = folder / f"threads-{rank}.txt"
+        running, left = map(int, noted.read_text().split())
+        assert running > 0 and left == 0, "gloo's threads outlive Python"
 
 
 def test_ranks_that_disagree_say_in_what(tmp_path: Path, wan21: Path) -> None:

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from dualparal.handshake import handshake
+from dualparal.handshake import gather, handshake
 
 INFO = {
     "dualparal": "0.1.0",
@@ -97,3 +97,48 @@ def test_missing_rank_is_named(open_store):
 
 def test_late_rank_is_waited_for(open_store):
     assert meet(open_store, {rank: INFO for rank in range(3)}, delays={1: 0.5}) == {0: None, 1: None, 2: None}
+
+
+# --- what a run cost, told to rank 0 ---
+
+
+def gathered(open_store, delays, **limits):
+    """What `gather` gave or raised on each of three ranks, each of which comes after its delay, and when."""
+    outcome = {}
+
+    def rank_main(rank, delay):
+        time.sleep(delay)
+        try:
+            outcome[rank] = gather(open_store(), rank, 3, [rank, 0.5], **limits)
+        except Exception as error:
+            outcome[rank] = error
+        outcome[rank] = outcome[rank], time.monotonic()
+
+    threads = [threading.Thread(target=rank_main, args=item) for item in delays.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcome
+
+
+def test_rank_0_hears_all_and_the_others_wait_for_it(open_store):
+    begin = time.monotonic()
+    outcome = gathered(open_store, {0: 0.4, 1: 0, 2: 0.2})
+    assert {rank: value for rank, (value, _) in outcome.items()} == {
+        0: [[0, 0.5], [1, 0.5], [2, 0.5]], 1: None, 2: None,
+    }  # fmt: skip
+    assert min(at for _, at in outcome.values()) - begin >= 0.4
+
+
+def test_who_does_not_come_to_the_end_is_named(open_store):
+    (error, _), (nothing, _) = gathered(open_store, {0: 0, 2: 0}, timeout=0.3).values()
+    if nothing is not None:
+        error, nothing = nothing, error
+    assert nothing is None and type(error) is TimeoutError
+    assert str(error) == "rank(s) [1] did not come to the end of the run within 0.3 s"
+
+
+def test_patience_with_rank_0_has_an_end(open_store):
+    ((error, _),) = gathered(open_store, {1: 0}, patience=0.3).values()
+    assert str(error) == "rank(s) [0] did not come to the end of the run within 0.3 s"

@@ -129,10 +129,10 @@ class VirtualEdge:
     def can_receive(self) -> bool:
         return bool(self.full)
 
-    def send(self, header: Header, tensor: torch.Tensor | None) -> None:
-        assert tensor is not None
+    def send(self, header: Header, tensor: torch.Tensor | None, mark: torch.Tensor | None = None) -> None:
+        assert tensor is not None and mark is not None
         self.clocks[self.sender] = max(self.clocks[self.sender], self.free.popleft())
-        self.full.append((header, tensor.flatten(), self.clocks[self.sender]))
+        self.full.append((header, torch.cat([tensor.flatten(), mark]), self.clocks[self.sender]))
 
     def receive(self) -> tuple[Header, torch.Tensor]:
         header, tensor, time = self.full.popleft()

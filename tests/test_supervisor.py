@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from dualparal.heartbeat import Heartbeat
-from dualparal.supervisor import Failure, Limits, RankState, Report, Supervisor, blame, supervise
+from dualparal.supervisor import Failure, Kept, Limits, RankState, Report, Supervisor, blame, supervise
 
 WORKER = Path(__file__).parent / "workers" / "toy_pipeline.py"
 ARGV = [sys.executable, str(WORKER)]
@@ -224,6 +224,24 @@ def test_tracebacks_pass_through_and_error_json_tells_no_secrets(tmp_path, capfd
     assert "private" not in path.read_text()
     supervise(ARGV, RANKS, env={**PATH, "TOY_BLOCKS": "1"}, limits=LIMITS, error_path=path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_outlives_a_failure_is_told_as_it_is_then(tmp_path):
+    path, blocks = tmp_path / "error.json", []
+    result = supervise(
+        ARGV, RANKS, env={**PATH, "TOY_FAULT": "exit0:1"}, limits=LIMITS, error_path=path,
+        on_message=lambda rank, message: blocks.append(message.get("block")) if rank == 0 else None,
+        kept=lambda: Kept(max(block for block in blocks if block is not None), "go on"),
+    )  # fmt: skip
+    assert result.failure.last_committed_block >= 5
+    assert str(result.failure).endswith(
+        f"last block on disk: {result.failure.last_committed_block}\nresume with: go on"
+    )
+    written = json.loads(path.read_text())
+    assert (written["last_committed_block"], written["resume_command"]) == (
+        result.failure.last_committed_block,
+        "go on",
+    )
 
 
 def test_unwritable_error_json_does_not_hide_the_failure(tmp_path):
@@ -476,6 +494,8 @@ def test_while_stopping_only_hard_faults_count():
 def test_failure_text():
     text = str(Failure(1, 2, 20, 3, "run", "killed by SIGKILL", 3, "see dmesg"))
     assert text == "rank 1 (stage 2) failed at block 20, step 3, phase 'run': killed by SIGKILL\nhint: see dmesg"
+    text = str(Failure(1, 2, 20, 3, "run", "boom", 3, "", 0, "dualparal generate --resume x"))
+    assert text.splitlines()[1:] == ["last block on disk: 0", "resume with: dualparal generate --resume x"]
 
 
 # --- the child's side ---

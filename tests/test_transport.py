@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,12 +21,15 @@ headers = st.builds(
 )
 
 
-@given(headers, numbers)
-def test_headers_survive_the_journey(header: Header, elements: int) -> None:
-    assert unpack_header(pack_header(header, elements), elements, "edge") == header
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
-@given(headers, st.integers(0, 8), st.integers(0, 62))
+@given(headers, numbers, dtypes)
+def test_headers_survive_the_journey(header: Header, elements: int, dtype: torch.dtype) -> None:
+    assert unpack_header(pack_header(header, elements, dtype), elements, "edge", dtype) == header
+
+
+@given(headers, st.integers(0, 9), st.integers(0, 62))
 def test_a_flipped_bit_is_noticed(header: Header, field: int, bit: int) -> None:
     fields = pack_header(header, 10)
     fields[field] ^= 1 << bit
@@ -38,6 +46,77 @@ def test_noise_is_no_header(values: list[int]) -> None:
 def test_a_tensor_of_another_size_is_noticed() -> None:
     with pytest.raises(TransportError, match="message of 12 elements, expected 10"):
         unpack_header(pack_header(Header(Kind.UNIT, Unit(0, 0, 0), 0), 12), 10, "edge")
+
+
+def test_a_tensor_of_another_dtype_is_noticed() -> None:
+    header = pack_header(Header(Kind.UNIT, Unit(0, 0, 0), 0), 10, torch.float16)
+    with pytest.raises(TransportError, match=r"edge 0 -> 1: message of torch.float16, expected torch.float32"):
+        unpack_header(header, 10, "edge 0 -> 1")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "room"),
+    [(torch.ones(5), 4), (torch.ones(2, 2), 3), (torch.ones(2, dtype=torch.float64), 4), (torch.ones(4).half(), 4)],
+)
+def test_what_does_not_fit_is_not_sent(tensor: torch.Tensor, room: int) -> None:
+    edge = LocalEdge("edge 0 -> 1", room + 1, 1, torch.float32, torch.device("cpu"))
+    with pytest.raises(TransportError, match=rf"edge 0 -> 1: {tensor.dtype} .* to send where {room} elements"):
+        edge.send(Header(Kind.UNIT, Unit(0, 0, 0), 0), tensor, torch.zeros(1))
+
+
+ENDS = """
+import json, os, sys, torch, torch.distributed as dist
+from dualparal.schedule import Unit
+from dualparal.transport import Header, Kind, ReceiveEdge, SendEdge, TransportError
+torch.set_num_threads(1)
+path, rank, cases = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+store = dist.FileStore(path, 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+told, edges = [], []
+for case in cases:
+    elements, dtype = case[rank]
+    common = (dist.new_group([0, 1]), elements, 2, 6, getattr(torch, dtype), torch.device("cpu"))
+    edge = (SendEdge, ReceiveEdge)[rank]("edge 0 -> 1", 1 - rank, *common)
+    edges.append(edge)
+    try:
+        for block in range(2):  # as many as there are buffers: nobody waits
+            if rank == 0:
+                tensor = torch.full((elements,), float(block), dtype=edge.dtype)
+                edge.send(Header(Kind.UNIT, Unit(block, 0, 0), 0), tensor)
+            else:
+                header, tensor = edge.receive()
+                assert header.unit.block == block and (tensor == block).all()
+                edge.release()
+        told.append("")
+    except TransportError as error:
+        told.append(str(error))
+print(json.dumps(told), flush=True)
+store.set(f"end{rank}", "1")
+store.wait([f"end{1 - rank}"])
+os._exit(0)
+"""
+DIFFERENT = {
+    "message of 4096 elements, expected 64": ((4096, "float32"), (64, "float32")),
+    "message of 64 elements, expected 4096": ((64, "float32"), (4096, "float32")),
+    "message of torch.bfloat16, expected torch.float32": ((64, "bfloat16"), (64, "float32")),
+    "message of torch.float16, expected torch.bfloat16": ((64, "float16"), (64, "bfloat16")),
+}
+
+
+def test_ends_that_differ_find_out_before_gloo_does(tmp_path: Path) -> None:
+    """gloo aborts the process that is sent too much, and says nothing of the other cases."""
+    cases = json.dumps([((64, "float32"), (64, "float32")), *DIFFERENT.values()])
+    command = [sys.executable, "-c", ENDS, str(tmp_path / "store")]
+    ends = [subprocess.Popen([*command, str(rank), cases], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    try:
+        sender, receiver = (json.loads(end.communicate(timeout=60)[0]) for end in ends)
+    finally:
+        for end in ends:
+            end.kill()
+    assert [end.returncode for end in ends] == [0, 0]
+    assert sender == [""] * 5 and receiver[0] == ""
+    for told, words in zip(receiver[1:], DIFFERENT, strict=True):
+        assert told.startswith(f"edge 0 -> 1: {words}"), told
 
 
 def test_a_local_edge_is_a_bounded_ring() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from dualparal.eight_bit import EightBitSchedule
@@ -38,8 +41,32 @@ def run(engine: Engine, case: dict[str, Any], rank: int) -> torch.Tensor | None:
     return torch.cat([part[:, :, : whole[-1].shape[2]] for part in whole])
 
 
+def forbid_collectives() -> None:
+    """gloo runs them in threads of its own, one of which may abort the process while Python ends."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("a collective in a run")
+
+    for name in ("allgather", "allreduce", "barrier", "broadcast", "gather", "scatter"):
+        setattr(dist.ProcessGroup, name, refuse)
+
+
+def gloo_threads() -> int:
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+
+
+def note_threads(path: Path) -> None:
+    """gloo's threads after the last run, and those that are left at the very end."""
+    with open(path, "a") as file:
+        file.write(f"{gloo_threads()} ")
+
+
+engines: list[Engine] = []  # alive when Python ends
+
+
 def main(path: Path) -> None:
     torch.set_num_threads(1)
+    forbid_collectives()
     heartbeat = Heartbeat.from_env()
     cases = json.loads((path / "cases.json").read_text())
     try:
@@ -47,6 +74,7 @@ def main(path: Path) -> None:
             options = dict(case["options"])
             options["attention_8bit"] = EightBitSchedule(**case.get("eight_bit", {}))
             engine = Engine.from_pretrained(case["model"], device="cpu", report=heartbeat.phase, **options)
+            engines[:] = [engine]
             rank = engine.mesh.rank
             if rank == case.get("differs"):
                 engine.blocks = engine.blocks.__class__(context="prior")
@@ -67,4 +95,10 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.platform == "linux":
+        threads = Path(sys.argv[1]) / f"threads-{os.environ['RANK']}.txt"
+        atexit.register(note_threads, threads)  # before the engine registers its own, so it runs after that
+        main(Path(sys.argv[1]))
+        note_threads(threads)
+    else:
+        main(Path(sys.argv[1]))

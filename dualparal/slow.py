@@ -1,0 +1,53 @@
+"""Which stage is slower than its share of the work explains. Pure arithmetic over what ranks say of themselves."""
+
+from __future__ import annotations
+
+import logging
+from statistics import median_low
+
+logger = logging.getLogger("dualparal")
+
+FACTOR = 1.5
+ITERATIONS = 3
+# Below that the difference is the noise of a busy host, and costs nobody anything.
+_LEAST_SECONDS = 0.1  # per layer
+
+
+class SlowStages:
+    """Hears the busy time of stages, iteration by iteration, and warns once of the first that falls behind.
+
+    A stage is slow when its busy time per layer is more than `FACTOR` times the median of all stages in `ITERATIONS`
+    iterations in a row. Of an even number of stages the lower middle is the median: of two, the quicker.
+    """
+
+    def __init__(self, num_stages: int) -> None:
+        self._totals: list[dict[int, float]] = [{} for _ in range(num_stages)]  # by iteration, not yet compared
+        self._last = [0.0] * num_stages
+        self._streak = [0] * num_stages
+        self.warned: int | None = None
+
+    def note(self, stage: int, iteration: int, busy: float) -> None:
+        """`busy`: seconds per layer that the stage had spent in units when the iteration began."""
+        if self.warned is not None:
+            return
+        self._totals[stage][iteration] = busy
+        if all(iteration in totals for totals in self._totals):
+            self._compare([totals[iteration] for totals in self._totals])
+            # A message may be lost: what is older will not be completed any more.
+            self._totals = [{i: b for i, b in totals.items() if i > iteration} for totals in self._totals]
+
+    def _compare(self, totals: list[float]) -> None:
+        spent = [now - before for now, before in zip(totals, self._last, strict=True)]
+        self._last = totals
+        usual = median_low(spent)
+        for stage, seconds in enumerate(spent):
+            slow = seconds > FACTOR * usual and seconds - usual > _LEAST_SECONDS
+            self._streak[stage] = self._streak[stage] + 1 if slow else 0
+        worst = max(range(len(spent)), key=lambda stage: spent[stage])
+        if self._streak[worst] >= ITERATIONS:
+            self.warned = worst
+            logger.warning(
+                "stage %d (rank %d) takes %.1f times as long per layer as the others: everybody waits for it; "
+                "is its card shared, hot, or another model?",
+                worst, worst, spent[worst] / usual if usual else float("inf"),
+            )  # fmt: skip

@@ -1,0 +1,132 @@
+"""The command line with a fault on request: `FAULT=NAME:RANK`, at the first unit of block FAULT_BLOCK on that rank.
+
+With FAULT_DEAF the transport never notices a dead peer, as NCCL may not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from typing import Any, NoReturn
+
+import torch
+
+from dualparal import cli, transport
+from dualparal.executor import StageExecutor
+from dualparal.heartbeat import Heartbeat
+from dualparal.lane import DecodeLane
+from dualparal.schedule import Unit
+from dualparal.stage import Stage
+from dualparal.transport import Header, PeerLost, SendEdge
+
+NAME, _, RANK = os.environ.get("FAULT", "none:-1").partition(":")
+HERE = os.environ.get("RANK", "0") == RANK
+BLOCK = int(os.environ.get("FAULT_BLOCK", "2"))
+UNIT_SECONDS = float(os.environ.get("FAULT_UNIT_SECONDS", "0"))
+
+
+def sleep_for_ever() -> NoReturn:
+    while True:
+        time.sleep(1)
+
+
+def strike() -> None:
+    if NAME == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if NAME == "segv":
+        ctypes.string_at(0)
+    if NAME == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if NAME == "oom":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (injected)")
+    if NAME == "hang":
+        sleep_for_ever()
+    if NAME == "exit0":
+        os._exit(0)
+
+
+def strike_in_phases() -> None:
+    told = Heartbeat.phase
+
+    def phase(self: Heartbeat, name: str, **where: Any) -> None:
+        told(self, name, **where)
+        if HERE and name == "run" and where["block"] >= BLOCK:
+            strike()
+
+    Heartbeat.phase = phase  # type: ignore[method-assign]
+
+
+def make_deaf() -> None:
+    heard = transport._guard
+
+    def guard(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return heard(*args, **kwargs)
+        except PeerLost:
+            sleep_for_ever()
+
+    transport._guard = guard
+
+
+def change_units() -> None:
+    computed = Stage.run
+
+    def run(self: Stage, hidden: torch.Tensor, unit: Unit, **more: Any) -> torch.Tensor:
+        time.sleep(UNIT_SECONDS * (3 if HERE and NAME == "slow" else 1))
+        result = computed(self, hidden, unit, **more)
+        if HERE and NAME == "nan" and (unit.block, unit.step) == (BLOCK, 1):
+            result = result.clone()  # outside of inference mode
+            result.view(-1)[7] = float("nan")
+        return result
+
+    Stage.run = run  # type: ignore[method-assign]
+
+
+def change_messages() -> None:
+    sent = SendEdge.send
+
+    def send(self: SendEdge, header: Header, tensor: Any, mark: Any = None) -> None:
+        if HERE and NAME == "order" and header.unit.block == BLOCK:
+            header = header._replace(unit=header.unit._replace(block=BLOCK + 1))
+        sent(self, header, tensor, mark)
+
+    SendEdge.send = send  # type: ignore[method-assign]
+
+
+def decode_slowly() -> None:
+    decoded = DecodeLane._frames
+
+    def frames(self: DecodeLane, *what: Any) -> Any:
+        time.sleep(float(os.environ["FAULT_DECODE_SECONDS"]))
+        return decoded(self, *what)
+
+    DecodeLane._frames = frames  # type: ignore[method-assign]
+
+
+def read_slowly() -> None:
+    """The consumer of the first chunk stays away for 2 s."""
+    gave, waited = StageExecutor._emit, []
+
+    def emit(self: StageExecutor, unit: Unit) -> None:
+        gave(self, unit)
+        if not waited:
+            waited.append(time.sleep(2.0))
+
+    StageExecutor._emit = emit  # type: ignore[method-assign]
+
+
+strike_in_phases()
+change_units()
+change_messages()
+if os.environ.get("FAULT_DEAF"):
+    make_deaf()
+if "FAULT_DECODE_SECONDS" in os.environ:
+    decode_slowly()
+if NAME == "reader" and HERE:
+    read_slowly()
+
+if __name__ == "__main__":
+    sys.exit(cli.main())
