@@ -4,6 +4,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --constraint constraints.txt
 # The install is editable, so only what is compiled or declared calls for another one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
+TEST_PROCESSES ?= 2
 PROMPT ?= two red circles and a blue square drifting left on a dark background
 
 .PHONY: demo test clean
@@ -17,7 +18,8 @@ test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not alone' --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m alone
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from dualparal.config import BlockConfig, Layout, VideoConfig, split_layers
+from dualparal.config import BlockConfig, Layout, VideoConfig
 from dualparal.devices import Device, Link
 from dualparal.model_shape import ModelShape, tokens_per_frame
 from dualparal.schedule import Costs, Schedule, Unit
@@ -315,11 +315,6 @@ def balance(costs: Sequence[float], extra: Sequence[float], most: Sequence[int],
         best = min(open_, key=lambda k: ((split[k] + 1) * costs[k] + extra[k], k))
         split[best] += 1
     return split
-
-
-def even_split(num_layers: int, num_stages: int) -> list[int]:
-    """The engine's own split."""
-    return [len(layers) for layers in split_layers(num_layers, num_stages)]
 
 
 def closed_form(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,20 @@ def case(model: Path, policy: str = "cached", guidance: float = 5.0, **more: Any
     }  # fmt: skip
 
 
+_ALONE: dict[str, torch.Tensor] = {}
+
+
 def alone(case: dict[str, Any]) -> torch.Tensor:
-    """What one process with one stage gives."""
-    eight_bit = EightBitSchedule(**case.get("eight_bit", {}))
+    """What one process with one stage gives, which is the same whatever two or three ranks are compared with it."""
     options = {k: v for k, v in case["options"].items() if k != "layers_per_stage"}
+    name = json.dumps({**case, "options": options})
+    if name not in _ALONE:
+        _ALONE[name] = run_alone(case, options)
+    return _ALONE[name]
+
+
+def run_alone(case: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
+    eight_bit = EightBitSchedule(**case.get("eight_bit", {}))
     engine = Engine.from_pretrained(case["model"], device="cpu", attention_8bit=eight_bit, **options)
     call = dict(case["call"])
     if "later" in case:
@@ -54,6 +65,7 @@ def alone(case: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_give_the_bits_of_one_process(tmp_path: Path, wan21: Path, wan22: Path, ranks: int) -> None:
+    """One set of processes for all: they import for seconds."""
     cases = [
         case(model, policy, guidance)
         for model in (wan21, wan22)
@@ -75,13 +87,21 @@ def test_ranks_give_the_bits_of_one_process(tmp_path: Path, wan21: Path, wan22: 
         case(model, policy, eight_bit={"mode": "int8", "first_steps": 1}, options={"dtype": "bfloat16"})
         for model, policy in ((wan21, "cached"), (wan21, "prior"), (wan22, "paper"))
     ]
-    assert launch(tmp_path, ranks, cases) == Result(0)
-    for index, each in enumerate(cases):
-        made = load_file(tmp_path / f"{index}.safetensors")["latents"]
-        assert torch.equal(made, alone(each)), each
+    more, check = (several_videos if ranks == 2 else leaving_early)(wan21)
+    assert launch(tmp_path, ranks, [*cases, *more]) == Result(0)
+    made = [load_file(tmp_path / f"{index}.safetensors")["latents"] for index in range(len(cases) + len(more))]
+    for each, ours in zip(cases, made):
+        assert torch.equal(ours, alone(each)), each
+    check(made[len(cases) :])
+    if sys.platform == "linux":
+        check_threads(tmp_path, ranks)
 
 
-def test_ranks_give_each_of_several_videos_the_bits_it_has_alone(tmp_path: Path, wan21: Path) -> None:
+Cases = tuple[list[dict[str, Any]], Callable[[list[torch.Tensor]], None]]
+
+
+def several_videos(wan21: Path) -> Cases:
+    """Each has the bits it has alone."""
     prompts = ["a cat", "a dog"]
     both = [
         case(wan21, policy, shape=(2, 1, 4, 29), options=options, call={"prompt": prompts, "seed": 3})
@@ -89,34 +109,36 @@ def test_ranks_give_each_of_several_videos_the_bits_it_has_alone(tmp_path: Path,
         for options in ({}, {"max_blocks_in_flight": 2, "depth": 1})
     ]
     left = case(wan21, call={"prompt": prompts, "num_frames": None}, leave_after=3)
-    assert launch(tmp_path, 2, [*both, left]) == Result(0)
-    for index, each in enumerate(both):
-        made = load_file(tmp_path / f"{index}.safetensors")["latents"]
-        single = [{**each, "call": {**each["call"], "prompt": p, "seed": 3 + v}} for v, p in enumerate(prompts)]
-        assert torch.equal(made, torch.cat([alone(one) for one in single])), each
+
+    def check(made: list[torch.Tensor]) -> None:
+        for each, ours in zip(both, made):
+            single = [{**each, "call": {**each["call"], "prompt": p, "seed": 3 + v}} for v, p in enumerate(prompts)]
+            assert torch.equal(ours, torch.cat([alone(one) for one in single])), each
+
+    return [*both, left], check
 
 
-def test_leaving_early_and_changing_prompts_end_well_on_all_ranks(tmp_path: Path, wan21: Path) -> None:
+def leaving_early(wan21: Path) -> Cases:
+    """And a change of prompt: both end well on all ranks."""
     endless = case(wan21, call={"num_frames": None}, leave_after=3)
     finite = case(wan21, call={"num_frames": 101}, leave_after=2, options={"depth": 1})
     change = case(wan21, call={"num_frames": 61}, change_after=2)
     after = case(wan21)
-    assert launch(tmp_path, 3, [endless, finite, change, after]) == Result(0)
-    whole = alone(case(wan21, call={"num_frames": 101}))
-    for index, blocks in ((0, 4), (1, 3)):
-        made = load_file(tmp_path / f"{index}.safetensors")["latents"]
-        assert made.shape[2] >= 2 * blocks and torch.equal(made, whole[:, :, : made.shape[2]])
-    changed, kept = (load_file(tmp_path / "2.safetensors")["latents"], alone(case(wan21, call={"num_frames": 61})))
-    assert torch.equal(changed[:, :, :2], kept[:, :, :2]) and not torch.equal(changed, kept)
-    assert torch.equal(load_file(tmp_path / "3.safetensors")["latents"], alone(after))
-    if sys.platform == "linux":
-        _check_threads(tmp_path)
+
+    def check(made: list[torch.Tensor]) -> None:
+        whole = alone(case(wan21, call={"num_frames": 101}))
+        for ours, blocks in ((made[0], 4), (made[1], 3)):
+            assert ours.shape[2] >= 2 * blocks and torch.equal(ours, whole[:, :, : ours.shape[2]])
+        changed, kept = made[2], alone(case(wan21, call={"num_frames": 61}))
+        assert torch.equal(changed[:, :, :2], kept[:, :, :2]) and not torch.equal(changed, kept)
+        assert torch.equal(made[3], alone(after))
+
+    return [endless, finite, change, after], check
 
 
-def _check_threads(folder: Path) -> None:
-    for rank in range(3):
-        noted = folder / f"threads-{rank}.txt"
-        running, left = map(int, noted.read_text().split())
+def check_threads(folder: Path, ranks: int) -> None:
+    for rank in range(ranks):
+        running, left = map(int, (folder / f"threads-{rank}.txt").read_text().split())
         assert running > 0 and left == 0, "gloo's threads outlive Python"
 
 

@@ -101,7 +101,7 @@ def test_few_blocks_in_flight_equal_reference(
     options = {"frames_per_block": 2, "context_frames": 1, "max_blocks_in_flight": limit, "depth": depth, **policy}
     call = {"num_frames": 4 * (latents - 1) + 1, "num_inference_steps": steps, "guidance_scale": guidance, **SIZE}
     expected = None
-    for stages in (1, 2, 3, 4):
+    for stages in (1, 4) if guidance == 1.0 else (2, 3):
         built = engine(wan22, stages=stages, **options)
         prompt = embeds(built, guidance > 1)
         if expected is None:
@@ -380,7 +380,7 @@ def test_each_of_several_videos_is_the_one_it_is_alone(
         ]
     )
     assert not torch.equal(expected[1], expected[2])
-    for stages in (1, 2, 3, 4):
+    for stages in (1, 4) if guidance == 1.0 else (2, 3):
         built = engine(wan22, stages=stages, **options)
         made = built(prompts, negative_prompt=negative, seed=seeds, **call).frames
         assert torch.equal(made, expected), f"{stages} stages: {(made - expected).abs().amax((1, 2, 3, 4))}"

@@ -207,31 +207,45 @@ def test_the_executor_in_virtual_time(stages: int, steps: int, blocks: int, cont
 # The real executor, every stage a process -------------------------------------------------------------------
 
 
+REPEATS = 3
+
+
 @pytest.fixture(scope="module", params=[2, 4])
-def outcomes(request: pytest.FixtureRequest) -> list[Outcome]:
+def outcomes(request: pytest.FixtureRequest) -> list[list[Outcome]]:
+    """Per case, its repetitions. Context and steps change the order, which costs no time: few cases are timed."""
     stages = request.param
     cases = [
-        case(Schedule(stages, steps, 5, context, 1, guidance=False, decode=False), [0.02] * stages)
+        case(Schedule(stages, 4, 5, context, 1, guidance=False, decode=False), [0.03] * stages)
         for context in CONTEXT_POLICIES
-        for steps in (4, 8)
     ]
-    cases.append(case(Schedule(stages, 4, 5, "cached", 1, guidance=False, decode=False, num_videos=2), [0.02] * stages))
-    cases.append(case(Schedule(stages, 4, 5, "cached", 1, decode=False), [0.02 + 0.01 * k for k in range(stages)]))
-    return run_cases(cases)
+    cases.append(case(Schedule(stages, 4, 5, "cached", 1, guidance=False, decode=False, num_videos=2), [0.03] * stages))
+    cases.append(case(Schedule(stages, 4, 5, "cached", 1, decode=False), [0.03 + 0.01 * k for k in range(stages)]))
+    found = run_cases(cases * REPEATS)  # in turn, so that what disturbs for a while disturbs all alike
+    return [found[number :: len(cases)] for number in range(len(cases))]
 
 
-def test_processes_keep_the_order(outcomes: list[Outcome]) -> None:
-    assert [outcome.same_order for outcome in outcomes] == [True] * len(outcomes)
+@pytest.mark.alone
+def test_processes_keep_the_order(outcomes: list[list[Outcome]]) -> None:
+    assert all(outcome.same_order for repeats in outcomes for outcome in repeats)
 
 
-def test_processes_take_the_time(outcomes: list[Outcome]) -> None:
-    """Over gloo: makespan within 5 %, bubble within 2 points. The whole grid is bench/bench_simulate.py."""
-    late = max(outcome.jitter for outcome in outcomes)
-    if late > 0.02:
-        pytest.skip(f"this machine is busy: its sleeps are up to {100 * late:.0f} % too long")
-    for outcome in outcomes:
-        assert outcome.nominal.seconds == pytest.approx(outcome.makespan, rel=0.05), outcome.row
-        assert outcome.nominal.bubble == pytest.approx(outcome.bubble, abs=0.02), outcome.row
+@pytest.mark.alone
+def test_processes_take_the_time(outcomes: list[list[Outcome]]) -> None:
+    """Over gloo: makespan within 5 %, bubble within 2 points. The whole grid is bench/bench_simulate.py.
+
+    That is the claim about the schedule, whose shortest run is the least disturbed. Another order or a wait too many
+    lengthens every one of them; a machine that is late lengthens some. Where even the shortest is late, the rest of the
+    claim is asked, which no load excuses: who waits for whom, with sleeps and messages as long as they were.
+    """
+    for repeats in outcomes:
+        best = min(repeats, key=lambda outcome: outcome.makespan)
+        assert best.makespan > 0.99 * best.nominal.seconds, best.row  # a sleep is never too short
+        if best.jitter < 0.02 and best.timed.seconds < 1.03 * best.nominal.seconds:
+            assert best.nominal.seconds == pytest.approx(best.makespan, rel=0.05), best.row
+            assert best.nominal.bubble == pytest.approx(best.bubble, abs=0.02), best.row
+        else:
+            found = [outcome.timed.seconds / outcome.makespan for outcome in repeats]
+            assert min(abs(ratio - 1) for ratio in found) < 0.05, found
 
 
 def test_an_endless_schedule_is_simulated_as_far_as_asked() -> None:

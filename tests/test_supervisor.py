@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -25,14 +26,15 @@ PATH = {"PYTHONPATH": str(Path(__file__).parents[1])}
 RANKS = 3
 LIMITS = Limits(heartbeat=1.2, progress=1.5, startup=20.0, grace=1.0, peer_error_hold=0.5)
 
+pytestmark = pytest.mark.alone  # who was heard when
 both_transports = pytest.mark.parametrize("deaf", [False, True], ids=["hearing", "deaf"])
 
 
 class Run:
     """One supervised run: acts once every rank has reached block 3, then says what happened and when."""
 
-    def __init__(self, *, act=None, limits=LIMITS, world_size=RANKS, error_path=None, **env):
-        self.act = act
+    def __init__(self, *, act=None, hear=None, limits=LIMITS, world_size=RANKS, error_path=None, **env):
+        self.act, self.hear = act, hear
         self.acted_at = self.known_at = 0.0
         self.pids: dict[int, int] = {}
         self.messages: list[tuple[int, dict]] = []
@@ -75,6 +77,8 @@ class Run:
 
     def _note(self, rank, message):
         self.messages.append((rank, message))
+        if self.hear:
+            self.hear(rank, message)
         if "pid" in message:
             self.pids[rank] = message["pid"]
         self._blocks[rank] = message.get("block", self._blocks.get(rank, 0))
@@ -183,8 +187,15 @@ def test_fault_is_named_with_its_place(fault, words, exit_code, deaf):
     assert run.result.exit_code == exit_code
 
 
-def test_lost_message_names_the_longest_waiter():
-    run = Run(fault="drop:1", deaf=True)
+def test_lost_message_names_the_longest_waiter(tmp_path):
+    gate = tmp_path / "gate"
+
+    def listen(rank, message):
+        """The others go on once it is heard that rank 2 waits for good: they are heard later, on any machine."""
+        if (rank, message.get("phase"), message.get("block")) == (2, "wait_recv", 5):
+            gate.touch()
+
+    run = Run(hear=listen, limits=replace(LIMITS, progress=3.0), fault="drop:1", deaf=True, gate=gate)
     assert run.failure.rank == 2
     assert "every other rank waits too" in run.text
     assert run.result.exit_code == 4

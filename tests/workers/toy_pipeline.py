@@ -2,7 +2,8 @@
 
 Blocks go round a ring of Unix sockets, two at a time, so that every rank soon waits for the one that fails.
 A fault is `NAME:RANK[,NAME:RANK]` in TOY_FAULT and strikes at block 5. With TOY_DEAF the transport never
-notices a dead peer, as NCCL may not. As `toy_pipeline.py parent ...` it runs a supervisor on itself instead.
+notices a dead peer, as NCCL may not. No rank gets past block 5 before the file TOY_GATE is there.
+As `toy_pipeline.py parent ...` it runs a supervisor on itself instead.
 """
 
 import ctypes
@@ -105,6 +106,7 @@ def run(heartbeat: Heartbeat, rank: int, world_size: int, fault: str | None) -> 
     previous, following = connect(rank, world_size, deaf=bool(os.environ.get("TOY_DEAF")))
     blocks = int(os.environ.get("TOY_BLOCKS", "1000000"))
     unit = float(os.environ.get("TOY_UNIT", "0.005"))
+    gate = os.environ.get("TOY_GATE")
     block = 0
     while True:
         where = {"stage": rank, "step": 3, "block": block}
@@ -126,6 +128,8 @@ def run(heartbeat: Heartbeat, rank: int, world_size: int, fault: str | None) -> 
         heartbeat.phase("run", **where)
         time.sleep(unit)
         if block >= FAULT_BLOCK:
+            while gate and not os.path.exists(gate):
+                time.sleep(0.001)
             strike(fault, heartbeat)
         if not (fault == "drop" and block >= FAULT_BLOCK):
             following.send(block)
