@@ -424,7 +424,7 @@ def _resumed(call: typer.Context, folder: Path, given: dict[str, Any]) -> Job:
         raise ValueError(f"--resume {folder} with {flags}: the snapshot says that already; leave it out")
     found, _ = newest(folder)
     notes = found.run.get("notes")
-    if not isinstance(notes, dict):
+    if not isinstance(notes, dict) or not notes:
         raise SnapshotError(f"--resume {folder}: the run was not one of 'dualparal generate'; use Engine.resume")
     changes: dict[str, Any] = {name: given[name] for name in asked & set(_MAY_CHANGE) - {"gpus", "stages"}}
     changes |= {"checkpoint": folder, "timeline": given["timeline"], "overwrite": given["overwrite"]}
