@@ -1,11 +1,13 @@
 """What a snapshot costs: bytes and seconds at Wan's sizes, for each policy, with random data of the real shapes.
 
-    python bench/bench_snapshot.py [--only 480p]
+    python bench/bench_snapshot.py [--only 480p | --only share]
 
 taken      seconds in which the run waits: references to tensors are taken, nothing is copied
 written    seconds of the thread beside it: serialised, its checksum taken, synced, renamed
 read       seconds until a run can go on: read, checksum, tensors
 every      the least time between two snapshots with which writing takes 2 % of the run (the default's rule)
+share      how much longer a whole run takes with snapshots at the default interval: the model of the package, with and
+           without in turn, on the CPU, where writing competes with computing
 features   GB of keys and values that blocks in flight of Wan2.1-1.3B (bfloat16, guidance) leave behind for each other,
            which a snapshot would have to hold without refreshes
 """
@@ -23,8 +25,10 @@ from options import parser
 from record import record
 
 from dualparal import snapshot
-from dualparal.config import BlockConfig, VideoConfig
+from dualparal.checkpoint import Checkpoint
+from dualparal.config import BUILT_IN, BUILT_IN_SIZE, BlockConfig, VideoConfig
 from dualparal.cost import Workload
+from dualparal.engine import Engine
 from dualparal.model_shape import MODELS
 from dualparal.snapshot import BlockState, Snapshot
 
@@ -55,6 +59,26 @@ def feature_bytes(work: Workload) -> int:
     model, lent = work.model, work.blocks.context_frames * work.tokens
     kept = schedule.slots("tail") * schedule.branches
     return kept * model.num_layers * lent * 2 * model.inner * work.itemsize
+
+
+def share(repeats: int) -> float:
+    """Seconds of runs with snapshots over those without, less 1: the shortest of each."""
+    engine = Engine.from_pretrained(BUILT_IN, device="cpu", refresh_every=10)
+    side = BUILT_IN_SIZE[0]
+    call = {"height": side, "width": side, "num_frames": 637, "num_inference_steps": 20, "output_type": "uint8"}
+    best = {True: float("inf"), False: float("inf")}
+    for _ in range(repeats):
+        for kept in (False, True):
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoint = Checkpoint(Path(folder) / "kept") if kept else None
+                begin = time.perf_counter()
+                for _ in engine.stream(
+                    "a red circle drifting left on a dark background", checkpoint=checkpoint, **call
+                ):
+                    pass
+                best[kept] = min(best[kept], time.perf_counter() - begin)
+                print(f"{'with' if kept else 'without'} snapshots: {best[kept]:.1f} s at best", flush=True)
+    return best[True] / best[False] - 1
 
 
 def main() -> None:
@@ -102,6 +126,11 @@ def main() -> None:
             }
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             rows.append(row)
+    if options.only in "share":
+        torch.set_num_threads(2)
+        row = {"case": "share of a run, model of the package", "share_percent": round(100 * share(options.repeats), 2)}
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
+        rows.append(row)
     if not options.no_record:
         record("snapshot", rows, "cpu")
 

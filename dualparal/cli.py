@@ -320,7 +320,7 @@ def generate(
             signal.signal(number, _leave)  # until there is something to keep
     if resume is not None:
         given = context_of_call.params
-        _run_job(_resumed(context_of_call, resume, given), heartbeat, False)
+        _run_job(_resumed(context_of_call, resume, given), heartbeat)
     if not prompt:
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
     default_height, default_width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)
@@ -349,7 +349,7 @@ def generate(
             context,  # type: ignore[arg-type]
             max_blocks_in_flight,
             context_version,  # type: ignore[arg-type]
-            _refreshes(refresh_every, checkpoint, context, context_frames, steps, heartbeat),
+            _refreshes(refresh_every, checkpoint, context, context_frames, steps),
         ),
         model=model,
         stages=count,
@@ -380,14 +380,22 @@ def generate(
     )
     if plan is not None and not heartbeat.supervised:
         job = _planned(job, plan, max_blocks_in_flight)
-    _run_job(job, heartbeat, plan is not None)
+    every, note = job.blocks.refresh_every, ""
+    if every != refresh_every:
+        note = (
+            f"--checkpoint with --context {context}: every {every} iterations are refreshes, so that the run can go on "
+            f"from there (--refresh-every {every}); the video is another one than without"
+        )
+    _run_job(job, heartbeat, plan is not None, note)
 
 
-def _run_job(job: Job, heartbeat: Heartbeat, planned: bool) -> NoReturn:
-    """As a rank, as the only process, or as the parent of ranks."""
+def _run_job(job: Job, heartbeat: Heartbeat, planned: bool = False, note: str = "") -> NoReturn:
+    """As a rank, as the only process, or as the parent of ranks. note: for the user, when all is well."""
     is_rank, count = "RANK" in os.environ, job.stages
     if not is_rank or os.environ["RANK"] == "0":
         _check(job)
+    if note and not heartbeat.supervised and os.environ.get("RANK", "0") == "0":
+        typer.echo(note, err=True)
     if not is_rank:
         _error_file(job).unlink(missing_ok=True)  # of an earlier run
     if is_rank or count == 1:
@@ -413,8 +421,10 @@ _MAY_CHANGE = ("gpus", "stages", "layers_per_stage", "device", "threads", "depth
 
 def _resumed(call: typer.Context, folder: Path, given: dict[str, Any]) -> Job:
     """The job of a folder's last snapshot. What decides frames or where they go cannot be changed; machines can."""
+    from dualparal.output import check_file
     from dualparal.snapshot import SnapshotError, newest
 
+    check_file(folder, "--resume", overwrite=True, folder=True)
     sources = {name: call.get_parameter_source(name) for name in given}
     # By name: typer may have its own copy of click.
     asked = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
@@ -444,20 +454,11 @@ def _resumed(call: typer.Context, folder: Path, given: dict[str, Any]) -> Job:
         raise SnapshotError(f"--resume {folder}: the snapshot does not describe a run ({error!r})") from None
 
 
-def _refreshes(
-    every: int | None, checkpoint: Path | None, context: str, context_frames: int, steps: int, heartbeat: Heartbeat
-) -> int | None:
+def _refreshes(every: int | None, checkpoint: Path | None, context: str, context_frames: int, steps: int) -> int | None:
     """``--refresh-every``, which snapshots need where features outlive an iteration."""
     if every is not None or checkpoint is None or context == "paper" or context_frames == 0:
         return every
-    every = max(1, steps // 2)
-    if not heartbeat.supervised and os.environ.get("RANK", "0") == "0":
-        typer.echo(
-            f"--checkpoint with --context {context}: every {every} iterations are refreshes, so that the run can go on "
-            f"from there (--refresh-every {every}); the video is another one than without",
-            err=True,
-        )
-    return every
+    return max(1, steps // 2)
 
 
 def _planned(job: Job, mode: str, max_blocks_in_flight: int | None) -> Job:
@@ -569,6 +570,7 @@ def _check(job: Job) -> None:
     for out in job.outs:
         check_out(out, job.overwrite, job.resume)
     if job.checkpoint is not None and not job.resume:
+        check_file(job.checkpoint, "--checkpoint", overwrite=True, folder=True)
         check_empty(job.checkpoint)
     if job.checkpoint is None and job.checkpoint_every is not None:
         raise ValueError("--checkpoint-every without --checkpoint: say in which folder")

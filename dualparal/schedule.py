@@ -140,8 +140,6 @@ class Schedule:
         for name, low in (("num_stages", 1), ("num_steps", 1), ("context_frames", 0), ("depth", 1), ("num_videos", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {low} or more")
-        if self.start < 0 or not self.stands_alone(self.start):
-            raise ValueError(f"start={self.start}: needs what an earlier iteration left behind; use a refresh")
         if self.num_blocks is not None and self.num_blocks < 1:
             raise ValueError(f"num_blocks={self.num_blocks}: a video has at least one block (None: endless)")
         if self.context not in CONTEXT_POLICIES:
@@ -152,6 +150,12 @@ class Schedule:
             raise ValueError(
                 f"context_version={self.context_version!r} is not a version of features; use one of {CONTEXT_VERSIONS}"
             )
+        if self.refresh_every is not None and self.refresh_every < 1:
+            raise ValueError(f"refresh_every={self.refresh_every}: must be 1 or more (None: never)")
+        if self.start < 0 or not self.stands_alone(self.start):
+            raise ValueError(f"start={self.start}: needs what an earlier iteration left behind; use a refresh")
+        if self.num_blocks is not None and self.start and not self.in_flight(self.start):
+            raise ValueError(f"start={self.start}: the last block is finished by then; there is nothing to do")
 
     @property
     def branches(self) -> int:

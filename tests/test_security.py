@@ -184,7 +184,9 @@ def test_ranks_of_one_node_are_told_to_stay_on_loopback(monkeypatch: pytest.Monk
         monkeypatch.delenv(name)
     for name, value in ((mesh.RENDEZVOUS, str(tmp_path / "store")), ("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(mesh.dist, "FileStore", lambda *_: None)
+    for name in ("FileStore", "PrefixStore"):
+        monkeypatch.setattr(mesh.dist, name, lambda *_: None)
+    monkeypatch.setattr(mesh, "handshake", lambda *_: None)
     monkeypatch.setattr(mesh.dist, "init_process_group", lambda *_, **__: None)
     mesh.Mesh._init("gloo")
     assert {os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")} <= {"lo", "lo0"}
@@ -448,7 +450,7 @@ def _segment(folder: Path) -> None:
 
 
 def _join(folder: Path) -> None:
-    video = open_output(folder / "a.mp4", 16, keep_blocks=False)
+    video = open_output(folder / "a.mp4", 16)
     video.write(0, FRAMES)
     video.close()
 
