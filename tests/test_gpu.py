@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from conftest import embeds
+from dualparal.checkpoint import Checkpoint
 from dualparal.eight_bit import EightBitSchedule
 from dualparal.engine import Engine
 from dualparal.tiny import build_tiny_pipeline
@@ -66,6 +68,23 @@ def test_8_bits_for_any_number_of_stages_eager_and_captured(wan64: Path, policy:
         for stages, graphs in ((1, True), (2, False), (4, True)):
             made = generate(wan64, attention_8bit=attention_8bit, stages=stages, graphs=graphs, **options)
             assert torch.equal(made, expected), (stages, graphs, attention_8bit)
+
+
+@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
+def test_refreshes_and_resume(wan21: Path, tmp_path: Path, policy: str) -> None:
+    """Latents leave the device beside the run, and come back to other stages, captured."""
+    options = {**OPTIONS, "context": policy, "refresh_every": 3}
+    expected = generate(wan21, **options)
+    assert torch.equal(generate(wan21, stages=2, graphs=True, **options), expected)
+    engine = Engine.from_pretrained(wan21, stages=2, **options)
+    chunks = engine.stream(**embeds(engine), **CALL, checkpoint=Checkpoint(tmp_path / "kept", every=1))
+    for _ in range(4):
+        next(chunks)
+        time.sleep(0.2)  # the disk keeps up
+    chunks.close()
+    rest = list(Engine.from_pretrained(wan21, stages=4, graphs=True, **options).resume(tmp_path / "kept"))
+    made = torch.cat([chunk.latents for chunk in rest], dim=2)
+    assert rest[0].block > 0 and torch.equal(made, expected[:, :, -made.shape[2] :])
 
 
 def test_gpu_and_cpu_agree(wan21: Path) -> None:
