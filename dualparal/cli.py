@@ -186,7 +186,7 @@ def _count_stages(gpus: int | None, stages: int | None, device: str | None) -> i
 
 @app.command()
 def generate(
-    context_of_call: typer.Context,
+    call: typer.Context,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="What the video shows; repeated, so many videos are made at once.", show_default=False),
@@ -319,8 +319,7 @@ def generate(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)  # until there is something to keep
     if resume is not None:
-        given = context_of_call.params
-        _run_job(_resumed(context_of_call, resume, given), heartbeat)
+        _run_job(_resumed(call, resume, call.params), heartbeat)
     if not prompt:
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
     default_height, default_width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)

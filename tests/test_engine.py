@@ -357,9 +357,12 @@ def test_prompts_forget_what_no_block_can_use() -> None:
     prompts = Prompts({0: torch.zeros(1), 4: torch.ones(1)})
     assert [prompts.of(block) for block in range(6)] == [0, 0, 0, 0, 4, 4]
     assert prompts.change(torch.ones(1)) == 6
-    assert prompts.of(7) == 6
+    assert prompts.of(7) == 6 and prompts.of(3) == 0  # a resumed run asks for older blocks after newer ones
+    prompts.forget(5)
+    assert set(prompts.state()) == {4, 6}
+    prompts.forget(8)
     with pytest.raises(KeyError):
-        prompts.embeds(0)
+        prompts.embeds(4)
 
 
 @pytest.mark.parametrize("version", ["matching", "newest", "prior", "paper"])
