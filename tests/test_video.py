@@ -105,7 +105,9 @@ def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
     frames = make_frames(9)
     first = SegmentWriter(tmp_path / "a", 16).write(0, frames).read_bytes()
     strided = np.asfortranarray(frames)
-    assert SegmentWriter(tmp_path / "b", 16).write(3, strided).read_bytes() == first
+    # Often: what x264 did otherwise, it did once in hundreds of times.
+    writer = SegmentWriter(tmp_path / "b", 16)
+    assert all(writer.write(block, strided).read_bytes() == first for block in range(100))
 
 
 def test_quality_is_a_choice(tmp_path: Path) -> None:
