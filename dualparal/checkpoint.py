@@ -60,6 +60,7 @@ class Checkpointer:
     Args:
         history: latent frames before a block that its decoding needs.
         prompts: asked at every snapshot, for the prompts of each video.
+        resumed: the name of the snapshot that the run goes on from.
     """
 
     def __init__(
@@ -71,10 +72,11 @@ class Checkpointer:
         history: int,
         prompts: Callable[[], Sequence[Mapping[int, torch.Tensor]]],
         device: torch.device,
+        resumed: str = "",
     ) -> None:
         self.folder, self.every, self.keep_latents = checkpoint.folder, checkpoint.every, checkpoint.keep_latents
         self.run, self.schedule, self.layout, self.history, self.prompts = run, schedule, layout, history, prompts
-        snapshot.remove_leftovers(self.folder)
+        snapshot.remove_leftovers(self.folder, resumed)
         self._delivered = [schedule.first_block] * schedule.num_videos  # blocks that the consumer has
         self._pending: Snapshot | None = None  # captured; blocks before it may still be on their way out
         self._ready: torch.cuda.Event | None = None

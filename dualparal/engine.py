@@ -613,6 +613,7 @@ class Engine:
             lane.history,
             lambda: [prompts.state() for prompts in self._prompts],
             self.mesh.device,
+            "" if resumed is None else resumed.name,
         )
         if resumed is None:
             keeper.begin()

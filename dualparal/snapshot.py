@@ -206,8 +206,12 @@ def check_empty(folder: Path) -> None:
         raise SnapshotError(f"checkpoint {folder} holds {what}, or choose an empty folder")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what a run that was killed left half-written."""
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Removes what a run that was killed left half-written, and snapshots that are newer than the one in use ("": none
+    is): they could not be used."""
+    for path in _snapshots(folder):
+        if name and path.name > name:
+            path.unlink()
     for path in list(folder.iterdir()):
         if path.name.endswith(".tmp") and _is_ours(path.name.removesuffix(".tmp")):
             path.unlink()
