@@ -138,7 +138,6 @@ class Costing:
         self.decode_on = decode_on
         self._kinds: dict[Unit, tuple[int, int, int]] = {}
         self._seconds: dict[tuple[int, tuple[int, int, int]], float] = {}
-        self._bytes: dict[tuple[bool, int], float] = {}
 
     @property
     def costs(self) -> Costs:

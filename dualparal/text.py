@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-Encode = Callable[[str], torch.Tensor]
-
 
 class PromptEncoder:
     """Encodes as WanPipeline does. The text encoder is loaded when it is needed and dropped by ``free``.

@@ -25,6 +25,15 @@ def open_store(request, tmp_path):
     return lambda: dist.FileStore(str(tmp_path / "store"), -1)
 
 
+def at_once(rank_main, items):
+    """Every rank in a thread of its own, to its end."""
+    threads = [threading.Thread(target=rank_main, args=item) for item in items]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def meet(open_store, infos, *, timeout=5.0, world_sizes=None, delays=None):
     """Runs one thread per entry of `infos` (rank: info); returns what each raised, or None."""
     outcome: dict[int, Exception | None] = {}
@@ -38,11 +47,7 @@ def meet(open_store, infos, *, timeout=5.0, world_sizes=None, delays=None):
         except Exception as error:
             outcome[rank] = error
 
-    threads = [threading.Thread(target=rank_main, args=item) for item in infos.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(rank_main, infos.items())
     return outcome
 
 
@@ -114,11 +119,7 @@ def gathered(open_store, delays, **limits):
             outcome[rank] = error
         outcome[rank] = outcome[rank], time.monotonic()
 
-    threads = [threading.Thread(target=rank_main, args=item) for item in delays.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(rank_main, delays.items())
     return outcome
 
 
