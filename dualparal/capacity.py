@@ -52,10 +52,12 @@ def check(
     if need > have:
         video, blocks = work.video, work.blocks
         kept = f", {held / GIB:.1f} GiB of them for the result, which is kept whole" if held and on_host else ""
+        count = f"{work.num_videos} videos of " if work.num_videos > 1 else ""
+        fewer = "fewer prompts at once, " if work.num_videos > 1 else ""
         raise TooLarge(
-            f"{video.num_frames} frames of {video.width}x{video.height} in blocks of {blocks.frames_per_block} need "
-            f"about {need / GIB:.1f} GiB ({need} bytes{kept}), and {'this machine' if on_host else 'the card'} has "
-            f"{have / GIB:.1f}: use a smaller picture, smaller blocks, fewer blocks in flight or more GPUs; "
+            f"{count}{video.num_frames} frames of {video.width}x{video.height} in blocks of {blocks.frames_per_block} "
+            f"need about {need / GIB:.1f} GiB ({need} bytes{kept}), and {'this machine' if on_host else 'the card'} has "
+            f"{have / GIB:.1f}: use {fewer}a smaller picture, smaller blocks, fewer blocks in flight or more GPUs; "
             "'dualparal plan' says what fits"
         )
 

@@ -31,9 +31,11 @@ DECODE_BLOCKS = 2
 
 @dataclass(frozen=True)
 class Workload:
-    """A video and the model that makes it.
+    """One or several videos and the model that makes them.
 
     itemsize: bytes of the transformer's dtype. decode: False for latents only. depth: messages between two stages.
+    num_videos: independent videos of this kind, made in turns. key_means: whether 8-bit attention keeps a mean of
+    every block's keys.
     """
 
     model: ModelShape
@@ -42,6 +44,8 @@ class Workload:
     itemsize: int = 2
     decode: bool = True
     depth: int = 2
+    num_videos: int = 1
+    key_means: bool = False
 
     def __post_init__(self) -> None:
         side = self.model.vae.spatial_factor * self.model.patch
@@ -69,18 +73,16 @@ class Workload:
 
     def schedule(self, num_stages: int) -> Schedule:
         """The very schedule that the engine walks."""
-        return Schedule(
+        return Schedule.of(
+            self.blocks,
             num_stages=num_stages,
             num_steps=self.video.num_inference_steps,
             num_blocks=self.layout.num_blocks,
-            context=self.blocks.context,
-            context_frames=self.blocks.context_frames,
             guidance=self.video.guidance,
             decode=self.decode,
             depth=self.depth,
-            max_blocks_in_flight=self.blocks.max_blocks_in_flight,
-            context_version=self.blocks.context_version,
-            refresh_every=self.blocks.refresh_every,
+            num_videos=self.num_videos,
+            key_means=self.key_means,
         )
 
 
@@ -243,22 +245,23 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     hidden, velocity = edge_elements(work)
     inbound, outbound = velocity if first else hidden, velocity if last else hidden
     latents = 4 * model.in_channels * work.pixels * work.layout.first_frames
-    blocks = schedule.places
-    noise = 4 * model.in_channels * work.pixels * (work.blocks.frames_per_block + work.blocks.context_frames)
+    blocks, videos = schedule.places, work.num_videos
+    means = blocks * layers * 4 * h if work.key_means else 0
+    noise = videos * 4 * model.in_channels * work.pixels * (work.blocks.frames_per_block + work.blocks.context_frames)
     return Memory(
         weights=experts * slice_bytes(work, split, stage),
-        features=sum(slots.values()) * slot_bytes(work, layers) * branches,
+        features=(sum(slots.values()) * slot_bytes(work, layers) + means) * branches,
         workspace=2 * (window + sum(map(bool, slots.values())) * lent) * h * size,
         buffers=work.depth * (inbound + outbound) * size if len(split) > 1 else 0,
         # residual stream old and new, y, normed, qkv, query, attended; the feed-forward's inside twice
         activations=window * (9 * h + 2 * model.ffn_dim) * size,
         conditions=(
-            experts * branches * layers * 2 * work.text_tokens * h * size
+            videos * experts * branches * layers * 2 * work.text_tokens * h * size
             + 4 * steps * (6 * layers + 2 * last) * h
             + 2 * 4 * window * model.head_dim
-            + branches * work.text_tokens * model.text_dim * size
+            + videos * branches * work.text_tokens * model.text_dim * size
         ),
-        latents=(latents * SAMPLER_COPIES * (blocks + 1) + noise) if first else 0,
+        latents=(latents * SAMPLER_COPIES * (blocks + videos) + noise) if first else 0,
         decode=decode_bytes(work) if first and decodes and work.decode else 0,
         load=layers * 3 * h * h * size,  # Q, K and V are joined while both forms are there
         before=model.text_encoder * size if first else 0,
@@ -284,11 +287,12 @@ def slot_bytes(work: Workload, layers: int) -> int:
 
 
 def decode_bytes(work: Workload) -> int:
-    """VAE in float32, its history, its working set, and frames of the blocks in its hands."""
+    """VAE in float32, its history of each video, its working set, and frames of the blocks in its hands."""
     vae, pixels = work.model.vae, work.pixels
     frames = work.layout.first_frames * vae.temporal_factor
     picture = 3 * 4 * frames * pixels * vae.spatial_factor**2
-    return 4 * vae.parameters + vae.cache_bytes(pixels) + vae.working_bytes(pixels) + DECODE_BLOCKS * picture
+    history = work.num_videos * vae.cache_bytes(pixels)
+    return 4 * vae.parameters + history + vae.working_bytes(pixels) + DECODE_BLOCKS * picture
 
 
 def sizes(work: Workload, split: Sequence[int], stage: int, memory: Memory) -> Sizes:

@@ -454,7 +454,9 @@ class Engine:
         video = requests[0].video
         decode = video.output_type != "latent"
         shape = model_shape(str(self.source.path))
-        work = Workload(shape, video, self.blocks, self.dtype.itemsize, decode, self.depth)
+        work = Workload(
+            shape, video, self.blocks, self.dtype.itemsize, decode, self.depth, len(requests), self.attention_8bit.on
+        )
         split = [len(layers) for layers in self.layers]
         held = len(requests) * capacity.whole_bytes(work, video.output_type, keeps) if self.mesh.rank == 0 else 0
         encodes = requests[0].embeds is None
@@ -635,19 +637,15 @@ class Engine:
 
     def _schedule(self, requests: list[Request], start: int = 0) -> Schedule:
         request = requests[0]
-        return Schedule(
+        return Schedule.of(
+            self.blocks,
             num_stages=self.num_stages,
             num_steps=len(request.sampler),
             num_blocks=request.layout.num_blocks,
-            context=self.blocks.context,
-            context_frames=self.blocks.context_frames,
             guidance=request.video.guidance,
             decode=request.video.output_type != "latent",
             depth=self.depth,
-            max_blocks_in_flight=self.blocks.max_blocks_in_flight,
-            context_version=self.blocks.context_version,
             num_videos=len(requests),
-            refresh_every=self.blocks.refresh_every,
             key_means=self.attention_8bit.on,
             start=start,
         )

@@ -19,7 +19,7 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import NamedTuple, NoReturn
 
-from dualparal.config import CONTEXT_POLICIES, CONTEXT_VERSIONS, admission_gap
+from dualparal.config import CONTEXT_POLICIES, CONTEXT_VERSIONS, BlockConfig, admission_gap
 
 
 class Op(Enum):
@@ -156,6 +156,42 @@ class Schedule:
             raise ValueError(f"start={self.start}: needs what an earlier iteration left behind; use a refresh")
         if self.num_blocks is not None and self.start and not self.in_flight(self.start):
             raise ValueError(f"start={self.start}: the last block is finished by then; there is nothing to do")
+
+    @classmethod
+    def of(
+        cls,
+        blocks: BlockConfig,
+        *,
+        num_stages: int,
+        num_steps: int,
+        num_blocks: int | None,
+        guidance: bool,
+        decode: bool,
+        depth: int,
+        num_videos: int,
+        key_means: bool,
+        start: int = 0,
+    ) -> Schedule:
+        """The schedule of a run. The engine walks it and the cost model counts it, so both make it here.
+
+        All numbers that a caller could forget are required; the fields say what they mean.
+        """
+        return cls(
+            num_stages=num_stages,
+            num_steps=num_steps,
+            num_blocks=num_blocks,
+            context=blocks.context,
+            context_frames=blocks.context_frames,
+            guidance=guidance,
+            decode=decode,
+            depth=depth,
+            max_blocks_in_flight=blocks.max_blocks_in_flight,
+            context_version=blocks.context_version,
+            num_videos=num_videos,
+            refresh_every=blocks.refresh_every,
+            key_means=key_means,
+            start=start,
+        )
 
     @property
     def branches(self) -> int:

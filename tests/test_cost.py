@@ -229,3 +229,17 @@ def test_the_vae_is_part_of_rank_0() -> None:
     first, second = (stage_memory(work, work.schedule(2), [15, 15], stage) for stage in range(2))
     assert first.decode == decode_bytes(work) > 5 * 2**30 and second.decode == 0
     assert first.before > 10 * 2**30  # UMT5-XXL, before the weights
+
+
+def test_every_video_has_features_and_histories_of_its_own() -> None:
+    """Four prompts in one call hold four times the features of one, and the check of a request counts them."""
+    video = VideoConfig(num_frames=1025)
+    one, four = (Workload(MODELS["wan2.1-t2v-1.3b"], video, num_videos=count) for count in (1, 4))
+    split = [8, 8, 7, 7]
+    memory = [stage_memory(work, work.schedule(4), split, 1) for work in (one, four)]
+    assert [m.features / 2**30 for m in memory] == pytest.approx([18.85, 73.70], abs=0.01)
+    history = one.model.vae.cache_bytes(one.pixels)
+    assert decode_bytes(four) - decode_bytes(one) == 3 * history > 0
+    means = Workload(MODELS["wan2.1-t2v-1.3b"], video, key_means=True)
+    more = stage_memory(means, means.schedule(4), split, 1).features - memory[0].features
+    assert more == 2 * means.schedule(4).places * 8 * 4 * means.model.inner  # branches, places, layers, float32

@@ -302,6 +302,16 @@ def test_a_request_that_cannot_fit_is_refused_with_its_size(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024, "KiB"
 
 
+def test_every_prompt_counts(wan21: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Videos made in one call hold features each of their own: forty do not fit where one does."""
+    engine = Engine.from_pretrained(wan21, device="cpu")
+    monkeypatch.setattr(capacity, "host_memory", lambda: 100 * 2**20)
+    call = {"num_frames": 801, "height": 64, "width": 64, "output_type": "latent"}
+    engine.stream("a cat", **call)
+    with pytest.raises(TooLarge, match=r"40 videos of 801 frames of 64x64"):
+        engine.stream(["a cat"] * 40, **call)
+
+
 def test_a_whole_video_counts_its_frames(wan21: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine.from_pretrained(wan21, device="cpu")
     monkeypatch.setattr(capacity, "host_memory", lambda: 2**30)
