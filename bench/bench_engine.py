@@ -27,7 +27,8 @@ from record import record
 from synthetic import embeds, synthetic_engine
 
 from dualparal.engine import Engine
-from dualparal.schedule import Schedule
+from dualparal.schedule.replay import bubble
+from dualparal.schedule.schedule import Schedule
 from dualparal.tiny import build_tiny_pipeline
 
 
@@ -91,7 +92,7 @@ def efficiency(folder: Path, repeats: int) -> list[dict[str, object]]:
             ratios.append(one / two)
             unit = 1e3 * one / (schedule.num_units or 1)
         speedup, machine = statistics.median(ratios), statistics.median(ceilings)
-        bound = 2 * (1 - schedule.bubble)
+        bound = 2 * (1 - bubble(schedule))
         share = speedup / (bound * machine)
         rows.append({"context": policy, "steps": steps, "blocks": blocks, "guidance": guidance > 1,
                      "unit_ms": round(unit, 1), "speedup": round(speedup, 3), "bound": round(bound, 3),

@@ -28,7 +28,8 @@ from ranks import as_rank, in_processes
 from record import record
 from synthetic import embeds, synthetic_engine
 
-from dualparal.schedule import Schedule
+from dualparal.schedule.replay import bubble, makespan
+from dualparal.schedule.schedule import Schedule
 from dualparal.tiny import build_tiny_pipeline
 
 STAGES = (1, 2, 4, 8)
@@ -84,7 +85,7 @@ def measure(
         runs = [(next(heard), next(heard)) for _ in range(repeats)]
         alone, whole = (min(of_one_kind, key=lambda run: run["seconds"]) for of_one_kind in zip(*runs))
         schedule = Schedule(stages, case.steps, case.blocks, case.context, guidance=case.guidance, decode=False)
-        ideal = schedule.makespan * unit
+        ideal = makespan(schedule) * unit
         one_block = alone["seconds"] * case.blocks
         yield {
             "context": case.context,
@@ -103,7 +104,7 @@ def measure(
             "speedup": round(case.blocks * case.steps * (2 if case.guidance else 1) * model_seconds
                              / whole["seconds"], 3),
             "bubble": round(whole["bubble"], 4),
-            "schedule_bubble": round(schedule.bubble, 4),
+            "schedule_bubble": round(bubble(schedule), 4),
         }  # fmt: skip
 
 

@@ -28,8 +28,10 @@ from typing import Any
 import options
 from record import record
 
-from dualparal.schedule import Costs, Schedule, Unit
-from dualparal.simulate import Simulation, simulate
+from dualparal.schedule.actions import Unit
+from dualparal.schedule.replay import Costs
+from dualparal.schedule.schedule import Schedule
+from dualparal.schedule.simulate import Simulation, simulate
 from dualparal.supervisor import Limits, supervise
 
 WORKER = Path(__file__).parent / "sleeping_rank.py"

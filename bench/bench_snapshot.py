@@ -26,7 +26,8 @@ from record import record
 
 from dualparal import snapshot
 from dualparal.checkpoint import Checkpoint
-from dualparal.config import BUILT_IN, BUILT_IN_SIZE, BlockConfig, VideoConfig
+from dualparal.config.blocks import BlockConfig
+from dualparal.config.video import BUILT_IN, BUILT_IN_SIZE, VideoConfig
 from dualparal.cost import Workload
 from dualparal.engine import Engine
 from dualparal.model_shape import MODELS

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from dualparal.config import BlockConfig, VideoConfig
+from dualparal.config.blocks import BlockConfig
+from dualparal.config.video import VideoConfig
 from dualparal.cost import Workload, decode_bytes, layer_arithmetic
 from dualparal.devices import GIB, LINKS, device
 from dualparal.model_shape import MODELS

@@ -38,7 +38,8 @@ from rich.progress import track as progress
 from scenes import SIZE, Scene, sample_scene, video
 
 import dualparal
-from dualparal.config import BlockConfig, Layout
+from dualparal.config.blocks import BlockConfig
+from dualparal.schedule.layout import Layout
 
 MODEL = str(Path(dualparal.__file__).with_name("moving_shapes"))
 TRAINED = 16  # latent frames of a training clip

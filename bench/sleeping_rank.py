@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from dualparal.config import BlockConfig, Layout
+from dualparal.config.blocks import BlockConfig
 from dualparal.executor import LatentQueue, StageExecutor, run_together
 from dualparal.heartbeat import Heartbeat
 from dualparal.mesh import Mesh
-from dualparal.schedule import Schedule, Unit
+from dualparal.schedule.actions import Unit
+from dualparal.schedule.layout import Layout
+from dualparal.schedule.schedule import Schedule
 from dualparal.trace import BusyClock
 from dualparal.transport import PromptChannel, ReceiveEdge, SendEdge, make_groups, warm_up
 

@@ -12,7 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dualparal.schedule import Op, Schedule
+from dualparal.schedule.actions import Op
+from dualparal.schedule.replay import makespan, replay
+from dualparal.schedule.schedule import Schedule
 
 STAGES, STEPS, BLOCKS = 4, 5, 7
 DECODE = 3  # ticks that the picture gives the VAE for a block
@@ -20,7 +22,7 @@ DECODE = 3  # ticks that the picture gives the VAE for a block
 
 def main() -> None:
     schedule = Schedule(STAGES, STEPS, BLOCKS, "cached", guidance=False)
-    events = schedule.replay()
+    events = replay(schedule)[0]
     at = 0
     colours = plt.get_cmap("tab10").colors
     figure, (axes, below) = plt.subplots(2, 1, figsize=(11, 4.2), height_ratios=[4, 2.2], layout="constrained")
@@ -43,7 +45,7 @@ def main() -> None:
     below.set_yticks([0], ["VAE"])
     below.set_xlabel("tick")
     for part in (axes, below):
-        part.set_xlim(0, schedule.makespan + DECODE)
+        part.set_xlim(0, makespan(schedule) + DECODE)
         part.spines[["top", "right"]].set_visible(False)
     figure.savefig(Path(__file__).with_name("pipeline.png"), dpi=120)
 

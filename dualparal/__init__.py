@@ -10,31 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dualparal.checkpoint import Checkpoint
-    from dualparal.config import BlockConfig, VideoConfig
-    from dualparal.eight_bit import EightBitSchedule
+    from dualparal.config.blocks import BlockConfig
+    from dualparal.config.eight_bit import EightBitPolicy
+    from dualparal.config.video import VideoConfig
     from dualparal.engine import Chunk, Engine, EngineOutput
     from dualparal.planner import Plan, plan
-    from dualparal.schedule import Schedule
+    from dualparal.schedule.schedule import Schedule
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "BlockConfig": "config",
+    "BlockConfig": "config.blocks",
     "Checkpoint": "checkpoint",
     "Chunk": "engine",
-    "EightBitSchedule": "eight_bit",
+    "EightBitPolicy": "config.eight_bit",
     "Engine": "engine",
     "EngineOutput": "engine",
     "Plan": "planner",
-    "Schedule": "schedule",
+    "Schedule": "schedule.schedule",
     "plan": "planner",
-    "VideoConfig": "config",
+    "VideoConfig": "config.video",
 }
 __all__ = [
     "BlockConfig",
     "Checkpoint",
     "Chunk",
-    "EightBitSchedule",
+    "EightBitPolicy",
     "Engine",
     "EngineOutput",
     "Plan",

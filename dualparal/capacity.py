@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from dualparal.config import OutputType
+from dualparal.config.video import OutputType
 from dualparal.cost import Workload, stage_memory
 
 GIB = 2**30
@@ -54,9 +54,10 @@ def check(
         kept = f", {held / GIB:.1f} GiB of them for the result, which is kept whole" if held and on_host else ""
         count = f"{work.num_videos} videos of " if work.num_videos > 1 else ""
         fewer = "fewer prompts at once, " if work.num_videos > 1 else ""
+        where = "this machine" if on_host else "the card"
         raise TooLarge(
-            f"{count}{video.num_frames} frames of {video.width}x{video.height} in blocks of {blocks.frames_per_block} "
-            f"need about {need / GIB:.1f} GiB ({need} bytes{kept}), and {'this machine' if on_host else 'the card'} has "
+            f"{count}{video.num_frames} frames of {video.width}x{video.height} in blocks of "
+            f"{blocks.frames_per_block} need about {need / GIB:.1f} GiB ({need} bytes{kept}), and {where} has "
             f"{have / GIB:.1f}: use {fewer}a smaller picture, smaller blocks, fewer blocks in flight or more GPUs; "
             "'dualparal plan' says what fits"
         )

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from dualparal import snapshot
-from dualparal.config import Layout
 from dualparal.sampler import Sampler
-from dualparal.schedule import Schedule
+from dualparal.schedule.layout import Layout
+from dualparal.schedule.schedule import Schedule
 from dualparal.snapshot import BlockState, Snapshot, SnapshotError
 
 logger = logging.getLogger("dualparal")

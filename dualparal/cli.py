@@ -25,15 +25,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from dualparal import __version__
-from dualparal.config import BUILT_IN, BUILT_IN_SIZE, BlockConfig, VideoConfig, split_layers
-from dualparal.eight_bit import EightBitSchedule
+from dualparal.config.blocks import BlockConfig
+from dualparal.config.eight_bit import EightBitPolicy
+from dualparal.config.video import BUILT_IN, BUILT_IN_SIZE, VideoConfig
 from dualparal.heartbeat import Heartbeat
 from dualparal.plan_command import command as plan_command
 from dualparal.progress import Display
+from dualparal.schedule.layout import split_layers
 from dualparal.slow import SlowStages
 
 if TYPE_CHECKING:
-    from dualparal.output import PictureOutput, VideoOutput
+    from dualparal.io.output import PictureOutput, VideoOutput
 
 logger = logging.getLogger("dualparal")
 
@@ -70,7 +72,7 @@ class Job:
     dtype: str | None
     depth: int
     graphs: bool
-    attention_8bit: EightBitSchedule
+    attention_8bit: EightBitPolicy
     threads: int
     sampler: str | None
     flow_shift: float | None
@@ -104,7 +106,7 @@ class Job:
             "negative_prompt": None,
             "video": VideoConfig(**found["video"]),
             "blocks": BlockConfig(**found["blocks"]),
-            "attention_8bit": EightBitSchedule(**{**eight_bit, "keep_layers": tuple(eight_bit["keep_layers"])}),
+            "attention_8bit": EightBitPolicy(**{**eight_bit, "keep_layers": tuple(eight_bit["keep_layers"])}),
             "outs": [Path(out) for out in found["outs"]],
             "latents_in": None,
             "resume": True,
@@ -154,14 +156,14 @@ def _layers_per_stage(text: str | None) -> list[int] | None:
         ) from None
 
 
-def _eight_bit(mode: str | None, keep_layers: str, first: int, last: int) -> EightBitSchedule:
+def _eight_bit(mode: str | None, keep_layers: str, first: int, last: int) -> EightBitPolicy:
     try:
         layers = tuple(int(layer) for layer in keep_layers.split(",") if keep_layers)
     except ValueError:
         raise ValueError(
             f"--attention-8bit-keep-layers {keep_layers!r}: use numbers of layers from 0 on, such as 0,29"
         ) from None
-    return EightBitSchedule(mode or "off", layers, first, last)  # type: ignore[arg-type]
+    return EightBitPolicy(mode or "off", layers, first, last)  # type: ignore[arg-type]
 
 
 def _count_stages(gpus: int | None, stages: int | None, device: str | None) -> int:
@@ -420,7 +422,7 @@ _MAY_CHANGE = ("gpus", "stages", "layers_per_stage", "device", "threads", "depth
 
 def _resumed(call: typer.Context, folder: Path, given: dict[str, Any]) -> Job:
     """The job of a folder's last snapshot. What decides frames or where they go cannot be changed; machines can."""
-    from dualparal.output import check_file
+    from dualparal.io.output import check_file
     from dualparal.snapshot import SnapshotError, newest
 
     check_file(folder, "--resume", overwrite=True, folder=True)
@@ -561,8 +563,9 @@ def _sampler(current: Any, job: Job) -> Any:
 
 def _check(job: Job) -> None:
     """Everything that can be known before work starts; ValueError for the user's mistakes."""
+    from dualparal.io.latents import read_latents
+    from dualparal.io.output import check_file, check_out
     from dualparal.loading import resolve_model
-    from dualparal.output import check_file, check_out, read_latents
     from dualparal.snapshot import check_empty
 
     job.video.num_latents()
@@ -604,7 +607,7 @@ def _check(job: Job) -> None:
 
 def _check_timeline(path: Path, overwrite: bool) -> None:
     from dualparal.gantt import check_matplotlib, picture_of
-    from dualparal.output import check_file
+    from dualparal.io.output import check_file
     from dualparal.timeline import check_name, parts_of
 
     check_matplotlib()
@@ -653,7 +656,7 @@ def _call(job: Job) -> dict[str, Any]:
 
 def _lead(job: Job, planned: bool = False) -> int:
     """Starts the ranks and draws their progress; the parent of ``--gpus N``."""
-    from dualparal.output import what_is_left
+    from dualparal.io.output import what_is_left
     from dualparal.supervisor import Kept, supervise
 
     arguments = sys.argv[1:]
@@ -791,7 +794,8 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
     """Runs the engine and writes what comes. Returns the signal that ended it early, or 0."""
     import torch
 
-    from dualparal.output import open_output, read_latents, write_latents
+    from dualparal.io.latents import read_latents, write_latents
+    from dualparal.io.output import open_output
     from dualparal.snapshot import clear
 
     heartbeat.phase("start", stage=int(os.environ.get("RANK", "0")))

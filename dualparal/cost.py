@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from dualparal.config import BlockConfig, Layout, VideoConfig
+from dualparal.config.blocks import BlockConfig
+from dualparal.config.video import VideoConfig
 from dualparal.devices import Device, Link
 from dualparal.model_shape import ModelShape, tokens_per_frame
-from dualparal.schedule import Costs, Schedule, Unit
-from dualparal.simulate import Sizes
+from dualparal.schedule.actions import Unit
+from dualparal.schedule.layout import Layout
+from dualparal.schedule.replay import Costs
+from dualparal.schedule.schedule import Schedule
+from dualparal.schedule.simulate import Sizes
 
 # Passes over a unit's hidden states in a layer with fused kernels: docs/gpu.md, "22 passes".
 PASSES = 22

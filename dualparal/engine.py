@@ -25,10 +25,11 @@ import torch.distributed as dist
 import dualparal
 from dualparal import capacity, snapshot
 from dualparal.checkpoint import Checkpoint, Checkpointer, check_fits, needed
-from dualparal.config import BlockConfig, OutputType, VideoConfig, split_layers
+from dualparal.config.blocks import BlockConfig
+from dualparal.config.eight_bit import OFF, EightBitPolicy
+from dualparal.config.video import OutputType, VideoConfig
 from dualparal.cost import Workload
 from dualparal.decode import StreamingDecoder
-from dualparal.eight_bit import OFF, EightBitSchedule
 from dualparal.executor import LatentQueue, NonFiniteError, StageExecutor, StepCallback, run_together
 from dualparal.graphs import Graphed, cuda_capture
 from dualparal.handshake import gather, handshake
@@ -40,7 +41,9 @@ from dualparal.model_shape import model_shape
 from dualparal.models.base import Slice
 from dualparal.noise import BlockNoise
 from dualparal.request import Prompt, Request, check_request, split_videos
-from dualparal.schedule import Schedule, Unit
+from dualparal.schedule.actions import Unit
+from dualparal.schedule.layout import split_layers
+from dualparal.schedule.schedule import Schedule
 from dualparal.snapshot import Snapshot, SnapshotError
 from dualparal.stage import Forward, Stage
 from dualparal.text import PromptEncoder, Prompts
@@ -97,7 +100,7 @@ class Engine:
         depth: int = 2,
         graphs: bool = False,
         report: Callable[..., None] | None = None,
-        attention_8bit: EightBitSchedule = OFF,
+        attention_8bit: EightBitPolicy = OFF,
         allow_nonfinite: bool = False,
     ) -> None:
         self.source = source
@@ -140,7 +143,7 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         depth: int = 2,
         graphs: bool = False,
-        attention_8bit: str | EightBitSchedule = "off",
+        attention_8bit: str | EightBitPolicy = "off",
         report: Callable[..., None] | None = None,
         allow_nonfinite: bool = False,
     ) -> Engine:
@@ -165,7 +168,7 @@ class Engine:
             depth: messages that fit between two stages.
             graphs: run each stage step as a CUDA graph; the same bits, less work for the host.
             attention_8bit: "int8" (queries and keys of self-attention), "fp8" (values and weights besides), or an
-                ``EightBitSchedule``, which can leave layers and steps out; with a dtype of 16 bits. Another video, near
+                ``EightBitPolicy``, which can leave layers and steps out; with a dtype of 16 bits. Another video, near
                 that of "off"; the same for any number of stages.
             report: called with (phase, block=, step=, stage=) before every action; for supervisors. At the first unit
                 of an iteration besides with iteration= and busy=, seconds per layer spent in units so far.
@@ -187,8 +190,8 @@ class Engine:
                 f"depth={depth!r}: at least one message must fit between two stages; 2 lets transfers overlap compute"
             )
         eight_bit = attention_8bit
-        if not isinstance(eight_bit, EightBitSchedule):
-            eight_bit = EightBitSchedule(eight_bit)  # type: ignore[arg-type]
+        if not isinstance(eight_bit, EightBitPolicy):
+            eight_bit = EightBitPolicy(eight_bit)  # type: ignore[arg-type]
         source: ModelSource
         if isinstance(model, (str, Path)):
             source = resolve_model(model)
@@ -920,7 +923,7 @@ def _whole(chunks: list[Chunk], kind: OutputType) -> Any:
     return frames[0][None] if len(frames) == 1 else join([part[None, :shortest] for part in frames])
 
 
-def _check_8bit(eight_bit: EightBitSchedule, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
+def _check_8bit(eight_bit: EightBitPolicy, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
     """Raises ValueError when the model, the dtype or the device has no 8-bit attention like this."""
     eight_bit.check(source.spec.num_layers)
     if dtype == torch.float32:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from dualparal.config import Layout
 from dualparal.finite import FirstMark, mark
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.sampler import BlockSampler, Sampler
-from dualparal.schedule import Action, Op, Schedule, Unit
+from dualparal.schedule.actions import Action, Op, Unit
+from dualparal.schedule.layout import Layout
+from dualparal.schedule.schedule import Schedule
 from dualparal.snapshot import BlockState
 from dualparal.stage import Stage
 from dualparal.trace import BusyClock

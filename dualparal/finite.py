@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from dualparal.schedule import Unit
+from dualparal.schedule.actions import Unit
 
 _STAGES = 256  # integers up to here are exact in every dtype of ours
 _UPDATE = _STAGES - 1  # in place of a stage: what stage 0 was to work on

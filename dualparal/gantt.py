@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dualparal.files import whole_file
+from dualparal.io.files import whole_file
 from dualparal.timeline import DECODER, STAGE, TimelineError, place, read
 
 # Of a longer run only the beginning is drawn: more bars cannot be told apart, and take minutes.

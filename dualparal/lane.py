@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from dualparal.config import Layout, OutputType
+from dualparal.config.video import OutputType
 from dualparal.decode import StreamingDecoder, to_output, to_uint8
+from dualparal.schedule.layout import Layout
 from dualparal.timeline import Track
 
 

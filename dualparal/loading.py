@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dualparal.config import BUILT_IN
+from dualparal.config.video import BUILT_IN
 from dualparal.models.base import Slice
 from dualparal.models.wan import WanSpec
 from dualparal.sampler import SUPPORTED as SAMPLERS

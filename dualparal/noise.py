@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from dualparal.config import Layout
+from dualparal.schedule.layout import Layout
 
 _MASK = 2**64 - 1
 

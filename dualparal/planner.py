@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from dualparal.config import CONTEXT_POLICIES, BlockConfig, VideoConfig
+from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
+from dualparal.config.video import VideoConfig
 from dualparal.cost import (
     UPDATE_SECONDS,
     Costing,
@@ -24,8 +25,8 @@ from dualparal.cost import (
 )
 from dualparal.devices import GIB, Device, Link, links, parse_gpus
 from dualparal.model_shape import model_shape
-from dualparal.schedule import Schedule
-from dualparal.simulate import Simulation, simulate
+from dualparal.schedule.schedule import Schedule
+from dualparal.schedule.simulate import Simulation, simulate
 
 DECODE_PLACES = ("stage 0", "own card")
 ENGINE_DECODES_ON = ("stage 0",)  # what the engine can do today

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dualparal.config import Layout
-from dualparal.eight_bit import OFF, EightBitSchedule
+from dualparal.config.eight_bit import OFF, EightBitPolicy
 from dualparal.features import Context8, Features8, KeysValues, to_8bit, to_16bit
 from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, key_mean, lent, place, tiles_of
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.models.base import Grid, ModelSpec, Pending, Slice
 from dualparal.sampler import Sampler
+from dualparal.schedule.layout import Layout
 
 Name = tuple[int, str, int, int, int]  # layer, side, block, step, branch
 
@@ -33,7 +33,7 @@ def generate(
     noise: Callable[[int], torch.Tensor],
     prompt_embeds: Callable[[int], torch.Tensor],
     guidance_scales: Sequence[float],
-    eight_bit: EightBitSchedule = OFF,
+    eight_bit: EightBitPolicy = OFF,
 ) -> torch.Tensor:
     """Final latents [1, C, L, H, W] float32 of a video of ``layout.num_latents`` frames.
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from dualparal.config import BlockConfig, Layout, VideoConfig
+from dualparal.config.blocks import BlockConfig
+from dualparal.config.video import VideoConfig
 from dualparal.loading import ModelSource
 from dualparal.models.base import Grid
 from dualparal.sampler import Sampler
+from dualparal.schedule.layout import Layout
 
 Prompt = str | Mapping[int, str]  # a text, or {first frame: text}
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from dualparal.files import whole_file
+from dualparal.io.files import whole_file
 
 logger = logging.getLogger("dualparal")
 

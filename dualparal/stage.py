@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-from dualparal.eight_bit import EightBitSchedule
+from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.features import Context8, FeatureStore, Format, KeysValues, to_8bit, to_16bit
 from dualparal.kernels.attention_8bit import FP8, key_mean
 from dualparal.kernels.qk_norm_rope import Lend
 from dualparal.models.base import Grid, Pending, Rotary, Slice, TimeCondition
-from dualparal.schedule import Features, Unit
+from dualparal.schedule.actions import Features, Unit
 from dualparal.workspace import Read, View, Workspace, Workspace8
 
 
@@ -88,7 +88,7 @@ class Stage:
         first: bool,
         last: bool,
         layers: range,
-        eight_bit: EightBitSchedule,
+        eight_bit: EightBitPolicy,
         refreshes: bool = False,
         wrap: Callable[[Forward], Forward] | None = None,
     ) -> None:

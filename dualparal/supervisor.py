@@ -24,8 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dualparal.files import whole_file
 from dualparal.heartbeat import LIFE_FD, RENDEZVOUS, STATUS_FD, STOP, TICK_SECONDS
+from dualparal.io.files import whole_file
 
 logger = logging.getLogger("dualparal")
 

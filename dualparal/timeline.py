@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from dualparal.files import WholeFile, whole_file
-from dualparal.schedule import Action, Op
+from dualparal.io.files import WholeFile, whole_file
+from dualparal.schedule.actions import Action, Op
 
 logger = logging.getLogger("dualparal")
 

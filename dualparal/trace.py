@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from dualparal.schedule import Action, Op, Schedule
+from dualparal.schedule.actions import Action, Op
+from dualparal.schedule.replay import bubble
+from dualparal.schedule.schedule import Schedule
 from dualparal.timeline import HOST, STAGE, Track
 
 _UNSEEN: AbstractContextManager[None] = nullcontext()
@@ -149,7 +151,7 @@ def schedule_bubble(schedule: Schedule) -> float | None:
     """
     if schedule.num_units is None or schedule.num_units * schedule.num_stages > _REPLAY_LIMIT:
         return None
-    return schedule.bubble
+    return bubble(schedule)
 
 
 def peak_rss() -> int:

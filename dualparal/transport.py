@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
-from dualparal.schedule import Unit
+from dualparal.schedule.actions import Unit
 
 _MAGIC = 0x6475616C70617203  # "dualpar", version 3
 _FIELDS = 10  # magic, kind, block, step, branch, video, prompt, elements, dtype, checksum

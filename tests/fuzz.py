@@ -88,9 +88,11 @@ def anything(rng: random.Random) -> Any:
 @target
 def config(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     """The dataclasses of a request and the split of layers: refused, or usable."""
-    from dualparal import config
-    from dualparal.eight_bit import EightBitSchedule
-    from dualparal.schedule import Schedule
+    from dualparal.config.blocks import CONTEXT_POLICIES, MAX_STEPS, BlockConfig
+    from dualparal.config.eight_bit import EightBitPolicy
+    from dualparal.config.video import VideoConfig
+    from dualparal.schedule.layout import Layout, split_layers
+    from dualparal.schedule.schedule import Schedule
 
     def arguments(rng: random.Random, right: dict[str, Any], wrong: Callable[[random.Random], Any]) -> dict[str, Any]:
         """Right ones, of which some are replaced."""
@@ -106,15 +108,15 @@ def config(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
         right = {
             "frames_per_block": lambda r: r.randint(4, 9),
             "context_frames": lambda r: r.randint(0, 4),
-            "context": lambda r: r.choice(config.CONTEXT_POLICIES),
+            "context": lambda r: r.choice(CONTEXT_POLICIES),
             "max_blocks_in_flight": lambda r: r.choice([None, 1, 2, 7]),
             "context_version": "matching",
             "refresh_every": lambda r: r.choice([None, 1, 5]),
         }
-        made = config.BlockConfig(**arguments(rng, right, anything))
+        made = BlockConfig(**arguments(rng, right, anything))
         assert 0 <= made.context_frames <= made.frames_per_block
-        layout = config.Layout(made, rng.choice([None, 1, rng.randint(1, 10**6)]))
-        assert made.gap(rng.randint(1, config.MAX_STEPS)) >= 1
+        layout = Layout(made, rng.choice([None, 1, rng.randint(1, 10**6)]))
+        assert made.gap(rng.randint(1, MAX_STEPS)) >= 1
         if layout.num_blocks is not None and layout.num_latents is not None:
             last = layout.num_blocks - 1
             assert layout.start(last) + layout.kept_frames(last) == layout.num_latents
@@ -126,7 +128,7 @@ def config(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
             "num_inference_steps": small, "guidance_scale": 5.0, "guidance_scale_2": None, "seed": small,
             "output_type": "np", "max_sequence_length": 512,
         }  # fmt: skip
-        made = config.VideoConfig(**arguments(rng, right, anything))
+        made = VideoConfig(**arguments(rng, right, anything))
         assert isinstance(made.guidance, bool)
         made.check_size(rng.randint(1, 64), rng.randint(1, 64))
         latents = made.num_latents(rng.randint(1, 8))
@@ -135,7 +137,7 @@ def config(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     def schedule(rng: random.Random) -> None:
         right = {
             "num_stages": small, "num_steps": small, "num_blocks": lambda r: r.choice([None, 1, 5]),
-            "context": lambda r: r.choice(config.CONTEXT_POLICIES), "context_frames": lambda r: r.randint(0, 4),
+            "context": lambda r: r.choice(CONTEXT_POLICIES), "context_frames": lambda r: r.randint(0, 4),
             "guidance": lambda r: r.random() < 0.5, "depth": small,
             "max_blocks_in_flight": lambda r: r.choice([None, 1, 2]), "context_version": "matching",
             "refresh_every": lambda r: r.choice([None, 1, 5]), "start": lambda r: r.choice([0, 0, 5]),
@@ -147,12 +149,12 @@ def config(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     def split(rng: random.Random) -> None:
         layers, stages = rng.randint(1, 60), integer(rng)
         parts = None if rng.random() < 0.4 else [anything(rng) for _ in range(rng.randint(0, 6))]
-        made = config.split_layers(layers, stages, parts)
+        made = split_layers(layers, stages, parts)
         assert [layer for part in made for layer in part] == list(range(layers)) and all(made)
 
     def eight_bit(rng: random.Random) -> None:
         right = {"mode": "int8", "keep_layers": (), "first_steps": 0, "last_steps": 0}
-        EightBitSchedule(**arguments(rng, right, lambda r: r.choice([anything(r), (integer(r),)])))
+        EightBitPolicy(**arguments(rng, right, lambda r: r.choice([anything(r), (integer(r),)])))
 
     def feed(rng: random.Random) -> None:
         rng.choice([blocks, video, schedule, split, eight_bit])(rng)
@@ -234,7 +236,7 @@ def header(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     """Message headers: noise, bits and fields changed, with the old checksum or a right one, cut, for another size."""
     import torch
 
-    from dualparal.schedule import Unit
+    from dualparal.schedule.actions import Unit
     from dualparal.transport import Header, Kind, TransportError, pack_header, unpack_header
 
     def number(rng: random.Random) -> int:
@@ -279,10 +281,11 @@ def latents(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     """``--latents-in`` files: legal, with a changed entry, name, length, end or bit; then the check of their shape."""
     import torch
 
-    from dualparal.config import BlockConfig, Layout
+    from dualparal.config.blocks import BlockConfig
+    from dualparal.io.latents import read_latents
     from dualparal.models.base import Grid
-    from dualparal.output import read_latents
     from dualparal.request import _latents
+    from dualparal.schedule.layout import Layout
 
     shape = [1, 4, 3, 2, 2]
     size = 4 * math.prod(shape)

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualparal.config import CONTEXT_POLICIES, BlockConfig, Layout, VideoConfig, split_layers
+from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
+from dualparal.config.video import VideoConfig
+from dualparal.schedule.layout import Layout, split_layers
 
 blocks = st.integers(1, 12).flatmap(
     lambda b: st.builds(BlockConfig, st.just(b), st.integers(0, b), st.sampled_from(CONTEXT_POLICIES))

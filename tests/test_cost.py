@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 from shapes import GPU_SHAPES, wan_config
 
-from dualparal.config import BlockConfig, VideoConfig
+from dualparal.config.blocks import BlockConfig
+from dualparal.config.video import VideoConfig
 from dualparal.cost import (
     Costing,
     Workload,
@@ -34,8 +35,9 @@ from dualparal.decode import StreamingDecoder
 from dualparal.devices import DEVICES, LINKS
 from dualparal.model_shape import MODELS, VaeShape, model_shape
 from dualparal.models.wan import WanSpec
-from dualparal.schedule import Schedule, Unit
-from dualparal.simulate import simulate
+from dualparal.schedule.actions import Unit
+from dualparal.schedule.schedule import Schedule
+from dualparal.schedule.simulate import simulate
 from dualparal.supervisor import Limits, supervise
 from dualparal.tiny import build_tiny_pipeline
 

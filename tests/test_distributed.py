@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dualparal.eight_bit import EightBitSchedule
+from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.engine import Engine
 from dualparal.supervisor import Limits, Result, supervise
 
@@ -54,7 +54,7 @@ def alone(case: dict[str, Any]) -> torch.Tensor:
 
 
 def run_alone(case: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
-    eight_bit = EightBitSchedule(**case.get("eight_bit", {}))
+    eight_bit = EightBitPolicy(**case.get("eight_bit", {}))
     engine = Engine.from_pretrained(case["model"], device="cpu", attention_8bit=eight_bit, **options)
     call = dict(case["call"])
     if "later" in case:

@@ -1,29 +1,29 @@
 import pytest
 
-from dualparal.eight_bit import EightBitSchedule
+from dualparal.config.eight_bit import EightBitPolicy
 
 
 def test_off_unless_asked_for():
-    schedule = EightBitSchedule()
+    schedule = EightBitPolicy()
     assert not schedule.on and not any(map(schedule.covers, range(4)))
     assert not any(schedule.at(step, 6) for step in range(6))
 
 
 @pytest.mark.parametrize("mode", ["int8", "fp8"])
 def test_what_is_left_out(mode):
-    schedule = EightBitSchedule(mode, keep_layers=(0, 3), first_steps=2, last_steps=1)
+    schedule = EightBitPolicy(mode, keep_layers=(0, 3), first_steps=2, last_steps=1)
     assert [layer for layer in range(5) if schedule.covers(layer)] == [1, 2, 4]
     assert [step for step in range(6) if schedule.at(step, 6)] == [2, 3, 4]
 
 
 def test_everything_left_out():
-    schedule = EightBitSchedule("int8", first_steps=3, last_steps=3)
+    schedule = EightBitPolicy("int8", first_steps=3, last_steps=3)
     assert not any(schedule.at(step, 5) for step in range(5))
     assert schedule.at(3, 7)
     schedule.check_steps(7)
     with pytest.raises(ValueError, match="none of 6 steps"):
         schedule.check_steps(6)
-    EightBitSchedule().check_steps(1)
+    EightBitPolicy().check_steps(1)
 
 
 @pytest.mark.parametrize(
@@ -43,17 +43,17 @@ def test_everything_left_out():
 )
 def test_bad_values_are_named(options, says):
     with pytest.raises(ValueError, match=says):
-        EightBitSchedule(**options)
+        EightBitPolicy(**options)
 
 
 def test_layers_of_the_model():
-    EightBitSchedule("int8", keep_layers=(0, 29)).check(30)
+    EightBitPolicy("int8", keep_layers=(0, 29)).check(30)
     with pytest.raises(ValueError, match="0 to 27"):
-        EightBitSchedule("int8", keep_layers=(0, 29)).check(28)
+        EightBitPolicy("int8", keep_layers=(0, 29)).check(28)
     with pytest.raises(ValueError, match="none of the model's 2 layers"):
-        EightBitSchedule("int8", keep_layers=(0, 1)).check(2)
+        EightBitPolicy("int8", keep_layers=(0, 1)).check(2)
 
 
 def test_frozen():
     with pytest.raises(AttributeError):
-        EightBitSchedule().mode = "int8"
+        EightBitPolicy().mode = "int8"

@@ -13,7 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from conftest import embeds
 from dualparal import reference
-from dualparal.config import CONTEXT_VERSIONS, VideoConfig
+from dualparal.config.blocks import CONTEXT_VERSIONS
+from dualparal.config.video import VideoConfig
 from dualparal.engine import Engine
 from dualparal.executor import NonFiniteError
 from dualparal.noise import BlockNoise

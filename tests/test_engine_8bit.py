@@ -12,7 +12,7 @@ import torch
 import dualparal.models.wan
 import dualparal.reference
 from conftest import embeds
-from dualparal.eight_bit import EightBitSchedule
+from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.engine import Engine
 from dualparal.features import Context8, Features8, FeatureStore, KeysValues
 from dualparal.kernels.attention_8bit import FP8
@@ -23,10 +23,10 @@ from test_engine import reference_latents
 SIZE = {"height": 96, "width": 160}
 POLICIES = ["cached", "prior", "paper"]
 SCHEDULES = {
-    "int8": EightBitSchedule("int8"),
-    "fp8": EightBitSchedule("fp8"),
-    "int8, some layers and steps": EightBitSchedule("int8", keep_layers=(1,), first_steps=1, last_steps=1),
-    "fp8, some layers and steps": EightBitSchedule("fp8", keep_layers=(0, 2), first_steps=2, last_steps=1),
+    "int8": EightBitPolicy("int8"),
+    "fp8": EightBitPolicy("fp8"),
+    "int8, some layers and steps": EightBitPolicy("int8", keep_layers=(1,), first_steps=1, last_steps=1),
+    "fp8, some layers and steps": EightBitPolicy("fp8", keep_layers=(0, 2), first_steps=2, last_steps=1),
 }
 Build = Callable[..., Engine]
 
@@ -84,7 +84,7 @@ def test_other_shapes(engine: Build, policy: str, own: int, context: int, steps:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_two_experts(engine: Build, wan22: Path, policy: str) -> None:
     """The other expert takes over among the steps in 8 bits, with means of the one before."""
-    options = {"context": policy, "attention_8bit": EightBitSchedule("int8", last_steps=1)}
+    options = {"context": policy, "attention_8bit": EightBitPolicy("int8", last_steps=1)}
     asked = {**call(9, 6, guidance=3.0), "guidance_scale_2": 2.0}
     expected = truth(build(engine, wan22, **options), asked)
     assert torch.equal(latents(build(engine, wan22, stages=2, **options), asked), expected)
@@ -128,7 +128,7 @@ MISTAKES: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_equality_can_fail(engine: Build, monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
     """cached: the tail begins inside of a tile; the head is converted at the first step in 8 bits, after the last."""
-    options = {"attention_8bit": EightBitSchedule("int8", first_steps=1, last_steps=1)}
+    options = {"attention_8bit": EightBitPolicy("int8", first_steps=1, last_steps=1)}
     asked = call(9, 4)
     made = latents(build(engine, **options), asked)
     assert torch.equal(made, truth(build(engine, **options), asked))
@@ -162,7 +162,7 @@ def test_on_where_it_was_asked_for_and_only_in_self_attention(engine: Build, mon
             return _original(*args, **kwargs)
 
         monkeypatch.setattr(dualparal.models.wan, name, counted)
-    schedule = EightBitSchedule("int8", keep_layers=(3,), first_steps=2, last_steps=1)
+    schedule = EightBitPolicy("int8", keep_layers=(3,), first_steps=2, last_steps=1)
     asked = call(9, 5)  # 3 blocks of 5 steps, of which 2 are in 8 bits, in 3 of 4 layers
     latents(build(engine, attention_8bit=schedule), asked)
     units, text = 3 * 5 * 4, 16
@@ -242,8 +242,8 @@ def test_slots_hold_either_format(fp8: bool) -> None:
     [
         ({"attention_8bit": "int4"}, "mode='int4'"),
         ({"attention_8bit": 8}, "mode=8"),
-        ({"attention_8bit": EightBitSchedule("int8", (0, 4))}, "the model has 4 layers; use indices from 0 to 3"),
-        ({"attention_8bit": EightBitSchedule("int8", (0, 1, 2, 3))}, "none of the model's 4 layers"),
+        ({"attention_8bit": EightBitPolicy("int8", (0, 4))}, "the model has 4 layers; use indices from 0 to 3"),
+        ({"attention_8bit": EightBitPolicy("int8", (0, 1, 2, 3))}, "none of the model's 4 layers"),
         ({"attention_8bit": "fp8", "dtype": "float32"}, "dtype=float32.*dtype='bfloat16'"),
         ({"attention_8bit": "int8", "dtype": None}, "dtype=float32"),
     ],
@@ -265,7 +265,7 @@ def test_a_head_that_the_kernel_does_not_know_is_refused(
     from dualparal.engine import _check_8bit
 
     source = build(engine).source
-    schedule = EightBitSchedule("int8")
+    schedule = EightBitPolicy("int8")
     _check_8bit(schedule, source, torch.device("cpu"), torch.bfloat16)
     with pytest.raises(ValueError, match="attention_8bit='int8' cannot run: head_dim is 24"):
         _check_8bit(schedule, source, torch.device("cuda"), torch.bfloat16)
@@ -274,7 +274,7 @@ def test_a_head_that_the_kernel_does_not_know_is_refused(
 def test_a_schedule_without_a_step_is_refused_before_weights_are_read(
     engine: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = build(engine, attention_8bit=EightBitSchedule("int8", first_steps=2, last_steps=2))
+    built = build(engine, attention_8bit=EightBitPolicy("int8", first_steps=2, last_steps=2))
     monkeypatch.setattr(built.source.__class__, "load_slices", lambda *a: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match="first_steps=2 and last_steps=2 leave none of 4 steps"):
         built.stream("a cat", **call(9, 4))

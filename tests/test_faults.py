@@ -26,13 +26,13 @@ import torch
 from conftest import embeds
 from dualparal import capacity
 from dualparal.capacity import TooLarge
-from dualparal.config import VideoConfig
+from dualparal.config.video import VideoConfig
 from dualparal.cost import Workload
 from dualparal.engine import Engine
 from dualparal.executor import NonFiniteError
 from dualparal.finite import FirstMark, Origin, mark
 from dualparal.model_shape import model_shape
-from dualparal.schedule import Unit
+from dualparal.schedule.actions import Unit
 from dualparal.slow import ITERATIONS, SlowStages
 from dualparal.stage import Stage
 from dualparal.supervisor import Kept, Limits, Result, supervise

@@ -15,7 +15,7 @@ import torch
 
 from conftest import embeds
 from dualparal.checkpoint import Checkpoint
-from dualparal.eight_bit import EightBitSchedule
+from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.engine import Engine
 from dualparal.tiny import build_tiny_pipeline
 
@@ -59,7 +59,7 @@ def test_8_bits_for_any_number_of_stages_eager_and_captured(wan64: Path, policy:
     """Triton's kernels, of which the tiny model's usual head_dim is none, and the way between 16 and 8 bits."""
     if mode == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no fp8")
-    schedule = EightBitSchedule(mode, keep_layers=(1,), first_steps=1, last_steps=1)  # type: ignore[arg-type]
+    schedule = EightBitPolicy(mode, keep_layers=(1,), first_steps=1, last_steps=1)  # type: ignore[arg-type]
     options: dict[str, Any] = {"context": policy, "dtype": "bfloat16"}
     plain = generate(wan64, **options)
     for attention_8bit in (mode, schedule):

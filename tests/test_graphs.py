@@ -14,7 +14,7 @@ import torch
 
 import dualparal.engine
 from conftest import embeds
-from dualparal.eight_bit import EightBitSchedule
+from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.engine import Engine
 from dualparal.features import FeatureStore
 from dualparal.graphs import Graphed
@@ -75,7 +75,7 @@ def test_replays_give_the_bits_of_eager(
 @pytest.mark.parametrize("mode", ["int8", "fp8"])
 def test_replays_with_8_bits(engine: Callable[..., Engine], recorded: list[int], policy: str, mode: str) -> None:
     """The steps differ in their operations, the blocks must not: means and slots travel through static tensors."""
-    schedule = EightBitSchedule(mode, keep_layers=(1,), first_steps=1, last_steps=1)  # type: ignore[arg-type]
+    schedule = EightBitPolicy(mode, keep_layers=(1,), first_steps=1, last_steps=1)  # type: ignore[arg-type]
     options = {"frames_per_block": 2, "context_frames": 1, "context": policy, "dtype": "bfloat16"}
     built = engine(attention_8bit=schedule, **options)
     eager = built(**embeds(built), **CALL).frames

@@ -15,8 +15,8 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
 from dualparal import loading
-from dualparal.config import split_layers
 from dualparal.loading import LoadedPipeline, ModelError, ModelFiles, WeightFiles, resolve_model
+from dualparal.schedule.layout import split_layers
 from dualparal.tiny import build_tiny_pipeline
 
 CPU = torch.device("cpu")

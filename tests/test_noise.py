@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualparal.config import CONTEXT_POLICIES, BlockConfig, Layout
+from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
 from dualparal.noise import BlockNoise, derive_seed
+from dualparal.schedule.layout import Layout
 
 SHAPE = (2, 2, 2)
 blocks = st.integers(1, 8).flatmap(

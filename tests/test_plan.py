@@ -15,7 +15,7 @@ from dualparal.cli import app
 from dualparal.devices import DEVICES, links, parse_gpus
 from dualparal.model_shape import model_shape
 from dualparal.planner import NoPlan, plan
-from dualparal.schedule import validate
+from dualparal.schedule.validate import validate
 
 BIG = "wan2.1-t2v-14b"
 
@@ -62,7 +62,7 @@ def test_the_split_follows_the_cards() -> None:
 
 def test_a_better_split_is_not_found_by_moving_a_layer() -> None:
     from dualparal.cost import Costing
-    from dualparal.simulate import simulate
+    from dualparal.schedule.simulate import simulate
 
     found = plan(BIG, "1xh100,2xa100-80gb,1xrtx4090", context="prior", num_frames=257, num_inference_steps=12)
     cards = found.cards

@@ -10,13 +10,14 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 import dualparal.reference
-from dualparal.config import BlockConfig, Layout
+from dualparal.config.blocks import BlockConfig
 from dualparal.engine import Engine
 from dualparal.features import KeysValues
 from dualparal.models.base import Grid, Rotary
 from dualparal.models.wan import WanSlice
 from dualparal.noise import BlockNoise
 from dualparal.sampler import Sampler
+from dualparal.schedule.layout import Layout
 
 GRID = Grid(4, 6, 2, 3)
 

@@ -18,12 +18,13 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from conftest import embeds
 from dualparal import snapshot
 from dualparal.checkpoint import Checkpoint, needed
-from dualparal.config import BlockConfig, Layout
+from dualparal.config.blocks import BlockConfig
 from dualparal.engine import Engine
+from dualparal.io.video import SegmentWriter
 from dualparal.lane import Chunk
 from dualparal.sampler import Sampler
+from dualparal.schedule.layout import Layout
 from dualparal.snapshot import BlockState, Snapshot, SnapshotError
-from dualparal.video import SegmentWriter
 
 SIZE = {"height": 32, "width": 32}
 Build = Callable[..., Engine]

@@ -27,12 +27,15 @@ import safetensors
 import torch
 
 import dualparal
-from dualparal import cli, gantt, mesh, output
+from dualparal import cli, gantt, mesh
+from dualparal.io import output
+from dualparal.io.latents import read_latents, write_latents
+from dualparal.io.output import OutputError, check_file, check_out, open_output
+from dualparal.io.pictures import PngWriter
+from dualparal.io.video import SegmentWriter
 from dualparal.loading import ModelError, ModelFiles, WeightFiles, resolve_model
-from dualparal.output import OutputError, check_file, check_out, open_output, read_latents, write_latents
 from dualparal.supervisor import supervise
 from dualparal.timeline import Recorder, merge, parts_of
-from dualparal.video import PngWriter, SegmentWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 AUDIT = Path(__file__).parent / "workers" / "audit"

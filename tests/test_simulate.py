@@ -18,10 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from bench_simulate import Outcome, case, run_cases
 from sleeping_rank import CHANNELS, SIDE, PlainSampler, SleepingStage
 
-from dualparal.config import CONTEXT_POLICIES, BlockConfig, Layout
+from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
 from dualparal.executor import LatentQueue, StageExecutor, run_together
-from dualparal.schedule import Action, Costs, Op, Schedule, ScheduleError, Unit
-from dualparal.simulate import Sizes, simulate
+from dualparal.schedule.actions import Action, Op, Unit
+from dualparal.schedule.layout import Layout
+from dualparal.schedule.replay import Costs, ScheduleError, bubble, makespan
+from dualparal.schedule.schedule import Schedule
+from dualparal.schedule.simulate import Sizes, simulate
 from dualparal.trace import BusyClock
 from dualparal.transport import Header, PromptChannel
 
@@ -30,8 +33,8 @@ from dualparal.transport import Header, PromptChannel
 @given(schedules)
 def test_with_unit_costs_it_is_the_schedule_in_ticks(schedule: Schedule) -> None:
     found = simulate(schedule, Costs())
-    assert found.seconds == schedule.makespan
-    assert found.bubble == pytest.approx(schedule.bubble)
+    assert found.seconds == makespan(schedule)
+    assert found.bubble == pytest.approx(bubble(schedule))
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 5, 8])

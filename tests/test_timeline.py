@@ -24,7 +24,9 @@ from conftest import embeds
 from dualparal import gantt, mesh
 from dualparal.engine import Engine
 from dualparal.mesh import Mesh
-from dualparal.schedule import Action, Op, Schedule, Unit
+from dualparal.schedule.actions import Action, Op, Unit
+from dualparal.schedule.replay import bubble
+from dualparal.schedule.schedule import Schedule
 from dualparal.timeline import STAGE, Recorder, TimelineError, merge, merge_left, parts_of, place, prepare, read
 from dualparal.trace import BusyClock, RunStats, schedule_bubble
 from timeline_checks import check_order, spans
@@ -320,7 +322,7 @@ def test_clocks_are_set_against_each_other_where_they_differ(
 
 
 def test_the_closing_line_has_both_bubbles() -> None:
-    assert schedule_bubble(Schedule(2, 3, 4)) == pytest.approx(Schedule(2, 3, 4).bubble)
+    assert schedule_bubble(Schedule(2, 3, 4)) == pytest.approx(bubble(Schedule(2, 3, 4)))
     assert schedule_bubble(Schedule(2, 3, None)) is None
     assert schedule_bubble(Schedule(8, 50, 10_000)) is None  # hours of video: minutes of replay
     stats = RunStats(4, 29, 2.0, 1.0, (), schedule_bubble=0.125)

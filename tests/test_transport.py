@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualparal.schedule import Unit
+from dualparal.schedule.actions import Unit
 from dualparal.transport import Header, Kind, LocalEdge, PromptChannel, TransportError, pack_header, unpack_header
 
 numbers = st.integers(0, 2**40)

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dualparal.files import whole_file
-from dualparal.video import PLAYLIST, PngWriter, SegmentWriter, VideoInfo, count_frames, join, probe
+from dualparal.io.files import whole_file
+from dualparal.io.pictures import PngWriter
+from dualparal.io.video import PLAYLIST, SegmentWriter, VideoInfo, count_frames, join, probe
 
 Frames = npt.NDArray[np.uint8]
 BT709 = 1
@@ -154,7 +155,7 @@ def test_refuses_a_negative_block_and_another_size(tmp_path: Path) -> None:
 
 
 def test_a_missing_encoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dualparal.video._ENCODER", "libx999")
+    monkeypatch.setattr("dualparal.io.video._ENCODER", "libx999")
     with pytest.raises(ValueError, match=r"'libx999' is not in this build.*PNG"):
         SegmentWriter(tmp_path, 16)
     monkeypatch.setitem(sys.modules, "av", None)
@@ -380,7 +381,7 @@ def test_a_second_writer_cannot_commit_the_files_of_the_first(tmp_path: Path, mo
 
 CHILD = """
 import itertools, sys
-from dualparal.video import SegmentWriter
+from dualparal.io.video import SegmentWriter
 from test_video import make_frames
 frames = make_frames(60, height=96, width=128)
 writer = SegmentWriter(sys.argv[1], 16, resume=True)
@@ -432,7 +433,8 @@ def test_kill_at_any_moment_leaves_whole_segments(tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from dualparal.video import PngWriter, SegmentWriter, join
+from dualparal.io.pictures import PngWriter
+from dualparal.io.video import SegmentWriter, join
 from test_video import make_frames
 directory, limit, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 small, large = make_frames(4), make_frames(80, seed=1)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import Any
 
-from dualparal.schedule import Schedule
+from dualparal.schedule.schedule import Schedule
 from dualparal.timeline import STAGE, place
 
 Event = dict[str, Any]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from dualparal.eight_bit import EightBitSchedule
+from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.engine import Engine
 from dualparal.heartbeat import Heartbeat
 from dualparal.transport import PeerLost
@@ -73,7 +73,7 @@ def main(path: Path) -> None:
     try:
         for index, case in enumerate(cases):
             options = dict(case["options"])
-            options["attention_8bit"] = EightBitSchedule(**case.get("eight_bit", {}))
+            options["attention_8bit"] = EightBitPolicy(**case.get("eight_bit", {}))
             engine = Engine.from_pretrained(case["model"], device="cpu", report=heartbeat.phase, **options)
             engines[:] = [engine]
             if index == 1:  # all is imported: engines collect garbage, and need not look at that
@@ -81,7 +81,7 @@ def main(path: Path) -> None:
             rank = engine.mesh.rank
             if rank == case.get("differs"):
                 engine.blocks = engine.blocks.__class__(context="prior")
-                engine.attention_8bit = EightBitSchedule("int8")
+                engine.attention_8bit = EightBitPolicy("int8")
             made = run(engine, case, rank)
             if rank == 0:
                 assert made is not None

@@ -18,7 +18,7 @@ from dualparal import cli, transport
 from dualparal.executor import StageExecutor
 from dualparal.heartbeat import Heartbeat
 from dualparal.lane import DecodeLane
-from dualparal.schedule import Unit
+from dualparal.schedule.actions import Unit
 from dualparal.stage import Stage
 from dualparal.transport import Header, PeerLost, SendEdge
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger("dualparal")
 
 
 class WholeFile(io.FileIO):
@@ -89,3 +93,19 @@ def sync_folder(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_leftovers(directory: Path, names: re.Pattern[str]) -> None:
+    """Removes what a killed run left unfinished of files whose whole name matches ``names``. Raises OSError."""
+    for entry in os.scandir(directory):
+        stem, dot, ending = entry.name.rpartition(".")
+        ours = dot and ending == "tmp" and names.fullmatch(stem)
+        if ours and entry.is_file(follow_symlinks=False):  # a link is refused when its name is needed
+            os.unlink(entry.path)
+            logger.info("removed %s, left unfinished by an earlier run", entry.path)
+
+
+def numbered(directory: Path, name: re.Pattern[str]) -> dict[int, Path]:
+    """Files whose whole name matches, by the number in its first group. Raises OSError."""
+    matches = ((name.fullmatch(entry.name), Path(entry.path)) for entry in os.scandir(directory))
+    return {int(match[1]): path for match, path in matches if match}

@@ -10,7 +10,7 @@ EIGHT_BIT_MODES: tuple[str, ...] = get_args(EightBitMode)
 
 
 @dataclass(frozen=True)
-class EightBitSchedule:
+class EightBitPolicy:
     """Which layers attend in 8 bits at which steps. Off unless asked for.
 
     The first steps fix the composition of a video and the last ones its detail, and some layers react to errors
@@ -90,4 +90,4 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-OFF = EightBitSchedule()
+OFF = EightBitPolicy()

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from dualparal.schedule import Costs, Event, Features, Op, Ready, Schedule, replay
+from dualparal.schedule.actions import Features, Op
+from dualparal.schedule.replay import Costs, Event, Ready, replay
+from dualparal.schedule.schedule import Schedule
 
 
 class StageTime(NamedTuple):

@@ -6,7 +6,6 @@ disk or a power cut, all finished blocks play. Latents, and which block comes wh
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -19,16 +18,12 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from dualparal.files import WholeFile, sync_folder, whole_file
+from dualparal.io.files import WholeFile, numbered, remove_leftovers, whole_file
+from dualparal.io.pictures import Frames, check_frames
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from av.container import InputContainer, OutputContainer
     from av.video.stream import VideoStream
-
-    Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
-
-logger = logging.getLogger("dualparal")
 
 PLAYLIST = "playlist.m3u"
 
@@ -42,7 +37,7 @@ _LIMITED_RANGE = 1
 _SCALER = 4 | 0x40000 | 0x80000  # swscale's bicubic, accurate rounding, the same on every processor
 
 _SEGMENT_NAME = re.compile(r"block-(\d{6,})\.mp4")
-_PICTURE_NAME = re.compile(r"frame-(\d{8,})\.png")
+_OUR_NAMES = re.compile(rf"{_SEGMENT_NAME.pattern}|{re.escape(PLAYLIST)}")
 
 
 @dataclass(frozen=True)
@@ -82,10 +77,10 @@ class SegmentWriter:
         self._crf = crf
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(self._directory, _SEGMENT_NAME)
+        remove_leftovers(self._directory, _OUR_NAMES)
         self._frames: dict[int, int] = {}  # block -> number of frames: one small entry for a whole file
         self._size: tuple[int, int] | None = None
-        found = _numbered(self._directory, _SEGMENT_NAME)
+        found = numbered(self._directory, _SEGMENT_NAME)
         if found and not resume:
             raise ValueError(
                 f"{self._directory} holds {len(found)} segments of an earlier run: pass resume=True to go on "
@@ -114,7 +109,7 @@ class SegmentWriter:
         """
         if block < 0:
             raise ValueError(f"block={block}: blocks are counted from 0")
-        _check_frames(frames)
+        check_frames(frames)
         height, width = frames.shape[1:3]
         if height % 2 or width % 2:
             raise ValueError(
@@ -180,59 +175,6 @@ class SegmentWriter:
             lines += [f"#EXTINF:{seconds},block {block}", self._path(block).name]
         with whole_file(self._directory / PLAYLIST) as file:
             file.write("\n".join([*lines, ""]).encode())
-
-
-class PngWriter:
-    """Writes single pictures, `frame-00000001.png` and on, numbered over the whole video."""
-
-    def __init__(self, directory: str | Path, *, resume_at: int | None = None) -> None:
-        """Makes `directory` if needed and clears what a killed run left half-written.
-
-        resume_at: number of the next frame, from 1; frames found from there on are written again.
-        Raises ValueError when the directory holds frames and `resume_at` is not given, or one before it is
-        missing.
-        """
-        self._directory = Path(directory)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(self._directory, _PICTURE_NAME)
-        found = _numbered(self._directory, _PICTURE_NAME)
-        if found and resume_at is None:
-            raise ValueError(
-                f"{self._directory} holds {len(found)} frames of an earlier run: pass resume_at, or choose "
-                "an empty directory"
-            )
-        self._next = 1 if resume_at is None else resume_at
-        missing = next((number for number in range(1, self._next) if number not in found), None)
-        if self._next < 1 or missing is not None:
-            raise ValueError(
-                f"resume_at={resume_at}: frames are counted from 1 and all before it must be there"
-                + (f", frame {missing} is not" if missing else "")
-            )
-        self._block = -1
-
-    def write(self, block: int, frames: Frames) -> list[Path]:
-        """Write the frames of the next block, uint8 [F, H, W, 3]; returns their paths.
-
-        Raises ValueError for a wrong array or a block out of order (a frame's number follows from those
-        before it); OSError when a picture cannot be written: those before it are whole, none is half there.
-        """
-        from PIL import Image
-
-        if block <= self._block:
-            raise ValueError(
-                f"block={block} after block {self._block}: pictures are numbered as they come; write in order"
-            )
-        _check_frames(frames)
-        paths = []
-        for number, picture in enumerate(frames, self._next):
-            path = self._directory / f"frame-{number:08d}.png"
-            with whole_file(path, sync_directory=False) as file:  # once below, not for each picture
-                Image.fromarray(picture).save(file, format="PNG")
-            paths.append(path)
-        sync_folder(self._directory)
-        self._next += len(paths)
-        self._block = block
-        return paths
 
 
 def join(segments: Iterable[Path], out: str | Path) -> int:
@@ -331,20 +273,6 @@ def _copy_packets(
     return count
 
 
-def _remove_leftovers(directory: Path, name: re.Pattern[str]) -> None:
-    for entry in os.scandir(directory):
-        stem, dot, ending = entry.name.rpartition(".")
-        ours = dot and ending == "tmp" and (name.fullmatch(stem) or stem == PLAYLIST)
-        if ours and entry.is_file(follow_symlinks=False):  # a link is refused when its name is needed
-            os.unlink(entry.path)
-            logger.info("removed %s, left unfinished by an earlier run", entry.path)
-
-
-def _numbered(directory: Path, name: re.Pattern[str]) -> dict[int, Path]:
-    matches = ((name.fullmatch(entry.name), Path(entry.path)) for entry in os.scandir(directory))
-    return {int(match[1]): path for match, path in matches if match}
-
-
 @contextmanager
 def _reading(path: Path) -> Iterator[InputContainer]:
     import av
@@ -399,14 +327,6 @@ def _frame_rate(fps: int | float | Fraction) -> Fraction:
     if not (math.isfinite(fps) and 1 / 1001 <= fps <= 1000):
         raise ValueError(f"fps={fps}: frames per second must be between 1/1001 and 1000; Wan's own is 16")
     return Fraction(fps).limit_denominator(1001)  # 30000/1001 given as a float comes back exact
-
-
-def _check_frames(frames: Frames) -> None:
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
-        raise ValueError(
-            f"frames of shape {list(frames.shape)} and type {frames.dtype}: a writer takes uint8 [frames, "
-            "height, width, 3] with at least one frame; dualparal.decode.to_uint8 makes them"
-        )
 
 
 def _decimal(value: Fraction) -> str:

@@ -8,15 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from dualparal.files import whole_file
-
-_MAX_HEADER_BYTES = 1 << 20  # of a file with one tensor; the library takes 100 MB, parsed to gigabytes of objects
 
 
 class OutputError(ValueError):
@@ -32,7 +25,7 @@ class VideoOutput:
         Raises:
             OutputError: finished blocks before it are missing.
         """
-        from dualparal.video import SegmentWriter
+        from dualparal.io.video import SegmentWriter
 
         self.path = path
         self.folder = path.with_name(path.name + ".blocks")
@@ -46,7 +39,7 @@ class VideoOutput:
 
     def close(self) -> int:
         """Joins what is there; returns the number of frames."""
-        from dualparal.video import join
+        from dualparal.io.video import join
 
         segments = self._writer.segments
         return join(segments, self.path) if segments else 0
@@ -61,7 +54,7 @@ class PictureOutput:
 
     def __init__(self, path: Path, frames: int = 0) -> None:
         """frames: so many are there already."""
-        from dualparal.video import PngWriter
+        from dualparal.io.pictures import PngWriter
 
         self.path = path
         self._writer = PngWriter(path, resume_at=frames + 1 if frames else None)
@@ -150,47 +143,3 @@ def open_output(path: Path, fps: float, block: int = 0, frames: int = 0) -> Vide
         for old in path.glob("frame-*.png"):
             old.unlink()
     return PictureOutput(path, frames)
-
-
-def read_latents(path: Path) -> torch.Tensor:
-    """The tensor ``latents`` of a safetensors file, float32.
-
-    Raises:
-        ValueError: no such file, not safetensors, or without that tensor.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        _check_header(path)
-        with safe_open(path, framework="pt") as handle:
-            names = sorted(handle.keys())
-            if "latents" not in names:
-                several = ", ..." if len(names) > 3 else ""
-                raise ValueError(f"--latents-in {path} holds {names[:3]}{several}; one tensor 'latents' is needed")
-            tensor: torch.Tensor = handle.get_tensor("latents")
-    except FileNotFoundError:
-        raise ValueError(f"--latents-in {path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"--latents-in {path} is not a safetensors file: {error}") from None
-    if not tensor.is_floating_point():
-        raise ValueError(f"--latents-in {path} holds {tensor.dtype}; latents are floating-point numbers")
-    return tensor.float()
-
-
-def _check_header(path: Path) -> None:
-    """Raises OSError for what is no file (a pipe would be waited for) or has a header too large to be ours."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("no regular file")
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    if size > _MAX_HEADER_BYTES:
-        raise OSError(f"a header of {size} bytes, at most {_MAX_HEADER_BYTES} expected")
-
-
-def write_latents(path: Path, latents: torch.Tensor) -> None:
-    """One tensor ``latents`` [videos, C, L, H, W], float32, written aside, synced and renamed."""
-    from safetensors.torch import save
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(save({"latents": latents.float().contiguous().cpu()}))

@@ -1,0 +1,95 @@
+"""One request as the caller types it, checked and frozen: size, length, steps, guidance. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dualparal.config.blocks import MAX_STEPS, check_int
+
+OutputType = Literal["np", "uint8", "pt", "pil", "latent"]
+OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
+
+BUILT_IN = "moving-shapes"  # the trained model that ships with the package
+BUILT_IN_SIZE = (64, 64)  # height and width of its videos, pixels
+
+# Caps against typing mistakes (a height of 10**6), far above what any known model can use.
+MAX_SIDE = 16384
+MAX_GUIDANCE = 1_000_000
+MAX_FRAMES = 100_000_000
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """One request: how large, how long, how many steps. Names are ``WanPipeline.__call__``'s.
+
+    ``height`` and ``width`` in pixels, ``num_frames`` in pixel frames (None: until the consumer stops).
+
+    Raises:
+        ValueError: a value is out of range; the message names the value, the rule and the way out.
+    """
+
+    height: int = 480
+    width: int = 832
+    num_frames: int | None = 81
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    guidance_scale_2: float | None = None
+    seed: int = 0
+    output_type: OutputType = "np"
+    max_sequence_length: int = 512
+
+    def __post_init__(self) -> None:
+        check_int("height", self.height, 1, MAX_SIDE, "the height of a frame in pixels")
+        check_int("width", self.width, 1, MAX_SIDE, "the width of a frame in pixels")
+        check_int("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS, "denoising steps of a block")
+        check_int("max_sequence_length", self.max_sequence_length, 1, 4096, "text tokens of a prompt")
+        check_int("seed", self.seed, 0, 2**63 - 1, "a seed is a non-negative 63-bit integer")
+        if self.num_frames is not None:
+            check_int("num_frames", self.num_frames, 1, MAX_FRAMES, "a video has at least one frame")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            value = getattr(self, name)
+            if value is None and name == "guidance_scale_2":
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not -MAX_GUIDANCE <= value <= MAX_GUIDANCE:  # nor is NaN in between
+                raise ValueError(
+                    f"{name}={value!r} is not a number up to {MAX_GUIDANCE}; use a value such as 5.0 (1.0: no guidance)"
+                )
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={self.output_type!r} is not supported; use one of {OUTPUT_TYPES}")
+
+    @property
+    def guidance(self) -> bool:
+        """Whether an unconditional unit runs besides the conditional one (diffusers' rule: scale > 1)."""
+        return self.guidance_scale > 1
+
+    def num_latents(self, temporal_factor: int = 4) -> int | None:
+        """Latent frames L of ``num_frames`` = factor * (L - 1) + 1 pixel frames.
+
+        Raises:
+            ValueError: no such L; names the two nearest legal lengths.
+        """
+        if self.num_frames is None:
+            return None
+        groups, rest = divmod(self.num_frames - 1, temporal_factor)
+        if rest:
+            lower = groups * temporal_factor + 1
+            raise ValueError(
+                f"num_frames={self.num_frames} cannot be decoded exactly: the VAE makes {temporal_factor}k + 1 "
+                f"frames; use {lower} or {lower + temporal_factor}"
+            )
+        return groups + 1
+
+    def check_size(self, multiple_height: int, multiple_width: int) -> None:
+        """Raises ValueError when the frame size does not divide into latent patches."""
+        for name, value, multiple in (
+            ("height", self.height, multiple_height),
+            ("width", self.width, multiple_width),
+        ):
+            if value % multiple:
+                lower = max(multiple, value // multiple * multiple)
+                raise ValueError(
+                    f"{name}={value} is not divisible by {multiple} (VAE scale times patch size of this model); "
+                    f"use {lower} or {value // multiple * multiple + multiple}"
+                )

@@ -1,0 +1,75 @@
+"""Frames as numbered PNG files, each of which appears whole or not at all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dualparal.io.files import numbered, remove_leftovers, sync_folder, whole_file
+
+Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
+_PICTURE_NAME = re.compile(r"frame-(\d{8,})\.png")
+
+
+class PngWriter:
+    """Writes single pictures, `frame-00000001.png` and on, numbered over the whole video."""
+
+    def __init__(self, directory: str | Path, *, resume_at: int | None = None) -> None:
+        """Makes `directory` if needed and clears what a killed run left half-written.
+
+        resume_at: number of the next frame, from 1; frames found from there on are written again.
+        Raises ValueError when the directory holds frames and `resume_at` is not given, or one before it is
+        missing.
+        """
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self._directory, _PICTURE_NAME)
+        found = numbered(self._directory, _PICTURE_NAME)
+        if found and resume_at is None:
+            raise ValueError(
+                f"{self._directory} holds {len(found)} frames of an earlier run: pass resume_at, or choose "
+                "an empty directory"
+            )
+        self._next = 1 if resume_at is None else resume_at
+        missing = next((number for number in range(1, self._next) if number not in found), None)
+        if self._next < 1 or missing is not None:
+            raise ValueError(
+                f"resume_at={resume_at}: frames are counted from 1 and all before it must be there"
+                + (f", frame {missing} is not" if missing else "")
+            )
+        self._block = -1
+
+    def write(self, block: int, frames: Frames) -> list[Path]:
+        """Write the frames of the next block, uint8 [F, H, W, 3]; returns their paths.
+
+        Raises ValueError for a wrong array or a block out of order (a frame's number follows from those
+        before it); OSError when a picture cannot be written: those before it are whole, none is half there.
+        """
+        from PIL import Image
+
+        if block <= self._block:
+            raise ValueError(
+                f"block={block} after block {self._block}: pictures are numbered as they come; write in order"
+            )
+        check_frames(frames)
+        paths = []
+        for number, picture in enumerate(frames, self._next):
+            path = self._directory / f"frame-{number:08d}.png"
+            with whole_file(path, sync_directory=False) as file:  # once below, not for each picture
+                Image.fromarray(picture).save(file, format="PNG")
+            paths.append(path)
+        sync_folder(self._directory)
+        self._next += len(paths)
+        self._block = block
+        return paths
+
+
+def check_frames(frames: Frames) -> None:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise ValueError(
+            f"frames of shape {list(frames.shape)} and type {frames.dtype}: a writer takes uint8 [frames, "
+            "height, width, 3] with at least one frame; dualparal.decode.to_uint8 makes them"
+        )

@@ -1,0 +1,74 @@
+"""The proof that a schedule can run: no deadlock, and every read finds the version that it names."""
+
+from __future__ import annotations
+
+from dualparal.schedule.actions import Action, Features, Op
+from dualparal.schedule.replay import Event, ScheduleError, format_grid, replay
+from dualparal.schedule.schedule import Schedule
+
+
+def validate(schedule: Schedule, units: int | None = None) -> list[Event]:
+    """Proves that a schedule can run: no deadlock, and every read finds the version that it names.
+
+    Returns the replayed events.
+
+    Raises:
+        ScheduleError: with the action at fault and the grid.
+    """
+    events, _ = replay(schedule, units=units)
+    try:
+        for stage in range(schedule.num_stages):
+            _check_features(schedule, [e.action for e in events if e.action.stage == stage])
+        _check_latents(schedule, [e.action for e in events if e.action.stage == 0], complete=units is None)
+    except ScheduleError as error:
+        raise ScheduleError(f"{error}\n{format_grid(schedule.num_stages, events)}") from None
+    return events
+
+
+def _check_features(schedule: Schedule, actions: list[Action]) -> None:
+    store: dict[tuple[str, int, int], Features] = {}
+    for action in actions:
+        if action.op is not Op.RUN:
+            continue
+        for wanted in schedule.reads(action.unit):
+            found = store.get((wanted.side, wanted.slot, wanted.branch))
+            if found != wanted:
+                raise ScheduleError(f"{action} on stage {action.stage} <- reads {wanted} and would find {found}")
+        for made in schedule.writes(action.unit):
+            if made.slot >= schedule.slots(made.side):
+                raise ScheduleError(f"{action} on stage {action.stage} <- writes {made}: no such slot")
+            store[made.side, made.slot, made.branch] = made
+
+
+def _check_latents(schedule: Schedule, actions: list[Action], complete: bool) -> None:
+    for video in range(schedule.num_videos):
+        _check_video(schedule, [action for action in actions if action.unit.video == video], complete)
+
+
+def _check_video(schedule: Schedule, actions: list[Action], complete: bool) -> None:
+    version: dict[int, int] = {}
+    velocities: dict[tuple[int, int], set[int]] = {}
+    emitted: list[int] = []
+    for action in actions:
+        unit = action.unit
+        if action.op is Op.RUN:
+            if version.setdefault(unit.block, schedule.steps_done(unit.block)) != unit.step:
+                raise ScheduleError(f"{action} <- latents of block {unit.block} are at {version[unit.block]}")
+            wanted = schedule.previous_latents(unit)
+            before = version.get(unit.block - 1, schedule.steps_done(unit.block - 1))
+            if wanted is not None and before != wanted:
+                raise ScheduleError(
+                    f"{action} <- reads latents of block {unit.block - 1} at {wanted}, which are at {before}"
+                )
+        if action.op is (Op.RECV if schedule.num_stages > 1 else Op.RUN):
+            velocities.setdefault((unit.block, unit.step), set()).add(unit.branch)
+        if action.op is Op.UPDATE:
+            if velocities.pop((unit.block, unit.step), set()) != set(range(schedule.branches)):
+                raise ScheduleError(f"{action} <- a branch is missing")
+            version[unit.block] = unit.step + 1
+        if action.op is Op.EMIT:
+            if version[unit.block] != schedule.num_steps:
+                raise ScheduleError(f"{action} <- block is at version {version[unit.block]}")
+            emitted.append(unit.block)
+    if complete and emitted != list(range(schedule.first_block, schedule.num_blocks or 0)):
+        raise ScheduleError(f"blocks leave in the order {emitted}")
