@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from record import commit
 
+from dualparal.kernels.accuracy import rms
 from dualparal.kernels.attention import reference as attention_reference
 from dualparal.kernels.attention_8bit import (
     FP8,
@@ -29,7 +30,6 @@ from dualparal.kernels.attention_8bit import (
     tiles_of,
 )
 from dualparal.kernels.qk_norm_rope import reference as norm_reference
-from dualparal.testing import rms
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 QUERIES, OWN, LENT, HEADS, HEAD_DIM = 256, 2048, 1024, 2, 128  # 4096 keys
@@ -66,7 +66,7 @@ def sample(
 
 def normed(x: torch.Tensor, weight: torch.Tensor | float, rows: range) -> torch.Tensor:
     """RMSNorm over all heads and rotation, as in a Wan layer: 16 x 16 tokens per frame, row i of the video."""
-    from dualparal.models.wan import _angles
+    from dualparal.models.wan.transformer import _angles
 
     position, third = torch.tensor(rows), HEAD_DIM // 6
     angles = torch.cat(
@@ -102,9 +102,9 @@ def synthetic() -> Iterator[Sample]:
 
 def tiny_wan() -> Iterator[Sample]:
     """What the engine's own layers see: a random tiny Wan2.1, the middle block of three, all steps."""
-    from dualparal.engine import Engine
-    from dualparal.models import wan
-    from dualparal.tiny import build_tiny_pipeline
+    from dualparal.engine.engine import Engine
+    from dualparal.models.wan import transformer as wan
+    from dualparal.models.wan.tiny import build_tiny_pipeline
 
     layers, heads, frames, context, tokens = 3, 2, 4, 2, 256
     own, lent = frames * tokens, context * tokens

@@ -19,8 +19,8 @@ import torch
 from options import parser
 from record import record
 
-from dualparal.calibrate import Function, Row, callable_backends, measure, time_together, trial
 from dualparal.kernels.attention import attention_segments, choice
+from dualparal.kernels.attention.calibrate import Function, Row, callable_backends, measure, time_together, trial
 from dualparal.kernels.attention.cases import WAN, Case
 
 CPU_CASES = [

@@ -26,9 +26,9 @@ from options import parser
 from ranks import as_rank, in_processes
 from record import record
 
-from dualparal.engine import Engine
-from dualparal.tiny import build_tiny_pipeline
-from dualparal.trace import peak_rss
+from dualparal.engine.engine import Engine
+from dualparal.models.wan.tiny import build_tiny_pipeline
+from dualparal.trace.stats import peak_rss
 
 SIZE = {"height": 96, "width": 96}
 RIVALS = (("WanPipeline", 1), ("ours, N=1", 1), ("ours, N=2", 2))

@@ -26,10 +26,10 @@ from ranks import as_rank, in_processes
 from record import record
 from synthetic import embeds, synthetic_engine
 
-from dualparal.engine import Engine
+from dualparal.engine.engine import Engine
+from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.schedule.replay import bubble
 from dualparal.schedule.schedule import Schedule
-from dualparal.tiny import build_tiny_pipeline
 
 
 def run(job: dict[str, Any], stages: int | None = None) -> float:

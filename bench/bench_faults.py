@@ -21,7 +21,8 @@ import psutil
 from options import parser
 from record import record
 
-from dualparal.supervisor import Limits, Supervisor
+from dualparal.launch.blame import Limits
+from dualparal.launch.supervisor import Supervisor
 
 ROOT = Path(__file__).parents[1]
 WORKER = ROOT / "tests" / "workers" / "toy_pipeline.py"

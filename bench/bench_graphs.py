@@ -16,8 +16,8 @@ import torch
 from options import parser
 from record import record
 
-from dualparal.engine import Engine
-from dualparal.tiny import build_tiny_pipeline
+from dualparal.engine.engine import Engine
+from dualparal.models.wan.tiny import build_tiny_pipeline
 
 
 def run(engine: Engine, height: int, steps: int) -> float:

@@ -22,8 +22,8 @@ from record import record
 from rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, ours_step
 from shapes import CPU_SHAPES, GPU_SHAPES, Shape
 
-from dualparal.features import KeysValues
 from dualparal.kernels import attention_8bit
+from dualparal.models.keys_values import KeysValues
 
 
 def measure(functions: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, float]:

@@ -18,8 +18,9 @@ import torch
 from options import parser
 from record import record
 
-from dualparal.calibrate import time_together
 from dualparal.kernels import backend as backends
+from dualparal.kernels.accuracy import assert_no_worse
+from dualparal.kernels.attention.calibrate import time_together
 from dualparal.kernels.combine_guidance import cases as guidance_cases
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
@@ -28,7 +29,6 @@ from dualparal.kernels.qk_norm_rope import reference as rope_reference
 from dualparal.kernels.residual_norm import cases as norm_cases
 from dualparal.kernels.residual_norm import reference as norm_reference
 from dualparal.kernels.residual_norm import residual_norm
-from dualparal.testing import assert_no_worse
 
 EPS = 1e-6
 NAMES = ("wan1.3b-480p", "wan14b-480p", "wan1.3b-480p-lends", "wan-480p-8-frames")

@@ -28,9 +28,9 @@ from ranks import as_rank, in_processes
 from record import record
 from synthetic import embeds, synthetic_engine
 
+from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.schedule.replay import bubble, makespan
 from dualparal.schedule.schedule import Schedule
-from dualparal.tiny import build_tiny_pipeline
 
 STAGES = (1, 2, 4, 8)
 

@@ -28,11 +28,12 @@ from typing import Any
 import options
 from record import record
 
+from dualparal.launch.blame import Limits
+from dualparal.launch.supervisor import supervise
 from dualparal.schedule.actions import Unit
 from dualparal.schedule.replay import Costs
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import Simulation, simulate
-from dualparal.supervisor import Limits, supervise
 
 WORKER = Path(__file__).parent / "sleeping_rank.py"
 LIMITS = Limits(heartbeat=120.0, progress=600.0, startup=300.0)

@@ -24,14 +24,15 @@ import torch
 from options import parser
 from record import record
 
-from dualparal import snapshot
-from dualparal.checkpoint import Checkpoint
+from dualparal.checkpoint import snapshot
+from dualparal.checkpoint.checkpointer import Checkpoint
+from dualparal.checkpoint.snapshot import Snapshot
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.video import BUILT_IN, BUILT_IN_SIZE, VideoConfig
-from dualparal.cost import Workload
-from dualparal.engine import Engine
-from dualparal.model_shape import MODELS
-from dualparal.snapshot import BlockState, Snapshot
+from dualparal.engine.engine import Engine
+from dualparal.models.wan.sizes import MODELS
+from dualparal.planning.workload import Workload
+from dualparal.sampling.state import BlockState
 
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 STEPS = 50

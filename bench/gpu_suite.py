@@ -30,7 +30,7 @@ PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", "-p", "no:cache
 
 # name, share of the time, command. In order of worth: what is cut off at the end is missed least.
 PARTS = [
-    ("doctor", 0.05, ["-m", "dualparal.doctor"]),
+    ("doctor", 0.05, ["-m", "dualparal.cli.doctor"]),
     ("ops and engine", 0.30, [*PYTEST, "tests/test_gpu.py", *TESTS]),
     ("layer and block-step", 0.20, ["bench/bench_layer.py"]),
     ("passes beside attention", 0.05, ["bench/bench_ops.py"]),

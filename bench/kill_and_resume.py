@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from dualparal.tiny import build_tiny_pipeline
+from dualparal.models.wan.tiny import build_tiny_pipeline
 
 GENERATE = [sys.executable, "-m", "dualparal.cli", "generate"]
 

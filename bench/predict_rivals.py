@@ -21,10 +21,13 @@ from typing import NamedTuple
 
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.video import VideoConfig
-from dualparal.cost import Workload, decode_bytes, layer_arithmetic
-from dualparal.devices import GIB, LINKS, device
-from dualparal.model_shape import MODELS
-from dualparal.planner import NoPlan, plan
+from dualparal.models.wan.sizes import MODELS
+from dualparal.planning.cost import layer_arithmetic
+from dualparal.planning.devices import GIB, LINKS, device
+from dualparal.planning.memory import decode_bytes
+from dualparal.planning.plan import NoPlan
+from dualparal.planning.planner import plan
+from dualparal.planning.workload import Workload
 
 CARDS = 8
 

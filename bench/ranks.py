@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from dualparal.heartbeat import Heartbeat
-from dualparal.supervisor import Limits, supervise
+from dualparal.launch.blame import Limits
+from dualparal.launch.heartbeat import Heartbeat
+from dualparal.launch.supervisor import supervise
 
 FLAG = "--rank"
 _PATIENT = Limits(startup=600.0)  # many processes that import torch at once, on few cores

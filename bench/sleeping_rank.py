@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from dualparal.config.blocks import BlockConfig
-from dualparal.executor import LatentQueue, StageExecutor, run_together
-from dualparal.heartbeat import Heartbeat
-from dualparal.mesh import Mesh
+from dualparal.distributed.edges import ReceiveEdge, SendEdge, make_groups, warm_up
+from dualparal.distributed.mesh import Mesh
+from dualparal.distributed.prompts import PromptChannel
+from dualparal.launch.heartbeat import Heartbeat
+from dualparal.runtime.executor import StageExecutor, run_together
+from dualparal.runtime.latents import LatentQueue
 from dualparal.schedule.actions import Unit
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.schedule import Schedule
-from dualparal.trace import BusyClock
-from dualparal.transport import PromptChannel, ReceiveEdge, SendEdge, make_groups, warm_up
+from dualparal.trace.clock import BusyClock
 
 CHANNELS, SIDE, INNER = 1, 2, 4
 

@@ -24,9 +24,9 @@ from options import parser
 from ranks import as_rank, in_processes
 from record import record
 
-from dualparal.checkpoint import Checkpoint
-from dualparal.engine import Engine
-from dualparal.tiny import build_tiny_pipeline
+from dualparal.checkpoint.checkpointer import Checkpoint
+from dualparal.engine.engine import Engine
+from dualparal.models.wan.tiny import build_tiny_pipeline
 
 EVERY = 100  # blocks
 OPTIONS = {"frames_per_block": 2, "context_frames": 1, "device": "cpu", "refresh_every": 8}

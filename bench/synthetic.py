@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dualparal.engine import Engine
+from dualparal.engine.engine import Engine
 from dualparal.models.base import Grid, Pending, TimeCondition
 
 

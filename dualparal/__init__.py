@@ -8,27 +8,30 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dualparal.version import __version__
+
 if TYPE_CHECKING:
-    from dualparal.checkpoint import Checkpoint
+    from dualparal.checkpoint.checkpointer import Checkpoint
     from dualparal.config.blocks import BlockConfig
     from dualparal.config.eight_bit import EightBitPolicy
     from dualparal.config.video import VideoConfig
-    from dualparal.engine import Chunk, Engine, EngineOutput
-    from dualparal.planner import Plan, plan
+    from dualparal.decoding.chunks import Chunk
+    from dualparal.engine.engine import Engine, EngineOutput
+    from dualparal.planning.plan import Plan
+    from dualparal.planning.planner import plan
     from dualparal.schedule.schedule import Schedule
 
-__version__ = "0.1.0"
 
 _EXPORTS = {
     "BlockConfig": "config.blocks",
-    "Checkpoint": "checkpoint",
-    "Chunk": "engine",
+    "Checkpoint": "checkpoint.checkpointer",
+    "Chunk": "decoding.chunks",
     "EightBitPolicy": "config.eight_bit",
-    "Engine": "engine",
-    "EngineOutput": "engine",
-    "Plan": "planner",
+    "Engine": "engine.engine",
+    "EngineOutput": "engine.engine",
+    "Plan": "planning.plan",
     "Schedule": "schedule.schedule",
-    "plan": "planner",
+    "plan": "planning.planner",
     "VideoConfig": "config.video",
 }
 __all__ = [

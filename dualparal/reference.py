@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dualparal.config.eight_bit import OFF, EightBitPolicy
-from dualparal.features import Context8, Features8, KeysValues, to_8bit, to_16bit
 from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, key_mean, lent, place, tiles_of
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.models.base import Grid, ModelSpec, Pending, Slice
-from dualparal.sampler import Sampler
+from dualparal.models.keys_values import Context8, Features8, KeysValues, to_8bit, to_16bit
+from dualparal.sampling.sampler import Sampler
 from dualparal.schedule.layout import Layout
 
 Name = tuple[int, str, int, int, int]  # layer, side, block, step, branch

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dualparal.engine import Engine
-from dualparal.tiny import build_tiny_pipeline
+from dualparal.engine.engine import Engine
+from dualparal.models.wan.tiny import build_tiny_pipeline
 
 torch.set_num_threads(1)
 

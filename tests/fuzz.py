@@ -172,8 +172,11 @@ def argv(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     os.environ.update(HF_HUB_OFFLINE="1", COLUMNS="200")
     import typer.main
 
-    from dualparal import cli, loading
-    from dualparal.tiny import build_tiny_pipeline
+    from dualparal.cli import generate
+    from dualparal.cli import main as cli
+    from dualparal.engine import engine
+    from dualparal.models import source as loading
+    from dualparal.models.wan.tiny import build_tiny_pipeline
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
@@ -183,17 +186,17 @@ def argv(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     loading.ModelFiles.check_weights = lambda self: None  # type: ignore[method-assign]
     loading.ModelFiles.load_scheduler = lambda self: scheduler  # type: ignore[method-assign]
     loading.resolve_model = lambda name: model if name == "model" else found(name)  # type: ignore[assignment]
-    importlib.import_module("dualparal.engine").resolve_model = loading.resolve_model
-    cli._work = lambda *_: 0  # type: ignore[assignment]
-    cli._lead = lambda *_, **__: 0  # type: ignore[assignment]
-    cli.signal.signal = lambda *_: None  # type: ignore[assignment]
+    engine.resolve_model = loading.resolve_model
+    generate.work = lambda *_: 0  # type: ignore[assignment]
+    generate.lead = lambda *_, **__: 0  # type: ignore[assignment]
+    generate.signal.signal = lambda *_: None  # type: ignore[assignment]
     os.chdir(folder)
     Path("there.mp4").touch()
     Path("full").mkdir()
     Path("full/file").touch()
     Path("link.mp4").symlink_to("nowhere")
     command = typer.main.get_command(cli.app)
-    options = [*inspect.signature(cli.generate).parameters.values()]
+    options = [*inspect.signature(generate.generate).parameters.values()]
     cli.app = lambda: command(standalone_mode=True)  # type: ignore[assignment]
     right = ["generate", "--prompt", "a cat", "--model", "model", "--height", "32", "--width", "32", "--device", "cpu"]
     names = ["there.mp4", "full", "full/a.mp4", "there.mp4/a", "link.mp4", "model", "new/a.mp4"]
@@ -236,8 +239,8 @@ def header(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     """Message headers: noise, bits and fields changed, with the old checksum or a right one, cut, for another size."""
     import torch
 
+    from dualparal.distributed.messages import Header, Kind, TransportError, pack_header, unpack_header
     from dualparal.schedule.actions import Unit
-    from dualparal.transport import Header, Kind, TransportError, pack_header, unpack_header
 
     def number(rng: random.Random) -> int:
         return rng.choice([0, 1, rng.randrange(100), rng.randrange(2**63), -1, -(2**63), rng.randrange(-(2**63), 0)])
@@ -282,9 +285,9 @@ def latents(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     import torch
 
     from dualparal.config.blocks import BlockConfig
+    from dualparal.engine.request import _latents
     from dualparal.io.latents import read_latents
     from dualparal.models.base import Grid
-    from dualparal.request import _latents
     from dualparal.schedule.layout import Layout
 
     shape = [1, 4, 3, 2, 2]
@@ -352,10 +355,10 @@ def snapshot(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     import torch
     from safetensors.torch import load, save
 
-    from dualparal import snapshot
-    from dualparal.checkpoint import Checkpoint
-    from dualparal.engine import Engine
-    from dualparal.tiny import build_tiny_pipeline
+    from dualparal.checkpoint import snapshot
+    from dualparal.checkpoint.checkpointer import Checkpoint
+    from dualparal.engine.engine import Engine
+    from dualparal.models.wan.tiny import build_tiny_pipeline
 
     logging.disable(logging.WARNING)
     model = build_tiny_pipeline(folder / "model", layers=1)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualparal.tiny import build_tiny_pipeline
+from dualparal.models.wan.tiny import build_tiny_pipeline
 
 BENCH = Path(__file__).parents[1] / "bench"
 

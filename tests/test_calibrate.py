@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualparal import calibrate
 from dualparal.kernels import environment
-from dualparal.kernels.attention import attention, choice, table
+from dualparal.kernels.attention import attention, calibrate, choice, table
 from dualparal.kernels.attention.cases import Case
 
 CPU = torch.device("cpu")
@@ -284,7 +283,7 @@ def test_without_a_gpu(root, monkeypatch):
 
 
 def test_the_command(root, monkeypatch, capsys):
-    from dualparal import cli
+    from dualparal.cli import main as cli
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(cli.sys, "argv", ["dualparal", "calibrate"])

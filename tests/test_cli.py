@@ -33,17 +33,19 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dualparal import __version__, cli, supervisor
+from dualparal import __version__
+from dualparal.cli import main as cli
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.eight_bit import EightBitPolicy
-from dualparal.engine import Engine
-from dualparal.loading import ModelFiles
-from dualparal.noise import BlockNoise
+from dualparal.engine.engine import Engine
+from dualparal.launch import supervisor
+from dualparal.models.files import ModelFiles
+from dualparal.models.wan.tiny import build_tiny_pipeline
+from dualparal.sampling.noise import BlockNoise
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.replay import bubble
 from dualparal.schedule.schedule import Schedule
-from dualparal.timeline import STAGE, place
-from dualparal.tiny import build_tiny_pipeline
+from dualparal.trace.timeline import STAGE, place
 from timeline_checks import check_order, spans
 
 SMALL = ["--prompt", "a cat", "--device", "cpu", "--height", "32", "--width", "32", "--steps", "2"]
@@ -793,7 +795,7 @@ def test_two_processes_say_a_mistake_once(start: Callable[..., Run], wan21: Path
 
 def test_help_names_every_flag_at_once_and_without_torch() -> None:
     program = (
-        "import sys\nfrom dualparal.cli import main\n"
+        "import sys\nfrom dualparal.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    code = end.code\n"
         "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'av'} & set(sys.modules)\n"
         "print('imported:', sorted(heavy))\nsys.exit(code)"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import embeds
-from dualparal.engine import Engine
+from dualparal.engine.engine import Engine
 from test_cli import Outcome, Run, dualparal, start
 
 __all__ = ["dualparal", "start"]  # fixtures

@@ -20,26 +20,19 @@ from shapes import GPU_SHAPES, wan_config
 
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.video import VideoConfig
-from dualparal.cost import (
-    Costing,
-    Workload,
-    balance,
-    closed_form,
-    decode_bytes,
-    layer_arithmetic,
-    slice_bytes,
-    stage_memory,
-    unit_arithmetic,
-)
-from dualparal.decode import StreamingDecoder
-from dualparal.devices import DEVICES, LINKS
-from dualparal.model_shape import MODELS, VaeShape, model_shape
-from dualparal.models.wan import WanSpec
+from dualparal.launch.blame import Limits
+from dualparal.launch.supervisor import supervise
+from dualparal.models.wan.sizes import MODELS, VaeShape, model_shape
+from dualparal.models.wan.tiny import build_tiny_pipeline
+from dualparal.models.wan.transformer import WanSpec
+from dualparal.models.wan.vae import StreamingDecoder
+from dualparal.planning.cost import Costing, balance, closed_form, layer_arithmetic, unit_arithmetic
+from dualparal.planning.devices import DEVICES, LINKS
+from dualparal.planning.memory import decode_bytes, slice_bytes, stage_memory
+from dualparal.planning.workload import Workload
 from dualparal.schedule.actions import Unit
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import simulate
-from dualparal.supervisor import Limits, supervise
-from dualparal.tiny import build_tiny_pipeline
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -146,11 +139,11 @@ def test_the_closed_form_is_near_the_replay(context: str, steps: int, blocks_in_
 
 RANK = """
 import sys, json, torch
-from dualparal.heartbeat import Heartbeat
+from dualparal.launch.heartbeat import Heartbeat
 heartbeat = Heartbeat.from_env()
 torch.set_num_threads(1)
-from dualparal.engine import Engine
-from dualparal.trace import peak_rss
+from dualparal.engine.engine import Engine
+from dualparal.trace.stats import peak_rss
 case = json.loads(sys.argv[1])
 engine = Engine.from_pretrained(case["model"], device="cpu", **case["options"])
 spec = engine.source.spec

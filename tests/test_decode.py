@@ -11,7 +11,8 @@ from diffusers.video_processor import VideoProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualparal.decode import StreamingDecoder, denormalize, to_output, to_uint8
+from dualparal.decoding.frames import to_output, to_uint8
+from dualparal.models.wan.vae import StreamingDecoder, denormalize
 
 MEAN = torch.linspace(-1.0, 1.5, 16).tolist()
 STD = torch.linspace(1.1, 3.3, 16).tolist()

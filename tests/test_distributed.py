@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from dualparal.config.eight_bit import EightBitPolicy
-from dualparal.engine import Engine
-from dualparal.supervisor import Limits, Result, supervise
+from dualparal.engine.engine import Engine
+from dualparal.launch.blame import Limits
+from dualparal.launch.supervisor import Result, supervise
 
 WORKER = Path(__file__).parent / "workers" / "engine_rank.py"
 LIMITS = Limits(progress=60.0, startup=120.0)

@@ -15,11 +15,11 @@ from conftest import embeds
 from dualparal import reference
 from dualparal.config.blocks import CONTEXT_VERSIONS
 from dualparal.config.video import VideoConfig
-from dualparal.engine import Engine
-from dualparal.executor import NonFiniteError
-from dualparal.noise import BlockNoise
-from dualparal.request import check_request
-from dualparal.text import Prompts
+from dualparal.engine.engine import Engine
+from dualparal.engine.request import check_request
+from dualparal.runtime.executor import NonFiniteError
+from dualparal.sampling.noise import BlockNoise
+from dualparal.sampling.prompts import Prompts
 
 SIZE = {"height": 32, "width": 32}
 Build = Callable[..., Engine]

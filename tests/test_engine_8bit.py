@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-import dualparal.models.wan
 import dualparal.reference
 from conftest import embeds
 from dualparal.config.eight_bit import EightBitPolicy
-from dualparal.engine import Engine
-from dualparal.features import Context8, Features8, FeatureStore, KeysValues
+from dualparal.engine.engine import Engine
 from dualparal.kernels.attention_8bit import FP8
-from dualparal.workspace import Workspace, Workspace8
+from dualparal.models.keys_values import Context8, Features8, KeysValues
+from dualparal.models.wan import transformer
+from dualparal.runtime.features import FeatureStore
+from dualparal.runtime.workspace import Workspace, Workspace8
 from test_engine import reference_latents
 
 # 60 tokens per frame: what is lent begins and ends inside of tiles of 128, and there are several
@@ -155,13 +156,13 @@ def test_near_the_video_in_16_bits(engine: Build, mode: str, limit: float) -> No
 def test_on_where_it_was_asked_for_and_only_in_self_attention(engine: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[int]] = {"attention": [], "attention_8bit": [], "qk_norm_rope_8bit": []}
     for name, calls in seen.items():
-        original = getattr(dualparal.models.wan, name)
+        original = getattr(transformer, name)
 
         def counted(*args: Any, _calls: list[int] = calls, _original: Any = original, **kwargs: Any) -> Any:
             _calls.append(len(args[1]) if isinstance(args[1], torch.Tensor) else -1)
             return _original(*args, **kwargs)
 
-        monkeypatch.setattr(dualparal.models.wan, name, counted)
+        monkeypatch.setattr(transformer, name, counted)
     schedule = EightBitPolicy("int8", keep_layers=(3,), first_steps=2, last_steps=1)
     asked = call(9, 5)  # 3 blocks of 5 steps, of which 2 are in 8 bits, in 3 of 4 layers
     latents(build(engine, attention_8bit=schedule), asked)
@@ -176,7 +177,7 @@ def test_off_does_nothing(engine: Build, monkeypatch: pytest.MonkeyPatch) -> Non
     asked = call(9, 3)
     made = latents(build(engine), asked)
     for name in ("attention_8bit", "qk_norm_rope_8bit"):
-        monkeypatch.setattr(dualparal.models.wan, name, lambda *a, **k: pytest.fail("8 bits"))
+        monkeypatch.setattr(transformer, name, lambda *a, **k: pytest.fail("8 bits"))
     monkeypatch.setattr(Workspace8, "__init__", lambda *a, **k: pytest.fail("8 bits"))
     assert torch.equal(latents(build(engine, attention_8bit="off"), asked), made)
 
@@ -251,7 +252,7 @@ def test_slots_hold_either_format(fp8: bool) -> None:
 def test_bad_values_are_refused_before_files_are_read(
     engine: Build, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str
 ) -> None:
-    from dualparal.loading import ModelFiles
+    from dualparal.models.files import ModelFiles
 
     monkeypatch.setattr(ModelFiles, "check_weights", lambda self: pytest.fail("weights were looked at"))
     with pytest.raises(ValueError, match=words):
@@ -262,7 +263,7 @@ def test_a_head_that_the_kernel_does_not_know_is_refused(
     engine: Build, wan21: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU, where the definition would be too slow to be taken unasked."""
-    from dualparal.engine import _check_8bit
+    from dualparal.engine.engine import _check_8bit
 
     source = build(engine).source
     schedule = EightBitPolicy("int8")

@@ -24,18 +24,19 @@ import pytest
 import torch
 
 from conftest import embeds
-from dualparal import capacity
-from dualparal.capacity import TooLarge
 from dualparal.config.video import VideoConfig
-from dualparal.cost import Workload
-from dualparal.engine import Engine
-from dualparal.executor import NonFiniteError
-from dualparal.finite import FirstMark, Origin, mark
-from dualparal.model_shape import model_shape
+from dualparal.engine import capacity
+from dualparal.engine.capacity import TooLarge
+from dualparal.engine.engine import Engine
+from dualparal.launch.blame import Limits
+from dualparal.launch.stragglers import ITERATIONS, SlowStages
+from dualparal.launch.supervisor import Kept, Result, supervise
+from dualparal.models.wan.sizes import model_shape
+from dualparal.planning.workload import Workload
+from dualparal.runtime.executor import NonFiniteError
+from dualparal.runtime.nonfinite import FirstMark, Origin, mark
+from dualparal.runtime.stage import Stage
 from dualparal.schedule.actions import Unit
-from dualparal.slow import ITERATIONS, SlowStages
-from dualparal.stage import Stage
-from dualparal.supervisor import Kept, Limits, Result, supervise
 from test_cli import decode
 
 WORKER = Path(__file__).parent / "workers" / "faulty_cli.py"

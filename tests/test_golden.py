@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dualparal.engine import Engine
+from dualparal.engine.engine import Engine
 
 # Changing only the attention implementation moves results by up to 1.4e-5, the smallest real mistake by 2e-2.
 TOLERANCE = 5e-5

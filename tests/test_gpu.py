@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from conftest import embeds
-from dualparal.checkpoint import Checkpoint
+from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.config.eight_bit import EightBitPolicy
-from dualparal.engine import Engine
-from dualparal.tiny import build_tiny_pipeline
+from dualparal.engine.engine import Engine
+from dualparal.models.wan.tiny import build_tiny_pipeline
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

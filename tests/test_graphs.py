@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-import dualparal.engine
+import dualparal.engine.engine
 from conftest import embeds
 from dualparal.config.eight_bit import EightBitPolicy
-from dualparal.engine import Engine
-from dualparal.features import FeatureStore
-from dualparal.graphs import Graphed
+from dualparal.engine.engine import Engine
+from dualparal.runtime.features import FeatureStore
+from dualparal.runtime.graphs import Graphed
 
 CALL = {"height": 32, "width": 32, "num_frames": 45, "num_inference_steps": 4, "output_type": "latent"}
 
@@ -49,7 +49,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay, result
 
     monkeypatch.setattr(FeatureStore, "__init__", init)
-    monkeypatch.setattr(dualparal.engine, "cuda_capture", lambda pool: capture)
+    monkeypatch.setattr(dualparal.engine.engine, "cuda_capture", lambda pool: capture)
     return replays
 
 
@@ -108,7 +108,7 @@ def test_the_stand_in_notices_what_bypasses_static_tensors() -> None:
         return (lambda: None), value
 
     from dualparal.models.base import Rotary, TimeCondition
-    from dualparal.stage import StepInputs, StepShape
+    from dualparal.runtime.stage import StepInputs, StepShape
 
     shape = StepShape(0, 0, 1, 0, (), ())
     zero = torch.zeros(1)

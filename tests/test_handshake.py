@@ -6,7 +6,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from dualparal.handshake import gather, handshake
+from dualparal.distributed.handshake import gather, handshake
 
 INFO = {
     "dualparal": "0.1.0",

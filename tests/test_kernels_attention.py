@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualparal import doctor
-from dualparal.features import KeysValues
+from dualparal.cli import doctor
 from dualparal.kernels import environment
+from dualparal.kernels.accuracy import assert_no_worse, nan_filled_memory
 from dualparal.kernels.attention import attention, attention_segments, choice, implementations, merge, reference, table
 from dualparal.kernels.attention import cases as named
-from dualparal.testing import assert_no_worse, nan_filled_memory
+from dualparal.models.keys_values import KeysValues
 from kernel_common import DEVICES, DTYPES, cases, random
 
 try:

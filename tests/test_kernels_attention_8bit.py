@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dualparal.kernels import attention_8bit as family
+from dualparal.kernels.accuracy import assert_no_worse, rms
 from dualparal.kernels.attention import reference as attention_reference
 from dualparal.kernels.attention_8bit import (
     FP8,
@@ -24,7 +25,6 @@ from dualparal.kernels.attention_8bit import (
 )
 from dualparal.kernels.attention_8bit import cases as named
 from dualparal.kernels.qk_norm_rope import reference as norm_reference
-from dualparal.testing import assert_no_worse, rms
 from kernel_common import cases, random
 
 EPS = 1e-6

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from conftest import embeds
-from dualparal.engine import Engine
+from dualparal.engine.engine import Engine
 from dualparal.kernels import backend as backends
 from dualparal.kernels import environment
+from dualparal.kernels.accuracy import assert_no_worse, nan_filled_memory
 from dualparal.kernels.attention import attention, choice, implementations, reference
 from dualparal.kernels.attention.cases import Case, ragged
-from dualparal.testing import assert_no_worse, nan_filled_memory
-from dualparal.tiny import build_tiny_pipeline
+from dualparal.models.wan.tiny import build_tiny_pipeline
 from kernel_common import random
 
 CSRC = Path(__file__).parents[1] / "csrc"

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dualparal.kernels import backend
+from dualparal.kernels.accuracy import assert_no_worse
 from dualparal.kernels.combine_guidance import combine_guidance
-from dualparal.testing import assert_no_worse
 from kernel_common import native, random
 
 CPU = torch.device("cpu")

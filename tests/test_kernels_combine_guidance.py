@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from dualparal.kernels.accuracy import nan_filled_memory
 from dualparal.kernels.combine_guidance import cases as named
 from dualparal.kernels.combine_guidance import combine_guidance
-from dualparal.testing import nan_filled_memory
 from kernel_common import DEVICES, DTYPES, cases, native, random
 
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 
+from dualparal.kernels.accuracy import assert_no_worse, nan_filled_memory
 from dualparal.kernels.attention import attention
 from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope, reference
 from dualparal.kernels.qk_norm_rope import cases as named
-from dualparal.testing import assert_no_worse, nan_filled_memory
 from kernel_common import DEVICES, DTYPES, Stores, cases, native, random
 
 EPS = 1e-6

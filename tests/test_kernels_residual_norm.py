@@ -4,9 +4,9 @@ from diffusers.models.normalization import FP32LayerNorm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualparal.kernels.accuracy import assert_no_worse, nan_filled_memory
 from dualparal.kernels.residual_norm import cases as named
 from dualparal.kernels.residual_norm import reference, residual, residual_norm
-from dualparal.testing import assert_no_worse, nan_filled_memory
 from kernel_common import DEVICES, DTYPES, cases, native, random
 
 EPS = 1e-6

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from diffusers.models.normalization import FP32LayerNorm
 
 from dualparal.kernels import backend as backends
+from dualparal.kernels.accuracy import assert_no_worse, nan_filled_memory
 from dualparal.kernels.combine_guidance import cases as guidance_cases
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.kernels.combine_guidance import triton_kernel as guidance_kernel
@@ -29,7 +30,6 @@ from dualparal.kernels.residual_norm import reference as norm_reference
 from dualparal.kernels.residual_norm import residual, residual_norm
 from dualparal.kernels.residual_norm import triton_kernel as norm_kernel
 from dualparal.kernels.rows import LONGEST, tiles
-from dualparal.testing import assert_no_worse, nan_filled_memory
 from kernel_common import DTYPES, Stores, random
 from triton_interpreter import interpreted
 

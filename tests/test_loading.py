@@ -14,10 +14,12 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
-from dualparal import loading
-from dualparal.loading import LoadedPipeline, ModelError, ModelFiles, WeightFiles, resolve_model
+from dualparal.models import files as loading
+from dualparal.models.files import ModelError, ModelFiles, WeightFiles
+from dualparal.models.loaded import LoadedPipeline
+from dualparal.models.source import resolve_model
+from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.schedule.layout import split_layers
-from dualparal.tiny import build_tiny_pipeline
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -13,7 +13,7 @@ import pytest
 
 RANK = """
 import json, sys
-from dualparal import mesh
+from dualparal.distributed import mesh
 mesh.JOIN_SECONDS = 3.0
 try:
     mesh.Mesh.join("cpu")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
-from dualparal.noise import BlockNoise, derive_seed
+from dualparal.sampling.noise import BlockNoise, derive_seed
 from dualparal.schedule.layout import Layout
 
 SHAPE = (2, 2, 2)

@@ -17,11 +17,11 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dualparal import doctor, progress
+from dualparal.cli import doctor, progress
+from dualparal.cli.progress import Display
 from dualparal.io.latents import read_latents, write_latents
 from dualparal.io.output import OutputError, check_file, check_out, open_output, what_is_left
 from dualparal.io.video import count_frames
-from dualparal.progress import Display
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
 

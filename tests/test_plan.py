@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dualparal.cli import app
-from dualparal.devices import DEVICES, links, parse_gpus
-from dualparal.model_shape import model_shape
-from dualparal.planner import NoPlan, plan
+from dualparal.cli.main import app
+from dualparal.models.wan.sizes import model_shape
+from dualparal.planning.devices import DEVICES, links, parse_gpus
+from dualparal.planning.plan import NoPlan
+from dualparal.planning.planner import plan
 from dualparal.schedule.validate import validate
 
 BIG = "wan2.1-t2v-14b"
@@ -29,7 +30,7 @@ def test_it_is_a_public_name() -> None:
 
 def test_it_needs_no_torch_and_no_gpu_and_answers_in_two_seconds() -> None:
     code = (
-        "import time, sys; from dualparal.planner import plan; begin = time.process_time();"
+        "import time, sys; from dualparal.planning.planner import plan; begin = time.process_time();"
         f"plan({BIG!r}, '8x24GB').describe(); seconds = time.process_time() - begin;"
         "assert 'torch' not in sys.modules and seconds < 2, seconds"
     )
@@ -61,7 +62,7 @@ def test_the_split_follows_the_cards() -> None:
 
 
 def test_a_better_split_is_not_found_by_moving_a_layer() -> None:
-    from dualparal.cost import Costing
+    from dualparal.planning.cost import Costing
     from dualparal.schedule.simulate import simulate
 
     found = plan(BIG, "1xh100,2xa100-80gb,1xrtx4090", context="prior", num_frames=257, num_inference_steps=12)

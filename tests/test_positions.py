@@ -11,12 +11,12 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 import dualparal.reference
 from dualparal.config.blocks import BlockConfig
-from dualparal.engine import Engine
-from dualparal.features import KeysValues
+from dualparal.engine.engine import Engine
 from dualparal.models.base import Grid, Rotary
-from dualparal.models.wan import WanSlice
-from dualparal.noise import BlockNoise
-from dualparal.sampler import Sampler
+from dualparal.models.keys_values import KeysValues
+from dualparal.models.wan.transformer import WanSlice
+from dualparal.sampling.noise import BlockNoise
+from dualparal.sampling.sampler import Sampler
 from dualparal.schedule.layout import Layout
 
 GRID = Grid(4, 6, 2, 3)

@@ -22,7 +22,7 @@ import scene_classifier
 import scene_metrics
 from scenes import COLOURS, Scene, Thing, render, sample_scene, trajectories, video
 
-from dualparal.tiny import build_tiny_pipeline
+from dualparal.models.wan.tiny import build_tiny_pipeline
 
 FRAMES = 125  # 32 latents
 STARTS = [8, 16, 24]

@@ -16,15 +16,16 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from conftest import embeds
-from dualparal import snapshot
-from dualparal.checkpoint import Checkpoint, needed
+from dualparal.checkpoint import snapshot
+from dualparal.checkpoint.checkpointer import Checkpoint, needed
+from dualparal.checkpoint.snapshot import Snapshot, SnapshotError
 from dualparal.config.blocks import BlockConfig
-from dualparal.engine import Engine
+from dualparal.decoding.chunks import Chunk
+from dualparal.engine.engine import Engine
 from dualparal.io.video import SegmentWriter
-from dualparal.lane import Chunk
-from dualparal.sampler import Sampler
+from dualparal.sampling.sampler import Sampler
+from dualparal.sampling.state import BlockState
 from dualparal.schedule.layout import Layout
-from dualparal.snapshot import BlockState, Snapshot, SnapshotError
 
 SIZE = {"height": 32, "width": 32}
 Build = Callable[..., Engine]
@@ -262,7 +263,7 @@ def test_without_a_field_of_the_sampler_the_video_is_another(kept: Any, field: s
 
 def test_the_decoder_needs_its_history(kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, whole, build = kept
-    monkeypatch.setattr("dualparal.lane.DecodeLane.history", 1)
+    monkeypatch.setattr("dualparal.decoding.local.DecodeLane.history", 1)
     made = list(build(1).resume(folder))
     assert all(torch.equal(c.latents, whole[c.block].latents) for c in made)
     assert not all(torch.equal(c.frames, whole[c.block].frames) for c in made)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, ours_step
 from shapes import Shape
 
-from dualparal.features import KeysValues
+from dualparal.models.keys_values import KeysValues
 
 SHAPE = Shape("tiny", heads=2, head_dim=24, ffn_dim=96, height=32, width=48, frames=3, context=2, text_tokens=5)
 

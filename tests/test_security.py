@@ -27,15 +27,19 @@ import safetensors
 import torch
 
 import dualparal
-from dualparal import cli, gantt, mesh
+from dualparal.cli import main as cli
+from dualparal.cli.leader import RANK_PROGRAM
+from dualparal.distributed import mesh
 from dualparal.io import output
 from dualparal.io.latents import read_latents, write_latents
 from dualparal.io.output import OutputError, check_file, check_out, open_output
 from dualparal.io.pictures import PngWriter
 from dualparal.io.video import SegmentWriter
-from dualparal.loading import ModelError, ModelFiles, WeightFiles, resolve_model
-from dualparal.supervisor import supervise
-from dualparal.timeline import Recorder, merge, parts_of
+from dualparal.launch.supervisor import supervise
+from dualparal.models.files import ModelError, ModelFiles, WeightFiles
+from dualparal.models.source import resolve_model
+from dualparal.trace import picture
+from dualparal.trace.timeline import Recorder, merge, parts_of
 
 ROOT = Path(__file__).resolve().parents[1]
 AUDIT = Path(__file__).parent / "workers" / "audit"
@@ -125,7 +129,7 @@ def watched(wan21: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME")}
     with open(base / "stderr.txt", "w") as log:
         lead = subprocess.Popen(
-            [sys.executable, "-c", cli.RANK_PROGRAM, *command, "--latents-out", "latents.safetensors"],
+            [sys.executable, "-c", RANK_PROGRAM, *command, "--latents-out", "latents.safetensors"],
             cwd=folder,
             env={**clean, **_audited(base / "events"), "DUALPARAL_LOG_LEVEL": "DEBUG"},
             stdout=log,
@@ -469,7 +473,7 @@ def _picture(folder: Path) -> None:
         '{"traceEvents":[\n{"ph":"X","pid":1,"tid":10,"cat":"compute","name":"run b0s0","ts":0,"dur":5,'
         '"args":{"block":0}}\n]}\n'
     )
-    gantt.draw(folder / "run.json")
+    picture.draw(folder / "run.json")
 
 
 def _error(folder: Path) -> None:

@@ -19,14 +19,16 @@ from bench_simulate import Outcome, case, run_cases
 from sleeping_rank import CHANNELS, SIDE, PlainSampler, SleepingStage
 
 from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
-from dualparal.executor import LatentQueue, StageExecutor, run_together
+from dualparal.distributed.messages import Header
+from dualparal.distributed.prompts import PromptChannel
+from dualparal.runtime.executor import StageExecutor, run_together
+from dualparal.runtime.latents import LatentQueue
 from dualparal.schedule.actions import Action, Op, Unit
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.replay import Costs, ScheduleError, bubble, makespan
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import Sizes, simulate
-from dualparal.trace import BusyClock
-from dualparal.transport import Header, PromptChannel
+from dualparal.trace.clock import BusyClock
 
 
 @settings(max_examples=100, deadline=None)

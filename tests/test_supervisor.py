@@ -16,8 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dualparal.heartbeat import Heartbeat
-from dualparal.supervisor import Failure, Kept, Limits, RankState, Report, Supervisor, blame, supervise
+from dualparal.launch.blame import Failure, Limits, RankState, Report, blame
+from dualparal.launch.heartbeat import Heartbeat
+from dualparal.launch.supervisor import Kept, Supervisor, supervise
 
 WORKER = Path(__file__).parent / "workers" / "toy_pipeline.py"
 ARGV = [sys.executable, str(WORKER)]
@@ -107,7 +108,7 @@ def test_a_good_run_ends_with_zero(world_size):
 def test_ranks_get_their_place_and_a_private_folder_that_is_removed(tmp_path):
     script = (
         "import json, os, stat, sys\n"
-        "from dualparal.heartbeat import Heartbeat\n"
+        "from dualparal.launch.heartbeat import Heartbeat\n"
         "heartbeat = Heartbeat.from_env()\n"
         "names = ['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'EXTRA', 'DUALPARAL_RENDEZVOUS']\n"
         "path = os.environ['DUALPARAL_RENDEZVOUS']\n"
@@ -613,7 +614,7 @@ def test_end_of_the_life_pipe_is_the_end_of_the_rank_and_its_children():
     # Without the environment there is no help from the kernel: this is how it goes outside Linux.
     script = (
         "import subprocess, sys, time\n"
-        "from dualparal.heartbeat import Heartbeat\n"
+        "from dualparal.launch.heartbeat import Heartbeat\n"
         "heartbeat = Heartbeat(*map(int, sys.argv[1:]))\n"
         "heartbeat.message(child=subprocess.Popen(['sleep', '1000']).pid)\n"
         "time.sleep(1000)\n"
@@ -640,7 +641,9 @@ def test_pipes_are_not_inherited(line):
     assert stat.S_ISFIFO(os.fstat(status).st_mode) and not os.get_inheritable(status)
 
 
-@pytest.mark.parametrize("module", ["dualparal.supervisor", "dualparal.heartbeat", "dualparal.handshake"])
+@pytest.mark.parametrize(
+    "module", ["dualparal.launch.supervisor", "dualparal.launch.heartbeat", "dualparal.distributed.handshake"]
+)
 def test_no_torch_at_import(module):
-    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, dualparal.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **PATH})

@@ -21,14 +21,16 @@ import torch.distributed as dist
 from PIL import Image
 
 from conftest import embeds
-from dualparal import gantt, mesh
-from dualparal.engine import Engine
-from dualparal.mesh import Mesh
+from dualparal.distributed import mesh
+from dualparal.distributed.mesh import Mesh
+from dualparal.engine.engine import Engine
 from dualparal.schedule.actions import Action, Op, Unit
 from dualparal.schedule.replay import bubble
 from dualparal.schedule.schedule import Schedule
-from dualparal.timeline import STAGE, Recorder, TimelineError, merge, merge_left, parts_of, place, prepare, read
-from dualparal.trace import BusyClock, RunStats, schedule_bubble
+from dualparal.trace import picture
+from dualparal.trace.clock import BusyClock
+from dualparal.trace.stats import RunStats, schedule_bubble
+from dualparal.trace.timeline import STAGE, Recorder, TimelineError, merge, merge_left, parts_of, place, prepare, read
 from timeline_checks import check_order, spans
 
 CALL = {"height": 32, "width": 32, "num_frames": 29, "num_inference_steps": 3}
@@ -159,7 +161,7 @@ def test_a_full_disk_ends_the_timeline_and_not_the_run(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dualparal.timeline.os.write", full)
+    monkeypatch.setattr("dualparal.trace.timeline.os.write", full)
     for block in range(3):
         track.decode(0, block, 0.0, 1.0)
     assert caplog.text.count("No space left on device") == 1
@@ -187,11 +189,9 @@ def _timeline(path: Path, units: int) -> None:
 def test_the_picture_has_a_colour_per_block(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     _timeline(path, 4)
-    picture = gantt.draw(path)
-    assert picture == tmp_path / "run.png" == gantt.picture_of(tmp_path / "run.json.gz")
-    colours, counts = np.unique(
-        np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3), axis=0, return_counts=True
-    )
+    drawn = picture.draw(path)
+    assert drawn == tmp_path / "run.png" == picture.picture_of(tmp_path / "run.json.gz")
+    colours, counts = np.unique(np.asarray(Image.open(drawn).convert("RGB")).reshape(-1, 3), axis=0, return_counts=True)
     many = {tuple(colour.tolist()) for colour, count in zip(colours, counts) if count > 5000}
     # white, and matplotlib's blue, orange, green and red
     assert many == {(255, 255, 255), (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40)}
@@ -200,8 +200,8 @@ def test_the_picture_has_a_colour_per_block(tmp_path: Path) -> None:
 def test_the_picture_of_a_long_run_shows_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.json"
     _timeline(path, 100)
-    monkeypatch.setattr(gantt, "LIMIT", 20)
-    bars, more = gantt._bars(path)
+    monkeypatch.setattr(picture, "LIMIT", 20)
+    bars, more = picture._bars(path)
     assert more and [bar.block for bar in bars] == [number for number in range(10) for _ in range(2)]
     assert {bar.row for bar in bars} == {(0, STAGE), (1, STAGE)}
 
@@ -210,13 +210,13 @@ def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "run.json"
     _timeline(path, 0)
     with pytest.raises(TimelineError, match="nothing was done"):
-        gantt.draw(path)
+        picture.draw(path)
     path.write_text("{}")
     with pytest.raises(TimelineError, match="not a timeline"):
-        gantt.draw(path)
+        picture.draw(path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TimelineError, match=r"dualparal\[timeline\]"):
-        gantt.draw(path)
+        picture.draw(path)
 
 
 # A GPU's clock, without a GPU -------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class FakeGpu:
                 return float(torch.tensor(1000 * (end.at - self.at), dtype=torch.float32))
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr("dualparal.trace.time.perf_counter", lambda: gpu.now)
+        monkeypatch.setattr("dualparal.trace.clock.time.perf_counter", lambda: gpu.now)
 
 
 def test_on_a_gpu_spans_are_the_devices_and_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

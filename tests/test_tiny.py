@@ -11,7 +11,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
-from dualparal.tiny import build_tiny_pipeline
+from dualparal.models.wan.tiny import build_tiny_pipeline
 
 
 def weights(directory: Path) -> dict[str, bytes]:

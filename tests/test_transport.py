@@ -12,8 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dualparal.distributed.edges import LocalEdge
+from dualparal.distributed.messages import Header, Kind, TransportError, pack_header, unpack_header
+from dualparal.distributed.prompts import PromptChannel
 from dualparal.schedule.actions import Unit
-from dualparal.transport import Header, Kind, LocalEdge, PromptChannel, TransportError, pack_header, unpack_header
 
 numbers = st.integers(0, 2**40)
 headers = st.builds(
@@ -66,8 +68,9 @@ def test_what_does_not_fit_is_not_sent(tensor: torch.Tensor, room: int) -> None:
 
 ENDS = """
 import json, os, sys, torch, torch.distributed as dist
-from dualparal.schedule import Unit
-from dualparal.transport import Header, Kind, ReceiveEdge, SendEdge, TransportError
+from dualparal.schedule.actions import Unit
+from dualparal.distributed.edges import ReceiveEdge, SendEdge
+from dualparal.distributed.messages import Header, Kind, TransportError
 torch.set_num_threads(1)
 path, rank, cases = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 store = dist.FileStore(path, 2)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from dualparal.schedule.schedule import Schedule
-from dualparal.timeline import STAGE, place
+from dualparal.trace.timeline import STAGE, place
 
 Event = dict[str, Any]
 

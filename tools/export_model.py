@@ -21,7 +21,7 @@ from scenes import vocabulary
 from train_transformer import PADDED, SHIFT, TRANSFORMER, Data, Text, make_transformer
 from train_vae import make_vae
 
-from dualparal.tiny import make_tokenizer
+from dualparal.models.wan.tiny import make_tokenizer
 
 CARD = Path(__file__).with_name("model_card.md")
 

@@ -30,7 +30,7 @@ from torch import nn
 from train_vae import stages
 from transformers import UMT5Config, UMT5EncoderModel
 
-from dualparal.tiny import make_tokenizer
+from dualparal.models.wan.tiny import make_tokenizer
 
 TEXT_DIM, TEXT_TOKENS = 64, 32  # tokens of the longest caption, with room
 PADDED = 512  # what diffusers' WanPipeline pads a prompt to, with zeros

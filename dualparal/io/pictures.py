@@ -71,5 +71,5 @@ def check_frames(frames: Frames) -> None:
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise ValueError(
             f"frames of shape {list(frames.shape)} and type {frames.dtype}: a writer takes uint8 [frames, "
-            "height, width, 3] with at least one frame; dualparal.decode.to_uint8 makes them"
+            "height, width, 3] with at least one frame; dualparal.decoding.frames.to_uint8 makes them"
         )

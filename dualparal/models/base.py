@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from dualparal.features import Context8, KeysValues
 from dualparal.kernels.qk_norm_rope import Lend
+from dualparal.models.keys_values import Context8, KeysValues
 
 Pending = tuple[torch.Tensor, torch.Tensor | None]  # (y, gate): x + y * gate is still to be done, by the next norm
 

@@ -31,7 +31,7 @@ __all__ = ["BACKENDS", "attention", "attention_segments", "merge"]
 
 MAX_SEGMENTS = 3  # own, next, previous
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values; dualparal.features.KeysValues is one
+Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values; dualparal.models.keys_values.KeysValues is one
 
 
 @overload

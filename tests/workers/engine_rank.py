@@ -15,9 +15,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from dualparal.config.eight_bit import EightBitPolicy
-from dualparal.engine import Engine
-from dualparal.heartbeat import Heartbeat
-from dualparal.transport import PeerLost
+from dualparal.distributed.messages import PeerLost
+from dualparal.engine.engine import Engine
+from dualparal.launch.heartbeat import Heartbeat
 
 
 def run(engine: Engine, case: dict[str, Any], rank: int) -> torch.Tensor | None:

@@ -14,13 +14,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from dualparal import cli, transport
-from dualparal.executor import StageExecutor
-from dualparal.heartbeat import Heartbeat
-from dualparal.lane import DecodeLane
+from dualparal.cli import main as cli
+from dualparal.decoding.local import DecodeLane
+from dualparal.distributed import edges, messages, prompts
+from dualparal.distributed.edges import SendEdge
+from dualparal.distributed.messages import Header, PeerLost
+from dualparal.launch.heartbeat import Heartbeat
+from dualparal.runtime.executor import StageExecutor
+from dualparal.runtime.stage import Stage
 from dualparal.schedule.actions import Unit
-from dualparal.stage import Stage
-from dualparal.transport import Header, PeerLost, SendEdge
 
 NAME, _, RANK = os.environ.get("FAULT", "none:-1").partition(":")
 HERE = os.environ.get("RANK", "0") == RANK
@@ -60,7 +62,7 @@ def strike_in_phases() -> None:
 
 
 def make_deaf() -> None:
-    heard = transport._guard
+    heard = messages.guard
 
     def guard(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -68,7 +70,7 @@ def make_deaf() -> None:
         except PeerLost:
             sleep_for_ever()
 
-    transport._guard = guard
+    edges.guard = prompts.guard = guard  # type: ignore[attr-defined]
 
 
 def change_units() -> None:

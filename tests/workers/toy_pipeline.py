@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from dualparal.heartbeat import Heartbeat
+from dualparal.launch.heartbeat import Heartbeat
 
 FAULT_BLOCK = 5
 STOP_BLOCK = -1
@@ -170,7 +170,8 @@ def rank_main() -> None:
 
 def parent_main(pid_file: Path, world_size: int) -> None:
     """Supervises this script; writes the ranks' pids to a file and the result to standard output."""
-    from dualparal.supervisor import Limits, supervise
+    from dualparal.launch.blame import Limits
+    from dualparal.launch.supervisor import supervise
 
     logging.basicConfig(level=logging.INFO)
     pids: dict[int, int] = {}

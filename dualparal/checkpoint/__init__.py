@@ -1,0 +1,1 @@
+"""Snapshots of a run, from which another one goes on."""

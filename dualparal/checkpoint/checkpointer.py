@@ -1,0 +1,247 @@
+"""Keeps a run's snapshots while it runs: what is captured when, in which order it becomes durable, what may go.
+
+The order is: a block's final latents, then its frames (the consumer has asked for the next ones), then a snapshot in
+which it is finished. Tensors are captured as they are, since nobody writes to latents or sampler states; a thread
+copies and writes them beside the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualparal.checkpoint import snapshot
+from dualparal.checkpoint.snapshot import Snapshot, SnapshotError
+from dualparal.sampling.sampler import Sampler
+from dualparal.sampling.state import BlockState
+from dualparal.schedule.layout import Layout
+from dualparal.schedule.schedule import Schedule
+
+logger = logging.getLogger("dualparal")
+
+# Of a run's time, at most a fiftieth goes into snapshots when nobody says how often.
+_TIMES_AS_LONG = 50
+_WAITING_BLOCKS = 4  # final latents that are not on disk yet
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often a run is kept.
+
+    Attributes:
+        folder: empty or absent at the start of a run.
+        every: iterations from one snapshot to the next, rounded up to one where a run can go on. None: so that writing
+            takes at most 2 % of the time.
+        notes: JSON values that whoever resumes wants to find again.
+        keep_latents: of all blocks, not only of those that a resume needs.
+    """
+
+    folder: Path
+    every: int | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    keep_latents: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"checkpoint_every={self.every}: iterations between snapshots; use 1 or more, or None")
+
+
+class Checkpointer:
+    """Rank 0's part of a checkpointed run.
+
+    Args:
+        history: latent frames before a block that its decoding needs.
+        prompts: asked at every snapshot, for the prompts of each video.
+        resumed: the name of the snapshot that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        run: dict[str, Any],
+        schedule: Schedule,
+        layout: Layout,
+        history: int,
+        prompts: Callable[[], Sequence[Mapping[int, torch.Tensor]]],
+        device: torch.device,
+        resumed: str = "",
+    ) -> None:
+        self.folder, self.every, self.keep_latents = checkpoint.folder, checkpoint.every, checkpoint.keep_latents
+        self.run, self.schedule, self.layout, self.history, self.prompts = run, schedule, layout, history, prompts
+        snapshot.remove_leftovers(self.folder, resumed)
+        self._delivered = [schedule.first_block] * schedule.num_videos  # blocks that the consumer has
+        self._pending: Snapshot | None = None  # captured; blocks before it may still be on their way out
+        self._ready: torch.cuda.Event | None = None
+        self._last = schedule.start
+        self._first_blocks = [schedule.first_block]  # of the snapshots on disk
+        self._seconds = 0.0  # that the last one took
+        self._idle_since = time.monotonic()
+        self._writing: Future[None] | None = None
+        self._tasks: list[Future[None]] = []
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="dualparal-checkpoint")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def begin(self) -> None:
+        """The first snapshot, from which a run can be started anew. Raises OSError."""
+        empty: list[dict[int, BlockState]] = [{} for _ in self._delivered]
+        Snapshot(0, self.run, self.prompts(), empty).write(self.folder)
+
+    def emit(self, video: int, block: int, latents: torch.Tensor) -> None:
+        """A block's final latents. Waits while several others are not on disk yet."""
+        self._collect(_WAITING_BLOCKS)
+        ready = self._event()
+        self._submit(lambda: self._write_block(video, block, latents, ready))
+
+    def delivered(self, video: int, block: int) -> None:
+        """The consumer has a block's frames and asks for the next ones."""
+        self._delivered[video] = block + 1
+        self._collect()
+        self._write_when_ready()
+
+    def cut(self, iteration: int, blocks: Callable[[], Sequence[Mapping[int, BlockState]]]) -> None:
+        """The latents are those at the start of an iteration that stands alone."""
+        self._collect()
+        if self._pending is not None or self._writing is not None or not self._is_due(iteration):
+            return
+        in_flight = self.schedule.in_flight(iteration)
+        if not in_flight:
+            return  # the end
+        # Stage 0 may have let in a block of this iteration already; it begins with its noise.
+        begun = [block for block in in_flight if block * self.schedule.gap < iteration]
+        states = [{block: video[block] for block in begun} for video in blocks()]
+        self._pending = Snapshot(iteration, self.run, self.prompts(), states)
+        self._ready = self._event()
+        self._last = iteration
+        self._write_when_ready()
+
+    def close(self) -> None:
+        """Writes what can be written and waits for it. Raises what writing raised."""
+        self._write_when_ready()
+        self._pool.shutdown(wait=True)
+        self._collect()
+
+    def _is_due(self, iteration: int) -> bool:
+        if self.every is not None:
+            return iteration - self._last >= self.every
+        return time.monotonic() - self._idle_since >= _TIMES_AS_LONG * self._seconds
+
+    def _first(self, iteration: int) -> int:
+        return self.schedule.in_flight(iteration).start
+
+    def _write_when_ready(self) -> None:
+        taken, first = self._pending, 0 if self._pending is None else self._first(self._pending.iteration)
+        if taken is None or self._writing is not None or min(self._delivered) < first:
+            return
+        ready, self._pending = self._ready, None
+        self._writing = self._submit(lambda: self._write(taken, first, ready))
+
+    def _write(self, taken: Snapshot, first: int, ready: torch.cuda.Event | None) -> None:
+        begin = time.monotonic()
+        with self._beside(ready):
+            path = taken.write(self.folder)
+        self._idle_since = time.monotonic()
+        self._seconds = self._idle_since - begin
+        size = path.stat().st_size
+        logger.info("%s: %.1f MB in %.2f s", path.name, size / 1e6, self._seconds)
+        self._first_blocks = [*self._first_blocks, first][-snapshot.KEEP :]
+        if not self.keep_latents:
+            oldest = self._first_blocks[0]
+            for video in range(len(self._delivered)):
+                snapshot.forget_blocks(self.folder, video, needed(self.layout, oldest, self.history).start)
+
+    def _write_block(self, video: int, block: int, latents: torch.Tensor, ready: torch.cuda.Event | None) -> None:
+        with self._beside(ready):
+            snapshot.write_block(self.folder, video, block, latents)
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _beside(self, ready: torch.cuda.Event | None) -> Any:
+        """The stream on which tensors go to the host, once they are made."""
+        if ready is None:
+            return nullcontext()
+        ready.synchronize()
+        return torch.cuda.stream(self._stream)
+
+    def _submit(self, task: Callable[[], None]) -> Future[None]:
+        future = self._pool.submit(task)
+        self._tasks.append(future)
+        return future
+
+    def _collect(self, waiting: int | None = None) -> None:
+        """Raises what a finished task raised; waits until at most ``waiting`` are left."""
+        while self._tasks and (self._tasks[0].done() or (waiting is not None and len(self._tasks) > waiting)):
+            task = self._tasks.pop(0)
+            if task is self._writing:
+                self._writing = None
+            task.result()
+
+
+def check_fits(
+    found: Snapshot, schedule: Schedule, layout: Layout, sampler: Sampler, shape: tuple[int, int, int], text_dim: int
+) -> None:
+    """Whether a snapshot is one of this schedule's at its start.
+
+    shape: channels, height and width of a latent frame.
+
+    Raises:
+        SnapshotError: other blocks, shapes, dtypes or sampler states than the run would have there.
+    """
+    expected = {block for block in schedule.in_flight(schedule.start) if schedule.steps_done(block)}
+    for prompts, blocks in zip(found.prompts, found.blocks, strict=True):
+        if set(blocks) != expected:
+            raise SnapshotError(f"a snapshot of blocks {sorted(blocks)}: iteration {schedule.start} has others")
+        if min(prompts, default=math.inf) > schedule.first_block:
+            raise SnapshotError("a snapshot without the first block's prompt")
+        for embeds in prompts.values():
+            tokens = next(iter(found.prompts[0].values())).shape[1]
+            if list(embeds.shape) != [schedule.branches, tokens, text_dim]:
+                raise SnapshotError(f"a snapshot with prompt embeddings of shape {list(embeds.shape)}")
+        for block, state in blocks.items():
+            size = (1, shape[0], layout.frames(block), *shape[1:])
+            if state.latents.shape != size or state.latents.dtype != torch.float32:
+                raise SnapshotError(f"a snapshot with latents of shape {list(state.latents.shape)}, not {list(size)}")
+            _check_sampler(state.sampler, sampler.start().state(), schedule.steps_done(block), state.latents)
+
+
+def _check_sampler(state: Mapping[str, Any], fresh: Mapping[str, Any], steps: int, latents: torch.Tensor) -> None:
+    """The names and kinds of a state's values are those of the sampler; tensors are shaped as the latents."""
+
+    def fits(value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            return value.shape in (latents.shape, ()) and value.device == latents.device
+        return value is None or (type(value) is int and 0 <= value <= steps)
+
+    for name, value in state.items():
+        wanted = fresh.get(name)
+        items = value if isinstance(value, list) else [value]
+        if isinstance(wanted, list) != isinstance(value, list) or not all(map(fits, items)):
+            raise SnapshotError(f"a snapshot with a sampler state that has another {name}")
+        if isinstance(wanted, list) and len(items) != len(wanted):
+            raise SnapshotError(f"a snapshot with a sampler state of another order ({name})")
+    at = state.get("_step_index")
+    if type(at) is not int or at != steps or set(fresh) - set(state):
+        raise SnapshotError("a snapshot with a sampler state of another step")
+
+
+def needed(layout: Layout, first: int, history: int) -> range:
+    """The finished blocks whose latents a run needs that goes on with block ``first``: for the decoder's history, and
+    at least the one before, whose end is fed to the model."""
+    block, wanted = first, history
+    while block > 0 and (wanted > 0 or block == first):
+        block -= 1
+        wanted -= layout.frames(block)
+    return range(block, first)

@@ -1,0 +1,1 @@
+"""The command line: flags to a job, a job to an engine."""

@@ -1,0 +1,5 @@
+"""``python -m dualparal.cli``, for torchrun and other launchers."""
+
+from dualparal.cli.main import main
+
+main()

@@ -1,0 +1,82 @@
+"""The command line: flags to a request, a request to an engine. No decisions of its own.
+
+``dualparal generate --gpus N`` starts N copies of the same command as ranks under the supervisor; a rank finds
+itself in the environment (ours or torchrun's) and does its share. torch is imported late, so that ``--help`` is
+quick and a rank's heartbeat starts before the slow imports.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from dualparal.cli.generate import generate
+from dualparal.cli.leader import unpack_arguments
+from dualparal.cli.plan import command as plan_command
+from dualparal.cli.rank import one_line
+from dualparal.launch.exit_codes import BAD_INPUT, STORAGE
+from dualparal.version import __version__
+
+logger = logging.getLogger("dualparal")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Long video from a stock video diffusion transformer, split over GPUs.",
+)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what was built, and what is missing."""
+    from dualparal.cli.doctor import report
+
+    typer.echo(report())
+
+
+@app.command()
+def calibrate() -> None:
+    """Measure the attention backends on this GPU once, and use the fastest from then on."""
+    from dualparal.kernels.attention.calibrate import calibrate as measure
+
+    path = measure(report=typer.echo)
+    typer.echo(f"kept in {path}; remove it to go back to the built-in table")
+
+
+app.command()(generate)
+app.command("plan")(plan_command)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Long video from a stock video diffusion transformer, split over GPUs."""
+    level = os.environ.get("DUALPARAL_LOG_LEVEL", "WARNING").upper()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logger.setLevel(level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "WARNING")
+    if version:
+        typer.echo(f"dualparal {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: one line on stderr and exit code 2 for the user's mistakes."""
+    sys.argv[1:] = unpack_arguments() or sys.argv[1:]
+    try:
+        app()
+    except ValueError as error:
+        typer.echo(f"error: {one_line(error)}", err=True)
+        sys.exit(BAD_INPUT)
+    except OSError as error:
+        typer.echo(f"error: cannot read or write: {one_line(error)}", err=True)
+        sys.exit(STORAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""``dualparal plan``: flags to ``planner.plan``, a plan to tables. No torch, no weights, no GPU."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dualparal.planning.devices import GIB
+from dualparal.planning.plan import NoPlan, Plan
+from dualparal.planning.planner import plan
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.lower().partition("x")
+    if not cross or not width.isdecimal() or not height.isdecimal():
+        raise ValueError(f"--size {text!r}: use WIDTHxHEIGHT in pixels, such as 832x480")
+    return int(height), int(width)
+
+
+def command(
+    gpus: Annotated[
+        str, typer.Option(help="COUNTxCARD, such as 8x24GB, 8xrtx4090 or 4xa100-80gb,2xrtx4090; stages in this order.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(help="wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-t2v-a14b, or a directory in diffusers format."),
+    ] = "wan2.1-t2v-1.3b",
+    num_frames: Annotated[int, typer.Option(help="Length in frames: 1, 5, 9 ... (4k + 1).")] = 1025,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "832x480",
+    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="1: no guidance, half the work.")] = 5.0,
+    frames_per_block: Annotated[int, typer.Option(help="B, latent frames per block.")] = 8,
+    context_frames: Annotated[int, typer.Option(help="C, latent frames lent by each neighbour.")] = 4,
+    context: Annotated[str, typer.Option(help="cached, prior or paper.")] = "cached",
+    max_blocks_in_flight: Annotated[
+        int | None, typer.Option(help="K, limit on the blocks in flight. Default: none, or what fits.")
+    ] = None,
+    context_version: Annotated[str, typer.Option(help="matching or newest, with a limit as above.")] = "matching",
+    decode: Annotated[str, typer.Option(help="'stage 0' (beside its units) or 'own card' (the last one).")] = "stage 0",
+    link: Annotated[
+        str | None, typer.Option(help="Between cards: pcie4, nvlink4, 25gbe ... Default: the cards' own.")
+    ] = None,
+    between: Annotated[str | None, typer.Option(help="The same between the groups of --gpus.")] = None,
+    memory_limit: Annotated[float | None, typer.Option(help="GiB per card that may be used.")] = None,
+    first_frame_limit: Annotated[
+        float | None, typer.Option(help="Seconds after which the first frames must be there.")
+    ] = None,
+) -> None:
+    """Say what a video will cost on some cards, before weights are downloaded. A prediction."""
+    height, width = _size(size)
+    console = Console()
+    try:
+        found = plan(
+            model,
+            gpus,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            frames_per_block=frames_per_block,
+            context_frames=context_frames,
+            context=context,
+            max_blocks_in_flight=max_blocks_in_flight,
+            context_version=context_version,
+            decode=decode,
+            link=link,
+            between=between,
+            memory_limit=memory_limit,
+            first_frame_limit=first_frame_limit,
+        )
+    except NoPlan as error:
+        if error.nearest is not None:
+            show(error.nearest, Console(stderr=True))
+        raise
+    show(found, console)
+
+
+def show(found: Plan, console: Console) -> None:
+    """The plan as tables for people."""
+    video, blocks = found.work.video, found.work.blocks
+    cap = "no limit" if blocks.max_blocks_in_flight is None else f"at most {blocks.max_blocks_in_flight}"
+    console.print(
+        f"[bold]{found.work.model.name}[/], {video.num_frames} frames of {video.width}x{video.height}, "
+        f"{video.num_inference_steps} steps{'' if video.guidance else ', no guidance'}: "
+        f"{found.work.layout.num_blocks} blocks of {blocks.frames_per_block} latents, context {blocks.context} of "
+        f"{blocks.context_frames}, blocks in flight: {cap}{f' ({found.note})' if found.note else ''}",
+        highlight=False,
+    )
+    console.print(
+        f"[bold]{found.seconds:.0f} s[/], {found.frames_per_second:.2f} frames/s, first frames after "
+        f"{found.first_frame:.0f} s, bubble {100 * found.bubble:.0f} %, VAE on {found.decode}. "
+        "[italic]A prediction: nothing here was measured on these cards.[/]",
+        highlight=False,
+    )
+    console.print(_stages(found))
+    if found.alternatives:
+        console.print(_alternatives(found))
+    for origin in dict.fromkeys(f"{card.name}: {card.efficiency.origin}" for card in found.cards.devices):
+        console.print(f"[dim]rests on: {origin}[/]", highlight=False)
+    for origin in dict.fromkeys(f"{link.name}: {link.origin}" for link in found.cards.links):
+        console.print(f"[dim]rests on: {origin}[/]", highlight=False)
+
+
+def _stages(found: Plan) -> Table:
+    table = Table("stage", "card", title="GiB per card")
+    for name in ("layers", "weights", "features", "other", "peak", "usable", "busy"):
+        table.add_column(name, justify="right")
+    for stage, memory in enumerate(found.memory):
+        busy = "-"
+        if found.simulation is not None:
+            busy = f"{100 * found.simulation.stages[stage].busy / found.seconds:.0f} %"
+        other = memory.running - memory.weights - memory.features
+        numbers = [memory.weights, memory.features, other, memory.peak, found.cards.usable[stage]]
+        table.add_row(
+            str(stage),
+            found.cards.devices[stage].name,
+            str(found.split[stage]),
+            *(f"{number / GIB:.1f}" for number in numbers),
+            busy,
+        )
+    if found.decode_on is not None:
+        table.add_row("VAE", found.decode_on.name, *["-"] * 7)
+    return table
+
+
+def _alternatives(found: Plan) -> Table:
+    table = Table("context", title="one choice changed at a time (closed form, within some percent)")
+    for name in ("B", "C", "K", "s", "frames/s", "first s", "GiB"):
+        table.add_column(name, justify="right")
+    table.add_column("what")
+    for other in found.alternatives:
+        blocks = other.work.blocks
+        table.add_row(
+            blocks.context,
+            str(blocks.frames_per_block),
+            str(blocks.context_frames),
+            str(blocks.max_blocks_in_flight or "-"),
+            f"{other.seconds:.0f}",
+            f"{other.frames_per_second:.2f}",
+            f"{other.first_frame:.0f}",
+            f"{max(memory.peak for memory in other.memory) / GIB:.1f}",
+            other.note,
+        )
+    return table

@@ -1,0 +1,200 @@
+"""One rank of several, or the only process: runs the engine and writes what comes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dualparal.cli.job import Job, call_arguments, checkpoint_of, display_of, error_file, make_engine, resume_command
+from dualparal.launch.exit_codes import BAD_INPUT, NUMERICS, RANK_FAILED, STORAGE
+from dualparal.launch.heartbeat import Heartbeat
+
+if TYPE_CHECKING:
+    from dualparal.io.output import PictureOutput, VideoOutput
+
+logger = logging.getLogger("dualparal")
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars would run through ours."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def work(job: Job, heartbeat: Heartbeat) -> int:
+    """One rank of several, or the only process."""
+    import torch
+
+    from dualparal.distributed.messages import PeerLost
+    from dualparal.models.files import ModelError
+    from dualparal.runtime.executor import NonFiniteError
+
+    torch.set_num_threads(job.threads)
+    _quiet_libraries()
+    try:
+        interrupted = _stream(job, heartbeat)
+    except (PeerLost, TimeoutError) as error:  # another rank is gone, or did not come
+        heartbeat.error(error, peer=True, exit_code=RANK_FAILED)
+        return _fail(job, str(error), RANK_FAILED, heartbeat)
+    except NonFiniteError as error:
+        heartbeat.error(error, exit_code=NUMERICS)
+        return _fail(job, str(error), NUMERICS, heartbeat)
+    except (ModelError, ValueError) as error:
+        heartbeat.error(error, exit_code=BAD_INPUT)
+        return _fail(job, str(error), BAD_INPUT, heartbeat)
+    except OSError as error:
+        heartbeat.error(error, exit_code=STORAGE)
+        return _fail(job, f"cannot read or write: {error}", STORAGE, heartbeat)
+    except Exception as error:
+        heartbeat.error(error, exit_code=RANK_FAILED)
+        logger.exception("this rank failed")
+        return _fail(job, f"{type(error).__name__}: {error}", RANK_FAILED, heartbeat)
+    heartbeat.done()
+    return 128 + interrupted if interrupted and not heartbeat.supervised else 0
+
+
+def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
+    """Says what went wrong, unless the supervisor will: it has heard of it and names the first cause."""
+    if heartbeat.supervised:
+        return code
+    typer.echo(f"error: {one_line(text)}", err=True)
+    if code != BAD_INPUT and "RANK" not in os.environ:
+        from dualparal.launch.blame import Failure
+        from dualparal.launch.supervisor import write_error
+
+        where: dict[str, Any] = {name: heartbeat.where.get(name) for name in ("stage", "block", "step", "phase")}
+        write_error(
+            error_file(job), Failure(0, **where, cause=text, exit_code=code, resume_command=resume_command(job))
+        )
+    return code
+
+
+def _stream(job: Job, heartbeat: Heartbeat) -> int:
+    """Runs the engine and writes what comes. Returns the signal that ended it early, or 0."""
+    import torch
+
+    from dualparal.checkpoint.snapshot import clear
+    from dualparal.io.latents import read_latents, write_latents
+    from dualparal.io.output import open_output
+
+    heartbeat.phase("start", stage=int(os.environ.get("RANK", "0")))
+    engine = make_engine(job, None if "RANK" in os.environ else job.stages, heartbeat.phase)
+    leading = engine.mesh.rank == 0
+    latents = None if job.latents_in is None else read_latents(job.latents_in)
+    checkpoint = checkpoint_of(job)
+    if job.resume:
+        chunks = engine.resume(checkpoint, timeline=job.timeline)
+    else:
+        chunks = engine.stream(
+            prompt=job.prompts, latents=latents, timeline=job.timeline, checkpoint=checkpoint, **call_arguments(job)
+        )
+    stopped = _stop_on_signals(engine, heartbeat, leading)
+    outputs: list[VideoOutput | PictureOutput] = []
+    if leading and not job.resume:
+        outputs = [open_output(out, job.fps) for out in job.outs]
+    final: list[list[torch.Tensor]] = [[] for _ in job.prompts]
+    display = display_of(job) if leading and not heartbeat.supervised else None
+    complete = False
+    try:
+        if display is not None:
+            display.start()
+        for chunk in chunks:
+            if not outputs:  # resumed
+                outputs = [open_output(out, job.fps, chunk.block, chunk.start_frame) for out in job.outs]
+            if outputs:
+                outputs[chunk.video].write(chunk.block, chunk.frames)
+            if job.latents_out is not None:
+                if job.resume and not final[chunk.video]:
+                    final[chunk.video] += _finished_before(job, chunk)
+                final[chunk.video].append(chunk.latents.cpu())
+            report = asdict(chunk.progress)
+            heartbeat.message(progress=report, **({"committed": chunk.block} if outputs else {}))
+            if display is not None:
+                display.update(report)
+        complete = not engine.interrupted
+    except BaseException:
+        # The parent of supervised ranks wants to hear of it at once, and ends them then: blocks stay as they are.
+        for output in [] if heartbeat.supervised else outputs:
+            _close_after(output)
+        raise
+    finally:
+        if display is not None:
+            display.stop()
+    if outputs:
+        heartbeat.phase("write")
+    for output in outputs:
+        output.close()
+    if not job.keep_blocks and (job.checkpoint is None or complete):
+        for output in outputs:
+            output.remove_blocks()
+    if leading and job.latents_out is not None and all(final) and (job.checkpoint is None or complete):
+        whole = [torch.cat(parts, dim=2) for parts in final]
+        shortest = min(part.shape[2] for part in whole)  # after an interruption they are not all as long
+        write_latents(job.latents_out, torch.cat([part[:, :, :shortest] for part in whole]))
+    if leading and job.checkpoint is not None and complete:
+        clear(job.checkpoint)
+    if leading and engine.stats is not None:
+        latents_out = job.latents_out if job.checkpoint is None or complete else None
+        places = [str(p) for p in (*job.outs, latents_out) if p is not None]
+        summary = f"{' and '.join(places)}: {engine.stats.summary()}"
+        if heartbeat.supervised:
+            heartbeat.message(summary=summary)
+        else:
+            typer.echo(summary, err=True)
+    return stopped[0] if stopped else 0
+
+
+def _finished_before(job: Job, chunk: Any) -> list[Any]:
+    """Latents of the blocks before a video's first chunk, which an earlier run has finished."""
+    from dualparal.checkpoint.snapshot import read_blocks
+
+    if job.checkpoint is None or chunk.block == 0:
+        return []
+    return read_blocks(job.checkpoint, chunk.video, range(chunk.block))
+
+
+def _close_after(output: Any) -> None:
+    """Joins what is finished after a failure, which must not be hidden by another one."""
+    try:
+        output.close()
+    except (OSError, ValueError) as error:
+        logger.warning("%s: finished blocks were not joined: %s", output.path, error)
+
+
+def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[int]:
+    """First SIGINT or SIGTERM: stop at the next unit and keep what is finished; second: at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        engine.interrupt()
+
+    def watch() -> None:
+        heartbeat.stop_requested.wait()
+        engine.interrupt()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if leading and not heartbeat.supervised:
+            signal.signal(number, note)
+        elif number == signal.SIGINT or not heartbeat.supervised:
+            # The terminal sends ctrl-C to every process; only the leader (or the supervisor) acts on it.
+            signal.signal(number, signal.SIG_IGN)
+    if leading and heartbeat.supervised:
+        threading.Thread(target=watch, daemon=True).start()
+    return received
+
+
+def one_line(error: object) -> str:
+    """One line, whatever a name in it holds: line breaks and a terminal's control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(error))

@@ -1,0 +1,1 @@
+"""Final latents to frames, in the order in which they are finished."""

@@ -1,0 +1,164 @@
+"""Finished blocks on their way out: decoded on a thread beside the stages, and given out as they were finished."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dualparal.config.video import OutputType
+from dualparal.decoding.chunks import Chunk, Progress
+from dualparal.decoding.frames import to_output, to_uint8
+from dualparal.models.wan.vae import StreamingDecoder
+from dualparal.schedule.layout import Layout
+from dualparal.trace.timeline import Track
+
+
+class DecodeLane:
+    """Takes final latents from stage 0, decodes at most two blocks ahead of the consumer.
+
+    Args:
+        total_frames: of a video.
+        decoders: one for each of ``num_videos``; None when latents are wanted.
+        busy: seconds that stage 0 has spent in units.
+        track: stage 0's rows in the timeline.
+    """
+
+    BOUND = 2
+
+    def __init__(
+        self,
+        layout: Layout,
+        output_type: OutputType,
+        total_frames: int | None,
+        temporal_factor: int,
+        num_videos: int,
+        decoders: Sequence[StreamingDecoder] | None,
+        device: torch.device,
+        busy: Callable[[], float],
+        track: Track | None = None,
+    ) -> None:
+        self.layout = layout
+        self.output_type = output_type
+        self.temporal_factor = temporal_factor
+        self.busy = busy
+        self.track = track
+        self.started = time.perf_counter()
+        blocks = None if layout.num_blocks is None else num_videos * layout.num_blocks
+        frames = None if total_frames is None else num_videos * total_frames
+        self.progress = self.before = Progress(0, 0, blocks, frames, 0.0, 0.0, 0.0)
+        self._decoders = decoders
+        self._frames_of = [0] * num_videos  # given out so far
+        self._latents: dict[tuple[int, int], torch.Tensor] = {}  # by video and block
+        self._pending: deque[tuple[int, int, torch.Tensor, Future[Any]]] = deque()
+        self._done: deque[tuple[int, int, torch.Tensor, Any]] = deque()
+        self._pool = None if decoders is None else ThreadPoolExecutor(1, thread_name_prefix="dualparal-decode")
+        self._stream = torch.cuda.Stream(device) if decoders is not None and device.type == "cuda" else None
+
+    @property
+    def history(self) -> int:
+        """Latent frames back that decoding sees."""
+        return 0 if self._decoders is None else self._decoders[0].history
+
+    def resume(self, block: int, videos: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Goes on with a block: the latents of each video's blocks before it, as far as decoding sees them, go through
+        the decoders again."""
+        for video, latents in enumerate(videos):
+            self._frames_of[video] = self._made(0, self.layout.start(block)) if block else 0
+            if self._decoders is not None:
+                for part in latents:
+                    self._decoders[video].push(part)
+        self.before = replace(self.progress, blocks=block * len(videos), frames=sum(self._frames_of))
+        self.progress = self.before
+
+    def _made(self, block: int, latents: int) -> int:
+        """Frames of so many latents; the first of a video is one frame."""
+        return self.temporal_factor * latents - (self.temporal_factor - 1 if block == 0 else 0)
+
+    def emit(self, video: int, block: int, latents: torch.Tensor) -> None:
+        """A block's final latents; what is beyond the end of the video is cut off."""
+        kept = latents[:, :, : self.layout.kept_frames(block)]
+        if self._pool is None:
+            self._done.append((video, block, kept, None))
+        else:
+            self._latents[video, block] = kept
+
+    def decode(self, video: int, block: int) -> None:
+        """Starts decoding; waits when two blocks are already waiting to be decoded."""
+        assert self._pool is not None
+        while len(self._pending) >= self.BOUND:
+            self._take()
+        latents = self._latents.pop((video, block))
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending.append((video, block, latents, self._pool.submit(self._decode, video, block, latents, ready)))
+
+    def _decode(self, video: int, block: int, latents: torch.Tensor, ready: torch.cuda.Event | None) -> Any:
+        begin = time.perf_counter()
+        if self._stream is None:
+            frames = self._frames(video, latents)
+        else:
+            with torch.cuda.stream(self._stream):
+                assert ready is not None
+                self._stream.wait_event(ready)
+                frames = self._frames(video, latents)
+                self._stream.synchronize()
+        if self.track is not None:
+            self.track.decode(video, block, begin, time.perf_counter())
+        return frames
+
+    def _frames(self, video: int, latents: torch.Tensor) -> Any:
+        assert self._decoders is not None and self.output_type != "latent"
+        frames = self._decoders[video].push(latents)
+        return to_uint8(frames) if self.output_type == "uint8" else to_output(frames, self.output_type)
+
+    def _take(self) -> None:
+        video, block, latents, future = self._pending.popleft()
+        self._done.append((video, block, latents, future.result()))
+
+    def ready(self) -> Iterator[Chunk]:
+        """Chunks that are finished, without waiting."""
+        while self._pending and self._pending[0][-1].done():
+            self._take()
+        while self._done:
+            chunk = self._chunk(*self._done.popleft())
+            begin = time.perf_counter()
+            try:
+                yield chunk
+            finally:
+                if self.track is not None:
+                    self.track.consumer(chunk.video, chunk.block, begin, time.perf_counter())
+
+    def drain(self) -> Iterator[Chunk]:
+        """All chunks that are still to come."""
+        while self._pending:
+            self._take()
+            yield from self.ready()
+        yield from self.ready()
+
+    def _chunk(self, video: int, block: int, latents: torch.Tensor, frames: Any) -> Chunk:
+        start = self._frames_of[video]
+        made = self._made(block, latents.shape[2])
+        self._frames_of[video] += made
+        seconds = time.perf_counter() - self.started
+        done = self.progress
+        self.progress = replace(
+            done,
+            blocks=done.blocks + 1,
+            frames=done.frames + made,
+            seconds=seconds,
+            first=done.first or seconds,
+            bubble=1 - self.busy() / seconds,
+        )
+        return Chunk(block, start, frames, latents, self.progress, video)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

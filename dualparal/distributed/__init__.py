@@ -1,0 +1,1 @@
+"""Ranks, and what travels between them: groups, handshakes, edges, prompts. What the tensors mean is not known here."""

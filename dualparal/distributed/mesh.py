@@ -1,0 +1,129 @@
+"""Which rank this process is, and how ranks meet: torchrun's environment, our supervisor's, or one process alone.
+
+One rank owns one stage. Nothing listens outside loopback unless torchrun set it up so: ranks that our supervisor
+starts meet through a file in a private folder.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dualparal.distributed.handshake import handshake
+from dualparal.launch.heartbeat import RENDEZVOUS
+
+JOIN_SECONDS = 120.0  # until the last rank of this machine has imported what it needs
+TIMEOUT = timedelta(minutes=30)  # a rank may wait long for a slow neighbour; the supervisor watches progress
+
+_groups: list[list[Any]] = []  # of every engine, also of those that live until the interpreter ends
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks 0 .. world_size - 1, stage k on rank k. ``distributed``: more than one process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    distributed: bool
+
+    @classmethod
+    def local(cls, device: torch.device) -> Mesh:
+        return cls(0, 1, device, distributed=False)
+
+    @classmethod
+    def join(cls, device_type: str) -> Mesh:
+        """Joins the process group that the environment describes, or uses the one that is there.
+
+        Raises:
+            RuntimeError: CUDA asked for and this rank has no card.
+        """
+        if device_type == "cuda":
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            if local_rank >= torch.cuda.device_count():
+                raise RuntimeError(
+                    f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; "
+                    "start as many ranks as there are cards"
+                )
+            torch.cuda.set_device(local_rank)
+            device = torch.device("cuda", local_rank)
+        else:
+            device = torch.device(device_type)
+        if not dist.is_initialized():
+            cls._init("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), device, distributed=dist.get_world_size() > 1)
+
+    def clock_offset(self) -> float:
+        """Seconds to add to this rank's ``time.perf_counter`` to have rank 0's. Collective.
+
+        On one machine it is the same clock, and the offset is 0. Between machines it is measured, by the quickest of
+        some round trips to rank 0, and right within half of that one's time.
+        """
+        found = 0.0
+        clock = torch.zeros(1, dtype=torch.float64)
+        for other in range(1, self.world_size):
+            if self.rank not in (0, other):
+                continue
+            quickest = float("inf")
+            for _ in range(8):
+                if self.rank == 0:
+                    dist.recv(clock, other)
+                    clock[0] = time.perf_counter()
+                    dist.send(clock, other)
+                    continue
+                begin = time.perf_counter()
+                dist.send(clock, 0)
+                dist.recv(clock, 0)
+                end = time.perf_counter()
+                if end - begin < quickest:
+                    quickest, offset = end - begin, clock.item() - (begin + end) / 2
+                    found = offset if abs(offset) > quickest / 2 else 0.0  # a clock that fits as it is, is shared
+        return found
+
+    @staticmethod
+    def _init(backend: str) -> None:
+        # Its functions take the group of all ranks as a default argument. Imported later (transformers does) they would
+        # hold it, and with it gloo's threads, beyond the end of Python.
+        importlib.import_module("torch.distributed.nn.functional")
+        atexit.register(_leave)
+        path = os.environ.get(RENDEZVOUS)
+        if path is None:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+            return
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo0" if os.uname().sysname == "Darwin" else "lo")
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = dist.FileStore(path, world_size)
+        # torch would wait for a rank that never comes for as long as for a slow one, and not say which.
+        handshake(dist.PrefixStore("dualparal/join", store), rank, world_size, {}, JOIN_SECONDS)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+
+
+def drop_at_exit(groups: list[Any]) -> None:
+    """Empties this list of process groups when the process ends: its owner may live until after that."""
+    _groups.append(groups)
+
+
+def _leave() -> None:
+    """Ends all process groups, and with them gloo's threads, while Python is whole."""
+    for groups in _groups:
+        groups.clear()
+    gc.collect()  # the edges of past runs hold them too, in cycles
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def in_distributed_run() -> bool:
+    """Whether this process is one rank of several (torchrun, our supervisor, or an initialised process group)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ

@@ -1,0 +1,92 @@
+"""Refuses a request that cannot fit, by the numbers of the cost model, before anything of its size is allocated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from dualparal.config.video import OutputType
+from dualparal.planning.memory import stage_memory
+from dualparal.planning.workload import Workload
+
+GIB = 2**30
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class TooLarge(ValueError):
+    """A request whose estimate exceeds the memory there is; names both."""
+
+
+def check(
+    work: Workload,
+    split: Sequence[int],
+    owned: Sequence[int],
+    device: torch.device,
+    encodes: bool = True,
+    held: int = 0,
+) -> None:
+    """Compares what the stages of this process need with what there is: all of a card, or all of the host's memory.
+
+    The estimate leaves out what libraries take, so a request that passes may still not fit. On the CPU the stages of
+    all processes on this machine count.
+
+    Args:
+        owned: stages of this process.
+        encodes: whether the text encoder is needed. It is gone before the weights are loaded.
+        held: bytes of the result besides, where it is kept whole.
+
+    Raises:
+        TooLarge: it cannot fit.
+    """
+    schedule = work.schedule(len(split))
+    on_host = device.type != "cuda"
+    together = range(len(split)) if on_host and _alone() else owned
+    memory = [stage_memory(work, schedule, split, stage) for stage in together]
+    need = sum(stage.running for stage in memory) + held * on_host
+    if encodes:
+        need = max(need, *(stage.before for stage in memory))
+    have = host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
+    if need > have:
+        video, blocks = work.video, work.blocks
+        kept = f", {held / GIB:.1f} GiB of them for the result, which is kept whole" if held and on_host else ""
+        count = f"{work.num_videos} videos of " if work.num_videos > 1 else ""
+        fewer = "fewer prompts at once, " if work.num_videos > 1 else ""
+        where = "this machine" if on_host else "the card"
+        raise TooLarge(
+            f"{count}{video.num_frames} frames of {video.width}x{video.height} in blocks of "
+            f"{blocks.frames_per_block} need about {need / GIB:.1f} GiB ({need} bytes{kept}), and {where} has "
+            f"{have / GIB:.1f}: use {fewer}a smaller picture, smaller blocks, fewer blocks in flight or more GPUs; "
+            "'dualparal plan' says what fits"
+        )
+
+
+def whole_bytes(work: Workload, output_type: OutputType, keeps: str | None) -> int:
+    """Of a video that is kept until its end: all of its chunks, and the one array that is made of them."""
+    video, latents = work.video, work.layout.num_latents
+    if keeps is None or video.num_frames is None or latents is None:
+        return 0
+    if keeps == "latents":
+        return 2 * 4 * latents * work.model.in_channels * work.pixels
+    picture = 3 * video.height * video.width
+    return video.num_frames * picture * {"np": 8, "pt": 8, "uint8": 2, "pil": 1, "latent": 0}[output_type]
+
+
+def host_memory() -> int:
+    """Bytes that processes here may use: of the machine, or of the container if that is less."""
+    limits = [psutil.virtual_memory().total]
+    for path in map(Path, _CGROUP_LIMITS):
+        try:
+            limits.append(int(path.read_text()))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return min(limits)
+
+
+def _alone() -> bool:
+    """Whether all ranks of the run are on this machine."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    return os.environ.get("LOCAL_WORLD_SIZE", ranks) == ranks

@@ -1,0 +1,183 @@
+"""A request for one video, checked against the model before any weight is read, and several of them from one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dualparal.config.blocks import BlockConfig
+from dualparal.config.video import VideoConfig
+from dualparal.models.base import Grid
+from dualparal.models.source import ModelSource
+from dualparal.sampling.sampler import Sampler
+from dualparal.schedule.layout import Layout
+
+Prompt = str | Mapping[int, str]  # a text, or {first frame: text}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything about a run but the text's embeddings, which need the text encoder.
+
+    prompts: first block -> text. embeds: [1 or 2, tokens, text_dim] when they were given instead of a text.
+    """
+
+    video: VideoConfig
+    layout: Layout
+    grid: Grid
+    sampler: Sampler
+    prompts: dict[int, str]
+    negative_prompt: str | None
+    embeds: torch.Tensor | None
+    latents: torch.Tensor | None
+    callback: Any = None
+
+
+def split_videos(
+    prompt: Prompt | Sequence[Prompt] | None,
+    negative_prompt: str | Sequence[str] | None,
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    prompt_embeds: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+) -> list[dict[str, Any]]:
+    """The arguments of each video, as many as there are prompts: a list, or rows of ``prompt_embeds``.
+
+    What is one value holds for all of them, but a seed: video v takes seed + v, or the v-th that the generator draws.
+
+    Raises:
+        ValueError: lists and tensors of different lengths, or both seed and generator.
+    """
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator were both given; use one of them")
+    if isinstance(prompt, (list, tuple)):
+        count = len(prompt)
+    else:
+        count = len(prompt_embeds) if prompt_embeds is not None and prompt_embeds.ndim == 3 else 1
+    if count == 0:
+        raise ValueError("prompt holds no text; give one for each video")
+
+    def rows(name: str, value: Any) -> list[Any]:
+        several = list(value.split(1)) if isinstance(value, torch.Tensor) and count > 1 else value
+        if not isinstance(several, (list, tuple)):
+            return [value] * count
+        if len(several) != count:
+            raise ValueError(f"{name} for {len(several)} videos, and prompts for {count}; give one for each")
+        return list(several)
+
+    if isinstance(generator, torch.Generator):
+        generator = [generator] * count
+    if generator is not None:
+        seeds = [int(torch.randint(2**62, (1,), generator=g, device=g.device)) for g in rows("generator", generator)]
+    else:
+        seeds = rows("seed", [(seed or 0) + v for v in range(count)] if seed is None or isinstance(seed, int) else seed)
+    columns = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "latents": latents,
+        "prompt_embeds": prompt_embeds,
+        "negative_prompt_embeds": negative_prompt_embeds,
+    }
+    split = {"seed": seeds, **{name: rows(name, value) for name, value in columns.items()}}
+    return [{name: values[v] for name, values in split.items()} for v in range(count)]
+
+
+def check_request(
+    source: ModelSource,
+    scheduler: Any,
+    blocks: BlockConfig,
+    device: torch.device,
+    video: VideoConfig,
+    *,
+    prompt: Prompt | None,
+    negative_prompt: str | None,
+    latents: torch.Tensor | None,
+    prompt_embeds: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+) -> Request:
+    """Raises ValueError for a request that cannot be run; it names the value, the rule and the way out."""
+    spec, vae = source.spec, source.vae_config
+    spatial, temporal = int(vae.get("scale_factor_spatial", 8)), int(vae.get("scale_factor_temporal", 4))
+    video.check_size(spatial * spec.patch_size[1], spatial * spec.patch_size[2])
+    if video.guidance_scale_2 is not None and spec.num_experts == 1:
+        raise ValueError(
+            f"guidance_scale_2={video.guidance_scale_2}: this model has a single transformer; "
+            "only Wan2.2 models with two take a second scale"
+        )
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("give either prompt or prompt_embeds, and not both")
+    layout = Layout(blocks, video.num_latents(temporal))
+    grid = spec.grid(video.height, video.width, spatial)
+    return Request(
+        video=video,
+        layout=layout,
+        grid=grid,
+        sampler=Sampler(scheduler, video.num_inference_steps, device),
+        prompts={} if prompt is None else _prompts(prompt, layout, temporal),
+        negative_prompt=negative_prompt,
+        embeds=_embeds(prompt_embeds, negative_prompt_embeds, video.guidance, spec.text_dim),
+        latents=None if latents is None else _latents(latents, layout, grid, spec.in_channels),
+    )
+
+
+def _prompts(prompt: Prompt, layout: Layout, temporal_factor: int) -> dict[int, str]:
+    if isinstance(prompt, str):
+        return {0: prompt}
+    if not isinstance(prompt, Mapping) or not all(isinstance(text, str) for text in prompt.values()):
+        raise ValueError(
+            f"prompt is a {type(prompt).__name__}: use a text, {{first frame: text}}, or a list of these for several "
+            "videos"
+        )
+    if 0 not in prompt:
+        raise ValueError("prompt has no text for frame 0")
+    found: dict[int, str] = {}
+    for frame in sorted(prompt):
+        if not isinstance(frame, int) or frame < 0:
+            raise ValueError(f"prompt for frame {frame!r}: frames are counted from 0")
+        latent = (frame + temporal_factor - 1) // temporal_factor - layout.first_frames
+        block = 0 if latent < 0 else 1 + latent // layout.blocks.frames_per_block
+        if block in found:
+            raise ValueError(
+                f"prompt for frame {frame} and an earlier one lie in the same block {block}: a block has "
+                f"one prompt; put them {temporal_factor * layout.blocks.frames_per_block} frames apart"
+            )
+        found[block] = prompt[frame]
+    return found
+
+
+def _embeds(
+    positive: torch.Tensor | None, negative: torch.Tensor | None, guidance: bool, text_dim: int
+) -> torch.Tensor | None:
+    if positive is None:
+        if negative is not None:
+            raise ValueError("negative_prompt_embeds were given without prompt_embeds")
+        return None
+    rows = {"prompt_embeds": positive}
+    if guidance:
+        if negative is None:
+            raise ValueError("prompt_embeds with guidance need negative_prompt_embeds too; or use guidance_scale=1")
+        rows["negative_prompt_embeds"] = negative
+    for name, row in rows.items():
+        if row.ndim != 3 or row.shape[0] != 1 or row.shape[2] != text_dim:
+            raise ValueError(f"{name} has shape {list(row.shape)}; this model takes [1, tokens, {text_dim}]")
+    if len({row.shape[1] for row in rows.values()}) != 1:
+        lengths = " and ".join(str(row.shape[1]) for row in rows.values())
+        raise ValueError(f"prompt_embeds and negative_prompt_embeds have {lengths} tokens; pad them to one length")
+    return torch.cat(list(rows.values()))
+
+
+def _latents(latents: torch.Tensor, layout: Layout, grid: Grid, channels: int) -> torch.Tensor:
+    if layout.num_latents is None:
+        raise ValueError("latents were given for an endless video; give num_frames too")
+    lengths = sorted({layout.num_latents, layout.padded_latents or 0})
+    shapes = [[1, channels, length, grid.height, grid.width] for length in lengths]
+    if list(latents.shape) not in shapes:
+        wanted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"latents have shape {list(latents.shape)}; this request takes {wanted}")
+    if not torch.isfinite(latents).all():
+        raise ValueError("latents hold NaN or infinity; initial noise is finite")
+    return latents

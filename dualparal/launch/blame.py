@@ -1,0 +1,256 @@
+"""Which rank is to blame when a run fails: a function of what its ranks said and of how they ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dualparal.launch.exit_codes import NO_PROGRESS, RANK_FAILED
+from dualparal.launch.heartbeat import TICK_SECONDS
+
+# Silence that makes a rank suspect when others already say that they lost a peer.
+_SUSPECT_SECONDS = 5 * TICK_SECONDS
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long the parent waits, in seconds."""
+
+    heartbeat: float = 10.0  # without a tick: the process is stopped, or holds the GIL
+    progress: float = 600.0  # without a message while busy, or while every rank waits
+    startup: float = 120.0  # at least this for either while starting: imports hold the GIL for long
+    grace: float = 20.0  # from the request to stop until SIGKILL
+    error_hold: float = 0.2  # a rank's own error waits this long for a death by signal that explains it
+    peer_error_hold: float = 1.0  # "I lost a peer" waits this long for the peer's own story
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if not value >= 0:
+                raise ValueError(f"{item.name}={value!r}: a limit is a number of seconds; use 0 or more")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Which rank failed, where it was, and why. `str` gives one message for the user."""
+
+    rank: int
+    stage: int | None
+    block: int | None
+    step: int | None
+    phase: str | None
+    cause: str
+    exit_code: int
+    hint: str = ""
+    last_committed_block: int | None = None
+    resume_command: str | None = None
+
+    def __str__(self) -> str:
+        stage = f" (stage {self.stage})" if self.stage is not None else ""
+        places = [
+            f"{name} {value}" for name, value in (("block", self.block), ("step", self.step)) if value is not None
+        ]
+        places.append(f"phase '{self.phase}'" if self.phase else "start-up")
+        text = f"rank {self.rank}{stage} failed at {', '.join(places)}: {self.cause}"
+        more = {
+            "hint": self.hint,
+            "last block on disk": self.last_committed_block,
+            "resume with": self.resume_command,
+        }
+        return "\n".join([text, *(f"{name}: {value}" for name, value in more.items() if value not in (None, ""))])
+
+
+@dataclass(frozen=True)
+class Report:
+    """An error a rank told us about, and the time of it on the machine's monotonic clock."""
+
+    text: str
+    at: float
+    exit_code: int
+
+
+@dataclass
+class RankState:
+    """What is known of one rank: where it says it is, when it was last heard, how it ended."""
+
+    rank: int
+    heard: float  # any line
+    moved: float  # any line but a tick, by the rank's own account
+    stage: int | None = None
+    block: int | None = None
+    step: int | None = None
+    phase: str | None = None  # None until the first phase: starting up
+    done: bool = False
+    error: Report | None = None  # its own
+    peer_error: Report | None = None  # a consequence of another rank's end
+    exit: int | None = None  # as in subprocess: negative for a signal
+    exited_at: float = 0.0
+
+    @property
+    def active(self) -> bool:
+        """Alive, unfinished, and not yet complaining."""
+        return self.exit is None and not (self.done or self.error or self.peer_error)
+
+    @property
+    def starting(self) -> bool:
+        return self.phase is None or self.phase.startswith("start")
+
+    @property
+    def waiting(self) -> bool:
+        return self.phase is not None and self.phase.startswith("wait")
+
+    @property
+    def unexplained_exit(self) -> int | None:
+        """The exit code, if nothing this rank said explains it."""
+        if self.error or self.peer_error:
+            return None
+        # Libraries may crash while they unload, after the work; a code above 0 is somebody's decision.
+        return None if self.done and (self.exit or 0) <= 0 else self.exit
+
+    @property
+    def finished(self) -> bool:
+        """Its work is done, and nothing it did since says otherwise."""
+        return self.done and not self.error and self.unexplained_exit is None
+
+    @property
+    def told_at(self) -> float:
+        return self.error.at if self.error else self.exited_at
+
+    def take(self, message: Mapping[str, Any], now: float) -> None:
+        """Updates the state from one line."""
+        self.heard = now
+        if "tick" in message:
+            return
+        at = message.get("at")
+        self.moved = min(now, at) if isinstance(at, float) else now
+        self.stage = _int(message.get("stage"), self.stage)
+        if "phase" in message:
+            self.phase = str(message["phase"])
+            self.block, self.step = _int(message.get("block")), _int(message.get("step"))
+        if "error" in message:
+            self._take_error(message)
+        self.done = self.done or bool(message.get("done"))
+
+    def _take_error(self, message: Mapping[str, Any]) -> None:
+        code = _int(message.get("exit_code"))
+        code = code if code is not None and 0 < code < 256 else RANK_FAILED
+        report = Report(str(message["error"]), self.moved, code)
+        # The first word counts: what follows is the clean-up talking.
+        if message.get("peer"):
+            self.peer_error = self.peer_error or report
+        else:
+            self.error = self.error or report
+
+
+def blame(states: Sequence[RankState], limits: Limits, now: float, stopping: bool = False) -> Failure | None:
+    """The failure that explains what is known so far, or None: all is well, or it is too early to say.
+
+    A death by signal beats an error a rank reports itself, which beats an early exit, which beats silence,
+    which beats no progress, which beats any "I lost a peer". SIGABRT counts as a report: it is how C++ ends
+    on an exception that nobody caught, often about a peer. While stopping, ranks may leave early, and grace
+    bounds the rest.
+    """
+    expected = {signal.SIGINT, signal.SIGTERM} if stopping else set()
+    exits = [(s, s.unexplained_exit) for s in states]
+    killed = [s for s, code in exits if code is not None and code < 0 and -code not in expected | {signal.SIGABRT}]
+    if killed:
+        return _death(min(killed, key=lambda s: s.exited_at))
+    own = [s for s, code in exits if s.error or code == -signal.SIGABRT]
+    early = [s for s, code in exits if code is not None and code >= 0 and not stopping]
+    if own or early:
+        first = min(own or early, key=lambda s: s.told_at)
+        return _own_fault(first) if now - first.told_at >= limits.error_hold else None
+    if stopping:
+        return None
+    return (
+        _silent(states, limits, limits.heartbeat, now)
+        or _stalled(states, limits, limits.progress, now)
+        or _peer_lost(states, limits, now)
+    )
+
+
+def _own_fault(state: RankState) -> Failure:
+    if state.error:
+        return _failure(state, state.error.text, state.error.exit_code, _hint_for(state.error.text))
+    if state.exit is not None and state.exit < 0:
+        return _death(state)
+    when = "after it had reported the end of its work" if state.done else "before its work was done"
+    return _failure(state, f"exited with code {state.exit} {when}", RANK_FAILED, "its own output above says more")
+
+
+def _death(state: RankState) -> Failure:
+    assert state.exit is not None
+    number = -state.exit
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    if number == signal.SIGKILL:
+        hint = "often the system ran out of memory (see dmesg); otherwise somebody killed it"
+    elif number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT):
+        hint = "a crash in native code; PYTHONFAULTHANDLER=1 shows where"
+    else:
+        hint = "somebody sent it that signal"
+    return _failure(state, f"killed by {name}", RANK_FAILED, hint)
+
+
+def _limit(state: RankState, limits: Limits, limit: float) -> float:
+    return max(limit, limits.startup) if state.starting else limit
+
+
+def _silent(states: Sequence[RankState], limits: Limits, limit: float, now: float) -> Failure | None:
+    quiet = [s for s in states if s.active and now - s.heard > _limit(s, limits, limit)]
+    if not quiet:
+        return None
+    worst = min(quiet, key=lambda s: s.heard)
+    hint = "the process is stopped, swapping, or stuck in native code that holds the GIL"
+    return _failure(worst, f"no heartbeat for {now - worst.heard:.1f} s", NO_PROGRESS, hint)
+
+
+def _stalled(
+    states: Sequence[RankState], limits: Limits, limit: float, now: float, busy_only: bool = False
+) -> Failure | None:
+    active = [s for s in states if s.active]
+    late = [s for s in active if now - s.moved > _limit(s, limits, limit)]
+    busy = [s for s in late if not s.waiting]
+    # One rank at work may keep the others waiting as long as it likes: they are late, but innocent.
+    deadlock = len(late) == len(active) and not busy_only
+    if not busy and not (late and deadlock):
+        return None
+    worst = min(busy or late, key=lambda s: s.moved)
+    cause = f"no progress for {now - worst.moved:.1f} s"
+    if busy:
+        return _failure(worst, cause, NO_PROGRESS, "a GPU kernel or an input/output call that never returns")
+    hint = "a transfer that nobody answers; this rank waits longest"
+    return _failure(worst, f"{cause}, and every other rank waits too", NO_PROGRESS, hint)
+
+
+def _peer_lost(states: Sequence[RankState], limits: Limits, now: float) -> Failure | None:
+    reports = [(s.peer_error, s) for s in states if s.peer_error]
+    if not reports:
+        return None
+    report, state = min(reports, key=lambda item: item[0].at)
+    if now - report.at < limits.peer_error_hold:
+        return None
+    # A transport may give up before our own limits do. Then whoever is quiet, or busy for long, is the peer.
+    suspect = _silent(states, limits, min(_SUSPECT_SECONDS, limits.heartbeat), now)
+    suspect = suspect or _stalled(states, limits, limits.heartbeat, now, busy_only=True)
+    hint = "no rank gave a cause of its own; the output above may"
+    return suspect or _failure(state, f"lost a peer: {report.text}", report.exit_code, hint)
+
+
+def _failure(state: RankState, cause: str, exit_code: int, hint: str) -> Failure:
+    return Failure(state.rank, state.stage, state.block, state.step, state.phase, cause, exit_code, hint)
+
+
+def _hint_for(text: str) -> str:
+    if "out of memory" in text.lower():
+        return "use smaller blocks, less context, a smaller picture or more GPUs; see `dualparal plan`"
+    return ""
+
+
+def _int(value: object, default: int | None = None) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else default

@@ -1,0 +1,85 @@
+"""One rank as the parent sees it: its process, two pipes, and what is known of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from dualparal.launch.blame import RankState
+from dualparal.launch.heartbeat import STOP
+
+logger = logging.getLogger("dualparal")
+
+_LINE_LIMIT = 1 << 16
+
+
+@dataclass
+class Rank:
+    """One child process, the parent's ends of its two pipes, and what is known of it."""
+
+    process: subprocess.Popen[bytes]
+    status_fd: int
+    life_fd: int
+    state: RankState
+    open: bool = True
+    buffer: bytearray = field(default_factory=bytearray)
+
+    def reap(self) -> bool:
+        """Collects the exit code if there is one; true when the process is gone."""
+        if self.state.exit is None:
+            code = self.process.poll()
+            if code is not None:
+                self.state.exit, self.state.exited_at = code, time.monotonic()
+                # What the rank started goes with it. At once: its group's number could be given out again.
+                self.signal_group(signal.SIGKILL)
+        return self.state.exit is not None
+
+    def signal_group(self, number: int) -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, number)
+
+    def terminate(self) -> None:
+        self.process.terminate()
+        # A stopped process gets to its SIGTERM only when it runs.
+        self.signal_group(signal.SIGCONT)
+
+    def ask_to_stop(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self.life_fd, STOP)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All complete lines in the pipe; `open` turns false at its end."""
+        data = b"more"
+        while data and len(self.buffer) < 16 * _LINE_LIMIT:  # a rank that floods us must not hold up the others
+            try:
+                data = os.read(self.status_fd, _LINE_LIMIT)
+            except BlockingIOError:
+                break
+            self.buffer += data
+            self.open = bool(data)
+        *lines, rest = self.buffer.split(b"\n")
+        self.buffer = rest if len(rest) < _LINE_LIMIT else bytearray()
+        return [message for message in map(_parse, lines) if message is not None]
+
+    def close(self) -> None:
+        for fd in (self.status_fd, self.life_fd):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _parse(line: bytearray) -> dict[str, Any] | None:
+    try:
+        message = json.loads(line)
+    except ValueError:
+        message = None
+    if not isinstance(message, dict):
+        logger.debug("a rank sent a line of %d bytes that is not a message", len(line))
+        return None
+    return message

@@ -1,0 +1,328 @@
+"""Starts the ranks of one run, hears them, names the culprit when one fails, and leaves no process behind.
+
+This is the parent side of `heartbeat`. It knows processes, signals and the words "phase", "stage", "block"
+and "step"; it knows nothing of tensors and imports no torch, so that it starts at once and survives what
+kills a rank. `blame` is a pure function of what was heard, apart from the processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dualparal.io.files import whole_file
+from dualparal.launch.blame import Failure, Limits, RankState, blame
+from dualparal.launch.heartbeat import LIFE_FD, RENDEZVOUS, STATUS_FD
+from dualparal.launch.process import Rank
+
+logger = logging.getLogger("dualparal")
+
+_POLL_SECONDS = 0.05
+_GATHER_SECONDS = 0.01
+_TERM_SECONDS = 2.0
+# A process in uninterruptible sleep outlives SIGKILL: waiting for ever would hide the message.
+_KILL_SECONDS = 5.0
+
+OnMessage = Callable[[int, dict[str, Any]], object]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What of a run outlives its failure.
+
+    last_committed_block: the last block that is safe on disk. resume_command: what goes on from there; without the
+    prompt, since it is written to ``error.json``.
+    """
+
+    last_committed_block: int | None = None
+    resume_command: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    `exit_code` is 0 for done, 3 for a failed rank, 4 for no heartbeat or no progress, 130 or 143 for
+    interrupted, or what the failing rank asked for. An interrupted run has a failure too if something broke
+    while it was stopping.
+    """
+
+    exit_code: int
+    failure: Failure | None = None
+    interrupted: signal.Signals | None = None
+
+
+def write_error(path: Path, failure: Failure) -> None:
+    """Writes a failure as JSON, whole or not at all. What hinders that is a warning."""
+    record = {**dataclasses.asdict(failure), "message": str(failure)}
+    try:
+        with whole_file(path) as file:
+            file.write(json.dumps(record, indent=2).encode() + b"\n")
+    except OSError as error:
+        # A full disk may be the very failure we report: it must not hide it.
+        logger.warning("could not write %s: %s", path, error)
+
+
+class Supervisor:
+    """Runs one command as `world_size` ranks and waits for all of them; see `supervise`."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        world_size: int,
+        *,
+        env: Mapping[str, str] | None = None,
+        limits: Limits | None = None,
+        on_message: OnMessage | None = None,
+        error_path: str | os.PathLike[str] | None = None,
+        kept: Callable[[], Kept] | None = None,
+    ) -> None:
+        if world_size < 1:
+            raise ValueError(f"world_size={world_size}: a run has at least one rank; use 1 or more")
+        if not argv:
+            raise ValueError("argv is empty: name the command that every rank runs")
+        self._argv = list(argv)
+        self._world_size = world_size
+        self._env = dict(env or {})
+        self._limits = limits or Limits()
+        self._on_message = on_message
+        self._error_path = Path(error_path) if error_path is not None else None
+        self._kept = kept or Kept
+        self._ranks: list[Rank] = []
+        self._selector = selectors.DefaultSelector()
+        self._signals: list[signal.Signals] = []
+        self._stop_by: float | None = None
+        self._listened_at = time.monotonic()
+
+    def interrupt(self, signum: int = signal.SIGINT) -> None:
+        """What a signal does: the first asks the ranks to stop at a block boundary, the second kills them."""
+        self._signals.append(signal.Signals(signum))
+
+    def run(self) -> Result:
+        """Starts the ranks and stays until all are gone. Once only."""
+        if self._error_path is not None:
+            # One from an earlier run would speak for this one.
+            self._error_path.unlink(missing_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix="dualparal-", ignore_cleanup_errors=True)
+        with self._handlers(), self._selector, folder as rendezvous:
+            try:
+                for rank in range(self._world_size):
+                    self._start(rank, rendezvous)
+                return self._supervise()
+            finally:
+                # Also when on_message raised or a process could not be started.
+                self._end(patience=0.0)
+                for each in self._ranks:
+                    each.close()
+
+    @contextlib.contextmanager
+    def _handlers(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            # Python allows handlers in the main thread only; there the owner calls interrupt().
+            yield
+            return
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            numbers.append(signal.SIGHUP)
+
+        def note(number: int, _: FrameType | None) -> None:
+            self.interrupt(number)
+
+        before = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _start(self, rank: int, rendezvous: str) -> None:
+        status_read, status_write = os.pipe()
+        life_read, life_write = os.pipe()
+        own = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self._world_size),
+            "LOCAL_WORLD_SIZE": str(self._world_size),
+            STATUS_FD: str(status_write),
+            LIFE_FD: str(life_read),
+            RENDEZVOUS: os.path.join(rendezvous, "store"),
+        }
+        try:
+            process = subprocess.Popen(
+                self._argv,
+                env={**os.environ, **self._env, **own},
+                stdin=subprocess.DEVNULL,
+                pass_fds=(status_write, life_read),
+                # A session of its own: ctrl-C in the terminal reaches the parent alone, which decides.
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(status_read)
+            os.close(life_write)
+            raise
+        finally:
+            os.close(status_write)
+            os.close(life_read)
+        os.set_blocking(status_read, False)
+        os.set_blocking(life_write, False)
+        now = time.monotonic()
+        self._ranks.append(Rank(process, status_read, life_write, RankState(rank, heard=now, moved=now)))
+        self._selector.register(status_read, selectors.EVENT_READ)
+
+    def _supervise(self) -> Result:
+        self._listened_at = time.monotonic()
+        while True:
+            self._listen()
+            result = self._while_stopping() if self._signals else self._while_running()
+            if result is not None:
+                return result
+
+    def _listen(self) -> None:
+        """Waits a moment for news, then takes exits first and messages second.
+
+        In that order, since a rank's last words are in its pipe before its exit can be seen.
+        """
+        if self._selector.select(_POLL_SECONDS):
+            # One round for all that many busy ranks have to say: the parent must not cost a core.
+            time.sleep(_GATHER_SECONDS)
+        now = time.monotonic()
+        away = now - self._listened_at
+        if away > 1.0:
+            # The parent itself was stopped, or its terminal was: that time is not the ranks' fault.
+            for rank in self._ranks:
+                rank.state.heard += away
+                rank.state.moved += away
+        for rank in self._ranks:
+            rank.reap()
+        for rank in self._ranks:
+            if rank.open:
+                self._hear(rank, now)
+        self._listened_at = now
+
+    def _hear(self, rank: Rank, now: float) -> None:
+        messages = rank.read()
+        if not rank.open:
+            self._selector.unregister(rank.status_fd)
+        for message in messages:
+            rank.state.take(message, now)
+            if self._on_message is not None and "tick" not in message:
+                self._on_message(rank.state.rank, message)
+
+    def _states(self) -> list[RankState]:
+        return [rank.state for rank in self._ranks]
+
+    def _while_running(self) -> Result | None:
+        now = self._listened_at
+        failure = blame(self._states(), self._limits, now)
+        if failure is not None:
+            failure = self._fail(failure)
+            return Result(failure.exit_code, failure)
+        if not all(state.finished for state in self._states()):
+            return None
+        lingering = [state.rank for state in self._states() if state.exit is None]
+        if lingering and now - max(state.moved for state in self._states()) < self._limits.grace:
+            return None
+        self._end(patience=0.0)
+        for state in self._states():
+            if state.exit != 0:
+                # Libraries crash or hang while they unload; the video is finished all the same.
+                logger.warning("rank %d did not exit cleanly (%s) after its work was done", state.rank, state.exit)
+        return Result(0)
+
+    def _while_stopping(self) -> Result | None:
+        now = self._listened_at
+        cause = self._signals[0]
+        if self._stop_by is None:
+            self._stop_by = now + self._limits.grace
+            logger.warning("%s: stopping at the next block boundary; once more to stop at once", cause.name)
+            for rank in self._ranks:
+                rank.ask_to_stop()
+        result = Result(128 + cause, interrupted=cause)
+        failure = blame(self._states(), self._limits, now, stopping=True)
+        if failure is not None:
+            return dataclasses.replace(result, failure=self._fail(failure))
+        alive = [state.rank for state in self._states() if state.exit is None]
+        if alive and len(self._signals) == 1 and now < self._stop_by:
+            return None
+        if alive:
+            logger.warning("rank(s) %s had not stopped yet and were killed", alive)
+            self._end(patience=0.0)
+        return result
+
+    def _fail(self, failure: Failure) -> Failure:
+        """Tells the failure, with what outlives it, and ends the ranks."""
+        failure = dataclasses.replace(failure, **dataclasses.asdict(self._kept()))
+        # Now, not after the clean-up. The caller shows it again at the end, below the ranks' own output.
+        logger.error("%s", failure)
+        if self._error_path is not None:
+            write_error(self._error_path, failure)
+        self._end(patience=_TERM_SECONDS)
+        return failure
+
+    def _end(self, patience: float) -> None:
+        """Ends every rank: SIGTERM, then SIGKILL when patience is over or another signal comes."""
+        alive = [rank for rank in self._ranks if not rank.reap()]
+        signals = len(self._signals)
+        if patience > 0:
+            for rank in alive:
+                rank.terminate()
+            alive = self._wait(alive, patience, lambda: len(self._signals) > signals)
+        for rank in alive:
+            rank.signal_group(signal.SIGKILL)
+        alive = self._wait(alive, _KILL_SECONDS)
+        if alive:
+            pids = [rank.process.pid for rank in alive]
+            logger.error("processes %s are still there %.0f s after SIGKILL", pids, _KILL_SECONDS)
+
+    @staticmethod
+    def _wait(ranks: list[Rank], seconds: float, hurry: Callable[[], bool] = lambda: False) -> list[Rank]:
+        """Waits for ranks to exit; returns those that did not."""
+        deadline = time.monotonic() + seconds
+        alive = [rank for rank in ranks if not rank.reap()]
+        while alive and time.monotonic() < deadline and not hurry():
+            time.sleep(0.01)
+            alive = [rank for rank in alive if not rank.reap()]
+        return alive
+
+
+def supervise(
+    argv: Sequence[str],
+    world_size: int,
+    *,
+    env: Mapping[str, str] | None = None,
+    limits: Limits | None = None,
+    on_message: OnMessage | None = None,
+    error_path: str | os.PathLike[str] | None = None,
+    kept: Callable[[], Kept] | None = None,
+) -> Result:
+    """Runs `argv` as `world_size` ranks and returns when every one of them is gone.
+
+    SIGINT or SIGTERM asks the ranks to stop at a block boundary; a second one, or the end of `limits.grace`,
+    kills them. The ranks' own output passes through.
+
+    Args:
+        argv: the command every rank runs, program first.
+        world_size: the number of ranks.
+        env: variables added to this process's own.
+        limits: how long to wait for what.
+        on_message: called with the rank and the message for everything a rank sends except ticks.
+        error_path: where to write the failure as JSON; a file left there by an earlier run is removed first.
+            It holds the fields of `Failure`, never the command line.
+        kept: asked when a rank fails, for what the message says of blocks on disk and of resuming.
+    """
+    run = Supervisor(argv, world_size, env=env, limits=limits, on_message=on_message, error_path=error_path, kept=kept)
+    return run.run()

@@ -1,0 +1,80 @@
+"""A pipeline that the user has loaded already, as a source of layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dualparal.models.base import Slice
+from dualparal.models.files import SUPPORTED_PIPELINES, ModelError
+from dualparal.models.wan.transformer import WanSpec
+
+
+class LoadedPipeline:
+    """A WanPipeline that the user has loaded; its tensors are shared where device and dtype allow.
+
+    Raises:
+        ModelError: another class, or a Wan variant that is not supported.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        name = type(pipeline).__name__
+        if name not in SUPPORTED_PIPELINES:
+            raise ModelError(
+                f"a {name} was given; supported: a directory, a hub id, or a loaded {', '.join(SUPPORTED_PIPELINES)}"
+            )
+        self.pipeline = pipeline
+        self._modules = [m for m in (pipeline.transformer, pipeline.transformer_2) if m is not None]
+        try:
+            self.spec = WanSpec.from_configs(
+                pipeline.transformer.config,
+                None if pipeline.transformer_2 is None else pipeline.transformer_2.config,
+                pipeline.config.boundary_ratio,
+                bool(pipeline.config.expand_timesteps),
+            )
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+
+    @property
+    def vae_config(self) -> dict[str, Any]:
+        return dict(self.pipeline.vae.config)
+
+    @property
+    def fingerprint(self) -> str:
+        return "; ".join(f"{sum(p.numel() for p in m.parameters())} elements" for m in self._modules)
+
+    def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]:
+        """Slices that share the tensors of the loaded transformers (Q, K and V are copied into one matrix).
+
+        Raises:
+            ModelError: weights were replaced (LoRA, quantisation), which would silently be lost.
+        """
+        slices: list[Slice] = []
+        for expert, module in enumerate(self._modules):
+            state = module.state_dict()
+            odd = sorted(set(state) ^ set(self.spec.shapes(expert)))
+            if odd:
+                raise ModelError(
+                    f"the loaded transformer has other tensors than a plain one ({', '.join(odd[:3])} ...): fuse "
+                    "LoRA weights first (pipe.fuse_lora(); pipe.unload_lora_weights()) and do not quantise"
+                )
+            tensors = {}
+            for name in self.spec.names(expert, layers):
+                if not state[name].is_floating_point() or state[name].element_size() < 2:
+                    raise ModelError(
+                        f"the loaded transformer holds {name} as {state[name].dtype}: quantised weights "
+                        "are not supported; load it in float32, bfloat16 or float16"
+                    )
+                tensors[name] = state[name].to(device, self.spec.tensor_dtype(name, dtype))
+            slices.append(self.spec.build(tensors, layers))
+        return slices
+
+    def load_scheduler(self) -> Any:
+        return self.pipeline.scheduler
+
+    def load_vae(self, device: torch.device) -> Any:
+        return self.pipeline.vae.to(device)
+
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+        return self.pipeline.tokenizer, self.pipeline.text_encoder.to(device)

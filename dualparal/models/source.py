@@ -1,0 +1,65 @@
+"""Where an engine's model comes from: a directory, a hub id, the model of the package, or a loaded pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dualparal.config.video import BUILT_IN
+from dualparal.models.base import Slice
+from dualparal.models.files import ModelError, ModelFiles, shorten
+from dualparal.models.wan.transformer import WanSpec
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+
+
+class ModelSource(Protocol):
+    """Where an engine's model comes from: files, or a pipeline that the user has loaded."""
+
+    @property
+    def spec(self) -> WanSpec: ...
+
+    @property
+    def vae_config(self) -> dict[str, Any]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]: ...
+
+    def load_scheduler(self) -> Any: ...
+
+    def load_vae(self, device: torch.device) -> Any: ...
+
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]: ...
+
+
+def resolve_model(model: str | Path) -> ModelFiles:
+    """A directory, ``BUILT_IN``, or a hub id to download (JSON, tokenizer and safetensors files only).
+
+    Raises:
+        ModelError: none of them.
+    """
+    path, name = Path(model), str(model)
+    try:
+        if path.is_dir():
+            return ModelFiles(path)
+        exists = path.exists()
+    except OSError as error:  # a name that is too long, a loop of links
+        raise ModelError(f"model {shorten(name)}: {error.strerror}") from None
+    if name == BUILT_IN:
+        return ModelFiles(Path(__file__).parents[1] / "moving_shapes")
+    if exists or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"model {shorten(name)} is not a directory in diffusers format, nor a hub id such as "
+            f"'Wan-AI/Wan2.1-T2V-1.3B-Diffusers', nor {BUILT_IN!r}, which ships with this package"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return ModelFiles(Path(snapshot_download(name, allow_patterns=_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"model {name!r} is no directory here and could not be had from the hub: {error}") from None

@@ -1,0 +1,178 @@
+"""Arithmetic, passes over memory and seconds of every unit on a card. No torch. Predictions: stated rates of the cards
+times assumed shares of them (``devices``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dualparal.planning.devices import Device, Link
+from dualparal.planning.memory import DECODE_BLOCKS, edge_elements
+from dualparal.planning.workload import Workload
+from dualparal.schedule.actions import Unit
+from dualparal.schedule.replay import Costs
+from dualparal.schedule.schedule import Schedule
+
+# Passes over a unit's hidden states in a layer with fused kernels: docs/gpu.md, "22 passes".
+PASSES = 22
+# Passes over C frames of keys and values to lend and to borrow them, per neighbour: docs/gpu.md, "features moved".
+FEATURE_PASSES = 4
+# A sampler step: Python of diffusers' UniPC on the host, ahead of which stage 0 cannot run. Assumption.
+UPDATE_SECONDS = 1.5e-3
+
+
+class Arithmetic(NamedTuple):
+    """Of one layer (or a whole stage) for one unit: multiply-adds times two, and bytes of passes over memory."""
+
+    attention: float
+    linear: float
+    moved: float
+
+    def seconds(self, device: Device) -> float:
+        return self.attention / device.attention + self.linear / device.linear + self.moved / device.copy
+
+
+def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0, lent: int = 0) -> Arithmetic:
+    """One layer for so many tokens.
+
+    borrowed, lent: tokens of neighbours' keys that are copied in, and of own ones that are copied out.
+    """
+    h, f = work.model.inner, work.model.ffn_dim
+    return Arithmetic(
+        4.0 * queries * (keys + work.text_tokens) * h,
+        2.0 * queries * h * (6 * h + 2 * f),
+        work.itemsize * h * (PASSES * queries + FEATURE_PASSES * borrowed + FEATURE_PASSES / 2 * lent),
+    )
+
+
+def unit_arithmetic(work: Workload, schedule: Schedule, unit: Unit) -> Arithmetic:
+    """One layer for one unit."""
+    queries = len(work.layout.window(unit.block, schedule.refreshes(unit))) * work.tokens
+    lent = work.blocks.context_frames * work.tokens
+    reads, writes = len(schedule.reads(unit)), len(schedule.writes(unit))
+    return layer_arithmetic(work, queries, queries + reads * lent, reads * lent, writes * lent)
+
+
+class Costing:
+    """Seconds of everything in a schedule, for ``simulate``.
+
+    Args:
+        split: layers of every stage. devices: one per stage. links: edge k leads from stage k to the next one, the
+            last back to stage 0.
+        decode_on: a card of its own for the VAE; None: stage 0's, beside its units.
+    """
+
+    def __init__(
+        self,
+        work: Workload,
+        schedule: Schedule,
+        split: Sequence[int],
+        devices: Sequence[Device],
+        links: Sequence[Link],
+        decode_on: Device | None = None,
+    ) -> None:
+        self.work, self.schedule, self.split, self.devices, self.links = work, schedule, split, devices, links
+        self.decode_on = decode_on
+        self._kinds: dict[Unit, tuple[int, int, int]] = {}
+        self._seconds: dict[tuple[int, tuple[int, int, int]], float] = {}
+
+    @property
+    def costs(self) -> Costs:
+        return Costs(
+            run=self.run,
+            transfer=self.transfer,
+            latency=lambda edge: self.links[edge].latency,
+            update=UPDATE_SECONDS,
+            decode=self.decode,
+            decode_shares=self.decode_on is None,
+            send_buffers=self.work.depth,
+        )
+
+    def run(self, stage: int, unit: Unit) -> float:
+        kind = self._kinds.get(unit)
+        if kind is None:  # all that its cost depends on
+            frames = len(self.work.layout.window(unit.block, self.schedule.refreshes(unit)))
+            kind = frames, len(self.schedule.reads(unit)), len(self.schedule.writes(unit))
+            self._kinds[unit] = kind
+        seconds = self._seconds.get((stage, kind))
+        if seconds is None:
+            seconds = self._seconds[stage, kind] = self._run(stage, unit)
+        return seconds
+
+    def _run(self, stage: int, unit: Unit) -> float:
+        device = self.devices[stage]
+        seconds = self.split[stage] * unit_arithmetic(self.work, self.schedule, unit).seconds(device)
+        frames = len(self.work.layout.window(unit.block, self.schedule.refreshes(unit)))
+        return seconds + self.ends(stage, frames, device)
+
+    def ends(self, stage: int, frames: int, device: Device) -> float:
+        """Seconds of what the first stage (embedding) and the last one (head) do besides their layers."""
+        model, tokens = self.work.model, frames * self.work.tokens
+        first, last = stage == 0, stage == len(self.split) - 1
+        flops = 2.0 * tokens * model.inner * model.patch**2 * (first * model.in_channels + last * model.out_channels)
+        moved = self.work.itemsize * tokens * model.inner * (2 * first + 3 * last)
+        return Arithmetic(0.0, flops, moved).seconds(device)
+
+    def transfer(self, edge: int, unit: Unit) -> float:
+        """Buffers travel whole: the largest window's hidden states, or the largest block's velocity."""
+        elements = edge_elements(self.work)[edge == len(self.split) - 1]
+        return elements * self.work.itemsize / self.links[edge].bandwidth
+
+    def decode(self, block: int) -> float:
+        device = self.decode_on or self.devices[0]
+        return self.work.layout.kept_frames(block) * self.work.model.vae.flops(self.work.pixels) / device.conv
+
+
+def balance(costs: Sequence[float], extra: Sequence[float], most: Sequence[int], num_layers: int) -> list[int] | None:
+    """Layers per stage so that the slowest stage is as fast as can be; every stage has one at least.
+
+    costs: seconds of a layer on each stage. extra: what a stage does besides. most: layers that fit.
+    Returns None when they do not fit. Giving every layer to the stage that then ends first is best, because all
+    layers cost the same.
+    """
+    if num_layers < len(costs) or sum(most) < num_layers or min(most) < 1:
+        return None
+    split = [1] * len(costs)
+    for _ in range(num_layers - len(costs)):
+        open_ = [k for k in range(len(costs)) if split[k] < most[k]]
+        best = min(open_, key=lambda k: ((split[k] + 1) * costs[k] + extra[k], k))
+        split[best] += 1
+    return split
+
+
+def closed_form(
+    schedule: Schedule, stages: Sequence[float], hop: float, decode: float = 0.0, decode_shares: bool = True
+) -> tuple[float, float]:
+    """(seconds, seconds to the first frame) without a replay, for units that all cost the same.
+
+    An iteration takes the slowest stage's time for all of its units, or a whole round of the pipe when there are too
+    few of them: a block's next step needs its last one, and with ``paper`` that of the block before, which comes
+    later in an iteration. From the T-th on blocks are decoded, in what stage 0 has to
+    spare (``decode_shares``) or beside it, and when ``DECODE_BLOCKS`` of them wait, everything waits.
+
+    Args:
+        stages: seconds of a unit. hop: of all edges together. decode: of a block.
+    """
+    slowest, around = max(stages), sum(stages) + hop
+    least = around + (schedule.branches * (1 + (schedule.context == "paper")) - 1) * slowest
+    now = backlog = first = 0.0
+    for iteration, count in enumerate(_in_flight_counts(schedule)):
+        units = count * schedule.branches
+        duration = max(units * slowest, least)
+        backlog = max(0.0, backlog - (duration - units * stages[0] if decode_shares else duration))
+        now += duration
+        if iteration >= schedule.num_steps - 1 and (iteration - schedule.num_steps + 1) % schedule.gap == 0:
+            first = first or now + decode
+            backlog += decode
+            wait = max(0.0, backlog - DECODE_BLOCKS * decode)
+            now, backlog = now + wait, backlog - wait
+    return now + backlog, first
+
+
+def _in_flight_counts(schedule: Schedule) -> list[int]:
+    counts = []
+    iteration = 0
+    while blocks := schedule.in_flight(iteration):
+        counts.append(len(blocks))
+        iteration += 1
+    return counts

@@ -1,0 +1,157 @@
+"""A plan: which layers on which cards, what it costs, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from dualparal.planning.cost import UPDATE_SECONDS, Costing, layer_arithmetic
+from dualparal.planning.devices import GIB, Device, Link
+from dualparal.planning.memory import Memory, stage_memory
+from dualparal.planning.workload import Workload
+from dualparal.schedule.schedule import Schedule
+from dualparal.schedule.simulate import Simulation, simulate
+
+DECODE_PLACES = ("stage 0", "own card")
+ENGINE_DECODES_ON = ("stage 0",)  # what the engine can do today
+
+
+class NoPlan(ValueError):
+    """Nothing fits. The message names the reason and the nearest that does; ``nearest`` is that plan, or None."""
+
+    def __init__(self, message: str, nearest: Plan | None = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
+@dataclass(frozen=True)
+class Cards:
+    """The cards of the stages in order, edge k leading from card k to the next one, and bytes usable on each."""
+
+    devices: tuple[Device, ...]
+    links: tuple[Link, ...]
+    usable: tuple[int, ...]
+
+    def first(self, count: int) -> Cards:
+        """The first ``count`` cards; the way back takes the link of the last one."""
+        return Cards(self.devices[:count], (*self.links[: count - 1], self.links[-1]), self.usable[:count])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to run a request.
+
+    Attributes:
+        work: model, video and blocks. cards: one per stage. split: layers of every stage.
+        decode: "stage 0" or "own card" (behind the stages').
+        estimate: (seconds, seconds to the first frame) in closed form. replay: whether ``seconds`` and others come from
+            a replay instead.
+        note: what is special about it.
+    """
+
+    work: Workload
+    cards: Cards
+    split: tuple[int, ...]
+    decode: str
+    estimate: tuple[float, float]
+    note: str = ""
+    decode_on: Device | None = None
+    replay: bool = False
+    alternatives: tuple[Plan, ...] = ()
+
+    @property
+    def runs(self) -> int:
+        """Of a unit on a stage: what a replay costs."""
+        return (self.schedule.num_units or 0) * len(self.split)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return self.work.schedule(len(self.split))
+
+    @cached_property
+    def costing(self) -> Costing:
+        cards = self.cards
+        return Costing(self.work, self.schedule, self.split, cards.devices, cards.links, self.decode_on)
+
+    @cached_property
+    def simulation(self) -> Simulation | None:
+        """The replay; None (``replay`` is False) where it would take long: numbers are then the closed form's."""
+        return simulate(self.schedule, self.costing.costs) if self.replay else None
+
+    @property
+    def seconds(self) -> float:
+        """From the first unit to the last frame."""
+        return self.simulation.seconds if self.simulation else self.estimate[0]
+
+    @property
+    def first_frame(self) -> float:
+        """Seconds until the first block can be watched."""
+        return self.simulation.first_frame if self.simulation else self.estimate[1]
+
+    @property
+    def bubble(self) -> float:
+        """Share of the time in which a card computes no unit, averaged over stages."""
+        if self.simulation:
+            return self.simulation.bubble
+        one, extra = costs_per_layer(self.work, self.schedule, self.cards)
+        unit = sum(layers * seconds + more for layers, seconds, more in zip(self.split, one, extra))
+        return 1 - unit * (self.schedule.num_units or 0) / (self.seconds * len(self.split))
+
+    @property
+    def frames_per_second(self) -> float:
+        assert self.work.video.num_frames is not None
+        return self.work.video.num_frames / self.seconds
+
+    @cached_property
+    def memory(self) -> tuple[Memory, ...]:
+        """Per stage."""
+        decodes = self.decode == "stage 0"
+        stages = range(len(self.split))
+        return tuple(stage_memory(self.work, self.schedule, self.split, stage, decodes) for stage in stages)
+
+    @property
+    def engine_options(self) -> dict[str, object]:
+        """What it sets, as arguments of ``Engine.from_pretrained``.
+
+        Raises:
+            ValueError: the engine cannot decode where the plan wants it.
+        """
+        if self.decode not in ENGINE_DECODES_ON and self.work.decode:
+            raise ValueError(f"decode={self.decode!r}: the engine decodes on {' or '.join(ENGINE_DECODES_ON)} only")
+        blocks = self.work.blocks
+        return {
+            "layers_per_stage": list(self.split),
+            "max_blocks_in_flight": blocks.max_blocks_in_flight,
+            "context_version": blocks.context_version,
+        }
+
+    def describe(self) -> str:
+        """One line for people."""
+        blocks = self.work.blocks
+        cap = "" if blocks.max_blocks_in_flight is None else f", K={blocks.max_blocks_in_flight}"
+        cards = count_names(self.cards.devices)
+        most = max(memory.peak for memory in self.memory) / GIB
+        return (
+            f"{blocks.context}, B={blocks.frames_per_block}, C={blocks.context_frames}{cap}, layers "
+            f"{'+'.join(map(str, self.split))} on {cards}: {self.seconds:.0f} s, first frames after "
+            f"{self.first_frame:.0f} s, {most:.1f} GiB on the fullest card (prediction)"
+        )
+
+
+def costs_per_layer(work: Workload, schedule: Schedule, cards: Cards) -> tuple[list[float], list[float]]:
+    """Seconds of a layer, and of what a stage does besides, for a unit in the middle of the video."""
+    blocks, count = work.blocks, len(cards.devices)
+    block = min(1, (work.layout.num_blocks or 2) - 1)
+    queries, lent = len(work.layout.window(block)) * work.tokens, blocks.context_frames * work.tokens
+    sides = {"cached": 2, "prior": 1, "paper": 1}[blocks.context] if work.layout.num_blocks != 1 else 0
+    layer = layer_arithmetic(work, queries, queries + sides * lent, sides * lent, sides * lent)
+    costing = Costing(work, schedule, [1] * count, cards.devices, cards.links)
+    extra = [costing.ends(stage, len(work.layout.window(block)), card) for stage, card in enumerate(cards.devices)]
+    extra[0] += UPDATE_SECONDS / schedule.branches
+    return [layer.seconds(card) for card in cards.devices], extra
+
+
+def count_names(devices: Sequence[Device]) -> str:
+    names = [device.name for device in devices]
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))

@@ -1,0 +1,69 @@
+"""A video, the model that makes it, and how: what everything that is counted depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from dualparal.config.blocks import BlockConfig
+from dualparal.config.video import VideoConfig
+from dualparal.models.wan.sizes import ModelShape, tokens_per_frame
+from dualparal.schedule.layout import Layout
+from dualparal.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One or several videos and the model that makes them.
+
+    itemsize: bytes of the transformer's dtype. decode: False for latents only. depth: messages between two stages.
+    num_videos: independent videos of this kind, made in turns. key_means: whether 8-bit attention keeps a mean of
+    every block's keys.
+    """
+
+    model: ModelShape
+    video: VideoConfig = field(default_factory=VideoConfig)
+    blocks: BlockConfig = field(default_factory=BlockConfig)
+    itemsize: int = 2
+    decode: bool = True
+    depth: int = 2
+    num_videos: int = 1
+    key_means: bool = False
+
+    def __post_init__(self) -> None:
+        side = self.model.vae.spatial_factor * self.model.patch
+        self.video.check_size(side, side)
+        self.video.num_latents(self.model.vae.temporal_factor)
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout(self.blocks, self.video.num_latents(self.model.vae.temporal_factor))
+
+    @cached_property
+    def tokens(self) -> int:
+        """Per latent frame."""
+        return tokens_per_frame(self.model, self.video.height, self.video.width)
+
+    @property
+    def text_tokens(self) -> int:
+        """Of a prompt; padded to this length."""
+        return self.video.max_sequence_length
+
+    @property
+    def pixels(self) -> int:
+        """Of a latent frame."""
+        return self.tokens * self.model.patch**2
+
+    def schedule(self, num_stages: int) -> Schedule:
+        """The very schedule that the engine walks."""
+        return Schedule.of(
+            self.blocks,
+            num_stages=num_stages,
+            num_steps=self.video.num_inference_steps,
+            num_blocks=self.layout.num_blocks,
+            guidance=self.video.guidance,
+            decode=self.decode,
+            depth=self.depth,
+            num_videos=self.num_videos,
+            key_means=self.key_means,
+        )

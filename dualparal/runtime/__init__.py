@@ -1,0 +1,1 @@
+"""Walks a schedule: stages, their features and workspaces, the queue of blocks."""

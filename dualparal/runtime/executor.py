@@ -1,0 +1,269 @@
+"""Walks the actions of one stage: a short branch per action, no cleverness about ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dualparal.distributed.edges import Inbound, Outbound
+from dualparal.distributed.messages import Header, Kind, TransportError
+from dualparal.distributed.prompts import PromptChannel
+from dualparal.runtime.latents import LatentQueue
+from dualparal.runtime.nonfinite import FirstMark, mark
+from dualparal.runtime.stage import Stage
+from dualparal.schedule.actions import Action, Op, Unit
+from dualparal.schedule.layout import Layout
+from dualparal.schedule.schedule import Schedule
+from dualparal.trace.clock import BusyClock
+
+logger = logging.getLogger("dualparal")
+
+Report = Callable[[str, Unit], None]
+
+
+class NonFiniteError(ArithmeticError):
+    """NaN or infinity in latents; names the block, and the stage and step where it first appeared."""
+
+
+class Stopped(Exception):
+    """The stage before has stopped."""
+
+
+class StageExecutor:
+    """One stage of a schedule.
+
+    Args:
+        inbound, outbound: edges from the stage before and to the one after; None with a single stage.
+        queues: of every video; stage 0 only.
+        clock: adds up the time spent in units, and times actions for the timeline.
+        on_emit, on_decode: stage 0 only, called with (video, block, latents) and (video, block).
+        on_cut: stage 0 only, called with an iteration that stands alone when the latents are those at its start.
+        allow_nonfinite: whether blocks with NaN or infinity are given out, with a warning.
+        report: called with a phase and the unit before every action.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        layout: Layout,
+        index: int,
+        stage: Stage,
+        inbound: Inbound | None,
+        outbound: Outbound | None,
+        prompts: PromptChannel,
+        clock: BusyClock,
+        queues: Sequence[LatentQueue] = (),
+        on_emit: Callable[[int, int, torch.Tensor], None] | None = None,
+        on_decode: Callable[[int, int], None] | None = None,
+        on_cut: Callable[[int], None] | None = None,
+        report: Report | None = None,
+        allow_nonfinite: bool = False,
+    ) -> None:
+        self.schedule = schedule
+        self.layout = layout
+        self.index = index
+        self.allow_nonfinite = allow_nonfinite
+        self.stage = stage
+        self.inbound, self.outbound = inbound, outbound
+        self.prompts = prompts
+        self.queues = queues
+        self.on_emit, self.on_decode, self.on_cut = on_emit, on_decode, on_cut
+        self.report = report or (lambda phase, unit: None)
+        self.clock = clock
+        self.under_way = 0  # stage 0: units sent and not yet back
+        self._hidden: torch.Tensor | None = None
+        self._mark: torch.Tensor | None = None  # of the unit under way
+        self._first_mark = FirstMark(queues[0].device) if queues else None
+        self._prompt = 0
+        self._prompt_of: dict[tuple[int, int], int] = {}  # by video and block
+        self._handlers: dict[Op, Callable[[Unit], None]] = {
+            Op.RECV: self._receive_velocity if queues else self._receive_hidden,
+            Op.RUN: self._run_first if queues else self._run_later,
+            Op.SEND: self._send,
+            Op.UPDATE: self._update,
+            Op.EMIT: self._emit,
+            Op.DECODE: self._decode,
+        }
+
+    def steps(self) -> Iterator[bool]:
+        """Performs the actions one by one. Yields True after each, False while the next one has to wait."""
+        for action in self.schedule.actions(self.index):
+            while not self._ready(action):
+                yield False
+            self.report(action.op.value, action.unit)
+            try:
+                with self.clock.on(action, self._waited):
+                    self._handlers[action.op](action.unit)
+            except Stopped:
+                return
+            yield True
+        self._finish()
+
+    def stop(self) -> None:
+        """Stage 0 of a distributed run: ends it early on all ranks. What is under way is thrown away."""
+        assert self.inbound is not None and self.outbound is not None
+        while self.under_way:
+            self.inbound.receive()
+            self.inbound.release()
+            self.under_way -= 1
+        self.outbound.stop()
+        self.inbound.stop()
+        self._finish()
+
+    def _finish(self) -> None:
+        if self.outbound is not None:
+            self.outbound.finish()
+        self.prompts.finish()
+
+    def _waited(self) -> float:
+        return sum(edge.waited for edge in (self.inbound, self.outbound) if edge is not None)
+
+    def _ready(self, action: Action) -> bool:
+        if action.op is Op.RECV:
+            assert self.inbound is not None
+            return self.inbound.can_receive()
+        if action.op is Op.SEND:
+            assert self.outbound is not None
+            return self.outbound.can_send()
+        return True
+
+    def _receive(self, unit: Unit) -> tuple[Header, torch.Tensor]:
+        assert self.inbound is not None
+        header, tensor = self.inbound.receive()
+        if header.kind is Kind.STOP:
+            self.inbound.stop()
+            if self.outbound is not None:
+                self.outbound.stop()
+            self._finish()
+            raise Stopped
+        if header.unit != unit:
+            raise TransportError(f"{self.inbound.name}: {header} arrives where the schedule says {unit}")
+        return header, tensor
+
+    def _receive_hidden(self, unit: Unit) -> None:
+        header, tensor = self._receive(unit)
+        self._hidden, self._mark = tensor[:-1].view(-1, self.stage.inner_dim), tensor[-1:]
+        self._prompt = header.prompt
+        if not self.stage.knows_prompt(header.prompt):
+            self.stage.add_prompt(header.prompt, self.prompts.fetch(header.prompt))
+
+    def _receive_velocity(self, unit: Unit) -> None:
+        assert self.inbound is not None
+        _, tensor = self._receive(unit)
+        queue = self.queues[unit.video]
+        shape = queue.velocity_shape(unit)
+        queue.take(unit, tensor[: shape.numel()].view(shape))
+        self._take_mark(unit, tensor[-1:])
+        self.inbound.release()
+        self.under_way -= 1
+
+    def _run_first(self, unit: Unit) -> None:
+        queue = self.queues[unit.video]
+        self._prompt = queue.prompt(unit)
+        if not self.stage.knows_prompt(self._prompt):
+            embeds = queue.embeds_of(self._prompt)
+            self.stage.add_prompt(self._prompt, embeds)
+            if self.schedule.num_stages > 1:
+                self.prompts.publish(self._prompt, embeds)
+        window = queue.window(unit)
+        self._mark = mark(window, None, None)
+        result = self._run(window, unit)
+        if self.schedule.num_stages == 1:
+            queue.take(unit, result)
+            assert self._mark is not None
+            self._take_mark(unit, self._mark)
+        else:
+            self._hidden = result
+
+    def _run_later(self, unit: Unit) -> None:
+        assert self._hidden is not None and self.inbound is not None
+        self._hidden = self._run(self._hidden, unit)
+        self.inbound.release()
+
+    def _run(self, hidden: torch.Tensor, unit: Unit) -> torch.Tensor:
+        if (unit.video, unit.block) not in self._prompt_of:
+            self._admit(unit)
+        refresh = self.schedule.refreshes(unit)
+        with self.clock:
+            result = self.stage.run(
+                hidden,
+                unit,
+                prompt=self._prompt,
+                place=self.schedule.place(unit),
+                window=self.layout.window(unit.block, refresh),
+                fed_context=self.layout.fed_context(unit.block, refresh),
+                refresh=refresh,
+                after_refresh=unit.step > 0 and self.schedule.refreshes(unit._replace(step=unit.step - 1)),
+                reads=self.schedule.reads(unit),
+                writes=self.schedule.writes(unit),
+            )
+        assert self._mark is not None
+        self._mark = mark(result, self._mark.to(result.dtype), self.index)
+        return result
+
+    def _admit(self, unit: Unit) -> None:
+        """A block enters; prompts that only blocks long gone have used are forgotten."""
+        self._prompt_of[unit.video, unit.block] = self._prompt
+        self._prompt_of.pop((unit.video, unit.block - self.schedule.max_in_flight), None)
+        self.stage.keep_prompts(set(self._prompt_of.values()))
+
+    def _send(self, unit: Unit) -> None:
+        assert self._hidden is not None and self.outbound is not None
+        self.outbound.send(Header(Kind.UNIT, unit, self._prompt), self._hidden, self._mark)
+        self._hidden = self._mark = None
+        self.under_way += 1
+
+    def _update(self, unit: Unit) -> None:
+        self.queues[unit.video].update(unit.block, unit.step)
+        if self.on_cut is not None and self.schedule.ends_iteration(unit):
+            # Velocities come back in the order of units: nothing of the next iteration has been updated yet.
+            after = self.schedule.iteration(unit) + 1
+            if self.schedule.stands_alone(after):
+                self.on_cut(after)
+
+    def _emit(self, unit: Unit) -> None:
+        assert self.on_emit is not None
+        latents = self.queues[unit.video].emit(unit.block)
+        if not torch.isfinite(latents).all():
+            self._refuse(unit)
+        self.on_emit(unit.video, unit.block, latents)
+
+    def _take_mark(self, unit: Unit, found: torch.Tensor) -> None:
+        assert self._first_mark is not None
+        self._first_mark.take(unit, found)
+
+    def _refuse(self, unit: Unit) -> None:
+        """Raises NonFiniteError, unless such blocks are wanted all the same."""
+        assert self._first_mark is not None
+        origin = self._first_mark.origin()
+        where = f"first in {origin}" if origin else "first in an update of the sampler"
+        text = f"the latents of block {unit.block} hold NaN or infinity, {where}"
+        if not self.allow_nonfinite:
+            raise NonFiniteError(f"{text}; it is not given out")
+        logger.warning("%s", text)
+
+    def _decode(self, unit: Unit) -> None:
+        assert self.on_decode is not None
+        self.on_decode(unit.video, unit.block)
+
+
+def run_together(executors: Sequence[StageExecutor]) -> Iterator[None]:
+    """Runs several stages in one process, each as far as it gets, in turn. Yields after every action."""
+    running: list[Any] = [executor.steps() for executor in executors]
+    while any(running):
+        moved = False
+        for index, steps in enumerate(running):
+            while steps is not None:
+                result = next(steps, None)
+                if result is None:
+                    running[index] = steps = None
+                    moved = True
+                elif result:
+                    moved = True
+                    yield
+                else:
+                    break
+        assert moved, "no stage can go on; the validator should have found this schedule"

@@ -1,0 +1,113 @@
+"""Features: keys and values that blocks lend each other, in 16 or in 8 bits, and the store that keeps them.
+
+The store knows slots, not blocks: which block's features lie in a slot is the schedule's business. Features are
+stored after norm and rotation at absolute positions, ready to be read. Rows are numbered by tensors in device memory,
+so that a captured graph can be told another slot.
+
+The reader's step decides how features are read, the maker's step how they are kept; where 8-bit attention is on at
+only one of the two, the reader converts (``to_8bit``, ``to_16bit``). That is the case at the first and last of the
+steps that are in 8 bits: the next block's features are one step behind, those of the previous block with ``prior``
+one step ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dualparal.kernels.qk_norm_rope import Lend
+from dualparal.models.keys_values import Format
+
+_ALIGNMENT = 16  # bytes: of a slot
+
+
+class FeatureStore:
+    """What outlives a unit, per layer, side, slot and branch. Fixed buffers, allocated once.
+
+    Where 8-bit attention is on at some steps only, a slot can hold either format, and is as large as the larger.
+
+    Args:
+        slots: number of slots per side, e.g. {"head": 1, "tail": 9}.
+        formats: per layer and side, what a slot can hold: {in 8 bits?: format}.
+    """
+
+    def __init__(
+        self,
+        slots: Mapping[str, int],
+        branches: int,
+        formats: Sequence[Mapping[str, Mapping[bool, Format]]],
+        device: torch.device,
+    ) -> None:
+        self._branches = branches
+        self._buffers: list[torch.Tensor] = []
+        self._views: list[dict[tuple[str, bool], list[torch.Tensor]]] = []
+        for layer in formats:
+            views = {}
+            for side, by_format in layer.items():
+                for eight_bit, tensors in self._allocate(slots[side] * branches, by_format, device).items():
+                    views[side, eight_bit] = tensors
+            self._views.append(views)
+        numbers = torch.arange(max(slots.values(), default=0) * branches, device=device)
+        self._numbers = list(numbers.split(1))  # made once: a view per unit would cost more than its use
+
+    def _allocate(
+        self, count: int, formats: Mapping[bool, Format], device: torch.device
+    ) -> dict[bool, list[torch.Tensor]]:
+        """``count`` slots that hold any of the formats: the same buffers of bytes for the first tensor of each, the
+        second, ..."""
+        found: dict[bool, list[torch.Tensor]] = {eight_bit: [] for eight_bit in formats}
+        for number in range(max(map(len, formats.values()))):
+            sharing = {eight_bit: tensors[number] for eight_bit, tensors in formats.items() if number < len(tensors)}
+            if len(formats) == 1:
+                [(eight_bit, tensor)] = sharing.items()
+                whole = torch.empty(count, *tensor.shape, dtype=tensor.dtype, device=device)
+                self._buffers.append(whole)
+                found[eight_bit].append(_as(whole, _movable(whole)))
+                continue
+            width = max(tensor.nbytes for tensor in sharing.values())
+            buffer = torch.empty(count, -(-width // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8, device=device)
+            self._buffers.append(buffer)
+            for eight_bit, tensor in sharing.items():
+                view = buffer[:, : tensor.nbytes].view(tensor.dtype).unflatten(1, tensor.shape)
+                found[eight_bit].append(_as(view, _movable(view)))
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def row(self, side: str, slot: int, branch: int) -> torch.Tensor:
+        """int64 [1], the row of a slot and branch."""
+        return self._numbers[slot * self._branches + branch]
+
+    def load(self, layer: int, side: str, eight_bit: bool, row: torch.Tensor, out: Sequence[torch.Tensor]) -> None:
+        """Copies what lies in a row into tensors of its format."""
+        for view, target in zip(self._views[layer][side, eight_bit], out, strict=True):
+            torch.index_select(view, 0, row, out=_as(target, view.dtype).unsqueeze(0))
+
+    def save(self, layer: int, side: str, eight_bit: bool, row: torch.Tensor, made: Sequence[torch.Tensor]) -> None:
+        """Copies tensors of a format into a row."""
+        for view, source in zip(self._views[layer][side, eight_bit], made, strict=True):
+            view.index_copy_(0, row, _as(source, view.dtype).unsqueeze(0))
+
+    def lend(self, layer: int, side: str, row: torch.Tensor, first: int) -> Lend | None:
+        """Where a layer puts the keys and values it makes from token ``first`` on, as many as a row holds.
+
+        None where the slots can hold 8 bits, too: what is made for them is saved afterwards.
+        """
+        if (side, True) in self._views[layer]:
+            return None
+        keys, values = self._views[layer][side, False]
+        return Lend(keys, values, row, first)
+
+
+def _movable(tensor: torch.Tensor) -> torch.dtype:
+    """8-bit numbers as integers, eight at a time: torch does not index fp8 everywhere, and copies by the element."""
+    if tensor.dtype.itemsize > 1:
+        return tensor.dtype
+    return torch.int64 if tensor.shape[-1] % 8 == 0 else torch.uint8
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)

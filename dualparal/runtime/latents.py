@@ -1,0 +1,107 @@
+"""The latents of a video's blocks in flight, their samplers, and the updates: what stage 0 owns besides its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from dualparal.kernels.combine_guidance import combine_guidance
+from dualparal.sampling.sampler import BlockSampler, Sampler
+from dualparal.sampling.state import BlockState
+from dualparal.schedule.actions import Unit
+from dualparal.schedule.layout import Layout
+from dualparal.schedule.schedule import Schedule
+
+StepCallback = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class LatentQueue:
+    """Latents and sampler states of a video's blocks in flight. Owned by stage 0.
+
+    Args:
+        noise: block -> initial latents [1, C, F, H, W], float32.
+        prompt_of: block -> id of its prompt, asked once, when the block enters.
+        embeds_of: id of a prompt -> its embeddings [branches, sequence, text_dim].
+        guidance_scales: one per step.
+        callback: (block, step, timestep, latents) -> latents, after every update.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        layout: Layout,
+        sampler: Sampler,
+        noise: Callable[[int], torch.Tensor],
+        prompt_of: Callable[[int], int],
+        embeds_of: Callable[[int], torch.Tensor],
+        guidance_scales: Sequence[float],
+        device: torch.device,
+        callback: StepCallback | None = None,
+    ) -> None:
+        self.schedule = schedule
+        self.layout = layout
+        self.sampler = sampler
+        self.noise = noise
+        self.prompt_of = prompt_of
+        self.embeds_of = embeds_of
+        self.guidance_scales = guidance_scales
+        self.device = device
+        self.callback = callback
+        self._latents: dict[int, torch.Tensor] = {}
+        self._states: dict[int, BlockSampler] = {}
+        self._prompts: dict[int, int] = {}
+        self._velocity: dict[tuple[int, int], torch.Tensor] = {}  # by block and branch
+
+    def state(self) -> dict[int, BlockState]:
+        """Latents and sampler states of the blocks in flight, which nobody will write to."""
+        return {block: BlockState(self._latents[block], state.state()) for block, state in self._states.items()}
+
+    def restore(self, blocks: Mapping[int, BlockState], before: torch.Tensor | None) -> None:
+        """Goes on with a ``state``. before: the final latents of the block before the first."""
+        if before is not None:
+            self._latents[self.schedule.first_block - 1] = before.to(self.device)
+        for block in sorted(blocks):
+            self._prompts[block] = self.prompt_of(block)
+            self._latents[block] = blocks[block].latents.to(self.device)
+            self._states[block] = self.sampler.start()
+            self._states[block].restore(blocks[block].sampler, self.device)
+
+    def prompt(self, unit: Unit) -> int:
+        """The prompt of the unit's block; a block enters with its first unit."""
+        if unit.block not in self._prompts:
+            self._prompts[unit.block] = self.prompt_of(unit.block)
+            self._latents[unit.block] = self.noise(unit.block).to(self.device)
+            self._states[unit.block] = self.sampler.start()
+        return self._prompts[unit.block]
+
+    def window(self, unit: Unit) -> torch.Tensor:
+        """What the model is fed: [1, C, F, H, W], for ``paper`` and in a refresh with the end of the block before."""
+        own = self._latents[unit.block]
+        fed = self.layout.fed_context(unit.block, self.schedule.refreshes(unit))
+        if not fed:
+            return own
+        return torch.cat([self._latents[unit.block - 1][:, :, -fed:], own], dim=2)
+
+    def velocity_shape(self, unit: Unit) -> torch.Size:
+        return self._latents[unit.block].shape
+
+    def take(self, unit: Unit, velocity: torch.Tensor) -> None:
+        """Keeps a copy of a branch's velocity until the update."""
+        self._velocity[unit.block, unit.branch] = velocity.clone()
+
+    def update(self, block: int, step: int) -> None:
+        """One sampler step from the velocities of the block's branches."""
+        velocity = [self._velocity.pop((block, branch)) for branch in range(self.schedule.branches)]
+        guided = combine_guidance(*velocity, self.guidance_scales[step]) if len(velocity) == 2 else velocity[0]
+        latents = self._states[block].step(guided, step, self._latents[block])
+        if self.callback is not None:
+            latents = self.callback(block, step, self.sampler.timesteps[step], latents)
+        self._latents[block] = latents
+
+    def emit(self, block: int) -> torch.Tensor:
+        """The block's final latents. Its successor may still read them, its predecessor is forgotten."""
+        del self._states[block]
+        self._latents.pop(block - 1, None)
+        self._prompts.pop(block - 1, None)
+        return self._latents[block]

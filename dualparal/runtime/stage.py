@@ -1,0 +1,292 @@
+"""A run of layers with its neighbour features. It knows neither its rank nor the schedule.
+
+Everything that does not change from unit to unit is made once: time conditions per step, keys and values of the
+text per prompt, rotary angles per window. Layers share one workspace for keys and values [own | next | previous].
+
+``forward`` is a function of tensors and a ``StepShape`` alone: slot numbers are tensors too, so that a captured
+graph of it (``graphs.py``) serves every block.
+
+With 8-bit attention a block has a state in every layer and branch: the mean of its keys at the step before, which is
+what it takes from them at this one. It lies in the store, as features do. A refresh is in 16 bits: it may not read
+that state, and after it the state begins anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from dualparal.config.eight_bit import EightBitPolicy
+from dualparal.kernels.attention_8bit import FP8, key_mean
+from dualparal.kernels.qk_norm_rope import Lend
+from dualparal.models.base import Grid, Pending, Rotary, Slice, TimeCondition
+from dualparal.models.keys_values import Context8, Format, KeysValues, to_8bit, to_16bit
+from dualparal.runtime.features import FeatureStore
+from dualparal.runtime.workspace import Read, View, Workspace, Workspace8
+from dualparal.schedule.actions import Features, Unit
+
+
+class StepShape(NamedTuple):
+    """What decides which operations a unit takes; two units of one shape differ in the values of tensors only."""
+
+    expert: int
+    branch: int
+    frames: int
+    fed_context: int  # leading frames that belong to the previous block (``paper``, refreshes)
+    reads: tuple[Read, ...]  # features read, in the order in which their keys follow the own ones
+    writes: tuple[str, ...]  # sides
+    eight_bit: bool = False  # is 8-bit attention on, in the layers that take part?
+    first_8bit: bool = False  # for the first time in this block?
+
+
+class StepInputs(NamedTuple):
+    """The tensors of a unit. ``text`` and ``time`` are shared between units and never written to."""
+
+    hidden: torch.Tensor  # first stage: latents [1, C, F, H, W]; otherwise hidden states [tokens, inner]
+    text: torch.Tensor  # [layers, 2, tokens, inner]
+    time: TimeCondition
+    rotary: Rotary
+    read_at: tuple[torch.Tensor, ...]  # int64 [1] each: rows of the feature store
+    write_at: tuple[torch.Tensor, ...]
+    mean_at: tuple[torch.Tensor, ...] = ()  # the same, of the block's state; with 8-bit attention only
+
+
+Forward = Callable[[StepShape, StepInputs], torch.Tensor]
+
+
+class Stage:
+    """One rank's layers of every expert.
+
+    Args:
+        experts: the same layers of each transformer of the model.
+        expert_of_step: which of them runs at each step.
+        timesteps: the sampler's, [T].
+        slots: of the features of neighbours, by side ("head", "tail"), and of what a block keeps ("mean").
+        branches: 2 with guidance.
+        max_tokens: own tokens of the largest window.
+        context_tokens: tokens that a neighbour lends. starts: the first of them among its own outside of refreshes,
+            by side.
+        first, last: whether this stage embeds latents, and whether it makes velocities.
+        layers: which layers of the model these are. eight_bit: where they attend in 8 bits.
+        refreshes: whether there will be any.
+        wrap: what to put around ``forward``, such as ``graphs.Graphed``.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[Slice],
+        expert_of_step: Sequence[int],
+        timesteps: torch.Tensor,
+        slots: Mapping[str, int],
+        branches: int,
+        grid: Grid,
+        max_tokens: int,
+        context_tokens: int,
+        starts: Mapping[str, int],
+        *,
+        first: bool,
+        last: bool,
+        layers: range,
+        eight_bit: EightBitPolicy,
+        refreshes: bool = False,
+        wrap: Callable[[Forward], Forward] | None = None,
+    ) -> None:
+        self.experts = experts
+        self.expert_of_step = expert_of_step
+        self.timesteps = timesteps
+        self.grid = grid
+        self.first, self.last = first, last
+        slice_ = experts[0]
+        self.inner_dim = slice_.inner_dim
+        steps = len(expert_of_step)
+        self._covered = [eight_bit.covers(layer) for layer in layers]
+        self._on = [any(self._covered) and eight_bit.at(step, steps) for step in range(steps)]
+        self._fp8 = eight_bit.mode == "fp8"
+        starts = {side: starts[side] for side in ("head", "tail") if slots[side]}
+        self._always_8bit = all(self._on) and not refreshes
+        self._workspace = self._workspace8 = None
+        if not (all(self._covered) and self._always_8bit):
+            self._workspace = Workspace(
+                max_tokens, len(starts), context_tokens, self.inner_dim, slice_.dtype, slice_.device
+            )
+        if any(self._on):
+            values = FP8 if self._fp8 else slice_.dtype
+            self._workspace8 = Workspace8(
+                max_tokens, starts, context_tokens, self.inner_dim, slice_.heads, values, slice_.device
+            )
+        self._lent = context_tokens
+        self.store = FeatureStore(slots, branches, [self._formats(starts, c) for c in self._covered], slice_.device)
+        self._step = wrap(self.forward) if wrap else self.forward
+        self._time: dict[int, TimeCondition] = {}
+        self._prompts: dict[int, torch.Tensor] = {}
+        self._text: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._rotary: tuple[tuple[int, int], Rotary] | None = None
+
+    def add_prompt(self, prompt: int, embeds: torch.Tensor) -> None:
+        """Makes a prompt known: embeds [branches, sequence, text_dim]."""
+        self._prompts[prompt] = embeds
+
+    def keep_prompts(self, used: Container[int]) -> None:
+        """Forgets the other prompts: no block in flight uses them any more."""
+        for key in [k for k in self._text if k[0] not in used]:
+            del self._text[key]
+        for prompt in [p for p in self._prompts if p not in used]:
+            del self._prompts[prompt]
+
+    def knows_prompt(self, prompt: int) -> bool:
+        return prompt in self._prompts
+
+    @torch.inference_mode()
+    def run(
+        self,
+        hidden: torch.Tensor,
+        unit: Unit,
+        *,
+        prompt: int,
+        place: int,
+        window: range,
+        fed_context: int,
+        refresh: bool,
+        after_refresh: bool,
+        reads: Sequence[Features],
+        writes: Sequence[Features],
+    ) -> torch.Tensor:
+        """One unit through the layers.
+
+        Args:
+            hidden: first stage: latents [1, C, F, H, W]; otherwise hidden states [tokens, inner].
+            place: a number that the block has to itself while it is in flight.
+            window: absolute indices of its frames.
+            fed_context: leading frames that belong to the previous block (``paper``, refreshes).
+            refresh, after_refresh: whether this or the block's last unit is one of a refresh.
+            reads, writes: slots of the feature store, in the order in which keys follow the own ones.
+
+        Returns:
+            Hidden states [tokens, inner], or on the last stage the velocity [1, C, own frames, H, W]. Good until the
+            next unit.
+        """
+        if not self.first:
+            hidden = hidden[: len(window) * self.grid.tokens]  # a message is as long as the largest
+        expert, eight_bit = self.expert_of_step[unit.step], self._on[unit.step] and not refresh
+        shape = StepShape(
+            expert,
+            unit.branch,
+            len(window),
+            fed_context,
+            tuple((f.side, self._on[f.step] and not f.refresh) for f in reads),
+            tuple(f.side for f in writes),
+            eight_bit,
+            eight_bit and (after_refresh or not (unit.step and self._on[unit.step - 1])),
+        )
+        inputs = StepInputs(
+            hidden,
+            self._text_condition(prompt, unit.branch, expert),
+            self._time_condition(unit.step),
+            self._angles(window.start, len(window)),
+            tuple(self._row(features) for features in reads),
+            tuple(self._row(features) for features in writes),
+            (self.store.row("mean", place, unit.branch),) if eight_bit else (),
+        )
+        return self._step(shape, inputs)
+
+    def forward(self, shape: StepShape, inputs: StepInputs) -> torch.Tensor:
+        """The arithmetic of a unit; nothing else decides its result."""
+        expert, tokens = self.experts[shape.expert], self.grid.tokens
+        hidden = expert.embed(inputs.hidden) if self.first else inputs.hidden
+        first_own = shape.fed_context * tokens
+        places = {"head": first_own, "tail": len(hidden) - self._lent}
+        starts = {side: places[side] for side in shape.writes}
+        views = self._views(shape, len(hidden), starts)
+        pending: Pending | None = None
+        for index in range(expert.num_layers):
+            eight_bit = shape.eight_bit and self._covered[index]
+            view = views[eight_bit]
+            self._read(index, eight_bit, view, shape, inputs)
+            text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
+            lends = {} if eight_bit else self._lends(index, starts, inputs)
+            hidden, pending = expert.layer(
+                index, hidden, pending, inputs.time, text, inputs.rotary, view.context, list(lends.values())
+            )
+            for side, at in zip(shape.writes, inputs.write_at, strict=True):
+                if side not in lends:
+                    self.store.save(index, side, eight_bit, at, view.lends[side])
+            if isinstance(view.context, Context8):
+                mean = key_mean(view.context.k_sums, len(hidden))
+                self.store.save(index, "mean", True, inputs.mean_at[0], [mean])
+        if not self.last:
+            return expert.finish(hidden, pending)
+        assert pending is not None, "a stage has at least one layer"
+        return expert.head(hidden[first_own:], (pending[0][first_own:], pending[1]), inputs.time, self.grid)
+
+    def _views(self, shape: StepShape, own: int, starts: Mapping[str, int]) -> dict[bool, View]:
+        """The workspaces as the unit's layers see them, by whether they attend in 8 bits."""
+        found = {}
+        if self._workspace is not None:
+            found[False] = self._workspace.view(own, shape.reads, starts)
+        if self._workspace8 is not None and shape.eight_bit:
+            found[True] = self._workspace8.view(own, shape.reads, shape.writes, shape.first_8bit)
+        return found
+
+    def _read(self, index: int, eight_bit: bool, view: View, shape: StepShape, inputs: StepInputs) -> None:
+        """Neighbours' features to their places, converted where their maker's setting was another."""
+        if isinstance(view.context, Context8) and not shape.first_8bit:
+            self.store.load(index, "mean", True, inputs.mean_at[0], [view.context.means[0]])
+        for (side, on), at, target in zip(shape.reads, inputs.read_at, view.places, strict=True):
+            made_8bit = on and self._covered[index]
+            if made_8bit == eight_bit:
+                self.store.load(index, side, made_8bit, at, target)
+                continue
+            assert self._workspace is not None and self._workspace8 is not None
+            converted: Format
+            if made_8bit:
+                features = self._workspace8.fresh(side)
+                self.store.load(index, side, True, at, features.tensors)
+                converted = to_16bit(features, self.experts[0].dtype)
+            else:
+                plain = self._workspace.fresh()
+                self.store.load(index, side, False, at, plain)
+                converted = to_8bit(plain, self.experts[0].heads, self._fp8).tensors
+            for tensor, source in zip(target, converted, strict=True):
+                tensor.copy_(source)
+
+    def _lends(self, index: int, starts: Mapping[str, int], inputs: StepInputs) -> dict[str, Lend]:
+        """What the layer itself puts into the store, by side."""
+        found = {
+            side: self.store.lend(index, side, at, start)
+            for (side, start), at in zip(starts.items(), inputs.write_at, strict=True)
+        }
+        return {side: lend for side, lend in found.items() if lend is not None}
+
+    def _formats(self, starts: Mapping[str, int], covered: bool) -> dict[str, dict[bool, Format]]:
+        """What the slots of a layer hold. Only layers that attend in 8 bits at all steps need no other format."""
+        found: dict[str, dict[bool, Format]] = {}
+        for side in starts:
+            found[side] = {}
+            if self._workspace is not None and not (covered and self._always_8bit):
+                found[side][False] = self._workspace.fresh("meta")
+            if self._workspace8 is not None and covered:
+                found[side][True] = self._workspace8.fresh(side, "meta").tensors
+        if covered and any(self._on):
+            found["mean"] = {True: [torch.empty(self.inner_dim, dtype=torch.float32, device="meta")]}
+        return found
+
+    def _row(self, features: Features) -> torch.Tensor:
+        return self.store.row(features.side, features.slot, features.branch)
+
+    def _time_condition(self, step: int) -> TimeCondition:
+        if step not in self._time:
+            self._time[step] = self.experts[self.expert_of_step[step]].time(self.timesteps[step])
+        return self._time[step]
+
+    def _text_condition(self, prompt: int, branch: int, expert: int) -> torch.Tensor:
+        key = prompt, branch, expert
+        if key not in self._text:
+            self._text[key] = self.experts[expert].text(self._prompts[prompt][branch])
+        return self._text[key]
+
+    def _angles(self, start: int, frames: int) -> Rotary:
+        if self._rotary is None or self._rotary[0] != (start, frames):
+            self._rotary = (start, frames), self.experts[0].rotary(start, frames, self.grid)
+        return self._rotary[1]

@@ -1,0 +1,107 @@
+"""What the layers of a stage read and write in place: rows [own | next | previous], in 16 or in 8 bits.
+
+Layers share it one after the other. A ``View`` of it is made once per unit: what attention reads, where the
+neighbours' features are put before, and what is lent afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from dualparal.kernels.attention_8bit import TILE, KeysValues8, lent, place, tiles_of
+from dualparal.models.keys_values import Context8, Features8, Format, KeysValues
+
+Read = tuple[str, bool]  # a side of the features, and whether they were made at a step with 8-bit attention
+
+
+class View(NamedTuple):
+    context: KeysValues | Context8
+    places: list[Format]  # of the neighbours' features, in the order of the reads
+    lends: dict[str, Format]  # by side
+
+
+class Workspace:
+    """In 16 bits.
+
+    Args:
+        tokens: own tokens of the largest window.
+        sides: how many neighbours there are features of.
+        lent: so many rows a block lends to each.
+    """
+
+    def __init__(
+        self, tokens: int, sides: int, lent: int, inner: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._lent = lent
+        self._memory = KeysValues(
+            *(torch.empty(tokens + sides * lent, inner, dtype=dtype, device=device) for _ in range(2))
+        )
+
+    def fresh(self, device: str | None = None) -> KeysValues:
+        """Memory for what a side lends."""
+        return KeysValues(*(torch.empty_like(tensor[: self._lent], device=device) for tensor in self._memory))
+
+    def view(self, own: int, reads: Sequence[Read], starts: Mapping[str, int]) -> View:
+        """starts: the first row of what is lent, by side."""
+        rows = self._memory.rows(0, own + len(reads) * self._lent)
+        places: list[Format] = [rows.rows(own + number * self._lent, self._lent) for number in range(len(reads))]
+        return View(rows, places, {side: rows.rows(start, self._lent) for side, start in starts.items()})
+
+
+class Workspace8:
+    """In 8 bits: every part begins at a multiple of TILE, and what is lent begins with a whole tile.
+
+    Args:
+        starts: the first row that a block lends, by side. values: their dtype, FP8 or one of 16 bits. The others: as
+            in ``Workspace``.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        starts: Mapping[str, int],
+        lent_rows: int,
+        inner: int,
+        heads: int,
+        values: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._lent = lent_rows
+        self._shares = {side: lent(start, lent_rows) for side, start in starts.items()}
+        self._sizes = inner, heads, values
+        self._device = device
+        tiles = tiles_of(tokens) + sum(tiles_of(share.rows) for share in self._shares.values())
+        self._memory = KeysValues8.empty(tiles * TILE, *self._sizes, device)
+        self._means = torch.empty(1 + len(starts), inner, dtype=torch.float32, device=device)
+        self._k_sums = torch.empty(tiles_of(tokens), inner, dtype=torch.float32, device=device)
+
+    def fresh(self, side: str, device: str | None = None) -> Features8:
+        """Memory for what a side lends."""
+        share = self._shares[side]
+        keys_values = KeysValues8.empty(share.rows, *self._sizes, device or self._device)
+        return Features8(keys_values, torch.empty_like(self._means[0], device=device), share.skip)
+
+    def view(self, own: int, reads: Sequence[Read], writes: Sequence[str], first: bool) -> View:
+        # What was made in 16 bits, and is converted, has no rows in front
+        shares = [self._shares[side] if made_8bit else lent(0, self._lent) for side, made_8bit in reads]
+        parts = [(share.rows, share.skip) for share in shares]
+        at = tiles_of(own) * TILE
+        places: list[Format] = []
+        for number, (rows, skip) in enumerate(parts, 1):
+            places.append(Features8(self._memory.rows(at, rows), self._means[number], skip).tensors)
+            at += tiles_of(rows) * TILE
+        context = Context8(
+            self._memory.rows(0, at),
+            place([(own, 0), *parts]),
+            self._means[: 1 + len(reads)],
+            self._k_sums[: tiles_of(own)],
+            first,
+        )
+        lends: dict[str, Format] = {}
+        for side in writes:
+            share = self._shares[side]
+            lends[side] = Features8(self._memory.rows(share.first, share.rows), self._means[0], share.skip).tensors
+        return View(context, places, lends)

@@ -1,0 +1,1 @@
+"""Noise, prompts and samplers of the blocks of a video."""

@@ -1,0 +1,53 @@
+"""Which prompt's embeddings each block of a video uses."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+
+import torch
+
+
+class Prompts:
+    """Which embeddings a block uses. ``change`` may be called from any thread while blocks are entering."""
+
+    def __init__(self, embeds: dict[int, torch.Tensor]) -> None:
+        """embeds: first block -> embeddings; there is one for the first block that will be asked for."""
+        self._embeds = dict(embeds)
+        self._entered = -1
+        self._lock = threading.Lock()
+
+    def of(self, block: int) -> int:
+        """The prompt of a block that is under way from now on."""
+        with self._lock:
+            self._entered = max(self._entered, block)
+            return self._current(block)
+
+    def _current(self, block: int) -> int:
+        starts = sorted(self._embeds)
+        return starts[bisect_right(starts, block) - 1]
+
+    def embeds(self, prompt: int) -> torch.Tensor:
+        return self._embeds[prompt]
+
+    def forget(self, before: int) -> None:
+        """Drops the prompts that only blocks before one have used."""
+        with self._lock:
+            current = self._current(before)
+            self._embeds = {start: embeds for start, embeds in self._embeds.items() if start >= current}
+
+    def state(self) -> dict[int, torch.Tensor]:
+        """First block -> embeddings, of all that blocks under way and later ones use."""
+        with self._lock:
+            return dict(self._embeds)
+
+    def change(self, embeds: torch.Tensor) -> int:
+        """New blocks take ``embeds`` from now on, later changes that were planned before are dropped.
+
+        Returns the first block that takes them.
+        """
+        with self._lock:
+            first = self._entered + 1
+            self._embeds = {start: e for start, e in self._embeds.items() if start < first}
+            self._embeds[first] = embeds
+            return first

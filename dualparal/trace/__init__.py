@@ -1,0 +1,1 @@
+"""What a run tells of itself: clocks, statistics, a timeline and its picture."""

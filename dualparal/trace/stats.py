@@ -1,0 +1,96 @@
+"""What a finished run tells of itself: time, memory, share of idle time."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dualparal.schedule.replay import bubble
+from dualparal.schedule.schedule import Schedule
+from dualparal.trace.clock import BusyClock
+
+_REPLAY_LIMIT = 100_000  # stage-units: a second or two
+
+
+def schedule_bubble(schedule: Schedule) -> float | None:
+    """What the closing line sets beside the measured bubble: that of the schedule, every unit taking equally long
+    on every stage. None for a schedule that has no end, or whose replay would take long.
+
+    The one place to ask a simulator with costs of its own instead.
+    """
+    if schedule.num_units is None or schedule.num_units * schedule.num_stages > _REPLAY_LIMIT:
+        return None
+    return bubble(schedule)
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process so far, bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says outlives fork and exec: it may be the size of who started this process
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return 1024 * int(found[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class RankStats:
+    """One rank's share of a run."""
+
+    busy: float  # seconds in units
+    elapsed: float  # seconds from its first unit to the end
+    peak_host: int  # bytes
+    peak_device: int  # bytes, 0 on CPU
+
+    @classmethod
+    def of(cls, clocks: list[BusyClock], device: torch.device) -> RankStats:
+        for clock in clocks:
+            clock.settle()
+        started = min((c.started for c in clocks if c.started is not None), default=time.perf_counter())
+        on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        return cls(sum(c.seconds for c in clocks), time.perf_counter() - started, peak_rss(), on_device)
+
+    def to_list(self) -> list[float]:
+        return [self.busy, self.elapsed, float(self.peak_host), float(self.peak_device)]
+
+    @classmethod
+    def from_list(cls, values: list[float]) -> RankStats:
+        return cls(values[0], values[1], int(values[2]), int(values[3]))
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """What a finished run tells: see ``summary``."""
+
+    blocks: int
+    frames: int
+    seconds: float  # from the first unit to the last frame
+    first_frame: float | None  # seconds until the first chunk was ready
+    ranks: tuple[RankStats, ...]
+    schedule_bubble: float | None = None  # what the schedule itself leaves idle, for comparison with ``bubble``
+
+    @property
+    def bubble(self) -> float:
+        """Share of the run in which a rank computed no unit, averaged over ranks."""
+        if not self.ranks or self.seconds <= 0:
+            return 0.0
+        return 1 - sum(rank.busy for rank in self.ranks) / (self.seconds * len(self.ranks))
+
+    def summary(self) -> str:
+        """One line for people."""
+        memory = ", ".join(f"{(rank.peak_device or rank.peak_host) / 2**30:.2f}" for rank in self.ranks)
+        first = "-" if self.first_frame is None else f"{self.first_frame:.1f} s"
+        rate = self.frames / self.seconds if self.seconds > 0 else 0.0
+        blocks = f"{self.blocks} block{'' if self.blocks == 1 else 's'}"
+        expected = "" if self.schedule_bubble is None else f" (schedule {100 * self.schedule_bubble:.1f} %)"
+        return (
+            f"{self.frames} frames in {blocks}, {self.seconds:.1f} s ({rate:.2f} frames/s), "
+            f"first frames after {first}, bubble {100 * self.bubble:.1f} %{expected}, peak memory per rank {memory} GiB"
+        )
