@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from dualparal.distributed.edges import ReceiveEdge, SendEdge, make_groups, warm
 from dualparal.distributed.mesh import Mesh
 from dualparal.distributed.prompts import PromptChannel
 from dualparal.launch.heartbeat import Heartbeat
-from dualparal.runtime.executor import StageExecutor, run_together
+from dualparal.runtime.executor import FirstStage, Links, StageExecutor, run_together
 from dualparal.runtime.latents import LatentQueue
+from dualparal.runtime.stage import UnitPlan
 from dualparal.schedule.actions import Unit
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.schedule import Schedule
@@ -47,19 +48,11 @@ class SleepingStage:
     def keep_prompts(self, used: set[int]) -> None:
         self._prompts &= used
 
-    def run(
-        self,
-        hidden: torch.Tensor,
-        unit: Unit,
-        *,
-        window: range,
-        fed_context: int,
-        **others: Any,
-    ) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, plan: UnitPlan) -> torch.Tensor:
         time.sleep(self.seconds)
-        frames = len(window)
+        frames = len(plan.window)
         if self.last:
-            return torch.zeros(1, CHANNELS, frames - fed_context, SIDE, SIDE)
+            return torch.zeros(1, CHANNELS, frames - plan.fed_context, SIDE, SIDE)
         return torch.zeros(frames * SIDE * SIDE, INNER)
 
 
@@ -80,8 +73,7 @@ def run(case: dict[str, Any], mesh: Mesh, groups: Sequence[Any]) -> dict[str, An
     schedule = Schedule(**case["schedule"])
     layout = Layout(BlockConfig(2, schedule.context_frames, schedule.context), case["latents"])
     assert layout.num_blocks == schedule.num_blocks
-    rank, n = mesh.rank, mesh.world_size
-    before, after = (rank - 1) % n, (rank + 1) % n
+    rank, n, before, after = mesh.rank, mesh.world_size, mesh.before, mesh.after
     hidden = layout.max_window_frames * SIDE * SIDE * INNER + 1
     sizes = [hidden] * (n - 1) + [layout.first_frames * CHANNELS * SIDE * SIDE + 1]
     common = schedule.depth, schedule.num_units, torch.float32, mesh.device
@@ -103,20 +95,23 @@ def run(case: dict[str, Any], mesh: Mesh, groups: Sequence[Any]) -> dict[str, An
     def report(phase: str, unit: Unit) -> None:
         log.append((phase, *unit, time.monotonic()))
 
-    emit: Callable[..., None] | None = (lambda video, block, latents: None) if rank == 0 else None
+    leading = None
+    if mesh.is_leader:
+        leading = FirstStage([queue(video) for video in range(schedule.num_videos)], lambda video, block, latents: None)
     clock = BusyClock(mesh.device)
     executor = StageExecutor(
         schedule,
         layout,
         rank,
         SleepingStage(case["seconds"][rank], rank == 0, rank == n - 1),  # type: ignore[arg-type]
-        ReceiveEdge(f"edge {before}", before, groups[before], sizes[before], *common),
-        SendEdge(f"edge {rank}", after, groups[rank], sizes[rank], *common),
-        PromptChannel((schedule.branches, 1, 1), torch.float32, rank, n),
+        Links(
+            PromptChannel((schedule.branches, 1, 1), torch.float32, rank, n),
+            ReceiveEdge(f"edge {before}", before, groups[before], sizes[before], *common),
+            SendEdge(f"edge {rank}", after, groups[rank], sizes[rank], *common),
+        ),
         clock,
-        [queue(video) for video in range(schedule.num_videos)] if rank == 0 else [],
-        on_emit=emit,
-        report=report,
+        leading,
+        report,
     )
     for _ in run_together([executor]):
         pass

@@ -49,10 +49,10 @@ class SleepingLayers:
 def synthetic_engine(model: str, seconds: float, stages: int | None = None, **options: Any) -> Engine:
     """An engine on the CPU whose every stage takes so many seconds per unit."""
     engine = Engine.from_pretrained(model, device="cpu", stages=stages, **options)
-    engine._load()
-    engine._slices = {
+    engine.parts.load()
+    engine.parts.slices = {
         stage: [SleepingLayers(inner, seconds) for inner in slices]  # type: ignore[misc]
-        for stage, slices in engine._slices.items()
+        for stage, slices in engine.parts.slices.items()
     }
     return engine
 

@@ -196,7 +196,7 @@ def argv(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     Path("full/file").touch()
     Path("link.mp4").symlink_to("nowhere")
     command = typer.main.get_command(cli.app)
-    options = [*inspect.signature(generate.generate).parameters.values()]
+    options = [*inspect.signature(cli.generate_command).parameters.values()]
     cli.app = lambda: command(standalone_mode=True)  # type: ignore[assignment]
     right = ["generate", "--prompt", "a cat", "--model", "model", "--height", "32", "--width", "32", "--device", "cpu"]
     names = ["there.mp4", "full", "full/a.mp4", "there.mp4/a", "link.mp4", "model", "new/a.mp4"]

@@ -811,7 +811,9 @@ def test_help_names_every_flag_at_once_and_without_torch() -> None:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 3  # of CPU: others may have the rest
     assert "imported: []" in result.stdout
     text = " ".join(result.stdout.split())
-    flags = ["--" + name.replace("_", "-") for name in inspect.signature(cli.generate).parameters if name != "call"]
+    flags = [
+        "--" + name.replace("_", "-") for name in inspect.signature(cli.generate_command).parameters if name != "call"
+    ]
     assert not [flag for flag in flags if not re.search(rf"{flag}\b", text)]
     for hint in ("Pixels", "latent frames", "Frames per second", "[default: 50]", "[default: 81]", "Default: cuda"):
         assert hint in text

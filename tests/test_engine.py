@@ -16,7 +16,7 @@ from dualparal import reference
 from dualparal.config.blocks import CONTEXT_VERSIONS
 from dualparal.config.video import VideoConfig
 from dualparal.engine.engine import Engine
-from dualparal.engine.request import check_request
+from dualparal.engine.request import VideoInputs, check_request
 from dualparal.runtime.executor import NonFiniteError
 from dualparal.sampling.noise import BlockNoise
 from dualparal.sampling.prompts import Prompts
@@ -28,11 +28,7 @@ Build = Callable[..., Engine]
 def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: Any) -> torch.Tensor:
     """The plain loop's latents for the same request."""
     video = VideoConfig(output_type="latent", **call)
-    request = check_request(
-        engine.source, engine.scheduler, engine.blocks, torch.device("cpu"), video,
-        prompt=None, negative_prompt=None, latents=None,
-        prompt_embeds=prompt["prompt_embeds"], negative_prompt_embeds=prompt.get("negative_prompt_embeds"),
-    )  # fmt: skip
+    request = check_request(engine.setup, engine.scheduler, video, VideoInputs(**prompt, seed=video.seed))
     spec = engine.source.spec
     assert request.embeds is not None
     rows = request.embeds
@@ -46,7 +42,7 @@ def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: A
         BlockNoise(request.layout, (spec.in_channels, request.grid.height, request.grid.width), video.seed),
         lambda block: rows,
         [video.guidance_scale, second],
-        engine.attention_8bit,
+        engine.config.attention_8bit,
     )
 
 

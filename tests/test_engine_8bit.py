@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +264,10 @@ def test_a_head_that_the_kernel_does_not_know_is_refused(
     engine: Build, wan21: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU, where the definition would be too slow to be taken unasked."""
-    from dualparal.engine.engine import _check_8bit
-
-    source = build(engine).source
-    schedule = EightBitPolicy("int8")
-    _check_8bit(schedule, source, torch.device("cpu"), torch.bfloat16)
+    setup = build(engine, attention_8bit="int8", dtype="bfloat16").setup
+    on_card = replace(setup, mesh=replace(setup.mesh, device=torch.device("cuda")))
     with pytest.raises(ValueError, match="attention_8bit='int8' cannot run: head_dim is 24"):
-        _check_8bit(schedule, source, torch.device("cuda"), torch.bfloat16)
+        on_card.check_8bit()
 
 
 def test_a_schedule_without_a_step_is_refused_before_weights_are_read(

@@ -35,7 +35,7 @@ from dualparal.models.wan.sizes import model_shape
 from dualparal.planning.workload import Workload
 from dualparal.runtime.executor import NonFiniteError
 from dualparal.runtime.nonfinite import FirstMark, Origin, mark
-from dualparal.runtime.stage import Stage
+from dualparal.runtime.stage import Stage, UnitPlan
 from dualparal.schedule.actions import Unit
 from test_cli import decode
 
@@ -219,11 +219,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, stage: int, unit: tuple[int, int], v
     computed = Stage.run
     seen: list[Stage] = []
 
-    def run(self: Stage, hidden: torch.Tensor, at: Unit, **more: Any) -> torch.Tensor:
-        result = computed(self, hidden, at, **more)
+    def run(self: Stage, hidden: torch.Tensor, plan: UnitPlan) -> torch.Tensor:
+        result = computed(self, hidden, plan)
         if self not in seen:
             seen.append(self)  # stage k is the k-th to run
-        if seen.index(self) == stage and (at.block, at.step) == unit:
+        if seen.index(self) == stage and (plan.unit.block, plan.unit.step) == unit:
             result = result.clone()  # outside of inference mode
             result.view(-1)[3] = value
         return result

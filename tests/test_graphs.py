@@ -7,14 +7,15 @@ runs it again on the static tensors. What does not travel through a static tenso
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-import dualparal.engine.engine
 from conftest import embeds
 from dualparal.config.eight_bit import EightBitPolicy
+from dualparal.engine import build
 from dualparal.engine.engine import Engine
 from dualparal.runtime.features import FeatureStore
 from dualparal.runtime.graphs import Graphed
@@ -49,7 +50,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay, result
 
     monkeypatch.setattr(FeatureStore, "__init__", init)
-    monkeypatch.setattr(dualparal.engine.engine, "cuda_capture", lambda pool: capture)
+    monkeypatch.setattr(build, "cuda_capture", lambda pool: capture)
     return replays
 
 
@@ -64,7 +65,7 @@ def test_replays_give_the_bits_of_eager(
     eager = built(**embeds(built), **CALL).frames
     for stages in (1, 2):
         built = engine(path, stages=stages, **options)
-        built.graphs = True
+        built.setup = replace(built.setup, config=replace(built.config, graphs=True))
         recorded.clear()
         assert torch.equal(built(**embeds(built), **CALL).frames, eager)
         units = 2 * CALL["num_inference_steps"] * 6 * stages
@@ -81,7 +82,7 @@ def test_replays_with_8_bits(engine: Callable[..., Engine], recorded: list[int],
     eager = built(**embeds(built), **CALL).frames
     for stages in (1, 2):
         built = engine(attention_8bit=schedule, stages=stages, **options)
-        built.graphs = True
+        built.setup = replace(built.setup, config=replace(built.config, graphs=True))
         recorded.clear()
         assert torch.equal(built(**embeds(built), **CALL).frames, eager)
         assert len(recorded) > 2 * CALL["num_inference_steps"] * 6 * stages / 3
@@ -92,7 +93,7 @@ def test_a_prompt_change_reaches_captured_steps(engine: Callable[..., Engine], r
     prompt = {0: "a cat", 21: "a dog"}
     eager = engine(**options)(prompt, **CALL).frames
     built = engine(**options)
-    built.graphs = True
+    built.setup = replace(built.setup, config=replace(built.config, graphs=True))
     assert torch.equal(built(prompt, **CALL).frames, eager) and recorded
 
 

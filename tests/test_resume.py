@@ -242,7 +242,8 @@ def kept(engine: Build, tmp_path: Path) -> tuple[Path, list[Chunk], Callable[[in
 def test_without_a_field_of_the_sampler_the_video_is_another(kept: Any, field: str) -> None:
     """As if the sampler had not begun; so the equality above can fail."""
     folder, whole, build = kept
-    found, name = snapshot.newest(folder)
+    resumed = snapshot.newest(folder)
+    found, name = resumed.snapshot, resumed.name
     (folder / name).unlink()
     (folder / f"{name}.tmp").touch()  # of a kill
     forgotten = {k: v for k, v in build(1).scheduler.__dict__.items() if k == field}
@@ -263,7 +264,7 @@ def test_without_a_field_of_the_sampler_the_video_is_another(kept: Any, field: s
 
 def test_the_decoder_needs_its_history(kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, whole, build = kept
-    monkeypatch.setattr("dualparal.decoding.local.DecodeLane.history", 1)
+    monkeypatch.setattr("dualparal.decoding.local.LocalDecoder.history", 1)
     made = list(build(1).resume(folder))
     assert all(torch.equal(c.latents, whole[c.block].latents) for c in made)
     assert not all(torch.equal(c.frames, whole[c.block].frames) for c in made)

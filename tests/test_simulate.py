@@ -21,7 +21,7 @@ from sleeping_rank import CHANNELS, SIDE, PlainSampler, SleepingStage
 from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
 from dualparal.distributed.messages import Header
 from dualparal.distributed.prompts import PromptChannel
-from dualparal.runtime.executor import StageExecutor, run_together
+from dualparal.runtime.executor import FirstStage, Links, StageExecutor, run_together
 from dualparal.runtime.latents import LatentQueue
 from dualparal.schedule.actions import Action, Op, Unit
 from dualparal.schedule.layout import Layout
@@ -181,8 +181,8 @@ def execute(schedule: Schedule, seconds: list[float]) -> tuple[float, float, lis
     stages = [VirtualStage(clocks, k, seconds[k], k == 0, k == n - 1) for k in range(n)]
     executors = [
         StageExecutor(
-            schedule, layout, k, stages[k], edges[k - 1], edges[k], channel,  # type: ignore[arg-type]
-            BusyClock(torch.device("cpu")), queues if k == 0 else [], on_emit=lambda video, block, latents: None,
+            schedule, layout, k, stages[k], Links(channel, edges[k - 1], edges[k]),  # type: ignore[arg-type]
+            BusyClock(torch.device("cpu")), FirstStage(queues, lambda video, block, latents: None) if k == 0 else None,
             report=lambda phase, unit, k=k: done[k].append(Action(Op(phase), k, unit)),  # type: ignore[misc]
         )
         for k in range(n)

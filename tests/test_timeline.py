@@ -307,7 +307,7 @@ def test_clocks_are_set_against_each_other_where_they_differ(
     found: dict[int, float] = {}
 
     def rank(number: int) -> None:
-        found[number] = Mesh(number, 2, torch.device("cpu"), distributed=True).clock_offset()
+        found[number] = Mesh(number, 2, 2, torch.device("cpu"), distributed=True).clock_offset()
 
     threads = [threading.Thread(target=rank, args=(number,), name=str(number)) for number in (0, 1)]
     for thread in threads:

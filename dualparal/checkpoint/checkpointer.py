@@ -107,7 +107,7 @@ class Checkpointer:
         self._collect()
         self._write_when_ready()
 
-    def cut(self, iteration: int, blocks: Callable[[], Sequence[Mapping[int, BlockState]]]) -> None:
+    def on_snapshot_point(self, iteration: int, blocks: Callable[[], Sequence[Mapping[int, BlockState]]]) -> None:
         """The latents are those at the start of an iteration that stands alone."""
         self._collect()
         if self._pending is not None or self._writing is not None or not self._is_due(iteration):

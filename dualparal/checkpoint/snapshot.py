@@ -92,7 +92,15 @@ class Snapshot:
         return path
 
 
-def newest(folder: Path) -> tuple[Snapshot, str]:
+@dataclass(frozen=True)
+class Resumed:
+    """A snapshot that a run goes on from, and the name of its file."""
+
+    snapshot: Snapshot
+    name: str
+
+
+def newest(folder: Path) -> Resumed:
     """The newest snapshot of a folder that is whole, with its file's name; a damaged one is passed over, aloud.
 
     Raises:
@@ -102,7 +110,7 @@ def newest(folder: Path) -> tuple[Snapshot, str]:
     reasons = []
     for path in found:
         try:
-            return read(path), path.name
+            return Resumed(read(path), path.name)
         except SnapshotError as error:
             reasons.append(str(error))
             logger.warning("%s; trying the one before", error)

@@ -39,11 +39,12 @@ def lead(job: Job, planned: bool = False) -> int:
     from dualparal.launch.supervisor import Kept, supervise
 
     arguments = sys.argv[1:]
-    if planned and job.layers_per_stage is not None:
-        arguments += ["--layers-per-stage", ",".join(map(str, job.layers_per_stage))]
-        arguments += ["--context-version", job.blocks.context_version]
-        if job.blocks.max_blocks_in_flight is not None:
-            arguments += ["--max-blocks-in-flight", str(job.blocks.max_blocks_in_flight)]
+    engine = job.engine
+    if planned and engine.layers_per_stage is not None:
+        arguments += ["--layers-per-stage", ",".join(map(str, engine.layers_per_stage))]
+        arguments += ["--context-version", engine.blocks.context_version]
+        if engine.blocks.max_blocks_in_flight is not None:
+            arguments += ["--max-blocks-in-flight", str(engine.blocks.max_blocks_in_flight)]
     display = display_of(job)
     started = time.time()
     summary: list[str] = []

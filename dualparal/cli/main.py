@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from dualparal.cli.generate import generate
+from dualparal.cli.flags import command_of
+from dualparal.cli.generate import GROUPS, generate
 from dualparal.cli.leader import unpack_arguments
 from dualparal.cli.plan import command as plan_command
 from dualparal.cli.rank import one_line
@@ -48,7 +49,7 @@ def calibrate() -> None:
     typer.echo(f"kept in {path}; remove it to go back to the built-in table")
 
 
-app.command()(generate)
+generate_command = app.command()(command_of(generate, *GROUPS))
 app.command("plan")(plan_command)
 
 

@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,8 @@ from dualparal.launch.exit_codes import BAD_INPUT, NUMERICS, RANK_FAILED, STORAG
 from dualparal.launch.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
-    from dualparal.io.output import PictureOutput, VideoOutput
+    from dualparal.cli.results import Results
+    from dualparal.decoding.chunks import Chunk
 
 logger = logging.getLogger("dualparal")
 
@@ -80,72 +83,36 @@ def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
 
 def _stream(job: Job, heartbeat: Heartbeat) -> int:
     """Runs the engine and writes what comes. Returns the signal that ended it early, or 0."""
-    import torch
-
-    from dualparal.checkpoint.snapshot import clear
-    from dualparal.io.latents import read_latents, write_latents
-    from dualparal.io.output import open_output
+    from dualparal.cli.results import Results
+    from dualparal.io.latents import read_latents
 
     heartbeat.phase("start", stage=int(os.environ.get("RANK", "0")))
-    engine = make_engine(job, None if "RANK" in os.environ else job.stages, heartbeat.phase)
-    leading = engine.mesh.rank == 0
-    latents = None if job.latents_in is None else read_latents(job.latents_in)
+    engine = make_engine(job, heartbeat.phase)
+    leading = engine.mesh.is_leader
     checkpoint = checkpoint_of(job)
     if job.resume:
         chunks = engine.resume(checkpoint, timeline=job.timeline)
     else:
-        chunks = engine.stream(
-            prompt=job.prompts, latents=latents, timeline=job.timeline, checkpoint=checkpoint, **call_arguments(job)
-        )
+        latents = None if job.latents_in is None else read_latents(job.latents_in)
+        chunks = engine.stream(latents=latents, timeline=job.timeline, checkpoint=checkpoint, **call_arguments(job))
     stopped = _stop_on_signals(engine, heartbeat, leading)
-    outputs: list[VideoOutput | PictureOutput] = []
-    if leading and not job.resume:
-        outputs = [open_output(out, job.fps) for out in job.outs]
-    final: list[list[torch.Tensor]] = [[] for _ in job.prompts]
-    display = display_of(job) if leading and not heartbeat.supervised else None
-    complete = False
+    if not leading:
+        for _ in chunks:
+            pass
+        return 0
+    results = Results(job)
     try:
-        if display is not None:
-            display.start()
-        for chunk in chunks:
-            if not outputs:  # resumed
-                outputs = [open_output(out, job.fps, chunk.block, chunk.start_frame) for out in job.outs]
-            if outputs:
-                outputs[chunk.video].write(chunk.block, chunk.frames)
-            if job.latents_out is not None:
-                if job.resume and not final[chunk.video]:
-                    final[chunk.video] += _finished_before(job, chunk)
-                final[chunk.video].append(chunk.latents.cpu())
-            report = asdict(chunk.progress)
-            heartbeat.message(progress=report, **({"committed": chunk.block} if outputs else {}))
-            if display is not None:
-                display.update(report)
-        complete = not engine.interrupted
+        _take(chunks, results, job, heartbeat)
     except BaseException:
         # The parent of supervised ranks wants to hear of it at once, and ends them then: blocks stay as they are.
-        for output in [] if heartbeat.supervised else outputs:
-            _close_after(output)
+        if not heartbeat.supervised:
+            results.close_after_failure()
         raise
-    finally:
-        if display is not None:
-            display.stop()
-    if outputs:
+    if results.written:
         heartbeat.phase("write")
-    for output in outputs:
-        output.close()
-    if not job.keep_blocks and (job.checkpoint is None or complete):
-        for output in outputs:
-            output.remove_blocks()
-    if leading and job.latents_out is not None and all(final) and (job.checkpoint is None or complete):
-        whole = [torch.cat(parts, dim=2) for parts in final]
-        shortest = min(part.shape[2] for part in whole)  # after an interruption they are not all as long
-        write_latents(job.latents_out, torch.cat([part[:, :, :shortest] for part in whole]))
-    if leading and job.checkpoint is not None and complete:
-        clear(job.checkpoint)
-    if leading and engine.stats is not None:
-        latents_out = job.latents_out if job.checkpoint is None or complete else None
-        places = [str(p) for p in (*job.outs, latents_out) if p is not None]
-        summary = f"{' and '.join(places)}: {engine.stats.summary()}"
+    names = results.close(complete=not engine.interrupted)
+    if engine.stats is not None:
+        summary = f"{' and '.join(names)}: {engine.stats.summary()}"
         if heartbeat.supervised:
             heartbeat.message(summary=summary)
         else:
@@ -153,21 +120,15 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
     return stopped[0] if stopped else 0
 
 
-def _finished_before(job: Job, chunk: Any) -> list[Any]:
-    """Latents of the blocks before a video's first chunk, which an earlier run has finished."""
-    from dualparal.checkpoint.snapshot import read_blocks
-
-    if job.checkpoint is None or chunk.block == 0:
-        return []
-    return read_blocks(job.checkpoint, chunk.video, range(chunk.block))
-
-
-def _close_after(output: Any) -> None:
-    """Joins what is finished after a failure, which must not be hidden by another one."""
-    try:
-        output.close()
-    except (OSError, ValueError) as error:
-        logger.warning("%s: finished blocks were not joined: %s", output.path, error)
+def _take(chunks: Iterator[Chunk], results: Results, job: Job, heartbeat: Heartbeat) -> None:
+    """All chunks into the results; tells how far it is."""
+    with nullcontext() if heartbeat.supervised else display_of(job) as display:
+        for chunk in chunks:
+            results.take(chunk)
+            report = asdict(chunk.progress)
+            heartbeat.message(progress=report, **({"committed": chunk.block} if results.written else {}))
+            if display is not None:
+                display.update(report)
 
 
 def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dualparal.config.video import OutputType
+from dualparal.config.video import VideoConfig
 from dualparal.decoding.chunks import Chunk, Progress
 from dualparal.decoding.frames import to_output, to_uint8
 from dualparal.models.wan.vae import StreamingDecoder
@@ -19,11 +19,12 @@ from dualparal.schedule.layout import Layout
 from dualparal.trace.timeline import Track
 
 
-class DecodeLane:
+class LocalDecoder:
     """Takes final latents from stage 0, decodes at most two blocks ahead of the consumer.
 
     Args:
-        total_frames: of a video.
+        video: any of them; they have one length and output type.
+        temporal_factor: frames that a latent frame becomes, but the first of a video.
         decoders: one for each of ``num_videos``; None when latents are wanted.
         busy: seconds that stage 0 has spent in units.
         track: stage 0's rows in the timeline.
@@ -34,8 +35,7 @@ class DecodeLane:
     def __init__(
         self,
         layout: Layout,
-        output_type: OutputType,
-        total_frames: int | None,
+        video: VideoConfig,
         temporal_factor: int,
         num_videos: int,
         decoders: Sequence[StreamingDecoder] | None,
@@ -44,13 +44,13 @@ class DecodeLane:
         track: Track | None = None,
     ) -> None:
         self.layout = layout
-        self.output_type = output_type
+        self.output_type = video.output_type
         self.temporal_factor = temporal_factor
         self.busy = busy
         self.track = track
         self.started = time.perf_counter()
         blocks = None if layout.num_blocks is None else num_videos * layout.num_blocks
-        frames = None if total_frames is None else num_videos * total_frames
+        frames = None if video.num_frames is None else num_videos * video.num_frames
         self.progress = self.before = Progress(0, 0, blocks, frames, 0.0, 0.0, 0.0)
         self._decoders = decoders
         self._frames_of = [0] * num_videos  # given out so far

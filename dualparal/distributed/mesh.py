@@ -29,20 +29,48 @@ _groups: list[list[Any]] = []  # of every engine, also of those that live until 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks 0 .. world_size - 1, stage k on rank k. ``distributed``: more than one process."""
+    """This process among those of a run, and the stages that it owns.
+
+    Attributes:
+        rank: 0 .. world_size - 1.
+        num_stages: of the whole run.
+        distributed: more than one process; then stage k lies on rank k, else all of them lie here.
+    """
 
     rank: int
     world_size: int
+    num_stages: int
     device: torch.device
     distributed: bool
 
+    @property
+    def is_leader(self) -> bool:
+        """It owns stage 0, and with it latents, samplers, the decoder, snapshots and what the consumer gets."""
+        return self.rank == 0
+
+    @property
+    def stages(self) -> range:
+        """Those of this process."""
+        return range(self.rank, self.rank + 1) if self.distributed else range(self.num_stages)
+
+    @property
+    def before(self) -> int:
+        """The rank of the stage before this one's, which for stage 0 is the last."""
+        return (self.rank - 1) % self.world_size
+
+    @property
+    def after(self) -> int:
+        """The rank of the stage after this one's, which for the last is stage 0."""
+        return (self.rank + 1) % self.world_size
+
     @classmethod
-    def local(cls, device: torch.device) -> Mesh:
-        return cls(0, 1, device, distributed=False)
+    def local(cls, device: torch.device, num_stages: int = 1) -> Mesh:
+        """All stages in this process."""
+        return cls(0, 1, num_stages, device, distributed=False)
 
     @classmethod
     def join(cls, device_type: str) -> Mesh:
-        """Joins the process group that the environment describes, or uses the one that is there.
+        """Joins the process group that the environment describes, or uses the one that is there. A stage per rank.
 
         Raises:
             RuntimeError: CUDA asked for and this rank has no card.
@@ -60,7 +88,8 @@ class Mesh:
             device = torch.device(device_type)
         if not dist.is_initialized():
             cls._init("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), device, distributed=dist.get_world_size() > 1)
+        ranks = dist.get_world_size()
+        return cls(dist.get_rank(), ranks, ranks, device, distributed=ranks > 1)
 
     def clock_offset(self) -> float:
         """Seconds to add to this rank's ``time.perf_counter`` to have rank 0's. Collective.
@@ -75,7 +104,7 @@ class Mesh:
                 continue
             quickest = float("inf")
             for _ in range(8):
-                if self.rank == 0:
+                if self.is_leader:
                     dist.recv(clock, other)
                     clock[0] = time.perf_counter()
                     dist.send(clock, other)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
 
 from dualparal.config.video import OutputType
+from dualparal.engine.request import Request
+from dualparal.engine.setup import Setup
+from dualparal.models.files import ModelFiles
+from dualparal.models.wan.sizes import model_shape
 from dualparal.planning.memory import stage_memory
 from dualparal.planning.workload import Workload
 
 GIB = 2**30
+ResultKind = Literal["frames", "latents"]
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -64,12 +70,39 @@ def check(
         )
 
 
-def whole_bytes(work: Workload, output_type: OutputType, keeps: str | None) -> int:
+def check_requests(setup: Setup, requests: Sequence[Request], result_kind: ResultKind | None) -> None:
+    """``check`` for what a run would need here. A pipeline in memory has no config files to count from.
+
+    Args:
+        result_kind: what of all chunks the caller will have in memory at the end.
+
+    Raises:
+        TooLarge: it cannot fit.
+    """
+    if not isinstance(setup.source, ModelFiles):
+        return
+    video, config, mesh = requests[0].video, setup.config, setup.mesh
+    work = Workload(
+        model_shape(str(setup.source.path)),
+        video,
+        config.blocks,
+        setup.dtype.itemsize,
+        video.output_type != "latent",
+        config.depth,
+        len(requests),
+        config.attention_8bit.on,
+    )
+    held = len(requests) * whole_bytes(work, video.output_type, result_kind) if mesh.is_leader else 0
+    split = [len(layers) for layers in setup.layers]
+    check(work, split, mesh.stages, mesh.device, requests[0].embeds is None, held)
+
+
+def whole_bytes(work: Workload, output_type: OutputType, result_kind: ResultKind | None) -> int:
     """Of a video that is kept until its end: all of its chunks, and the one array that is made of them."""
     video, latents = work.video, work.layout.num_latents
-    if keeps is None or video.num_frames is None or latents is None:
+    if result_kind is None or video.num_frames is None or latents is None:
         return 0
-    if keeps == "latents":
+    if result_kind == "latents":
         return 2 * 4 * latents * work.model.in_channels * work.pixels
     picture = 3 * video.height * video.width
     return video.num_frames * picture * {"np": 8, "pt": 8, "uint8": 2, "pil": 1, "latent": 0}[output_type]

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dualparal.config.blocks import BlockConfig
 from dualparal.config.video import VideoConfig
+from dualparal.engine.setup import Setup
 from dualparal.models.base import Grid
-from dualparal.models.source import ModelSource
 from dualparal.sampling.sampler import Sampler
 from dualparal.schedule.layout import Layout
+from dualparal.schedule.schedule import Schedule
 
 Prompt = str | Mapping[int, str]  # a text, or {first frame: text}
+UserCallback = Callable[[int, torch.Tensor, dict[str, Any]], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything about a run but the text's embeddings, which need the text encoder.
+    """Everything about a video but the text's embeddings, which need the text encoder.
 
-    prompts: first block -> text. embeds: [1 or 2, tokens, text_dim] when they were given instead of a text.
+    Attributes:
+        prompts: first block -> text.
+        embeds: [1 or 2, tokens, text_dim] when they were given instead of a text.
+        latents: initial noise [1, C, L, h, w], when it was given.
+        callback: the caller's, after every step: (step, timestep, {"latents", "block", "video"}); a returned dict's
+            "latents" replace them.
     """
 
     video: VideoConfig
@@ -33,7 +39,19 @@ class Request:
     negative_prompt: str | None
     embeds: torch.Tensor | None
     latents: torch.Tensor | None
-    callback: Any = None
+    callback: UserCallback | None = None
+
+
+@dataclass(frozen=True)
+class VideoInputs:
+    """What one video is made from; each as in ``WanPipeline.__call__``."""
+
+    prompt: Prompt | None = None
+    negative_prompt: str | None = None
+    latents: torch.Tensor | None = None
+    prompt_embeds: torch.Tensor | None = None
+    negative_prompt_embeds: torch.Tensor | None = None
+    seed: int = 0
 
 
 def split_videos(
@@ -44,8 +62,8 @@ def split_videos(
     latents: torch.Tensor | None,
     prompt_embeds: torch.Tensor | None,
     negative_prompt_embeds: torch.Tensor | None,
-) -> list[dict[str, Any]]:
-    """The arguments of each video, as many as there are prompts: a list, or rows of ``prompt_embeds``.
+) -> list[VideoInputs]:
+    """The inputs of each video, as many as there are prompts: a list, or rows of ``prompt_embeds``.
 
     What is one value holds for all of them, but a seed: video v takes seed + v, or the v-th that the generator draws.
 
@@ -83,24 +101,23 @@ def split_videos(
         "negative_prompt_embeds": negative_prompt_embeds,
     }
     split = {"seed": seeds, **{name: rows(name, value) for name, value in columns.items()}}
-    return [{name: values[v] for name, values in split.items()} for v in range(count)]
+    return [VideoInputs(**{name: values[v] for name, values in split.items()}) for v in range(count)]
 
 
 def check_request(
-    source: ModelSource,
-    scheduler: Any,
-    blocks: BlockConfig,
-    device: torch.device,
-    video: VideoConfig,
-    *,
-    prompt: Prompt | None,
-    negative_prompt: str | None,
-    latents: torch.Tensor | None,
-    prompt_embeds: torch.Tensor | None,
-    negative_prompt_embeds: torch.Tensor | None,
+    setup: Setup, scheduler: Any, video: VideoConfig, inputs: VideoInputs, callback: UserCallback | None = None
 ) -> Request:
-    """Raises ValueError for a request that cannot be run; it names the value, the rule and the way out."""
-    spec, vae = source.spec, source.vae_config
+    """The request for one video.
+
+    Args:
+        scheduler: diffusers' sampler object; it is copied, not used.
+        video: its ``seed`` is replaced by that of ``inputs``.
+
+    Raises:
+        ValueError: it cannot be run; the message names the value, the rule and the way out.
+    """
+    video = replace(video, seed=inputs.seed)
+    spec, vae = setup.source.spec, setup.source.vae_config
     spatial, temporal = int(vae.get("scale_factor_spatial", 8)), int(vae.get("scale_factor_temporal", 4))
     video.check_size(spatial * spec.patch_size[1], spatial * spec.patch_size[2])
     if video.guidance_scale_2 is not None and spec.num_experts == 1:
@@ -108,19 +125,37 @@ def check_request(
             f"guidance_scale_2={video.guidance_scale_2}: this model has a single transformer; "
             "only Wan2.2 models with two take a second scale"
         )
-    if (prompt is None) == (prompt_embeds is None):
+    if (inputs.prompt is None) == (inputs.prompt_embeds is None):
         raise ValueError("give either prompt or prompt_embeds, and not both")
-    layout = Layout(blocks, video.num_latents(temporal))
+    layout = Layout(setup.config.blocks, video.num_latents(temporal))
     grid = spec.grid(video.height, video.width, spatial)
     return Request(
         video=video,
         layout=layout,
         grid=grid,
-        sampler=Sampler(scheduler, video.num_inference_steps, device),
-        prompts={} if prompt is None else _prompts(prompt, layout, temporal),
-        negative_prompt=negative_prompt,
-        embeds=_embeds(prompt_embeds, negative_prompt_embeds, video.guidance, spec.text_dim),
-        latents=None if latents is None else _latents(latents, layout, grid, spec.in_channels),
+        sampler=Sampler(scheduler, video.num_inference_steps, setup.mesh.device),
+        prompts={} if inputs.prompt is None else _prompts(inputs.prompt, layout, temporal),
+        negative_prompt=inputs.negative_prompt,
+        embeds=_embeds(inputs.prompt_embeds, inputs.negative_prompt_embeds, video.guidance, spec.text_dim),
+        latents=None if inputs.latents is None else _latents(inputs.latents, layout, grid, spec.in_channels),
+        callback=callback,
+    )
+
+
+def schedule_of(setup: Setup, requests: Sequence[Request], start: int = 0) -> Schedule:
+    """The order of work for videos that are made together; start: the iteration to begin with, when resumed."""
+    request, config = requests[0], setup.config
+    return Schedule.of(
+        config.blocks,
+        num_stages=setup.num_stages,
+        num_steps=len(request.sampler),
+        num_blocks=request.layout.num_blocks,
+        guidance=request.video.guidance,
+        decode=request.video.output_type != "latent",
+        depth=config.depth,
+        num_videos=len(requests),
+        key_means=config.attention_8bit.on,
+        start=start,
     )
 
 

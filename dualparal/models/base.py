@@ -48,6 +48,33 @@ class TimeCondition(NamedTuple):
     head: torch.Tensor | None
 
 
+class AttentionKernel(Protocol):
+    """Self-attention on this device.
+
+    ``queries`` [tokens, inner] (or what the 8-bit pass makes of them) attend to the rows of ``context``; returns
+    [tokens, inner] in the model's dtype.
+    """
+
+    def __call__(self, queries: Any, context: KeysValues | Context8, heads: int) -> torch.Tensor: ...
+
+
+class AttentionStrategy(Protocol):
+    """Goes around the kernel of self-attention in every layer.
+
+    It gets queries, keys and values normed and rotated, may send them elsewhere or split them by heads before it
+    calls ``kernel`` once or several times, and returns what one call on all of them would: [tokens, inner].
+    """
+
+    def __call__(
+        self, kernel: AttentionKernel, queries: Any, context: KeysValues | Context8, heads: int
+    ) -> torch.Tensor: ...
+
+
+def attend_here(kernel: AttentionKernel, queries: Any, context: KeysValues | Context8, heads: int) -> torch.Tensor:
+    """The strategy of a stage on one device: one call."""
+    return kernel(queries, context, heads)
+
+
 class Slice(Protocol):
     """A run of layers of one transformer, with the embedding or the head where it owns them. No batch dimension."""
 
@@ -83,6 +110,7 @@ class Slice(Protocol):
         rotary: Rotary,
         context: KeysValues | Context8,
         lends: Sequence[Lend] = (),
+        attend: AttentionStrategy = attend_here,
     ) -> tuple[torch.Tensor, Pending]:
         """One layer. Returns hidden states and what is still to be added to them.
 
@@ -90,6 +118,7 @@ class Slice(Protocol):
             context: rows [own | neighbours]; the neighbours' keys and values are there, the own ones are written.
                 ``Context8``: self-attention in 8 bits; attention to the text stays as it is.
             lends: where own keys and values go besides, for neighbours to read; in 16 bits only.
+            attend: goes around the kernel of self-attention.
         """
         ...
 

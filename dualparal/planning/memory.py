@@ -11,7 +11,7 @@ from dualparal.schedule.simulate import Sizes
 
 # UniPC of order 2 keeps two velocities and the last sample beside the latents.
 SAMPLER_COPIES = 4
-# Blocks that wait for the decoder or in its hands at once (lane.DecodeLane.BOUND), as frames in float32.
+# Blocks that wait for the decoder or in its hands at once (decoding.local.LocalDecoder.BOUND), as frames in float32.
 DECODE_BLOCKS = 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from dualparal.distributed.messages import Header, Kind, TransportError
 from dualparal.distributed.prompts import PromptChannel
 from dualparal.runtime.latents import LatentQueue
 from dualparal.runtime.nonfinite import FirstMark, mark
-from dualparal.runtime.stage import Stage
+from dualparal.runtime.stage import Stage, UnitPlan
 from dualparal.schedule.actions import Action, Op, Unit
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.schedule import Schedule
@@ -32,16 +33,44 @@ class Stopped(Exception):
     """The stage before has stopped."""
 
 
+@dataclass(frozen=True)
+class Links:
+    """How a stage meets the others: edges from the stage before and to the one after, and where prompts travel.
+
+    The edges are None with a single stage.
+    """
+
+    prompts: PromptChannel
+    inbound: Inbound | None = None
+    outbound: Outbound | None = None
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """What the executor of stage 0 owns besides its layers.
+
+    Attributes:
+        queues: the latents of every video.
+        on_emit: called with (video, block, final latents).
+        on_decode: called with (video, block) after ``on_emit``; None when latents are the result.
+        on_snapshot_point: called with an iteration that can be restarted, when the latents are those at its start.
+        allow_nonfinite: give out blocks with NaN or infinity, with a warning.
+    """
+
+    queues: Sequence[LatentQueue]
+    on_emit: Callable[[int, int, torch.Tensor], None]
+    on_decode: Callable[[int, int], None] | None = None
+    on_snapshot_point: Callable[[int], None] | None = None
+    allow_nonfinite: bool = False
+
+
 class StageExecutor:
     """One stage of a schedule.
 
     Args:
-        inbound, outbound: edges from the stage before and to the one after; None with a single stage.
-        queues: of every video; stage 0 only.
+        index: of the stage.
         clock: adds up the time spent in units, and times actions for the timeline.
-        on_emit, on_decode: stage 0 only, called with (video, block, latents) and (video, block).
-        on_cut: stage 0 only, called with an iteration that stands alone when the latents are those at its start.
-        allow_nonfinite: whether blocks with NaN or infinity are given out, with a warning.
+        leading: for stage 0, and only for it.
         report: called with a phase and the unit before every action.
     """
 
@@ -51,42 +80,38 @@ class StageExecutor:
         layout: Layout,
         index: int,
         stage: Stage,
-        inbound: Inbound | None,
-        outbound: Outbound | None,
-        prompts: PromptChannel,
+        links: Links,
         clock: BusyClock,
-        queues: Sequence[LatentQueue] = (),
-        on_emit: Callable[[int, int, torch.Tensor], None] | None = None,
-        on_decode: Callable[[int, int], None] | None = None,
-        on_cut: Callable[[int], None] | None = None,
+        leading: FirstStage | None = None,
         report: Report | None = None,
-        allow_nonfinite: bool = False,
     ) -> None:
         self.schedule = schedule
         self.layout = layout
         self.index = index
-        self.allow_nonfinite = allow_nonfinite
         self.stage = stage
-        self.inbound, self.outbound = inbound, outbound
-        self.prompts = prompts
-        self.queues = queues
-        self.on_emit, self.on_decode, self.on_cut = on_emit, on_decode, on_cut
+        self.inbound, self.outbound, self.prompts = links.inbound, links.outbound, links.prompts
+        self.leading = leading
         self.report = report or (lambda phase, unit: None)
         self.clock = clock
         self.under_way = 0  # stage 0: units sent and not yet back
         self._hidden: torch.Tensor | None = None
         self._mark: torch.Tensor | None = None  # of the unit under way
-        self._first_mark = FirstMark(queues[0].device) if queues else None
+        self._first_mark = FirstMark(leading.queues[0].device) if leading else None
         self._prompt = 0
         self._prompt_of: dict[tuple[int, int], int] = {}  # by video and block
         self._handlers: dict[Op, Callable[[Unit], None]] = {
-            Op.RECV: self._receive_velocity if queues else self._receive_hidden,
-            Op.RUN: self._run_first if queues else self._run_later,
+            Op.RECV: self._receive_velocity if leading else self._receive_hidden,
+            Op.RUN: self._run_first if leading else self._run_later,
             Op.SEND: self._send,
             Op.UPDATE: self._update,
             Op.EMIT: self._emit,
             Op.DECODE: self._decode,
         }
+
+    @property
+    def _leading(self) -> FirstStage:
+        assert self.leading is not None, "only stage 0 owns latents"
+        return self.leading
 
     def steps(self) -> Iterator[bool]:
         """Performs the actions one by one. Yields True after each, False while the next one has to wait."""
@@ -153,7 +178,7 @@ class StageExecutor:
     def _receive_velocity(self, unit: Unit) -> None:
         assert self.inbound is not None
         _, tensor = self._receive(unit)
-        queue = self.queues[unit.video]
+        queue = self._leading.queues[unit.video]
         shape = queue.velocity_shape(unit)
         queue.take(unit, tensor[: shape.numel()].view(shape))
         self._take_mark(unit, tensor[-1:])
@@ -161,7 +186,7 @@ class StageExecutor:
         self.under_way -= 1
 
     def _run_first(self, unit: Unit) -> None:
-        queue = self.queues[unit.video]
+        queue = self._leading.queues[unit.video]
         self._prompt = queue.prompt(unit)
         if not self.stage.knows_prompt(self._prompt):
             embeds = queue.embeds_of(self._prompt)
@@ -186,23 +211,26 @@ class StageExecutor:
     def _run(self, hidden: torch.Tensor, unit: Unit) -> torch.Tensor:
         if (unit.video, unit.block) not in self._prompt_of:
             self._admit(unit)
-        refresh = self.schedule.refreshes(unit)
         with self.clock:
-            result = self.stage.run(
-                hidden,
-                unit,
-                prompt=self._prompt,
-                place=self.schedule.place(unit),
-                window=self.layout.window(unit.block, refresh),
-                fed_context=self.layout.fed_context(unit.block, refresh),
-                refresh=refresh,
-                after_refresh=unit.step > 0 and self.schedule.refreshes(unit._replace(step=unit.step - 1)),
-                reads=self.schedule.reads(unit),
-                writes=self.schedule.writes(unit),
-            )
+            result = self.stage.run(hidden, self._plan(unit))
         assert self._mark is not None
         self._mark = mark(result, self._mark.to(result.dtype), self.index)
         return result
+
+    def _plan(self, unit: Unit) -> UnitPlan:
+        """All that schedule and layout say about a unit."""
+        refresh = self.schedule.refreshes(unit)
+        return UnitPlan(
+            unit,
+            self._prompt,
+            place=self.schedule.place(unit),
+            window=self.layout.window(unit.block, refresh),
+            fed_context=self.layout.fed_context(unit.block, refresh),
+            refresh=refresh,
+            after_refresh=unit.step > 0 and self.schedule.refreshes(unit._replace(step=unit.step - 1)),
+            reads=self.schedule.reads(unit),
+            writes=self.schedule.writes(unit),
+        )
 
     def _admit(self, unit: Unit) -> None:
         """A block enters; prompts that only blocks long gone have used are forgotten."""
@@ -217,19 +245,19 @@ class StageExecutor:
         self.under_way += 1
 
     def _update(self, unit: Unit) -> None:
-        self.queues[unit.video].update(unit.block, unit.step)
-        if self.on_cut is not None and self.schedule.ends_iteration(unit):
+        self._leading.queues[unit.video].update(unit.block, unit.step)
+        on_snapshot_point = self._leading.on_snapshot_point
+        if on_snapshot_point is not None and self.schedule.ends_iteration(unit):
             # Velocities come back in the order of units: nothing of the next iteration has been updated yet.
             after = self.schedule.iteration(unit) + 1
             if self.schedule.stands_alone(after):
-                self.on_cut(after)
+                on_snapshot_point(after)
 
     def _emit(self, unit: Unit) -> None:
-        assert self.on_emit is not None
-        latents = self.queues[unit.video].emit(unit.block)
+        latents = self._leading.queues[unit.video].emit(unit.block)
         if not torch.isfinite(latents).all():
             self._refuse(unit)
-        self.on_emit(unit.video, unit.block, latents)
+        self._leading.on_emit(unit.video, unit.block, latents)
 
     def _take_mark(self, unit: Unit, found: torch.Tensor) -> None:
         assert self._first_mark is not None
@@ -241,13 +269,13 @@ class StageExecutor:
         origin = self._first_mark.origin()
         where = f"first in {origin}" if origin else "first in an update of the sampler"
         text = f"the latents of block {unit.block} hold NaN or infinity, {where}"
-        if not self.allow_nonfinite:
+        if not self._leading.allow_nonfinite:
             raise NonFiniteError(f"{text}; it is not given out")
         logger.warning("%s", text)
 
     def _decode(self, unit: Unit) -> None:
-        assert self.on_decode is not None
-        self.on_decode(unit.video, unit.block)
+        assert self._leading.on_decode is not None, "the schedule decodes"
+        self._leading.on_decode(unit.video, unit.block)
 
 
 def run_together(executors: Sequence[StageExecutor]) -> Iterator[None]:

@@ -14,14 +14,15 @@ that state, and after it the state begins anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from dualparal.config.eight_bit import EightBitPolicy
+from dualparal.config.eight_bit import OFF, EightBitPolicy
 from dualparal.kernels.attention_8bit import FP8, key_mean
 from dualparal.kernels.qk_norm_rope import Lend
-from dualparal.models.base import Grid, Pending, Rotary, Slice, TimeCondition
+from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, Slice, TimeCondition, attend_here
 from dualparal.models.keys_values import Context8, Format, KeysValues, to_8bit, to_16bit
 from dualparal.runtime.features import FeatureStore
 from dualparal.runtime.workspace import Read, View, Workspace, Workspace8
@@ -56,68 +57,102 @@ class StepInputs(NamedTuple):
 Forward = Callable[[StepShape, StepInputs], torch.Tensor]
 
 
+class UnitPlan(NamedTuple):
+    """What schedule and layout say about one unit; the stage itself knows neither."""
+
+    unit: Unit
+    prompt: int  # id, see ``Stage.add_prompt``
+    place: int  # a number that the block has to itself while it is in flight
+    window: range  # absolute indices of the frames that are fed
+    fed_context: int  # leading frames that belong to the previous block (``paper``, refreshes)
+    refresh: bool  # the unit is one of a refresh
+    after_refresh: bool  # the block's last unit of this branch was
+    reads: Sequence[Features]  # in the order in which their keys follow the own ones
+    writes: Sequence[Features]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Facts of one stage of a run.
+
+    Attributes:
+        layers: indices of its layers in the model, which has ``num_layers``.
+        grid: size of a latent frame.
+        expert_of_step: index of the transformer that runs at each step.
+        timesteps: the sampler's, [T].
+        slots: number of slots of the feature store, by side ("head", "tail"), and of what a block keeps ("mean").
+        branches: 2 with guidance.
+        max_tokens: own tokens of the largest window.
+        context_tokens: tokens that a neighbour lends.
+        starts: the first of them among its own outside of refreshes, by side.
+        eight_bit: where self-attention has 8 bits.
+        refreshes: there will be some.
+    """
+
+    layers: range
+    num_layers: int
+    grid: Grid
+    expert_of_step: Sequence[int]
+    timesteps: torch.Tensor
+    slots: Mapping[str, int]
+    branches: int
+    max_tokens: int
+    context_tokens: int
+    starts: Mapping[str, int]
+    eight_bit: EightBitPolicy = OFF
+    refreshes: bool = False
+
+    @property
+    def first(self) -> bool:
+        """It embeds latents."""
+        return self.layers.start == 0
+
+    @property
+    def last(self) -> bool:
+        """It makes velocities."""
+        return self.layers.stop == self.num_layers
+
+
 class Stage:
     """One rank's layers of every expert.
 
     Args:
         experts: the same layers of each transformer of the model.
-        expert_of_step: which of them runs at each step.
-        timesteps: the sampler's, [T].
-        slots: of the features of neighbours, by side ("head", "tail"), and of what a block keeps ("mean").
-        branches: 2 with guidance.
-        max_tokens: own tokens of the largest window.
-        context_tokens: tokens that a neighbour lends. starts: the first of them among its own outside of refreshes,
-            by side.
-        first, last: whether this stage embeds latents, and whether it makes velocities.
-        layers: which layers of the model these are. eight_bit: where they attend in 8 bits.
-        refreshes: whether there will be any.
-        wrap: what to put around ``forward``, such as ``graphs.Graphed``.
+        attention: how its layers attend to themselves and their neighbours.
+        wrap: goes around ``forward``, such as ``graphs.Graphed``.
     """
 
     def __init__(
         self,
         experts: Sequence[Slice],
-        expert_of_step: Sequence[int],
-        timesteps: torch.Tensor,
-        slots: Mapping[str, int],
-        branches: int,
-        grid: Grid,
-        max_tokens: int,
-        context_tokens: int,
-        starts: Mapping[str, int],
-        *,
-        first: bool,
-        last: bool,
-        layers: range,
-        eight_bit: EightBitPolicy,
-        refreshes: bool = False,
+        spec: StageSpec,
+        attention: AttentionStrategy = attend_here,
         wrap: Callable[[Forward], Forward] | None = None,
     ) -> None:
         self.experts = experts
-        self.expert_of_step = expert_of_step
-        self.timesteps = timesteps
-        self.grid = grid
-        self.first, self.last = first, last
+        self.spec = spec
+        self.attention = attention
         slice_ = experts[0]
         self.inner_dim = slice_.inner_dim
-        steps = len(expert_of_step)
-        self._covered = [eight_bit.covers(layer) for layer in layers]
+        eight_bit, steps = spec.eight_bit, len(spec.expert_of_step)
+        self._covered = [eight_bit.covers(layer) for layer in spec.layers]
         self._on = [any(self._covered) and eight_bit.at(step, steps) for step in range(steps)]
         self._fp8 = eight_bit.mode == "fp8"
-        starts = {side: starts[side] for side in ("head", "tail") if slots[side]}
-        self._always_8bit = all(self._on) and not refreshes
+        starts = {side: spec.starts[side] for side in ("head", "tail") if spec.slots[side]}
+        self._always_8bit = all(self._on) and not spec.refreshes
         self._workspace = self._workspace8 = None
+        self._lent = spec.context_tokens
         if not (all(self._covered) and self._always_8bit):
             self._workspace = Workspace(
-                max_tokens, len(starts), context_tokens, self.inner_dim, slice_.dtype, slice_.device
+                spec.max_tokens, len(starts), self._lent, self.inner_dim, slice_.dtype, slice_.device
             )
         if any(self._on):
             values = FP8 if self._fp8 else slice_.dtype
             self._workspace8 = Workspace8(
-                max_tokens, starts, context_tokens, self.inner_dim, slice_.heads, values, slice_.device
+                spec.max_tokens, starts, self._lent, self.inner_dim, slice_.heads, values, slice_.device
             )
-        self._lent = context_tokens
-        self.store = FeatureStore(slots, branches, [self._formats(starts, c) for c in self._covered], slice_.device)
+        formats = [self._formats(starts, covered) for covered in self._covered]
+        self.store = FeatureStore(spec.slots, spec.branches, formats, slice_.device)
         self._step = wrap(self.forward) if wrap else self.forward
         self._time: dict[int, TimeCondition] = {}
         self._prompts: dict[int, torch.Tensor] = {}
@@ -139,62 +174,45 @@ class Stage:
         return prompt in self._prompts
 
     @torch.inference_mode()
-    def run(
-        self,
-        hidden: torch.Tensor,
-        unit: Unit,
-        *,
-        prompt: int,
-        place: int,
-        window: range,
-        fed_context: int,
-        refresh: bool,
-        after_refresh: bool,
-        reads: Sequence[Features],
-        writes: Sequence[Features],
-    ) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, plan: UnitPlan) -> torch.Tensor:
         """One unit through the layers.
 
         Args:
             hidden: first stage: latents [1, C, F, H, W]; otherwise hidden states [tokens, inner].
-            place: a number that the block has to itself while it is in flight.
-            window: absolute indices of its frames.
-            fed_context: leading frames that belong to the previous block (``paper``, refreshes).
-            refresh, after_refresh: whether this or the block's last unit is one of a refresh.
-            reads, writes: slots of the feature store, in the order in which keys follow the own ones.
 
         Returns:
             Hidden states [tokens, inner], or on the last stage the velocity [1, C, own frames, H, W]. Good until the
             next unit.
         """
-        if not self.first:
-            hidden = hidden[: len(window) * self.grid.tokens]  # a message is as long as the largest
-        expert, eight_bit = self.expert_of_step[unit.step], self._on[unit.step] and not refresh
+        unit, window, spec = plan.unit, plan.window, self.spec
+        if not spec.first:
+            hidden = hidden[: len(window) * spec.grid.tokens]  # a message is as long as the largest
+        expert, eight_bit = spec.expert_of_step[unit.step], self._on[unit.step] and not plan.refresh
         shape = StepShape(
             expert,
             unit.branch,
             len(window),
-            fed_context,
-            tuple((f.side, self._on[f.step] and not f.refresh) for f in reads),
-            tuple(f.side for f in writes),
+            plan.fed_context,
+            tuple((f.side, self._on[f.step] and not f.refresh) for f in plan.reads),
+            tuple(f.side for f in plan.writes),
             eight_bit,
-            eight_bit and (after_refresh or not (unit.step and self._on[unit.step - 1])),
+            eight_bit and (plan.after_refresh or not (unit.step and self._on[unit.step - 1])),
         )
         inputs = StepInputs(
             hidden,
-            self._text_condition(prompt, unit.branch, expert),
+            self._text_condition(plan.prompt, unit.branch, expert),
             self._time_condition(unit.step),
             self._angles(window.start, len(window)),
-            tuple(self._row(features) for features in reads),
-            tuple(self._row(features) for features in writes),
-            (self.store.row("mean", place, unit.branch),) if eight_bit else (),
+            tuple(self._row(features) for features in plan.reads),
+            tuple(self._row(features) for features in plan.writes),
+            (self.store.row("mean", plan.place, unit.branch),) if eight_bit else (),
         )
         return self._step(shape, inputs)
 
     def forward(self, shape: StepShape, inputs: StepInputs) -> torch.Tensor:
         """The arithmetic of a unit; nothing else decides its result."""
-        expert, tokens = self.experts[shape.expert], self.grid.tokens
-        hidden = expert.embed(inputs.hidden) if self.first else inputs.hidden
+        expert, tokens = self.experts[shape.expert], self.spec.grid.tokens
+        hidden = expert.embed(inputs.hidden) if self.spec.first else inputs.hidden
         first_own = shape.fed_context * tokens
         places = {"head": first_own, "tail": len(hidden) - self._lent}
         starts = {side: places[side] for side in shape.writes}
@@ -207,7 +225,15 @@ class Stage:
             text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
             lends = {} if eight_bit else self._lends(index, starts, inputs)
             hidden, pending = expert.layer(
-                index, hidden, pending, inputs.time, text, inputs.rotary, view.context, list(lends.values())
+                index,
+                hidden,
+                pending,
+                inputs.time,
+                text,
+                inputs.rotary,
+                view.context,
+                list(lends.values()),
+                self.attention,
             )
             for side, at in zip(shape.writes, inputs.write_at, strict=True):
                 if side not in lends:
@@ -215,10 +241,10 @@ class Stage:
             if isinstance(view.context, Context8):
                 mean = key_mean(view.context.k_sums, len(hidden))
                 self.store.save(index, "mean", True, inputs.mean_at[0], [mean])
-        if not self.last:
+        if not self.spec.last:
             return expert.finish(hidden, pending)
         assert pending is not None, "a stage has at least one layer"
-        return expert.head(hidden[first_own:], (pending[0][first_own:], pending[1]), inputs.time, self.grid)
+        return expert.head(hidden[first_own:], (pending[0][first_own:], pending[1]), inputs.time, self.spec.grid)
 
     def _views(self, shape: StepShape, own: int, starts: Mapping[str, int]) -> dict[bool, View]:
         """The workspaces as the unit's layers see them, by whether they attend in 8 bits."""
@@ -277,7 +303,7 @@ class Stage:
 
     def _time_condition(self, step: int) -> TimeCondition:
         if step not in self._time:
-            self._time[step] = self.experts[self.expert_of_step[step]].time(self.timesteps[step])
+            self._time[step] = self.experts[self.spec.expert_of_step[step]].time(self.spec.timesteps[step])
         return self._time[step]
 
     def _text_condition(self, prompt: int, branch: int, expert: int) -> torch.Tensor:
@@ -288,5 +314,5 @@ class Stage:
 
     def _angles(self, start: int, frames: int) -> Rotary:
         if self._rotary is None or self._rotary[0] != (start, frames):
-            self._rotary = (start, frames), self.experts[0].rotary(start, frames, self.grid)
+            self._rotary = (start, frames), self.experts[0].rotary(start, frames, self.spec.grid)
         return self._rotary[1]

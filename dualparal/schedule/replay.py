@@ -122,7 +122,7 @@ class _Edge:
 
 
 class _Decoder:
-    """Decoding beside stage 0, in order, at most ``BOUND`` blocks at once (``lane.DecodeLane``).
+    """Decoding beside stage 0, in order, at most ``BOUND`` blocks at once (``decoding.local.LocalDecoder``).
 
     shared: it takes its time from stage 0's device: while both work, each goes at half its speed.
     """

@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class RankStats:
     peak_device: int  # bytes, 0 on CPU
 
     @classmethod
-    def of(cls, clocks: list[BusyClock], device: torch.device) -> RankStats:
+    def of(cls, clocks: Sequence[BusyClock], device: torch.device) -> RankStats:
         for clock in clocks:
             clock.settle()
         started = min((c.started for c in clocks if c.started is not None), default=time.perf_counter())

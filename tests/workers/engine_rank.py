@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from dualparal.config.blocks import BlockConfig
 from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.distributed.messages import PeerLost
 from dualparal.engine.engine import Engine
@@ -80,8 +82,10 @@ def main(path: Path) -> None:
                 gc.freeze()
             rank = engine.mesh.rank
             if rank == case.get("differs"):
-                engine.blocks = engine.blocks.__class__(context="prior")
-                engine.attention_8bit = EightBitPolicy("int8")
+                other = replace(
+                    engine.config, blocks=BlockConfig(context="prior"), attention_8bit=EightBitPolicy("int8")
+                )
+                engine.setup = replace(engine.setup, config=other)
             made = run(engine, case, rank)
             if rank == 0:
                 assert made is not None

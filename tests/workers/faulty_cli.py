@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 import torch
 
 from dualparal.cli import main as cli
-from dualparal.decoding.local import DecodeLane
+from dualparal.decoding.local import LocalDecoder
 from dualparal.distributed import edges, messages, prompts
 from dualparal.distributed.edges import SendEdge
 from dualparal.distributed.messages import Header, PeerLost
 from dualparal.launch.heartbeat import Heartbeat
 from dualparal.runtime.executor import StageExecutor
-from dualparal.runtime.stage import Stage
+from dualparal.runtime.stage import Stage, UnitPlan
 from dualparal.schedule.actions import Unit
 
 NAME, _, RANK = os.environ.get("FAULT", "none:-1").partition(":")
@@ -76,10 +76,10 @@ def make_deaf() -> None:
 def change_units() -> None:
     computed = Stage.run
 
-    def run(self: Stage, hidden: torch.Tensor, unit: Unit, **more: Any) -> torch.Tensor:
+    def run(self: Stage, hidden: torch.Tensor, plan: UnitPlan) -> torch.Tensor:
         time.sleep(UNIT_SECONDS * (3 if HERE and NAME == "slow" else 1))
-        result = computed(self, hidden, unit, **more)
-        if HERE and NAME == "nan" and (unit.block, unit.step) == (BLOCK, 1):
+        result = computed(self, hidden, plan)
+        if HERE and NAME == "nan" and (plan.unit.block, plan.unit.step) == (BLOCK, 1):
             result = result.clone()  # outside of inference mode
             result.view(-1)[7] = float("nan")
         return result
@@ -99,13 +99,13 @@ def change_messages() -> None:
 
 
 def decode_slowly() -> None:
-    decoded = DecodeLane._frames
+    decoded = LocalDecoder._frames
 
-    def frames(self: DecodeLane, *what: Any) -> Any:
+    def frames(self: LocalDecoder, *what: Any) -> Any:
         time.sleep(float(os.environ["FAULT_DECODE_SECONDS"]))
         return decoded(self, *what)
 
-    DecodeLane._frames = frames  # type: ignore[method-assign]
+    LocalDecoder._frames = frames  # type: ignore[method-assign]
 
 
 def read_slowly() -> None:

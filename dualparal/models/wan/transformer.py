@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dualparal.kernels.attention import attention
 from dualparal.kernels.attention_8bit import attention_8bit, key_mean, qk_norm_rope_8bit
 from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
 from dualparal.kernels.residual_norm import residual, residual_norm
-from dualparal.models.base import Grid, Pending, Rotary, TimeCondition, component_config
+from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, TimeCondition, attend_here, component_config
 from dualparal.models.keys_values import Context8, KeysValues
 
 ROPE_THETA = 10000.0
@@ -293,6 +294,7 @@ class WanSlice:
         rotary: Rotary,
         context: KeysValues | Context8,
         lends: Sequence[Lend] = (),
+        attend: AttentionStrategy = attend_here,
     ) -> tuple[torch.Tensor, Pending]:
         layer, heads, eps = self._layers[index], self.heads, self.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.layers[index]
@@ -302,9 +304,9 @@ class WanSlice:
         hidden, normed = residual_norm(hidden, y, y_gate, scale, shift, eps=eps)
         qkv = F.linear(normed, *layer.qkv)
         if isinstance(context, Context8):
-            attended = self._attend_8bit(layer, qkv, rotary, context)
+            attended = self._attend_8bit(layer, qkv, rotary, context, attend)
         else:
-            attended = self._attend(layer, qkv, rotary, context, lends)
+            attended = self._attend(layer, qkv, rotary, context, lends, attend)
         attended = F.linear(attended, *layer.out)
 
         # Cross-attention to the text
@@ -321,21 +323,29 @@ class WanSlice:
         return hidden, (y, ffn_gate)
 
     def _attend(
-        self, layer: _Layer, qkv: torch.Tensor, rotary: Rotary, context: KeysValues, lends: Sequence[Lend]
+        self,
+        layer: _Layer,
+        qkv: torch.Tensor,
+        rotary: Rotary,
+        context: KeysValues,
+        lends: Sequence[Lend],
+        attend: AttentionStrategy,
     ) -> torch.Tensor:
         own = context.rows(0, len(qkv))
         norms = layer.norm_q, layer.norm_k
         query = qk_norm_rope(qkv, *norms, *rotary, *own, heads=self.heads, eps=self.eps, lends=lends)
-        return attention(query, context.keys, context.values, heads=self.heads)
+        return attend(_attention, query, context, self.heads)
 
-    def _attend_8bit(self, layer: _Layer, qkv: torch.Tensor, rotary: Rotary, context: Context8) -> torch.Tensor:
+    def _attend_8bit(
+        self, layer: _Layer, qkv: torch.Tensor, rotary: Rotary, context: Context8, attend: AttentionStrategy
+    ) -> torch.Tensor:
         given = qkv, layer.norm_q, layer.norm_k, *rotary, context.means, context.arena.rows(0, len(qkv))
         options: dict[str, Any] = {"k_sums": context.k_sums, "heads": self.heads, "eps": self.eps}
         if context.first:  # one look at the keys for their mean, and one to use it
             qk_norm_rope_8bit(*given, **options)  # the sums do not depend on what is taken away
             context.means[0].copy_(key_mean(context.k_sums, len(qkv)))
         queries = qk_norm_rope_8bit(*given, **options)
-        return attention_8bit(queries, context.arena, context.spans, heads=self.heads, dtype=qkv.dtype)
+        return attend(partial(_attention_8bit, dtype=qkv.dtype), queries, context, self.heads)
 
     def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
         return hidden if pending is None else residual(hidden, *pending)
@@ -349,6 +359,16 @@ class WanSlice:
         frames = len(hidden) // grid.tokens
         patches = F.linear(normed, weight, bias).reshape(frames, grid.tokens_height, grid.tokens_width, p_h, p_w, -1)
         return patches.permute(5, 0, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).unsqueeze(0).contiguous()
+
+
+def _attention(queries: Any, context: KeysValues | Context8, heads: int) -> torch.Tensor:
+    assert isinstance(context, KeysValues)
+    return attention(queries, context.keys, context.values, heads=heads)
+
+
+def _attention_8bit(queries: Any, context: KeysValues | Context8, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    assert isinstance(context, Context8)
+    return attention_8bit(queries, context.arena, context.spans, heads=heads, dtype=dtype)
 
 
 def _angles(positions: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,0 +1,65 @@
+"""Everything about a job that can be known before work starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from dualparal.cli.job import Job, call_arguments, checkpoint_of, make_engine
+from dualparal.schedule.layout import split_layers
+
+
+def check_job(job: Job) -> None:
+    """Raises ValueError for the user's mistakes, in one line each."""
+    from dualparal.checkpoint.snapshot import check_empty
+    from dualparal.io.latents import read_latents
+    from dualparal.io.output import check_file, check_out
+    from dualparal.models.source import resolve_model
+
+    job.video.num_latents()
+    for out in job.outs:
+        check_out(out, job.overwrite, job.resume)
+    if job.checkpoint is not None and not job.resume:
+        check_file(job.checkpoint, "--checkpoint", overwrite=True, folder=True)
+        check_empty(job.checkpoint)
+    if job.checkpoint is None and job.checkpoint_every is not None:
+        raise ValueError("--checkpoint-every without --checkpoint: say in which folder")
+    if job.latents_out is not None:
+        check_file(job.latents_out, "--latents-out", job.overwrite)
+        for out in job.outs:
+            if out.resolve() in (job.latents_out.resolve(), *job.latents_out.resolve().parents):
+                raise ValueError(f"--latents-out {job.latents_out} lies where --out {out} goes; choose another place")
+    if job.timeline is not None:
+        _check_timeline(job.timeline, job.overwrite)
+    if not 1 / 1001 <= job.fps <= 1000:
+        raise ValueError(f"--fps {job.fps}: use a rate from 1/1001 to 1000; Wan's own is 16")
+    if job.flow_shift is not None and not 0 < job.flow_shift < math.inf:
+        raise ValueError(f"--flow-shift {job.flow_shift}: use a number above 0, such as 3.0 (480p) or 5.0 (720p)")
+    if job.device == "cuda":
+        import torch
+
+        if job.stages > torch.cuda.device_count():
+            raise ValueError(f"--gpus {job.stages}: torch sees {torch.cuda.device_count()}; every stage needs its own")
+    files = resolve_model(job.model)
+    split_layers(files.spec.num_layers, job.stages, job.engine.layers_per_stage)
+    files.check_weights()
+    if "RANK" not in os.environ and job.stages > 1:
+        # The ranks check again, each for itself; here the user hears of it once, before any of them starts.
+        engine = make_engine(job)
+        if job.resume:
+            engine.resume(checkpoint_of(job))
+            return
+        latents = None if job.latents_in is None else read_latents(job.latents_in)
+        engine.stream(latents=latents, **call_arguments(job))
+
+
+def _check_timeline(path: Path, overwrite: bool) -> None:
+    from dualparal.io.output import check_file
+    from dualparal.trace.picture import check_matplotlib, picture_of
+    from dualparal.trace.timeline import check_name, parts_of
+
+    check_matplotlib()
+    check_name(path)
+    for file in (path, picture_of(path), parts_of(path)):
+        check_file(file, "--timeline", overwrite, folder=file == parts_of(path))

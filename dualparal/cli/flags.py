@@ -1,0 +1,201 @@
+"""The flags of the commands, in groups: a field per flag. A command gets the groups whole."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from dualparal.config.video import BUILT_IN
+
+
+@dataclass(frozen=True)
+class PromptFlags:
+    """What the video shows"""
+
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What the video shows; repeated: a video for each, all made at once.", show_default=False),
+    ] = None
+    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None
+    prompt_at: Annotated[
+        list[str] | None,
+        typer.Option(help="FRAME:TEXT, blocks from that frame on take the text; may be repeated."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class VideoFlags:
+    """The video"""
+
+    num_frames: Annotated[
+        int, typer.Option(help="Length in frames: 1, 5, 9 ... (4k + 1); exactly that many are made.")
+    ] = 81
+    height: Annotated[int | None, typer.Option(help="Pixels. Default 480 (64 for the model of the package).")] = None
+    width: Annotated[int | None, typer.Option(help="Pixels. Default 832 (64 for the model of the package).")] = None
+    num_inference_steps: Annotated[
+        int, typer.Option("--steps", "--num-inference-steps", help="Denoising steps of every block.")
+    ] = 50
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1: none, half the work.")] = 5.0
+    guidance_scale_2: Annotated[
+        float | None,
+        typer.Option(help="The same for the second transformer of Wan2.2. Default: as the first."),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of the noise; one more in each further video.")] = 0
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """The model and its sampler"""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Wan text-to-video pipeline: a directory in diffusers format, a hub id, or the small model of moving "
+            "shapes that ships with this package."
+        ),
+    ] = BUILT_IN
+    sampler: Annotated[str | None, typer.Option(help="unipc, euler or dpm++. Default: the model's own.")] = None
+    flow_shift: Annotated[
+        float | None, typer.Option(help="Shift of the sampler's noise levels. Default: the model's own.")
+    ] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on cuda, float32 on cpu."),
+    ] = None
+    attention_8bit: Annotated[
+        str | None,
+        typer.Option(help="int8 (queries and keys) or fp8 (values besides): self-attention in 8 bits. Default: off."),
+    ] = None
+    attention_8bit_keep_layers: Annotated[
+        str, typer.Option(help="Layers that stay in 16 bits, such as 0,29.", show_default=False)
+    ] = ""
+    attention_8bit_keep_first_steps: Annotated[
+        int, typer.Option(help="Number of steps at the start that stay in 16 bits.")
+    ] = 0
+    attention_8bit_keep_last_steps: Annotated[int, typer.Option(help="The same at the end.")] = 0
+    allow_nonfinite: Annotated[
+        bool, typer.Option(help="Go on when a block holds NaN or infinity, instead of stopping before it.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class BlockFlags:
+    """Blocks and what they see of each other"""
+
+    frames_per_block: Annotated[int, typer.Option(help="B, latent frames per block (one latent is 4 frames).")] = 8
+    context_frames: Annotated[int, typer.Option(help="C, latent frames lent by each neighbour; 0 to B.")] = 4
+    context: Annotated[str, typer.Option(help="cached, prior or paper: where neighbours' features come from.")] = (
+        "cached"
+    )
+    max_blocks_in_flight: Annotated[
+        int | None,
+        typer.Option(
+            help="Blocks under way at once: fewer give the first frames earlier. Default: one per step.",
+            show_default=False,
+        ),
+    ] = None
+    context_version: Annotated[
+        str,
+        typer.Option(
+            help="matching or newest: which features of the block before cached reads, with a limit as above."
+        ),
+    ] = "matching"
+    refresh_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Every R iterations, blocks see their predecessors' latents in place of features. Default: "
+            "never; with --checkpoint and --context cached or prior, half the steps.",
+            show_default=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class PlaceFlags:
+    """Where it runs"""
+
+    gpus: Annotated[int | None, typer.Option(help="Number of GPUs, one stage each.", show_default=False)] = None
+    stages: Annotated[int | None, typer.Option(help="Number of stages (processes). Default: --gpus, or 1.")] = None
+    layers_per_stage: Annotated[
+        str | None,
+        typer.Option(help="Layers of each stage, such as 9,11,10. Default: an even split.", show_default=False),
+    ] = None
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None
+    depth: Annotated[int, typer.Option(help="Messages that fit between two stages.")] = 2
+    graphs: Annotated[bool, typer.Option(help="Run every stage step as a CUDA graph (cuda only).")] = False
+    threads: Annotated[int, typer.Option(help="CPU threads per stage; 0: the cores divided by the stages.")] = 0
+    plan: Annotated[
+        str | None,
+        typer.Option(help="auto: layers per stage and blocks in flight as 'dualparal plan' would have them here."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """What is written and kept"""
+
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .mp4 file, or a folder for PNG files (several videos: NAME-0, NAME-1 ...). Default video.mp4, or "
+            "none with --latents-out."
+        ),
+    ] = None
+    fps: Annotated[float, typer.Option(help="Frames per second of the video file.")] = 16.0
+    keep_blocks: Annotated[bool, typer.Option(help="Keep the video's segments after they were joined.")] = False
+    latents_in: Annotated[
+        Path | None, typer.Option(help="Initial noise: safetensors, one tensor 'latents' [videos, C, L, H, W].")
+    ] = None
+    latents_out: Annotated[Path | None, typer.Option(help="Write the final latents there, in the same format.")] = None
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a trace of the run there (.json or .json.gz, for ui.perfetto.dev) and its picture beside it "
+            "(.png; needs matplotlib)."
+        ),
+    ] = None
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="An empty folder for snapshots, from which --resume goes on after whatever happens."),
+    ] = None
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Iterations between snapshots. Default: 2 % of the time.", show_default=False),
+    ] = None
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on from this folder's last snapshot, on any number of stages; all else is known there."),
+    ] = None
+    overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False
+
+
+def command_of(handler: Callable[..., None], *groups: Any) -> Callable[..., None]:
+    """A command for typer whose flags are the fields of some groups.
+
+    Args:
+        handler: called with typer's context and an object of each group. Its docstring is the command's help.
+        groups: dataclasses whose fields are annotated with ``typer.Option``; the docstring names the group in --help.
+    """
+
+    def command(call: typer.Context, **given: Any) -> None:
+        handler(call, *(group(**{item.name: given[item.name] for item in fields(group)}) for group in groups))
+
+    parameters = [inspect.Parameter("call", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+    for group in groups:
+        hints = get_type_hints(group, include_extras=True)
+        for item in fields(group):
+            hints[item.name].__metadata__[0].rich_help_panel = group.__doc__
+            parameters.append(
+                inspect.Parameter(
+                    item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hints[item.name]
+                )
+            )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__name__, command.__doc__ = handler.__name__, handler.__doc__
+    return command

@@ -1,0 +1,70 @@
+"""``--resume``: the job that a folder's last snapshot was written by, on the machine that is there now."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import typer
+
+from dualparal.cli.flags import OutputFlags, PlaceFlags
+from dualparal.cli.job import Job
+from dualparal.cli.place import choose_device, choose_threads, count_stages, parse_layers
+
+# All other flags decide frames, or where they go: the snapshot has them.
+_MAY_CHANGE = {
+    "resume", "timeline", "overwrite", "gpus", "stages", "layers_per_stage", "device", "threads", "depth", "graphs",
+    "checkpoint_every",
+}  # fmt: skip
+
+
+def resumed_job(call: typer.Context, folder: Path, place: PlaceFlags, output: OutputFlags) -> Job:
+    """The job of a folder's last snapshot.
+
+    Raises:
+        ValueError: flags that cannot be changed; SnapshotError for a folder that cannot be used.
+    """
+    from dualparal.checkpoint.snapshot import SnapshotError, newest
+    from dualparal.io.output import check_file
+
+    check_file(folder, "--resume", overwrite=True, folder=True)
+    sources = {name: call.get_parameter_source(name) for name in call.params}
+    # By name: typer may have its own copy of click.
+    asked = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    fixed = sorted(asked - _MAY_CHANGE)
+    if fixed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in fixed)
+        raise ValueError(f"--resume {folder} with {flags}: the snapshot says that already; leave it out")
+    notes = newest(folder).snapshot.run.get("notes")
+    if not isinstance(notes, dict) or not notes:
+        raise SnapshotError(f"--resume {folder}: the run was not one of 'dualparal generate'; use Engine.resume")
+    try:
+        return _elsewhere(Job.of_notes(notes), asked, folder, place, output)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SnapshotError(f"--resume {folder}: the snapshot does not describe a run ({error!r})") from None
+
+
+def _elsewhere(job: Job, asked: set[str], folder: Path, place: PlaceFlags, output: OutputFlags) -> Job:
+    """The job with what the flags say of the machine."""
+    split = parse_layers(place.layers_per_stage)
+    stages = len(split) if split else job.stages
+    if asked & {"gpus", "stages"} or "RANK" in os.environ:
+        stages = count_stages(place.gpus, place.stages, place.device)
+    same = stages == job.stages
+    engine = replace(
+        job.engine,
+        stages=stages,
+        layers_per_stage=job.engine.layers_per_stage if split is None and same else split,
+        device=choose_device(place.device or job.device, place.gpus),
+        **{name: getattr(place, name) for name in asked & {"depth", "graphs"}},
+    )
+    return replace(
+        job,
+        engine=engine,
+        threads=choose_threads(place.threads or (job.threads if same else 0), stages),
+        checkpoint=folder,
+        checkpoint_every=output.checkpoint_every if "checkpoint_every" in asked else job.checkpoint_every,
+        timeline=output.timeline,
+        overwrite=output.overwrite,
+    )

@@ -1,0 +1,105 @@
+"""How an engine runs a model: one checked value, made once and passed whole. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dualparal.config.blocks import BlockConfig
+from dualparal.config.eight_bit import OFF, EightBitPolicy
+
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # of the transformer, bytes per element
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything that decides how a model is run, but the model and the request. None: the engine's own choice.
+
+    Attributes:
+        blocks: how a video is cut, and what blocks see of each other.
+        stages: number of runs of layers into which the model is cut. Default: the number of ranks.
+        layers_per_stage: layers of each stage, for cards that are not alike. Default: an even split.
+        device: "cuda", "cuda:1" or "cpu". Default: "cuda" where there is one, else "cpu".
+        dtype: of the transformer, a key of ``DTYPE_BYTES``. Default: "bfloat16" on CUDA, "float32" on the CPU. The
+            VAE runs in float32.
+        depth: messages that fit between two stages.
+        graphs: run each stage step as a CUDA graph; the same bits, less work for the host.
+        attention_8bit: self-attention in 8 bits, in all layers and steps or in some; with a dtype of 16 bits. Another
+            video, near that of "off"; the same for any number of stages.
+        allow_nonfinite: give out blocks that hold NaN or infinity, with a warning, and do not stop.
+
+    Raises:
+        ValueError: a value is out of range; the message names the value, the rule and the way out.
+    """
+
+    blocks: BlockConfig = field(default_factory=BlockConfig)
+    stages: int | None = None
+    layers_per_stage: tuple[int, ...] | None = None
+    device: str | None = None
+    dtype: str | None = None
+    depth: int = 2
+    graphs: bool = False
+    attention_8bit: EightBitPolicy = OFF
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 1:
+            raise ValueError(
+                f"depth={self.depth!r}: at least one message must fit between two stages; 2 lets transfers overlap "
+                "compute"
+            )
+        if self.dtype is not None and self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPE_BYTES)}")
+        if self.attention_8bit.on and self.dtype == "float32":
+            raise ValueError(
+                f"attention_8bit={self.attention_8bit.mode!r} with dtype=float32: values and weights beside 8-bit "
+                "keys have 16 bits; use dtype='bfloat16'"
+            )
+
+    @classmethod
+    def of(cls, **options: Any) -> EngineConfig:
+        """From flat options, as ``Engine.from_pretrained`` takes them.
+
+        Args:
+            options: fields of this class and of ``BlockConfig`` (frames_per_block, context_frames, context, ...).
+                ``dtype`` and ``device`` may be torch's own objects, ``attention_8bit`` the name of a mode,
+                ``layers_per_stage`` any sequence.
+
+        Raises:
+            ValueError: as the classes; or an option that neither has, with the nearest one.
+        """
+        block_names = {item.name for item in fields(BlockConfig)}
+        own_names = {item.name for item in fields(cls)}
+        for name in options:
+            if name not in block_names | own_names:
+                near = difflib.get_close_matches(name, block_names | own_names, 1)
+                hint = f"; the nearest is {near[0]}" if near else ""
+                raise ValueError(f"{name}={options[name]!r}: the engine has no such option{hint}")
+        blocks = {name: value for name, value in options.items() if name in block_names}
+        found = {name: value for name, value in options.items() if name in own_names}
+        if blocks and "blocks" in found:
+            raise ValueError(f"blocks and {', '.join(blocks)} were both given; say it in one place")
+        if "blocks" not in found:
+            found["blocks"] = BlockConfig(**blocks)
+        mode = found.get("attention_8bit", OFF)
+        found["attention_8bit"] = mode if isinstance(mode, EightBitPolicy) else EightBitPolicy(mode)
+        if found.get("layers_per_stage") is not None:
+            found["layers_per_stage"] = tuple(found["layers_per_stage"])
+        for name in ("device", "dtype"):
+            if found.get(name) is not None:
+                found[name] = str(found[name]).removeprefix("torch.")
+        return cls(**found)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """The inverse of ``dataclasses.asdict`` after a way through JSON. Raises KeyError, TypeError, ValueError."""
+        eight_bit = values["attention_8bit"]
+        return cls.of(
+            **{
+                **values,
+                "blocks": BlockConfig(**values["blocks"]),
+                "attention_8bit": EightBitPolicy(**{**eight_bit, "keep_layers": tuple(eight_bit["keep_layers"])}),
+            }
+        )

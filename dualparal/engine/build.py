@@ -1,0 +1,253 @@
+"""Makes what one run walks with: its stages, the edges between them, queues of latents, decoder and checkpointer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualparal.checkpoint import snapshot
+from dualparal.checkpoint.checkpointer import Checkpoint, Checkpointer
+from dualparal.checkpoint.snapshot import Resumed
+from dualparal.decoding.local import LocalDecoder
+from dualparal.distributed.edges import Inbound, LocalEdge, Outbound, ReceiveEdge, SendEdge
+from dualparal.distributed.prompts import PromptChannel
+from dualparal.engine.identity import snapshot_info, versions
+from dualparal.engine.parts import Parts
+from dualparal.engine.request import Request
+from dualparal.engine.setup import Setup
+from dualparal.runtime.executor import FirstStage, Links, Report, StageExecutor
+from dualparal.runtime.graphs import Graphed, cuda_capture
+from dualparal.runtime.latents import LatentQueue, StepCallback
+from dualparal.runtime.stage import Forward, Stage, StageSpec
+from dualparal.sampling.noise import BlockNoise
+from dualparal.sampling.prompts import Prompts
+from dualparal.schedule.actions import Unit
+from dualparal.schedule.schedule import Schedule
+from dualparal.trace.clock import BusyClock
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: videos that are made together, in which order, and what is kept of them.
+
+    Attributes:
+        requests: one per video; they differ in prompt, noise and seed only.
+        scheduler: diffusers' sampler object.
+        report: called with (phase, stage=, block=, step=) before every action, see ``Engine.from_pretrained``.
+    """
+
+    requests: Sequence[Request]
+    schedule: Schedule
+    scheduler: Any
+    timeline: Path | None = None
+    checkpoint: Checkpoint | None = None
+    resumed: Resumed | None = None
+    report: Callable[..., None] | None = None
+
+
+class Builder:
+    """Builds the parts of a run on this rank.
+
+    Args:
+        prompts: of every video, on the rank that leads; empty elsewhere.
+    """
+
+    def __init__(self, setup: Setup, parts: Parts, spec: RunSpec, prompts: Sequence[Prompts]) -> None:
+        self.setup, self.parts, self.spec, self.prompts = setup, parts, spec, prompts
+        self.request = spec.requests[0]  # where it is asked, all requests say the same
+        self.schedule, self.layout = spec.schedule, self.request.layout
+
+    def decoder(self, clock: BusyClock) -> LocalDecoder:
+        """clock: stage 0's."""
+        video, count = self.request.video, len(self.spec.requests)
+        return LocalDecoder(
+            self.layout,
+            video,
+            int(self.setup.source.vae_config.get("scale_factor_temporal", 4)),
+            count,
+            None if video.output_type == "latent" else self.parts.decoders(count),
+            self.setup.mesh.device,
+            lambda: clock.seconds,
+            clock.track,
+        )
+
+    def checkpointer(self, decoder: LocalDecoder) -> Checkpointer | None:
+        """Writes the first snapshot of a run that begins. Raises OSError."""
+        setup, spec, checkpoint = self.setup, self.spec, self.spec.checkpoint
+        if checkpoint is None:
+            return None
+        if spec.resumed is not None:
+            run = {**spec.resumed.snapshot.run, "made_with": versions(setup)}
+        else:
+            given = [request.latents for request in spec.requests if request.latents is not None]
+            noise = snapshot.write_noise(checkpoint.folder, torch.cat(given)) if given else None
+            run = snapshot_info(setup, spec.scheduler, spec.requests, noise, checkpoint.notes)
+        found = Checkpointer(
+            checkpoint,
+            run,
+            self.schedule,
+            self.layout,
+            decoder.history,
+            lambda: [prompts.state() for prompts in self.prompts],
+            setup.mesh.device,
+            "" if spec.resumed is None else spec.resumed.name,
+        )
+        if spec.resumed is None:
+            found.begin()
+        return found
+
+    def executors(
+        self, clocks: Sequence[BusyClock], decoder: LocalDecoder | None, keeper: Checkpointer | None
+    ) -> list[StageExecutor]:
+        """One for each stage of this rank. clocks: theirs. decoder: on the rank that leads."""
+        setup = self.setup
+        inbound, outbound = self._edges() if setup.num_stages > 1 else ({}, {})
+        channel = self._prompt_channel()
+        experts = self._expert_of_step()
+        found = []
+        for index, clock in zip(setup.mesh.stages, clocks, strict=True):
+            stage = Stage(
+                self.parts.slices[index],
+                self._stage_spec(index, experts),
+                wrap=_graphed if setup.config.graphs else None,
+            )
+            leading = self._first_stage(experts, decoder, keeper) if index == 0 and decoder is not None else None
+            links = Links(channel, inbound.get(index), outbound.get(index))
+            report = self._reporter(index, clock)
+            found.append(StageExecutor(self.schedule, self.layout, index, stage, links, clock, leading, report))
+        return found
+
+    def _expert_of_step(self) -> list[int]:
+        sampler = self.request.sampler
+        return [self.setup.source.spec.expert(float(t), sampler.num_train_timesteps) for t in sampler.timesteps]
+
+    def _stage_spec(self, index: int, experts: Sequence[int]) -> StageSpec:
+        setup, schedule, blocks, grid = self.setup, self.schedule, self.setup.config.blocks, self.request.grid
+        lent = blocks.context_frames * grid.tokens
+        slots = {side: schedule.slots(side) for side in ("head", "tail")}
+        if setup.config.attention_8bit.on:
+            slots["mean"] = schedule.places
+        return StageSpec(
+            layers=setup.layers[index],
+            num_layers=setup.source.spec.num_layers,
+            grid=grid,
+            expert_of_step=experts,
+            timesteps=self.request.sampler.timesteps,
+            slots=slots,
+            branches=schedule.branches,
+            max_tokens=self.layout.max_window_frames * grid.tokens,
+            context_tokens=lent,
+            # Who lends is a whole block; the head lies behind what is fed in front of it.
+            starts={
+                "head": self.layout.fed_context(1) * grid.tokens,
+                "tail": blocks.frames_per_block * grid.tokens - lent,
+            },
+            eight_bit=setup.config.attention_8bit,
+            refreshes=schedule.refresh_every is not None,
+        )
+
+    def _first_stage(self, experts: Sequence[int], decoder: LocalDecoder, keeper: Checkpointer | None) -> FirstStage:
+        queues = [self._queue(video, experts) for video in range(len(self.spec.requests))]
+
+        def emit(video: int, block: int, latents: torch.Tensor) -> None:
+            self.prompts[video].forget(block + 1)
+            if keeper is not None:
+                keeper.emit(video, block, latents)
+            decoder.emit(video, block, latents)
+
+        def on_snapshot_point(iteration: int) -> None:
+            assert keeper is not None
+            keeper.on_snapshot_point(iteration, lambda: [queue.state() for queue in queues])
+
+        return FirstStage(
+            queues,
+            emit,
+            decoder.decode,
+            None if keeper is None else on_snapshot_point,
+            self.setup.config.allow_nonfinite,
+        )
+
+    def _queue(self, index: int, experts: Sequence[int]) -> LatentQueue:
+        request, prompts, count = self.spec.requests[index], self.prompts[index], self.schedule.num_videos
+        video, grid = request.video, request.grid
+        second = video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2
+        scales = (video.guidance_scale, second)
+        shape = (self.setup.source.spec.in_channels, grid.height, grid.width)
+        return LatentQueue(
+            self.schedule,
+            request.layout,
+            request.sampler,
+            BlockNoise(request.layout, shape, video.seed, request.latents),
+            lambda block: prompts.of(block) * count + index,  # ids of all videos' prompts are different
+            lambda prompt: prompts.embeds(prompt // count),
+            [scales[e] for e in experts],
+            self.setup.mesh.device,
+            _step_callback(request, index),
+        )
+
+    def _prompt_channel(self) -> PromptChannel:
+        request, mesh = self.request, self.setup.mesh
+        # Ranks that do not lead have not seen the prompt: shape and dtype of the embeddings follow from the request.
+        tokens = request.video.max_sequence_length if request.embeds is None else request.embeds.shape[1]
+        return PromptChannel(
+            (self.schedule.branches, tokens, self.setup.source.spec.text_dim),
+            self.setup.dtype,
+            mesh.rank,
+            mesh.world_size,
+            local_readers=self.setup.num_stages - 1,
+        )
+
+    def _edges(self) -> tuple[dict[int, Inbound], dict[int, Outbound]]:
+        """Both ends of the edges of the stages here, by stage. Edge k leads from stage k to k + 1, the last to 0."""
+        setup, grid, mesh, n = self.setup, self.request.grid, self.setup.mesh, self.setup.num_stages
+        model = setup.source.spec
+        hidden = self.layout.max_window_frames * grid.tokens * model.inner_dim
+        velocity = self.layout.first_frames * model.in_channels * grid.height * grid.width  # of the largest block
+        sizes = [hidden + 1] * (n - 1) + [velocity + 1]  # and a mark, see `nonfinite`
+        names = [f"edge {k} -> {(k + 1) % n}" for k in range(n)]
+        depth, dtype = setup.config.depth, setup.dtype
+        if not mesh.distributed:
+            local = [LocalEdge(names[k], sizes[k], depth, dtype, mesh.device) for k in range(n)]
+            return {k: local[k - 1] for k in range(n)}, dict(enumerate(local))
+        groups, rank, before, after = self.parts.edge_groups, mesh.rank, mesh.before, mesh.after
+        common = depth, self.schedule.num_units, dtype, mesh.device
+        inbound = ReceiveEdge(names[before], before, groups[before], sizes[before], *common)
+        return {rank: inbound}, {rank: SendEdge(names[rank], after, groups[rank], sizes[rank], *common)}
+
+    def _reporter(self, index: int, clock: BusyClock) -> Report | None:
+        report, schedule, layers = self.spec.report, self.schedule, len(self.setup.layers[index])
+        if report is None:
+            return None
+        iteration = -1
+
+        def tell(phase: str, unit: Unit) -> None:
+            nonlocal iteration
+            more = {}
+            if phase == "run" and (now := schedule.iteration(unit)) > iteration:
+                iteration = now
+                more = {"iteration": iteration, "busy": clock.seconds / layers}
+            name = {"recv": "wait_recv", "send": "wait_send"}.get(phase, phase)
+            report(name, stage=index, block=unit.block, step=unit.step, **more)
+
+        return tell
+
+
+def _graphed(forward: Forward) -> Forward:
+    return Graphed(forward, cuda_capture([]))
+
+
+def _step_callback(request: Request, video: int) -> StepCallback | None:
+    user = request.callback
+    if user is None:
+        return None
+
+    def callback(block: int, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        result = user(step, timestep, {"latents": latents, "block": block, "video": video}) or {}
+        replaced: torch.Tensor = result.get("latents", latents)
+        return replaced
+
+    return callback

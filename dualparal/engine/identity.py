@@ -1,0 +1,114 @@
+"""What makes two runs the same: for ranks to compare before they begin, and for a snapshot to be resumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualparal.checkpoint.snapshot import Resumed, Snapshot, SnapshotError
+from dualparal.engine.request import Request
+from dualparal.engine.setup import Setup
+from dualparal.schedule.schedule import Schedule
+from dualparal.version import __version__
+
+logger = logging.getLogger("dualparal")
+
+
+def run_info(
+    setup: Setup,
+    scheduler: Any,
+    requests: Sequence[Request],
+    schedule: Schedule,
+    timeline: Path | None,
+    resumed: Resumed | None,
+) -> dict[str, Any]:
+    """What all ranks of a run must agree on, as JSON values. A prompt is not among it: only one rank knows it."""
+    import diffusers
+
+    config = asdict(setup.config)
+    del config["device"]  # ranks have cards of their own
+    return {
+        "dualparal": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "world_size": setup.mesh.world_size,
+        "device": setup.mesh.device.type,
+        "weights": setup.source.fingerprint,
+        "sampler": type(scheduler).__name__,
+        "schedule": asdict(schedule),
+        "video": {k: v for k, v in asdict(requests[0].video).items() if k not in ("output_type", "seed")},
+        "seeds": [request.video.seed for request in requests],
+        "layers_per_stage": [len(layers) for layers in setup.layers],
+        "engine": config,
+        "timeline": timeline and str(timeline),
+        "snapshot": resumed and resumed.name,
+    }
+
+
+def snapshot_info(
+    setup: Setup, scheduler: Any, requests: Sequence[Request], noise: str | None, notes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a snapshot says about its run, as JSON values.
+
+    Args:
+        noise: name of the file with the initial noise, if that was given.
+        notes: of whoever started the run.
+    """
+    return {
+        "videos": [asdict(request.video) for request in requests],
+        "noise": noise,
+        "notes": dict(notes),
+        "same": _identity(setup, scheduler),
+        "made_with": versions(setup),
+    }
+
+
+def versions(setup: Setup) -> dict[str, str]:
+    """What decides the last bits of frames: a run resumed with others goes on, and its frames may differ in them."""
+    import diffusers
+
+    device = setup.mesh.device
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    found = {"dualparal": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    return {**found, "device": f"{device.type} {card}"}
+
+
+def check_same_run(setup: Setup, scheduler: Any, found: Snapshot) -> None:
+    """Warns where only bits may differ.
+
+    Raises:
+        SnapshotError: the snapshot is of another model, engine or sampler.
+    """
+    wanted = found.run["same"]
+    have = json.loads(json.dumps(_identity(setup, scheduler)))
+    different = [f"{k}: {wanted.get(k)!r} there, {have[k]!r} here" for k in have if have[k] != wanted.get(k)]
+    if different:
+        raise SnapshotError("the snapshot is of another run: " + "; ".join(different))
+    for key, value in versions(setup).items():
+        if found.run["made_with"].get(key) != value:
+            logger.warning(
+                "resumed with %s %s, begun with %s: frames may differ in the last bits from an unbroken run's",
+                key,
+                value,
+                found.run["made_with"].get(key),
+            )
+
+
+def _identity(setup: Setup, scheduler: Any) -> dict[str, Any]:
+    """What must be the same for a run to go on. The split, the depth and graphs may change: they move no bit."""
+    sampler = scheduler.config
+    return {
+        "weights": setup.source.fingerprint,
+        "blocks": asdict(setup.config.blocks),
+        "dtype": str(setup.dtype),
+        "attention_8bit": asdict(setup.config.attention_8bit),
+        "sampler": type(scheduler).__name__,
+        "sampler_config": {k: v for k, v in sorted(sampler.items()) if isinstance(v, (bool, int, float, str))},
+    }

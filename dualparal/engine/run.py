@@ -1,0 +1,222 @@
+"""One run of an engine on this rank, from the meeting of the ranks to what it cost."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import torch.distributed as dist
+
+from dualparal.checkpoint.checkpointer import Checkpointer
+from dualparal.decoding.chunks import Chunk
+from dualparal.decoding.local import LocalDecoder
+from dualparal.distributed.handshake import gather, handshake
+from dualparal.distributed.mesh import TIMEOUT
+from dualparal.engine.build import Builder, RunSpec
+from dualparal.engine.identity import run_info
+from dualparal.engine.parts import Parts
+from dualparal.engine.resume import restore
+from dualparal.engine.setup import Setup
+from dualparal.runtime.executor import NonFiniteError, StageExecutor, run_together
+from dualparal.sampling.prompts import Prompts
+from dualparal.schedule.schedule import Schedule
+from dualparal.trace.clock import BusyClock
+from dualparal.trace.stats import RankStats, RunStats, schedule_bubble
+from dualparal.trace.timeline import Recorder, merge_left, prepare
+
+HANDSHAKE_SECONDS = 60.0
+_runs = count()  # a store of its own for each
+
+
+class Run:
+    """Makes the videos of a spec, once. ``chunks`` does the work, while it is iterated.
+
+    Attributes:
+        running: units are under way.
+        interrupted: ``interrupt`` was called.
+        stats: what it cost; on the rank that leads, when it has ended.
+    """
+
+    def __init__(self, setup: Setup, parts: Parts, spec: RunSpec) -> None:
+        self.spec = spec
+        self.running = self.interrupted = False
+        self.stats: RunStats | None = None
+        self._setup, self._mesh, self._parts = setup, setup.mesh, parts
+        self._prompts: list[Prompts] = []  # of every video, on the rank that leads, while it runs
+        self._store: Any = None  # where the ranks meet
+        self._executors: list[StageExecutor] = []
+        self._decoder: LocalDecoder | None = None
+        self._keeper: Checkpointer | None = None
+        self._started = 0.0
+
+    def interrupt(self) -> None:
+        """Ends the run after the unit under way; finished blocks are still given out. Signal-safe."""
+        self.interrupted = True
+
+    def change_prompt(self, video: int, prompt: str, negative_prompt: str | None) -> int:
+        """New blocks take this prompt. Returns the first of them. Raises RuntimeError when nothing runs here."""
+        if not self._prompts:
+            raise RuntimeError("set_prompt: no video is running; give the prompt to stream()")
+        if not 0 <= video < len(self._prompts):
+            raise ValueError(f"video={video}: {len(self._prompts)} are running, counted from 0")
+        request = self.spec.requests[video]
+        embeds = self._parts.encode_text(request, prompt, negative_prompt or request.negative_prompt)
+        return self._prompts[video].change(embeds)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Finished blocks, as soon as they are; none on ranks that do not lead.
+
+        Raises:
+            ValueError: ranks disagree on what to do.
+            NonFiniteError: NaN or infinity in latents; blocks finished before are given out first.
+            PeerLost, TimeoutError: another rank is gone or did not come.
+            OSError: a file cannot be read or written.
+        """
+        recorder: Recorder | None = None
+        clocks: list[BusyClock] = []
+        finished = False
+        try:
+            self._meet()
+            self._encode()
+            self._parts.load()
+            recorder, clocks = self._clocks()
+            self._build(clocks)
+            self._started = time.perf_counter()
+            self.running = True
+            yield from self._walk()
+            self.running = False
+            if self._decoder is not None:
+                yield from self._given_out(self._decoder.drain())
+            if self._keeper is not None:
+                self._keeper.close()
+            self._finish(clocks)
+            finished = True
+        except NonFiniteError:
+            assert self._decoder is not None, "stage 0 has found it"
+            yield from self._decoder.drain()  # blocks finished before are whole
+            raise
+        except GeneratorExit:  # the consumer has had enough
+            if self.running:
+                self._stop()
+            self._finish(clocks)
+            finished = True
+            raise
+        finally:
+            self._close(recorder, clocks, finished)
+
+    def _walk(self) -> Iterator[Chunk]:
+        """The actions of all stages here, and on the rank that leads what is finished meanwhile."""
+        for _ in run_together(self._executors):
+            if self._decoder is not None:
+                yield from self._given_out(self._decoder.ready())
+                if self.interrupted:
+                    self._stop()
+                    break
+
+    def _given_out(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """Chunks; each counts as delivered when the next one is asked for."""
+        for chunk in chunks:
+            yield chunk
+            if self._keeper is not None:
+                self._keeper.delivered(chunk.video, chunk.block)
+
+    # Before ---------------------------------------------------------------------------------------------------
+
+    def _meet(self) -> None:
+        """All ranks of a distributed run compare what they are about to do, before any tensor travels."""
+        mesh, spec = self._mesh, self.spec
+        if not mesh.distributed:
+            return
+        info = run_info(self._setup, spec.scheduler, spec.requests, spec.schedule, spec.timeline, spec.resumed)
+        self._store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
+        handshake(self._store, mesh.rank, mesh.world_size, info, HANDSHAKE_SECONDS)
+        assert self._parts.edge_groups, "opened while all ranks are here"
+
+    def _encode(self) -> None:
+        if not self._mesh.is_leader:
+            return
+        resumed = self.spec.resumed
+        if resumed is None:
+            self._prompts = self._parts.encode(self.spec.requests)
+        else:
+            self._prompts = [Prompts(dict(prompts)) for prompts in resumed.snapshot.prompts]
+
+    def _clocks(self) -> tuple[Recorder | None, list[BusyClock]]:
+        """A clock per stage here, and this rank's part of the timeline that they write, if one is wanted."""
+        mesh, timeline = self._mesh, self.spec.timeline
+        if timeline is None:
+            return None, [BusyClock(mesh.device) for _ in mesh.stages]
+        if mesh.is_leader:
+            prepare(timeline)
+        # The other ranks come out of here later than the leading one went in: the folder for their parts is ready.
+        offset = mesh.clock_offset() if mesh.distributed else 0.0
+        recorder = Recorder(timeline, mesh.rank, mesh.world_size, offset)
+        return recorder, [BusyClock(mesh.device, recorder.track(stage, mesh.num_stages)) for stage in mesh.stages]
+
+    def _build(self, clocks: Sequence[BusyClock]) -> None:
+        builder, spec = Builder(self._setup, self._parts, self.spec, self._prompts), self.spec
+        if self._mesh.is_leader:
+            self._decoder = builder.decoder(clocks[0])
+            self._keeper = builder.checkpointer(self._decoder)
+        self._executors = builder.executors(clocks, self._decoder, self._keeper)
+        leading = self._executors[0].leading
+        if spec.resumed is not None and spec.checkpoint is not None and leading is not None:
+            assert self._decoder is not None
+            restore(leading.queues, self._decoder, spec.checkpoint.folder, spec.resumed.snapshot, spec.schedule)
+
+    # After ----------------------------------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        """Ends the run on all ranks."""
+        if self._mesh.distributed and self._mesh.is_leader:
+            self._executors[0].stop()
+
+    def _finish(self, clocks: Sequence[BusyClock]) -> None:
+        """Collects what the run cost on every rank. Collective in a distributed run."""
+        mesh, seconds = self._mesh, time.perf_counter() - self._started
+        own = RankStats.of(clocks, mesh.device)
+        ranks = [own]
+        if mesh.distributed:
+            rows = gather(
+                self._store, mesh.rank, mesh.world_size, own.to_list(), HANDSHAKE_SECONDS, TIMEOUT.total_seconds()
+            )
+            ranks = [RankStats.from_list(row) for row in rows or []]
+        if self._decoder is not None:
+            done, before = self._decoder.progress, self._decoder.before
+            blocks = done.blocks - before.blocks
+            whole = mesh.num_stages == len(ranks) and blocks == _blocks(self.spec.schedule)
+            self.stats = RunStats(
+                blocks,
+                done.frames - before.frames,
+                seconds,
+                done.first or None,
+                tuple(ranks),
+                # That of N stages at once and of the whole video.
+                schedule_bubble(self.spec.schedule) if whole else None,
+            )
+
+    def _close(self, recorder: Recorder | None, clocks: Sequence[BusyClock], finished: bool) -> None:
+        if self._decoder is not None:
+            self._decoder.close()
+        if self._keeper is not None:
+            with contextlib.suppress(Exception):  # after a run to its end it is closed; else what ended it says more
+                self._keeper.close()
+        if recorder is not None:
+            for clock in clocks:
+                with contextlib.suppress(RuntimeError):  # a device in error has no more to tell
+                    clock.settle()
+            recorder.close()
+            # After a failure other ranks may still be writing their parts.
+            if self._mesh.is_leader and (finished or not self._mesh.distributed):
+                merge_left(recorder.path)
+        self._prompts, self._executors = [], []
+        self._decoder = self._keeper = None
+        self.running = False
+
+
+def _blocks(schedule: Schedule) -> int:
+    """Blocks of all videos that a schedule finishes."""
+    return schedule.num_videos * ((schedule.num_blocks or 0) - schedule.first_block)

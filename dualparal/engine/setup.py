@@ -1,0 +1,100 @@
+"""What an engine is made of: its model, how it is run, and where. Checked before weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualparal.config.engine import EngineConfig
+from dualparal.distributed.mesh import Mesh, in_distributed_run
+from dualparal.kernels import attention_8bit
+from dualparal.models.files import ModelFiles
+from dualparal.models.loaded import LoadedPipeline
+from dualparal.models.source import ModelSource, resolve_model
+from dualparal.schedule.layout import split_layers
+
+
+@dataclass(frozen=True)
+class Setup:
+    """An engine's model, options and place. ``config`` has a device, a dtype and a number of stages."""
+
+    source: ModelSource
+    config: EngineConfig
+    mesh: Mesh
+
+    @classmethod
+    def of(cls, model: str | Path | Any, config: EngineConfig) -> Setup:
+        """Joins the ranks of a distributed run, and fills in what ``config`` leaves open.
+
+        Args:
+            model: a directory in diffusers format, a hub id, the model of the package, or a loaded pipeline.
+
+        Raises:
+            ValueError: options that this machine or this model does not have; ``ModelError`` for a model that is not
+                supported, or whose files do not fit its config.
+            RuntimeError: a rank of a distributed run without a card.
+        """
+        source: ModelSource = resolve_model(model) if isinstance(model, (str, Path)) else LoadedPipeline(model)
+        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda' but torch sees no GPU; use device='cpu', or install a CUDA build of torch")
+        if config.graphs and device.type != "cuda":
+            raise ValueError(f"graphs=True with device={device.type!r}: CUDA graphs need a GPU; leave graphs out")
+        mesh = _mesh(config, device)
+        config = replace(
+            config,
+            stages=mesh.num_stages,
+            device=str(mesh.device),
+            dtype=config.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+        )
+        found = cls(source, config, mesh)
+        assert found.layers, "the split is checked here"
+        if config.attention_8bit.on:
+            found.check_8bit()
+        if isinstance(source, ModelFiles):
+            source.check_weights()
+        return found
+
+    @property
+    def num_stages(self) -> int:
+        return self.mesh.num_stages
+
+    @cached_property
+    def layers(self) -> list[range]:
+        """Of each stage."""
+        return split_layers(self.source.spec.num_layers, self.num_stages, self.config.layers_per_stage)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer."""
+        assert self.config.dtype is not None, "filled in when a setup is made"
+        found: torch.dtype = getattr(torch, self.config.dtype)
+        return found
+
+    def check_8bit(self) -> None:
+        """Raises ValueError when the model or the device has no 8-bit attention like this."""
+        eight_bit, spec, device = self.config.attention_8bit, self.source.spec, self.mesh.device
+        eight_bit.check(spec.num_layers)
+        if device.type == "cuda":
+            reason = attention_8bit.absent(device, spec.inner_dim // spec.heads, eight_bit.mode == "fp8")
+            if reason:
+                raise ValueError(f"attention_8bit={eight_bit.mode!r} cannot run: {reason}; leave it out")
+
+
+def _mesh(config: EngineConfig, device: torch.device) -> Mesh:
+    stages, split = config.stages, config.layers_per_stage
+    if not in_distributed_run():
+        if stages is None:
+            stages = 1 if split is None else len(split)
+        return Mesh.local(device, stages)
+    mesh = Mesh.join(device.type)
+    if stages not in (None, mesh.world_size):
+        raise ValueError(
+            f"stages={stages} with {mesh.world_size} ranks: in a distributed run every rank owns one stage; leave "
+            f"stages out or start {mesh.world_size if stages is None else stages} ranks"
+        )
+    return mesh
