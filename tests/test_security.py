@@ -36,8 +36,10 @@ from dualparal.io.output import OutputError, check_file, check_out, open_output
 from dualparal.io.pictures import PngWriter
 from dualparal.io.video import SegmentWriter
 from dualparal.launch.supervisor import supervise
-from dualparal.models.files import ModelError, ModelFiles, WeightFiles
+from dualparal.models.files import ModelFiles
+from dualparal.models.json_files import ModelError
 from dualparal.models.source import resolve_model
+from dualparal.models.weights import WeightFiles
 from dualparal.trace import picture
 from dualparal.trace.timeline import Recorder, merge, parts_of
 

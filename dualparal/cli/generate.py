@@ -18,8 +18,9 @@ from dualparal.cli.leader import draw_timeline, lead
 from dualparal.cli.rank import work
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.eight_bit import EightBitPolicy
-from dualparal.config.video import BUILT_IN, BUILT_IN_SIZE, VideoConfig
+from dualparal.config.video import VideoConfig
 from dualparal.launch.heartbeat import Heartbeat
+from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
 
 
 def _outs(out: Path | None, videos: int) -> list[Path]:
@@ -372,7 +373,6 @@ def _refreshes(every: int | None, checkpoint: Path | None, context: str, context
 def _planned(job: Job, mode: str, max_blocks_in_flight: int | None) -> Job:
     """The job with what the planner chooses. Only once, in the process that starts the ranks: they must agree."""
     from dualparal.models.source import resolve_model
-    from dualparal.models.wan.sizes import model_shape
     from dualparal.planning.measured import cards
     from dualparal.planning.planner import plan_for
     from dualparal.planning.workload import Workload
@@ -387,9 +387,9 @@ def _planned(job: Job, mode: str, max_blocks_in_flight: int | None) -> Job:
     if job.layers_per_stage is not None or max_blocks_in_flight is not None:
         raise ValueError("--plan auto with --layers-per-stage or --max-blocks-in-flight: that is what it chooses")
     size = {"float32": 4, None: 4 if job.device == "cpu" else 2}.get(job.dtype, 2)
-    shape = model_shape(str(resolve_model(job.model).path))
+    sizes = resolve_model(job.model).sizes
     decodes = job.video.output_type != "latent"
-    work = Workload(shape, job.video, job.blocks, itemsize=size, decode=decodes, depth=job.depth)
+    work = Workload(sizes, job.video, job.blocks, itemsize=size, decode=decodes, depth=job.depth)
     found = plan_for(work, [cards(job.device, job.stages)])
     typer.echo(f"plan: {found.describe()}", err=True)
     return replace(job, blocks=found.work.blocks, layers_per_stage=list(found.split))

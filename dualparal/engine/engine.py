@@ -41,9 +41,6 @@ from dualparal.models.base import Slice
 from dualparal.models.files import ModelFiles
 from dualparal.models.loaded import LoadedPipeline
 from dualparal.models.source import ModelSource, resolve_model
-from dualparal.models.wan.sizes import model_shape
-from dualparal.models.wan.text import PromptEncoder
-from dualparal.models.wan.vae import StreamingDecoder
 from dualparal.planning.workload import Workload
 from dualparal.runtime.executor import NonFiniteError, StageExecutor, run_together
 from dualparal.runtime.graphs import Graphed, cuda_capture
@@ -115,7 +112,7 @@ class Engine:
         self.allow_nonfinite = allow_nonfinite
         self.scheduler: Any = source.load_scheduler()  # diffusers' name; assign another one as in diffusers
         self.stats: RunStats | None = None  # of the last run, on rank 0
-        self._encoder = PromptEncoder(lambda: source.load_text_encoder(mesh.device, dtype), mesh.device)
+        self._encoder = source.family.prompt_encoder(lambda: source.load_text_encoder(mesh.device, dtype), mesh.device)
         self._slices: dict[int, list[Slice]] = {}
         self._vae: Any = None
         self._groups: list[Any] | None = None
@@ -455,9 +452,15 @@ class Engine:
             return
         video = requests[0].video
         decode = video.output_type != "latent"
-        shape = model_shape(str(self.source.path))
         work = Workload(
-            shape, video, self.blocks, self.dtype.itemsize, decode, self.depth, len(requests), self.attention_8bit.on
+            self.source.sizes,
+            video,
+            self.blocks,
+            self.dtype.itemsize,
+            decode,
+            self.depth,
+            len(requests),
+            self.attention_8bit.on,
         )
         split = [len(layers) for layers in self.layers]
         held = len(requests) * capacity.whole_bytes(work, video.output_type, keeps) if self.mesh.rank == 0 else 0
@@ -587,9 +590,9 @@ class Engine:
             requests[0].layout,
             video.output_type,
             video.num_frames,
-            int(self.source.vae_config.get("scale_factor_temporal", 4)),
+            self.source.spec.temporal_factor,
             len(requests),
-            None if video.output_type == "latent" else [StreamingDecoder(self.vae()) for _ in requests],
+            None if video.output_type == "latent" else [self.source.family.decoder(self.vae()) for _ in requests],
             self.mesh.device,
             lambda: clock.seconds,
             clock.track,
