@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,8 +255,8 @@ def refused(
     monkeypatch.setattr(cli, "_work", lambda *_: pytest.fail("work began"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def call(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["dualparal", "generate", *SMALL, *map(str, arguments)])
+    def call(*arguments: object, command: Sequence[str] = ("generate", *SMALL)) -> str:
+        monkeypatch.setattr(sys, "argv", ["dualparal", *command, *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -363,6 +363,21 @@ def test_a_model_that_brings_code_or_traps_is_refused(
     damage, expected = MODELS[name]
     damage(model, tmp_path / "marks")
     assert expected in refused("--prompt", "a cat", "--model", model, "--out", "a.mp4")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config that is a pipe", "large JSON", "deep JSON", "auto_map of the transformer", "auto_map inside",
+     "attention from the hub", "many layers", "many layers of text", "pipeline.py"],
+)  # fmt: skip
+@pytest.mark.timeout(60)
+def test_a_plan_reads_configs_under_the_same_caps(
+    refused: Callable[..., str], wan21: Path, tmp_path: Path, name: str
+) -> None:
+    model = Path(shutil.copytree(wan21, tmp_path / "model"))
+    damage, expected = MODELS[name]
+    damage(model, tmp_path / "marks")
+    assert expected in refused("--model", model, "--gpus", "2xh100", command=["plan"])
 
 
 def test_links_within_a_model_are_read(wan21: Path, tmp_path: Path) -> None:
