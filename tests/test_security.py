@@ -30,7 +30,7 @@ import dualparal
 from dualparal.cli import main as cli
 from dualparal.cli.leader import RANK_PROGRAM
 from dualparal.distributed import mesh
-from dualparal.io import output
+from dualparal.io import latents as latents_file
 from dualparal.io.latents import read_latents, write_latents
 from dualparal.io.output import OutputError, check_file, check_out, open_output
 from dualparal.io.pictures import PngWriter
@@ -252,7 +252,7 @@ def refused(
     run.mkdir()
     marks.mkdir()
     monkeypatch.chdir(run)
-    monkeypatch.setattr(cli, "_work", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("dualparal.cli.generate.work", lambda *_: pytest.fail("work began"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments: object, command: Sequence[str] = ("generate", *SMALL)) -> str:
@@ -406,8 +406,8 @@ def _safetensors(path: Path, padding: int) -> Path:
 
 
 def test_a_huge_header_of_latents_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_latents(_safetensors(tmp_path / "a.safetensors", output._MAX_HEADER_BYTES - 1000)).numel() == 1
-    large = _safetensors(tmp_path / "b.safetensors", output._MAX_HEADER_BYTES)
+    assert read_latents(_safetensors(tmp_path / "a.safetensors", latents_file._MAX_HEADER_BYTES - 1000)).numel() == 1
+    large = _safetensors(tmp_path / "b.safetensors", latents_file._MAX_HEADER_BYTES)
     monkeypatch.setattr(safetensors, "safe_open", lambda *_, **__: pytest.fail("it was parsed"))
     with pytest.raises(ValueError, match=r"a header of 10[0-9]+ bytes, at most 1048576"):
         read_latents(large)

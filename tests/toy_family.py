@@ -152,7 +152,7 @@ class ToyDecoder:
 
     def __init__(self, vae: ToyVae) -> None:
         self._vae = vae
-        self.reset()
+        self._last: torch.Tensor | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -169,7 +169,7 @@ class ToyDecoder:
         return torch.stack(frames)
 
     def reset(self) -> None:
-        self._last: torch.Tensor | None = None
+        self._last = None
 
 
 class ToyText(nn.Module):
@@ -180,7 +180,8 @@ class ToyText(nn.Module):
 
 class ToyPromptEncoder:
     def __init__(self, load: Callable[[], tuple[Any, Any]], device: torch.device) -> None:
-        self._load, self._loaded = load, None
+        self._load = load
+        self._loaded: tuple[Any, Any] | None = None
 
     @torch.inference_mode()
     def encode(
