@@ -28,8 +28,9 @@ from dualparal.checkpoint import snapshot
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.checkpoint.snapshot import Snapshot
 from dualparal.config.blocks import BlockConfig
-from dualparal.config.video import BUILT_IN, BUILT_IN_SIZE, VideoConfig
+from dualparal.config.video import VideoConfig
 from dualparal.engine.engine import Engine
+from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
 from dualparal.models.wan.sizes import MODELS
 from dualparal.planning.workload import Workload
 from dualparal.sampling.state import BlockState

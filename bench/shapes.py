@@ -39,7 +39,7 @@ class Shape:
 
     @property
     def grid(self) -> Grid:
-        return self.spec.grid(self.height, self.width, 8)
+        return self.spec.grid(self.height, self.width)
 
     @property
     def inner(self) -> int:

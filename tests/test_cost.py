@@ -22,7 +22,8 @@ from dualparal.config.blocks import BlockConfig
 from dualparal.config.video import VideoConfig
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import supervise
-from dualparal.models.wan.sizes import MODELS, VaeShape, model_shape
+from dualparal.models.sizes import model_sizes
+from dualparal.models.wan.sizes import MODELS, WanVaeSizes
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.models.wan.transformer import WanSpec
 from dualparal.models.wan.vae import StreamingDecoder
@@ -43,7 +44,7 @@ def test_parameters_are_the_real_ones(name: str) -> None:
 
 
 def test_slices_weigh_what_their_tensors_do(wan21: Path) -> None:
-    model = model_shape(str(wan21))
+    model = model_sizes(str(wan21))
     spec = WanSpec((json.loads((wan21 / "transformer" / "config.json").read_text()),))
     work = Workload(model, VideoConfig(32, 32, 29, 3), BlockConfig(2, 1))
     split, start = [1, 2, 1], 0
@@ -61,7 +62,7 @@ def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, height: int
     with torch.device("meta"):
         vae = AutoencoderKLWan(base_dim=base_dim, num_res_blocks=blocks)
         latents = torch.zeros(1, 16, 1, height, width)
-    shape = VaeShape(base_dim, num_res_blocks=blocks)
+    shape = WanVaeSizes(base_dim, num_res_blocks=blocks)
     decoder = StreamingDecoder(vae)
     for _ in range(2):
         decoder.push(latents)
@@ -183,7 +184,7 @@ def measure(path: Path, side: int, blocks: BlockConfig, steps: int, count: int) 
     options = {"frames_per_block": blocks.frames_per_block, "context_frames": blocks.context_frames}
     frames = 4 * (count * blocks.frames_per_block - 1) + 1
     call = {"height": side, "width": side, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": 5.0}
-    work = Workload(model_shape(str(path)), VideoConfig(side, side, frames, steps), blocks, itemsize=4, decode=False)
+    work = Workload(model_sizes(str(path)), VideoConfig(side, side, frames, steps), blocks, itemsize=4, decode=False)
     split, schedule = [work.model.num_layers // 2] * 2, work.schedule(2)
     case = {"model": str(path), "options": {**options, "context": blocks.context}, "call": call}
     return run_ranks(case), [resident(work, schedule, split, stage) for stage in range(2)]

@@ -31,7 +31,7 @@ from dualparal.engine.engine import Engine
 from dualparal.launch.blame import Limits
 from dualparal.launch.stragglers import ITERATIONS, SlowStages
 from dualparal.launch.supervisor import Kept, Result, supervise
-from dualparal.models.wan.sizes import model_shape
+from dualparal.models.sizes import model_sizes
 from dualparal.planning.workload import Workload
 from dualparal.runtime.executor import NonFiniteError
 from dualparal.runtime.nonfinite import FirstMark, Origin, mark
@@ -323,7 +323,7 @@ def test_a_whole_video_counts_its_frames(wan21: Path, monkeypatch: pytest.Monkey
 
 def test_the_text_encoder_counts_where_it_is_needed(wan21: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine.from_pretrained(wan21, device="cpu", stages=2)
-    work = Workload(model_shape(str(wan21)), VideoConfig(32, 32, 9), itemsize=4, decode=False)
+    work = Workload(model_sizes(str(wan21)), VideoConfig(32, 32, 9), itemsize=4, decode=False)
     larger = dataclasses.replace(work, model=dataclasses.replace(work.model, text_encoder=2**29))
     monkeypatch.setattr(capacity, "host_memory", lambda: 2**30)
     capacity.check(larger, [2, 2], [0, 1], engine.mesh.device, encodes=False)

@@ -14,11 +14,13 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
-from dualparal.models import files as loading
-from dualparal.models.files import ModelError, ModelFiles, WeightFiles
+from dualparal.models import weights
+from dualparal.models.files import ModelFiles
+from dualparal.models.json_files import ModelError
 from dualparal.models.loaded import LoadedPipeline
 from dualparal.models.source import resolve_model
 from dualparal.models.wan.tiny import build_tiny_pipeline
+from dualparal.models.weights import WeightFiles
 from dualparal.schedule.layout import split_layers
 
 CPU = torch.device("cpu")
@@ -73,7 +75,7 @@ def test_a_stage_reads_its_own_tensors_and_all_stages_the_whole_model(
 ) -> None:
     files = ModelFiles(wan21 if experts == 1 else wan22)
     read: Counter[str] = Counter()
-    real = loading._open
+    real = weights._open
 
     class Counting:
         """safe_open, taking down what is read; opening and asking for shapes reads the header only."""
@@ -95,7 +97,7 @@ def test_a_stage_reads_its_own_tensors_and_all_stages_the_whole_model(
             read[f"{self.folder}/{name}"] += 1
             return self.handle.get_tensor(name)
 
-    monkeypatch.setattr(loading, "_open", Counting)
+    monkeypatch.setattr(weights, "_open", Counting)
     files.check_weights()
     assert not read
     everything: Counter[str] = Counter()
@@ -274,7 +276,7 @@ def test_a_loaded_pipeline_shares_its_tensors(pipeline: Any, wan21: Path) -> Non
     assert source.load_vae(CPU) is pipeline.vae
     assert source.load_text_encoder(CPU, torch.float32) == (pipeline.tokenizer, pipeline.text_encoder)
     assert source.load_scheduler() is pipeline.scheduler
-    assert source.vae_config["z_dim"] == 16
+    assert (source.spec.spatial_factor, source.spec.temporal_factor) == (8, 4)
 
 
 def test_another_pipeline_or_changed_weights_are_refused(wan21: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dualparal.cli.main import app
-from dualparal.models.wan.sizes import model_shape
+from dualparal.models.sizes import model_sizes
 from dualparal.planning.devices import DEVICES, links, parse_gpus
 from dualparal.planning.plan import NoPlan
 from dualparal.planning.planner import plan
@@ -146,12 +146,15 @@ def test_links() -> None:
 
 
 def test_a_directory_is_as_good_as_a_name(wan21: Path, tmp_path: Path) -> None:
-    model = model_shape(str(wan21))
+    model = model_sizes(str(wan21))
     assert (model.num_layers, model.inner, model.vae.base_dim, model.vae.num_res_blocks) == (4, 48, 4, 1)
     found = plan(str(wan21), "2xrtx4090", num_frames=81, height=64, width=96)
     assert found.split in ((2, 2), (1, 3)) and found.seconds > 0
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model_index\.json is missing"):
+        plan(str(tmp_path), "2xrtx4090")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(ValueError, match="not the configs of a Wan text-to-video model"):
         plan(str(tmp_path), "2xrtx4090")
 

@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +30,16 @@ import dualparal
 from dualparal.cli import main as cli
 from dualparal.cli.leader import RANK_PROGRAM
 from dualparal.distributed import mesh
-from dualparal.io import output
+from dualparal.io import latents as latents_file
 from dualparal.io.latents import read_latents, write_latents
 from dualparal.io.output import OutputError, check_file, check_out, open_output
 from dualparal.io.pictures import PngWriter
 from dualparal.io.video import SegmentWriter
 from dualparal.launch.supervisor import supervise
-from dualparal.models.files import ModelError, ModelFiles, WeightFiles
+from dualparal.models.files import ModelFiles
+from dualparal.models.json_files import ModelError
 from dualparal.models.source import resolve_model
+from dualparal.models.weights import WeightFiles
 from dualparal.trace import picture
 from dualparal.trace.timeline import Recorder, merge, parts_of
 
@@ -250,11 +252,11 @@ def refused(
     run.mkdir()
     marks.mkdir()
     monkeypatch.chdir(run)
-    monkeypatch.setattr(cli, "_work", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("dualparal.cli.generate.work", lambda *_: pytest.fail("work began"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def call(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["dualparal", "generate", *SMALL, *map(str, arguments)])
+    def call(*arguments: object, command: Sequence[str] = ("generate", *SMALL)) -> str:
+        monkeypatch.setattr(sys, "argv", ["dualparal", *command, *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -363,6 +365,21 @@ def test_a_model_that_brings_code_or_traps_is_refused(
     assert expected in refused("--prompt", "a cat", "--model", model, "--out", "a.mp4")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["config that is a pipe", "large JSON", "deep JSON", "auto_map of the transformer", "auto_map inside",
+     "attention from the hub", "many layers", "many layers of text", "pipeline.py"],
+)  # fmt: skip
+@pytest.mark.timeout(60)
+def test_a_plan_reads_configs_under_the_same_caps(
+    refused: Callable[..., str], wan21: Path, tmp_path: Path, name: str
+) -> None:
+    model = Path(shutil.copytree(wan21, tmp_path / "model"))
+    damage, expected = MODELS[name]
+    damage(model, tmp_path / "marks")
+    assert expected in refused("--model", model, "--gpus", "2xh100", command=["plan"])
+
+
 def test_links_within_a_model_are_read(wan21: Path, tmp_path: Path) -> None:
     """The hub's cache is made of links to files elsewhere: only what is written must not follow one."""
     model = Path(shutil.copytree(wan21, tmp_path / "model"))
@@ -389,8 +406,8 @@ def _safetensors(path: Path, padding: int) -> Path:
 
 
 def test_a_huge_header_of_latents_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_latents(_safetensors(tmp_path / "a.safetensors", output._MAX_HEADER_BYTES - 1000)).numel() == 1
-    large = _safetensors(tmp_path / "b.safetensors", output._MAX_HEADER_BYTES)
+    assert read_latents(_safetensors(tmp_path / "a.safetensors", latents_file._MAX_HEADER_BYTES - 1000)).numel() == 1
+    large = _safetensors(tmp_path / "b.safetensors", latents_file._MAX_HEADER_BYTES)
     monkeypatch.setattr(safetensors, "safe_open", lambda *_, **__: pytest.fail("it was parsed"))
     with pytest.raises(ValueError, match=r"a header of 10[0-9]+ bytes, at most 1048576"):
         read_latents(large)

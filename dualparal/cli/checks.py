@@ -17,7 +17,6 @@ def check_job(job: Job) -> None:
     from dualparal.io.output import check_file, check_out
     from dualparal.models.source import resolve_model
 
-    job.video.num_latents()
     for out in job.outs:
         check_out(out, job.overwrite, job.resume)
     if job.checkpoint is not None and not job.resume:
@@ -42,6 +41,7 @@ def check_job(job: Job) -> None:
         if job.stages > torch.cuda.device_count():
             raise ValueError(f"--gpus {job.stages}: torch sees {torch.cuda.device_count()}; every stage needs its own")
     files = resolve_model(job.model)
+    job.video.num_latents(files.spec.temporal_factor)
     split_layers(files.spec.num_layers, job.stages, job.engine.layers_per_stage)
     files.check_weights()
     if "RANK" not in os.environ and job.stages > 1:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dualparal.config.video import BUILT_IN
+from dualparal.models.registry import BUILT_IN
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from dualparal.cli.resumed import resumed_job
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.config.engine import DTYPE_BYTES, EngineConfig
-from dualparal.config.video import BUILT_IN, BUILT_IN_SIZE, VideoConfig
+from dualparal.config.video import VideoConfig
 from dualparal.launch.heartbeat import Heartbeat
+from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
 
 GROUPS = (PromptFlags, VideoFlags, ModelFlags, BlockFlags, PlaceFlags, OutputFlags)
 
@@ -176,7 +177,6 @@ def _eight_bit(flags: ModelFlags) -> EightBitPolicy:
 def _planned(job: Job, mode: str) -> Job:
     """The job with what the planner chooses. Only once, in the process that starts the ranks: they must agree."""
     from dualparal.models.source import resolve_model
-    from dualparal.models.wan.sizes import model_shape
     from dualparal.planning.measured import cards
     from dualparal.planning.planner import plan_for
     from dualparal.planning.workload import Workload
@@ -192,10 +192,10 @@ def _planned(job: Job, mode: str) -> Job:
     if engine.layers_per_stage is not None or engine.blocks.max_blocks_in_flight is not None:
         raise ValueError("--plan auto with --layers-per-stage or --max-blocks-in-flight: that is what it chooses")
     dtype = engine.dtype or ("float32" if engine.device == "cpu" else "bfloat16")
-    shape = model_shape(str(resolve_model(job.model).path))
+    sizes = resolve_model(job.model).sizes
     decodes = job.video.output_type != "latent"
     work = Workload(
-        shape,
+        sizes,
         job.video,
         engine.blocks,
         DTYPE_BYTES[dtype],

@@ -38,7 +38,7 @@ def work(job: Job, heartbeat: Heartbeat) -> int:
     import torch
 
     from dualparal.distributed.messages import PeerLost
-    from dualparal.models.files import ModelError
+    from dualparal.models.json_files import ModelError
     from dualparal.runtime.executor import NonFiniteError
 
     torch.set_num_threads(job.threads)

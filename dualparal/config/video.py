@@ -10,9 +10,6 @@ from dualparal.config.blocks import MAX_STEPS, check_int
 OutputType = Literal["np", "uint8", "pt", "pil", "latent"]
 OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 
-BUILT_IN = "moving-shapes"  # the trained model that ships with the package
-BUILT_IN_SIZE = (64, 64)  # height and width of its videos, pixels
-
 # Caps against typing mistakes (a height of 10**6), far above what any known model can use.
 MAX_SIDE = 16384
 MAX_GUIDANCE = 1_000_000

@@ -14,7 +14,7 @@ import torch
 from dualparal.config.video import VideoConfig
 from dualparal.decoding.chunks import Chunk, Progress
 from dualparal.decoding.frames import to_output, to_uint8
-from dualparal.models.wan.vae import StreamingDecoder
+from dualparal.models.base import Decoder
 from dualparal.schedule.layout import Layout
 from dualparal.trace.timeline import Track
 
@@ -38,7 +38,7 @@ class LocalDecoder:
         video: VideoConfig,
         temporal_factor: int,
         num_videos: int,
-        decoders: Sequence[StreamingDecoder] | None,
+        decoders: Sequence[Decoder] | None,
         device: torch.device,
         busy: Callable[[], float],
         track: Track | None = None,

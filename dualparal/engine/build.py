@@ -67,7 +67,7 @@ class Builder:
         return LocalDecoder(
             self.layout,
             video,
-            int(self.setup.source.vae_config.get("scale_factor_temporal", 4)),
+            self.setup.source.spec.temporal_factor,
             count,
             None if video.output_type == "latent" else self.parts.decoders(count),
             self.setup.mesh.device,

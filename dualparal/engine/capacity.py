@@ -14,7 +14,6 @@ from dualparal.config.video import OutputType
 from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
 from dualparal.models.files import ModelFiles
-from dualparal.models.wan.sizes import model_shape
 from dualparal.planning.memory import stage_memory
 from dualparal.planning.workload import Workload
 
@@ -83,7 +82,7 @@ def check_requests(setup: Setup, requests: Sequence[Request], result_kind: Resul
         return
     video, config, mesh = requests[0].video, setup.config, setup.mesh
     work = Workload(
-        model_shape(str(setup.source.path)),
+        setup.source.sizes,
         video,
         config.blocks,
         setup.dtype.itemsize,

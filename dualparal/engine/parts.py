@@ -11,9 +11,7 @@ from dualparal.distributed.edges import make_groups, warm_up
 from dualparal.distributed.mesh import drop_at_exit
 from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
-from dualparal.models.base import Slice
-from dualparal.models.wan.text import PromptEncoder
-from dualparal.models.wan.vae import StreamingDecoder
+from dualparal.models.base import Decoder, Slice
 from dualparal.sampling.prompts import Prompts
 
 
@@ -23,7 +21,7 @@ class Parts:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         source, device, dtype = setup.source, setup.mesh.device, setup.dtype
-        self.encoder = PromptEncoder(lambda: source.load_text_encoder(device, dtype), device)
+        self.encoder = source.family.prompt_encoder(lambda: source.load_text_encoder(device, dtype), device)
         self.slices: dict[int, list[Slice]] = {}  # by stage: one per expert
         self._vae: Any = None
         self._groups: list[Any] | None = None
@@ -41,9 +39,9 @@ class Parts:
             self._vae = self._setup.source.load_vae(self._setup.mesh.device)
         return self._vae
 
-    def decoders(self, count: int) -> list[StreamingDecoder]:
+    def decoders(self, count: int) -> list[Decoder]:
         """One for each video; they share the VAE."""
-        return [StreamingDecoder(self.vae) for _ in range(count)]
+        return [self._setup.source.family.decoder(self.vae) for _ in range(count)]
 
     def encode(self, requests: Sequence[Request]) -> list[Prompts]:
         """The prompts of each video as embeddings. The text encoder is loaded if one is needed, and dropped."""

@@ -117,18 +117,18 @@ def check_request(
         ValueError: it cannot be run; the message names the value, the rule and the way out.
     """
     video = replace(video, seed=inputs.seed)
-    spec, vae = setup.source.spec, setup.source.vae_config
-    spatial, temporal = int(vae.get("scale_factor_spatial", 8)), int(vae.get("scale_factor_temporal", 4))
+    spec = setup.source.spec
+    spatial, temporal = spec.spatial_factor, spec.temporal_factor
     video.check_size(spatial * spec.patch_size[1], spatial * spec.patch_size[2])
     if video.guidance_scale_2 is not None and spec.num_experts == 1:
         raise ValueError(
             f"guidance_scale_2={video.guidance_scale_2}: this model has a single transformer; "
-            "only Wan2.2 models with two take a second scale"
+            "only models with two (Wan2.2) take a second scale"
         )
     if (inputs.prompt is None) == (inputs.prompt_embeds is None):
         raise ValueError("give either prompt or prompt_embeds, and not both")
     layout = Layout(setup.config.blocks, video.num_latents(temporal))
-    grid = spec.grid(video.height, video.width, spatial)
+    grid = spec.grid(video.height, video.width)
     return Request(
         video=video,
         layout=layout,

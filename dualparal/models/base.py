@@ -1,7 +1,8 @@
-"""What the engine needs of a model: facts from its config, and slices of its layers.
+"""What the engine needs of a model: facts from its config, slices of its layers, a decoder, a prompt encoder.
 
-An adapter implements these two protocols. It knows nothing of ranks, schedules or blocks; positions are absolute
-latent-frame indices of the video, so features made for one block are right for its neighbour as they are.
+A family implements these protocols (``registry`` says where). It knows nothing of ranks, schedules or blocks;
+positions are absolute latent-frame indices of the video, so features made for one block are right for its neighbour
+as they are.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Rotary(NamedTuple):
 class TimeCondition(NamedTuple):
     """What a timestep means to a slice. Made once per step and run, not per unit.
 
-    layers: float32 [layers of the slice, 6, inner]; head: float32 [2, inner], for the slice that has the head.
+    layers: float32 [layers of the slice, 6, inner] (or another number of rows, as the family has it); head: float32
+    [2, inner], for the slice that has the head.
     """
 
     layers: torch.Tensor
@@ -134,23 +136,73 @@ class Slice(Protocol):
 class ModelSpec(Protocol):
     """Facts of a model, known from its config files alone."""
 
-    num_layers: int
-    num_experts: int
-    in_channels: int
-    inner_dim: int
-    heads: int
-    text_dim: int
+    @classmethod
+    def from_configs(
+        cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
+    ) -> ModelSpec:
+        """Of the transformers' configs, the VAE's, and the pipeline's own (model_index.json).
+
+        Raises:
+            ValueError: a variant that the adapter does not run; names what is different.
+            KeyError, TypeError: not such configs at all.
+        """
+        ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_experts(self) -> int:
+        """Number of transformers."""
+        ...
+
+    @property
+    def in_channels(self) -> int:
+        """Of latents."""
+        ...
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of hidden states, keys and values."""
+        ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def text_dim(self) -> int:
+        """Width of prompt embeddings."""
+        ...
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent frames (1), rows and columns of a token."""
+        ...
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels of a frame per latent pixel, on each side."""
+        ...
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame; the first one of a video is a single frame."""
+        ...
 
     def expert(self, timestep: float, num_train_timesteps: int) -> int:
         """Which of the model's transformers handles a timestep."""
         ...
 
-    def grid(self, height: int, width: int, spatial_factor: int) -> Grid:
-        """Latent size of a frame of height x width pixels; ValueError when it does not divide."""
+    def grid(self, height: int, width: int) -> Grid:
+        """Latent grid of a frame whose pixels divide by factor * patch (see VideoConfig.check_size)."""
         ...
 
     def shapes(self, expert: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a transformer's checkpoint."""
+        ...
+
+    def is_unused(self, name: str) -> bool:
+        """Is this a tensor that checkpoints may hold besides, and nothing reads?"""
         ...
 
     def names(self, expert: int, layers: range) -> list[str]:
@@ -163,6 +215,44 @@ class ModelSpec(Protocol):
 
     def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> Slice:
         """A slice from its tensors."""
+        ...
+
+
+class Decoder(Protocol):
+    """Latents to frames, a video at a time, never the whole of it. The VAE is only read: decoders may share one."""
+
+    @property
+    def history(self) -> int:
+        """How many latent frames back a frame can see: a fresh decoder fed so many goes on with the same bits."""
+        ...
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes held between two pushes."""
+        ...
+
+    def push(self, latents: torch.Tensor) -> torch.Tensor:
+        """The next latent frames [1, C, f, h, w] of the video, as the transformer makes them, to frames
+        [F, 3, h * spatial_factor, w * spatial_factor] in [-1, 1]. However the latents are cut, the frames are the same.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forgets the video: the next latent is the first one of another."""
+        ...
+
+
+class PromptEncoder(Protocol):
+    """Prompts to embeddings. What it needs for that is loaded at the first prompt."""
+
+    def encode(
+        self, prompt: str, negative_prompt: str | None, guidance: bool, max_sequence_length: int
+    ) -> torch.Tensor:
+        """Embeddings [1 or 2, max_sequence_length, text_dim]; guidance: two rows, the conditional one first."""
+        ...
+
+    def free(self) -> None:
+        """Gives back the memory of what was loaded."""
         ...
 
 

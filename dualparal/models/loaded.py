@@ -6,39 +6,33 @@ from typing import Any
 
 import torch
 
-from dualparal.models.base import Slice
-from dualparal.models.files import SUPPORTED_PIPELINES, ModelError
-from dualparal.models.wan.transformer import WanSpec
+from dualparal.models.base import ModelSpec, Slice
+from dualparal.models.files import EXPERTS
+from dualparal.models.json_files import ModelError
+from dualparal.models.registry import Family, family_of, supported_pipelines
 
 
 class LoadedPipeline:
-    """A WanPipeline that the user has loaded; its tensors are shared where device and dtype allow.
+    """A diffusers pipeline that the user has loaded; its tensors are shared where device and dtype allow.
 
     Raises:
-        ModelError: another class, or a Wan variant that is not supported.
+        ModelError: a class of no family, or a variant that its family does not run.
     """
 
     def __init__(self, pipeline: Any) -> None:
         name = type(pipeline).__name__
-        if name not in SUPPORTED_PIPELINES:
+        family = family_of(name)
+        if family is None:
             raise ModelError(
-                f"a {name} was given; supported: a directory, a hub id, or a loaded {', '.join(SUPPORTED_PIPELINES)}"
+                f"a {name} was given; supported: a directory, a hub id, or a loaded {supported_pipelines()}"
             )
+        self.family: Family = family
         self.pipeline = pipeline
-        self._modules = [m for m in (pipeline.transformer, pipeline.transformer_2) if m is not None]
+        self._modules = [m for m in (getattr(pipeline, part, None) for part in EXPERTS) if m is not None]
         try:
-            self.spec = WanSpec.from_configs(
-                pipeline.transformer.config,
-                None if pipeline.transformer_2 is None else pipeline.transformer_2.config,
-                pipeline.config.boundary_ratio,
-                bool(pipeline.config.expand_timesteps),
-            )
+            self.spec: ModelSpec = family.spec([m.config for m in self._modules], pipeline.vae.config, pipeline.config)
         except ValueError as error:
             raise ModelError(str(error)) from None
-
-    @property
-    def vae_config(self) -> dict[str, Any]:
-        return dict(self.pipeline.vae.config)
 
     @property
     def fingerprint(self) -> str:

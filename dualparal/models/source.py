@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
-from dualparal.config.video import BUILT_IN
-from dualparal.models.base import Slice
-from dualparal.models.files import ModelError, ModelFiles, shorten
-from dualparal.models.wan.transformer import WanSpec
+from dualparal.models.base import ModelSpec, Slice
+from dualparal.models.files import ModelFiles
+from dualparal.models.json_files import ModelError, shorten
+from dualparal.models.registry import BUILT_IN, Family
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
@@ -19,10 +19,10 @@ class ModelSource(Protocol):
     """Where an engine's model comes from: files, or a pipeline that the user has loaded."""
 
     @property
-    def spec(self) -> WanSpec: ...
+    def family(self) -> Family: ...
 
     @property
-    def vae_config(self) -> dict[str, Any]: ...
+    def spec(self) -> ModelSpec: ...
 
     @property
     def fingerprint(self) -> str: ...

@@ -37,10 +37,10 @@ def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0,
 
     borrowed, lent: tokens of neighbours' keys that are copied in, and of own ones that are copied out.
     """
-    h, f = work.model.inner, work.model.ffn_dim
+    h = work.model.inner
     return Arithmetic(
         4.0 * queries * (keys + work.text_tokens) * h,
-        2.0 * queries * h * (6 * h + 2 * f),
+        float(queries * work.model.linear_flops),
         work.itemsize * h * (PASSES * queries + FEATURE_PASSES * borrowed + FEATURE_PASSES / 2 * lent),
     )
 

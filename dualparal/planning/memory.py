@@ -80,8 +80,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         features=(sum(slots.values()) * slot_bytes(work, layers) + means) * branches,
         workspace=2 * (window + sum(map(bool, slots.values())) * lent) * h * size,
         buffers=work.depth * (inbound + outbound) * size if len(split) > 1 else 0,
-        # residual stream old and new, y, normed, qkv, query, attended; the feed-forward's inside twice
-        activations=window * (9 * h + 2 * model.ffn_dim) * size,
+        activations=window * model.layer_activations * size,
         conditions=(
             videos * experts * branches * layers * 2 * work.text_tokens * h * size
             + 4 * steps * (6 * layers + 2 * last) * h
@@ -90,7 +89,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         ),
         latents=(latents * SAMPLER_COPIES * (blocks + videos) + noise) if first else 0,
         decode=decode_bytes(work) if first and decodes and work.decode else 0,
-        load=layers * 3 * h * h * size,  # Q, K and V are joined while both forms are there
+        load=layers * model.joined_parameters * size,
         before=model.text_encoder * size if first else 0,
     )
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
 from dualparal.config.video import VideoConfig
-from dualparal.models.wan.sizes import model_shape
+from dualparal.models.sizes import model_sizes
 from dualparal.planning.cost import Costing, balance, closed_form
 from dualparal.planning.devices import GIB, Device, links, parse_gpus
 from dualparal.planning.memory import edge_elements, stage_memory
@@ -66,7 +66,7 @@ def plan(
         ValueError: a value is out of range or unknown; names it, the rule and the way out.
     """
     work = Workload(
-        model_shape(model),
+        model_sizes(model),
         VideoConfig(height, width, num_frames, num_inference_steps, float(guidance_scale)),
         BlockConfig(
             frames_per_block,
@@ -204,7 +204,10 @@ class _Search:
         for size in BLOCK_SIZES:
             if size >= blocks.context_frames and size != blocks.frames_per_block:
                 window = size + 2 * blocks.context_frames
-                note = f"window of {window} latents" + (", Wan was trained with 21" if window > 21 else "")
+                trained = work.model.trained_latents
+                note = f"window of {window} latents"
+                if trained is not None and window > trained:
+                    note += f", {work.model.name} was trained with {trained}"
                 yield with_blocks(work, frames_per_block=size), best.decode, note
         for place in DECODE_PLACES:
             if place != best.decode and count > 1:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.video import VideoConfig
-from dualparal.models.wan.sizes import ModelShape, tokens_per_frame
+from dualparal.models.sizes import ModelSizes
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.schedule import Schedule
 
@@ -21,7 +21,7 @@ class Workload:
     every block's keys.
     """
 
-    model: ModelShape
+    model: ModelSizes
     video: VideoConfig = field(default_factory=VideoConfig)
     blocks: BlockConfig = field(default_factory=BlockConfig)
     itemsize: int = 2
@@ -31,8 +31,7 @@ class Workload:
     key_means: bool = False
 
     def __post_init__(self) -> None:
-        side = self.model.vae.spatial_factor * self.model.patch
-        self.video.check_size(side, side)
+        self.video.check_size(self._side, self._side)
         self.video.num_latents(self.model.vae.temporal_factor)
 
     @cached_property
@@ -42,7 +41,12 @@ class Workload:
     @cached_property
     def tokens(self) -> int:
         """Per latent frame."""
-        return tokens_per_frame(self.model, self.video.height, self.video.width)
+        return (self.video.height // self._side) * (self.video.width // self._side)
+
+    @property
+    def _side(self) -> int:
+        """Of a token, in pixels of a frame."""
+        return self.model.vae.spatial_factor * self.model.patch
 
     @property
     def text_tokens(self) -> int:

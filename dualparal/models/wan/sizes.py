@@ -1,17 +1,17 @@
 """Sizes of a Wan model from its config alone: parameters, arithmetic and bytes. No torch, no weights.
 
-Counts follow ``models/wan.py`` and diffusers' AutoencoderKLWan; tests compare them with the real classes.
+Counts follow ``transformer`` beside this and diffusers' AutoencoderKLWan; tests compare them with the real classes.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from dualparal.models.json_files import ModelError, read_config
 
 
 class Conv(NamedTuple):
@@ -30,7 +30,7 @@ class Conv(NamedTuple):
 
 
 @dataclass(frozen=True)
-class VaeShape:
+class WanVaeSizes:
     """The decoder of AutoencoderKLWan (Wan 2.1; the residual one is not counted)."""
 
     base_dim: int = 96
@@ -102,7 +102,7 @@ class VaeShape:
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class WanSizes:
     """A Wan text-to-video pipeline: transformer (or two of one shape), VAE decoder, text encoder.
 
     text_encoder: number of its parameters; it is loaded before the transformer and dropped.
@@ -120,8 +120,9 @@ class ModelShape:
     patch: int = 2
     experts: int = 1
     cross_attn_norm: bool = True
-    vae: VaeShape = VaeShape()
+    vae: WanVaeSizes = WanVaeSizes()
     text_encoder: int = 5_680_910_336  # UMT5-XXL
+    trained_latents: int | None = 21
 
     @property
     def inner(self) -> int:
@@ -150,49 +151,52 @@ class ModelShape:
         return self.inner * out + out, 2 * self.inner
 
     @property
+    def joined_parameters(self) -> int:
+        """Q, K and V of self-attention, which become one matrix."""
+        return 3 * self.inner**2
+
+    @property
+    def linear_flops(self) -> int:
+        """Of one layer per token, without attention: Q, K, V and the way out, the same for text less K and V, and the
+        feed-forward."""
+        return 2 * self.inner * (6 * self.inner + 2 * self.ffn_dim)
+
+    @property
+    def layer_activations(self) -> int:
+        """Residual stream old and new, y, normed, qkv, query, attended; the feed-forward's inside twice."""
+        return 9 * self.inner + 2 * self.ffn_dim
+
+    @property
     def parameters(self) -> int:
         """Of one transformer."""
         layers = self.num_layers * sum(self.layer_parameters)
         return layers + sum(self.condition_parameters) + self.embed_parameters + sum(self.head_parameters)
 
 
-MODELS: Mapping[str, ModelShape] = {
-    shape.name: shape
-    for shape in (
-        ModelShape("wan2.1-t2v-1.3b", 30, 12, 128, 8960),
-        ModelShape("wan2.1-t2v-14b", 40, 40, 128, 13824),
-        ModelShape("wan2.2-t2v-a14b", 40, 40, 128, 13824, experts=2),
+MODELS: Mapping[str, WanSizes] = {
+    sizes.name: sizes
+    for sizes in (
+        WanSizes("wan2.1-t2v-1.3b", 30, 12, 128, 8960),
+        WanSizes("wan2.1-t2v-14b", 40, 40, 128, 13824),
+        WanSizes("wan2.2-t2v-a14b", 40, 40, 128, 13824, experts=2),
     )
 }
 
 
-def model_shape(model: str) -> ModelShape:
-    """A built-in name, or a directory in diffusers format, of which only the config files are read.
+def read_sizes(path: Path) -> WanSizes:
+    """Of a directory in diffusers format.
 
     Raises:
-        ValueError: neither, or configs that are not a Wan text-to-video model's.
+        ModelError: configs that cannot be read, are not a Wan text-to-video model's, or have no cost model.
     """
-    plain = model.lower().rstrip("/").removeprefix("wan-ai/").removesuffix("-diffusers").replace("_", "-")
-    if plain in MODELS:
-        return MODELS[plain]
-    path = Path(model)
-    if not path.is_dir():
-        raise ValueError(
-            f"model {model!r} is not known; use one of {', '.join(MODELS)}, or a directory in diffusers format "
-            "(its config files are enough)"
-        )
-    return _from_directory(path)
-
-
-def _from_directory(path: Path) -> ModelShape:
-    config = _read(path / "transformer" / "config.json")
-    vae = _read(path / "vae" / "config.json") if (path / "vae").is_dir() else {}
-    text = _read(path / "text_encoder" / "config.json") if (path / "text_encoder").is_dir() else None
+    config = read_config(path / "transformer" / "config.json")
+    vae = read_config(path / "vae" / "config.json") if (path / "vae").is_dir() else {}
+    text = read_config(path / "text_encoder" / "config.json") if (path / "text_encoder").is_dir() else None
     if vae.get("is_residual"):
-        raise ValueError(f"{path / 'vae'}: the residual VAE of Wan2.2 5B has no cost model; use a Wan 2.1 VAE")
+        raise ModelError(f"{path / 'vae'}: the residual VAE of Wan2.2 5B has no cost model; use a Wan 2.1 VAE")
     try:
         downsample = vae.get("temperal_downsample", [False, True, True])
-        return ModelShape(
+        return WanSizes(
             path.name,
             int(config["num_layers"]),
             int(config["num_attention_heads"]),
@@ -205,17 +209,17 @@ def _from_directory(path: Path) -> ModelShape:
             int(config["patch_size"][1]),
             2 if (path / "transformer_2").is_dir() else 1,
             bool(config["cross_attn_norm"]),
-            VaeShape(
+            WanVaeSizes(
                 int(vae.get("base_dim", 96)),
                 int(vae.get("z_dim", 16)),
                 tuple(vae.get("dim_mult", (1, 2, 4, 4))),
                 int(vae.get("num_res_blocks", 2)),
                 tuple(reversed(downsample)),
             ),
-            _text_parameters(text) if text else ModelShape.text_encoder,
+            _text_parameters(text) if text else WanSizes.text_encoder,
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{path}: not the configs of a Wan text-to-video model ({error!r})") from None
+        raise ModelError(f"{path}: not the configs of a Wan text-to-video model ({error!r})") from None
 
 
 def _text_parameters(config: dict[str, Any]) -> int:
@@ -224,18 +228,3 @@ def _text_parameters(config: dict[str, Any]) -> int:
     gated = 3 if str(config.get("feed_forward_proj", "gated-gelu")).startswith("gated") else 2
     layer = 4 * d * inner + gated * d * config["d_ff"] + 2 * d + config["relative_attention_num_buckets"] * heads
     return int(config["vocab_size"] * d + config["num_layers"] * layer + d)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds {type(data).__name__}, not an object")
-    return data
-
-
-def tokens_per_frame(model: ModelShape, height: int, width: int) -> int:
-    side = model.vae.spatial_factor * model.patch
-    return math.prod((height // side, width // side))

@@ -8,7 +8,7 @@ follows it (``dualparal.kernels``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,22 +36,21 @@ class WanSpec:
     Attributes:
         configs: the config of ``transformer``, and of ``transformer_2`` where there is one (Wan2.2).
         boundary_ratio: Wan2.2: timesteps at or above boundary_ratio * num_train_timesteps go to ``transformer``.
+        vae: its config; without one, that of Wan2.1.
     """
 
     configs: tuple[dict[str, Any], ...]
     boundary_ratio: float | None = None
+    vae: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_configs(
-        cls,
-        transformer: Any,
-        transformer_2: Any | None,
-        boundary_ratio: float | None,
-        expand_timesteps: bool = False,
+        cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
     ) -> WanSpec:
         """Raises ValueError for Wan variants that this adapter does not run, naming what is different."""
-        configs = tuple(component_config(c) for c in (transformer, transformer_2) if c is not None)
-        if expand_timesteps:
+        configs = tuple(component_config(config) for config in transformers)
+        boundary_ratio = pipeline.get("boundary_ratio")
+        if pipeline.get("expand_timesteps"):
             raise ValueError(
                 "this Wan pipeline has expand_timesteps=True (Wan2.2 TI2V): only text-to-video Wan2.1 "
                 "and Wan2.2-A14B type models are supported"
@@ -81,7 +80,7 @@ class WanSpec:
                 raise ValueError(
                     f"transformer and transformer_2 differ in {', '.join(differing)}: experts of one shape are needed"
                 )
-        return cls(configs, boundary_ratio if len(configs) == 2 else None)
+        return cls(configs, boundary_ratio if len(configs) == 2 else None, component_config(vae))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -120,15 +119,22 @@ class WanSpec:
         t, h, w = self.config["patch_size"]
         return t, h, w
 
+    @property
+    def spatial_factor(self) -> int:
+        return int(self.vae.get("scale_factor_spatial", 8))
+
+    @property
+    def temporal_factor(self) -> int:
+        return int(self.vae.get("scale_factor_temporal", 4))
+
     def expert(self, timestep: float, num_train_timesteps: int) -> int:
         """0: ``transformer``, 1: ``transformer_2``."""
         if self.boundary_ratio is None:
             return 0
         return int(timestep < self.boundary_ratio * num_train_timesteps)
 
-    def grid(self, height: int, width: int, spatial_factor: int) -> Grid:
-        """Latent grid of a frame whose pixels divide by spatial_factor * patch (see VideoConfig.check_size)."""
-        h, w = height // spatial_factor, width // spatial_factor
+    def grid(self, height: int, width: int) -> Grid:
+        h, w = height // self.spatial_factor, width // self.spatial_factor
         return Grid(h, w, h // self.patch_size[1], w // self.patch_size[2])
 
     def shapes(self, expert: int) -> dict[str, tuple[int, ...]]:
@@ -137,6 +143,9 @@ class WanSpec:
         with torch.device("meta"):
             model: Any = WanTransformer3DModel(**self.configs[expert])
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    def is_unused(self, name: str) -> bool:
+        return "norm_added_q" in name  # diffusers: WanTransformer3DModel._keys_to_ignore_on_load_unexpected
 
     def names(self, expert: int, layers: range) -> list[str]:
         """Embedding and head belong to the first and last layer; every slice embeds time and text for itself."""

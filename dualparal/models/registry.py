@@ -1,0 +1,160 @@
+"""The families of models: which pipelines each one reads, and where its code lies. No torch, no diffusers.
+
+A family is a folder beside this file and a row here. No other module names one: it asks for the family of a pipeline
+class or of a directory, and the row finds the code by an import string, "module:name", when it is first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dualparal.models.json_files import ModelError, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from dualparal.models.base import Decoder, ModelSpec, PromptEncoder
+    from dualparal.models.sizes import ModelSizes
+
+BUILT_IN = "moving-shapes"  # the trained model that ships with the package
+BUILT_IN_SIZE = (64, 64)  # height and width of its videos, pixels
+
+
+@dataclass(frozen=True)
+class Component:
+    """A folder of a pipeline.
+
+    Attributes:
+        library, classes: what model_index.json may say that it is.
+        required: whether every pipeline of the family has it.
+        empty: (config) -> torch module; built on the meta device, it tells the shapes that the weight files must have.
+        load: (folder, dtype) -> (torch module, what its library says of missing_keys and mismatched_keys).
+        fits: a key of its config, and the attribute of the spec which that must equal.
+    """
+
+    library: str
+    classes: tuple[str, ...]
+    required: bool = True
+    empty: str = ""
+    load: str = ""
+    fits: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that share an architecture.
+
+    Attributes:
+        name: for people.
+        pipelines: diffusers classes that are read.
+        components: by folder, without the scheduler, which is the engine's. One with files of its own to check besides
+            the transformers ("transformer", "transformer_2") has ``empty``, ``load`` and ``fits``; the engine asks for
+            "vae", "text_encoder" and "tokenizer".
+        spec_class, decoder_class, prompt_encoder_class: they implement the protocols of ``models.base``.
+        known_sizes: a mapping from lower-case names to ``models.sizes.ModelSizes``.
+        read_sizes: (directory) -> ``ModelSizes``, from config files alone. Neither of the two imports torch.
+        hub_owner: lower-case; hub ids "OWNER/NAME-Diffusers" mean ``known_sizes``, too.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    components: Mapping[str, Component]
+    spec_class: str
+    decoder_class: str
+    prompt_encoder_class: str
+    known_sizes: str
+    read_sizes: str
+    hub_owner: str
+
+    def spec(
+        self, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
+    ) -> ModelSpec:
+        """See ``ModelSpec.from_configs``."""
+        found: ModelSpec = resolve(self.spec_class).from_configs(transformers, vae, pipeline)
+        return found
+
+    def decoder(self, vae: Any) -> Decoder:
+        """Of one video; several may share a VAE."""
+        found: Decoder = resolve(self.decoder_class)(vae)
+        return found
+
+    def prompt_encoder(self, load: Callable[[], tuple[Any, Any]], device: torch.device) -> PromptEncoder:
+        """load: () -> (tokenizer, text encoder), called when they are first needed."""
+        found: PromptEncoder = resolve(self.prompt_encoder_class)(load, device)
+        return found
+
+    def named_sizes(self) -> Mapping[str, ModelSizes]:
+        found: Mapping[str, ModelSizes] = resolve(self.known_sizes)
+        return found
+
+    def sizes(self, directory: Path) -> ModelSizes:
+        """Raises ModelError for configs that cannot be read or that have no cost model."""
+        found: ModelSizes = resolve(self.read_sizes)(directory)
+        return found
+
+
+FAMILIES: dict[str, Family] = {
+    "wan": Family(
+        name="Wan",
+        pipelines=("WanPipeline",),
+        components={
+            "transformer": Component("diffusers", ("WanTransformer3DModel",)),
+            "transformer_2": Component("diffusers", ("WanTransformer3DModel",), required=False),
+            "vae": Component(
+                "diffusers",
+                ("AutoencoderKLWan",),
+                empty="dualparal.models.wan.parts:empty_vae",
+                load="dualparal.models.wan.parts:load_vae",
+                fits=("z_dim", "in_channels"),
+            ),
+            "text_encoder": Component(
+                "transformers",
+                ("UMT5EncoderModel",),
+                empty="dualparal.models.wan.parts:empty_text_encoder",
+                load="dualparal.models.wan.parts:load_text_encoder",
+                fits=("d_model", "text_dim"),
+            ),
+            "tokenizer": Component("transformers", ("T5Tokenizer", "T5TokenizerFast")),
+        },
+        spec_class="dualparal.models.wan.transformer:WanSpec",
+        decoder_class="dualparal.models.wan.vae:StreamingDecoder",
+        prompt_encoder_class="dualparal.models.wan.text:PromptEncoder",
+        known_sizes="dualparal.models.wan.sizes:MODELS",
+        read_sizes="dualparal.models.wan.sizes:read_sizes",
+        hub_owner="wan-ai",
+    ),
+}
+
+
+def resolve(name: str) -> Any:
+    """The object that a row names."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def supported_pipelines() -> str:
+    """For messages."""
+    return ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
+
+
+def family_of(pipeline: object) -> Family | None:
+    """Of a pipeline class, by name."""
+    return next((family for family in FAMILIES.values() if pipeline in family.pipelines), None)
+
+
+def family_in(directory: Path) -> Family:
+    """Of a pipeline in diffusers format on disk.
+
+    Raises:
+        ModelError: not such a directory, or a pipeline of no family.
+    """
+    path = directory / "model_index.json"
+    name = read_json(path).get("_class_name")
+    family = family_of(name)
+    if family is None:
+        raise ModelError(f"{path}: pipeline class {name!r} is not supported; supported: {supported_pipelines()}")
+    return family

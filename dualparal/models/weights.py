@@ -1,0 +1,131 @@
+"""Weight files of a component: safetensors only, names and shapes by header, tensors one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dualparal.models.json_files import ModelError, read_json, shorten
+
+
+class WeightFiles:
+    """The safetensors files of one component, single or sharded, opened by header.
+
+    Raises:
+        ModelError: no safetensors file, or one that is cut or corrupt.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        indices = sorted(folder.glob("*.safetensors.index.json"))
+        if len(indices) > 1:
+            raise ModelError(
+                f"{folder}: {' and '.join(p.name for p in indices)}: which to read? Keep the index of one variant"
+            )
+        if indices:
+            weight_map = read_json(indices[0]).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ModelError(f"{indices[0]}: no weight_map in it; download the model again")
+            names = sorted(set(weight_map.values()))
+        else:
+            names = sorted(p.name for p in folder.glob("*.safetensors"))
+            if len(names) > 1:
+                raise ModelError(
+                    f"{folder}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} and no index file says "
+                    "which to read; keep one variant, or download the index too"
+                )
+        if not names:
+            other = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            found = f"only {', '.join(other)}, which are pickles and never read" if other else "no weight file"
+            raise ModelError(
+                f"{folder}: {found}; a .safetensors file is needed (convert with "
+                "pipe.save_pretrained(..., safe_serialization=True))"
+            )
+        self.owner: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(f"{indices[0]}: names the file {shorten(name)} outside its folder")
+            if not name.endswith(".safetensors") or "\0" in name or len(name) > 255:
+                raise ModelError(f"{indices[0]}: names {shorten(name)}, which is no .safetensors file")
+            with _open(folder / name) as handle:
+                for key in handle.keys():  # noqa: SIM118 (not a dict)
+                    self.owner[key] = folder / name
+                    self.shapes[key] = tuple(handle.get_slice(key).get_shape())
+
+    def read(self, names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
+        """Yields (name, tensor) of just these tensors, file by file."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.owner[name], []).append(name)
+        for path, wanted in by_file.items():
+            with _open(path) as handle:
+                for name in wanted:
+                    yield name, handle.get_tensor(name)
+
+
+def _open(path: Path) -> Any:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ModelError(f"{path} is no file; download it again")
+        if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+            raise ModelError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull'")
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing, though the index names it; download the model again") from None
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+
+
+def check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], unused: Callable[[str], bool]) -> None:
+    """Files that a slice is built from, by header.
+
+    Args:
+        unused: which tensors besides may be there.
+
+    Raises:
+        ModelError: tensors are missing, too many, or of another shape.
+    """
+    found = WeightFiles(folder).shapes
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(name for name in set(found) - set(expected) if not unused(name))
+    shapes = [f"{n} {found[n]} instead of {s}" for n, s in expected.items() if n in found and found[n] != s]
+    _refuse(folder, missing, extra, shapes)
+
+
+def _refuse(folder: Path, missing: list[str], extra: list[str], shapes: list[str]) -> None:
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ModelError(
+            f"{folder}: tensors do not fit its config: {'; '.join(problems)}; download it again, or mend config.json"
+        )
+
+
+def check_part(folder: Path, config: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> None:
+    """Files of a part that its library loads: it would fill a missing tensor with random numbers and warn.
+
+    Raises:
+        ModelError: nothing can be built from the config, or tensors are missing or of another shape.
+    """
+    found = WeightFiles(folder).shapes
+    try:
+        with torch.device("meta"):
+            tensors = build(config).state_dict(keep_vars=True)
+    except Exception as error:  # whatever the library makes of a foreign config
+        raise ModelError(f"{folder / 'config.json'}: cannot be built from it: {error}") from None
+    there = {id(tensor) for name, tensor in tensors.items() if name in found}
+    missing = sorted(name for name, tensor in tensors.items() if id(tensor) not in there)  # tied ones are stored once
+    shapes = [
+        f"{name} {found[name]} instead of {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name in found and found[name] != tuple(tensor.shape)
+    ]
+    _refuse(folder, missing, [], shapes)
