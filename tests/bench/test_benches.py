@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness import record
 from PIL import Image
 
 from dualparal.models.wan.tiny import build_tiny_pipeline
@@ -21,8 +22,6 @@ from places import BENCH
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ModuleType]:
     """Runs a bench in this process; rows go to ``tmp_path``."""
-    import record
-
     monkeypatch.setattr(record, "RESULTS", tmp_path)
 
     def run(name: str, *arguments: str, **changes: Any) -> ModuleType:
@@ -44,8 +43,6 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_rows_say_where_they_come_from_and_columns_may_be_added(
     bench: Callable[..., ModuleType], tmp_path: Path
 ) -> None:
-    import record
-
     (tmp_path / "some.csv").write_text("what,ms,date,torch\nold,1.5,2026-01-01,2.7\n")
     record.record("some", [{"what": "new", "rival": "x", "ms": 2}], "cpu")
     record.record("some", [], "cpu")

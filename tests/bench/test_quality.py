@@ -7,14 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import fifo
 import numpy as np
 import pytest
 import quality
-import quality_report
-import scene_classifier
-import scene_metrics
 import torch
+from meter import fifo, quality_report, scene_classifier, scene_metrics
 from scenes import COLOURS, Scene, Thing, render, sample_scene, trajectories, video
 
 from dualparal.models.wan.tiny import build_tiny_pipeline

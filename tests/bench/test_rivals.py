@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, ours_step
-from shapes import Shape
+from harness.rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, ours_step
+from harness.shapes import Shape
 
 from dualparal.models.keys_values import KeysValues
 

@@ -351,7 +351,7 @@ def test_calibrate_refuses_what_fails_its_trial(root, monkeypatch):
 
 def test_the_benchmark_runs_and_keeps_what_it_found(monkeypatch, tmp_path, capsys):
     import bench_attention
-    import record
+    from harness import record
 
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(bench_attention, "CPU_CASES", [Case("tiny", 20, 50, 2, 16)])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import GPU_SHAPES, wan_config
+from harness.shapes import GPU_SHAPES, wan_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualparal.config.blocks import BlockConfig

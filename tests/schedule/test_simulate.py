@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from bench_simulate import Outcome, case, run_cases
+from harness.sleeping_rank import CHANNELS, SIDE, PlainSampler, SleepingStage
 from hypothesis import given, settings
-from sleeping_rank import CHANNELS, SIDE, PlainSampler, SleepingStage
 
 from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
 from dualparal.distributed.messages import Header

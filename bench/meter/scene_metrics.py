@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from scenes import BACKGROUNDS, COLOURS, ORBIT, SHAPES, SIZE, SPEEDS, SWING, Scene, video
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from shapes import Shape
 
 from dualparal.kernels.attention_8bit import FP8, key_mean
 from dualparal.models.base import Pending, Rotary, TimeCondition
 from dualparal.models.keys_values import Context8, Features8, KeysValues, to_8bit
 from dualparal.models.wan.transformer import WanSlice
 from dualparal.runtime.workspace import Workspace8
+from harness.shapes import Shape
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

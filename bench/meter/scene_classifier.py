@@ -1,6 +1,6 @@
 """A small network that reads a clip of tools/scenes.py as its caption would: the eyes of the Frechet distance.
 
-    python bench/scene_classifier.py # a quarter of an hour on one core; writes scene_classifier.safetensors
+    python bench/meter/scene_classifier.py  # a quarter of an hour on one core; writes scene_classifier.safetensors
 
 It sees 17 frames, every second of 33, and says motion, background, checkered, and number and shape of each
 colour's objects. Its last hidden layer is the feature of a clip. Blur and noise are drawn in training, so that a
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, MOTIONS, SHAPES, Scene, render, sample_scene, trajectories
 
