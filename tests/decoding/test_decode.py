@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dualparal.decoding.frames import to_output, to_uint8
 from dualparal.models.wan.vae import StreamingDecoder, denormalize
+from pairwise import pairwise
 
 MEAN = torch.linspace(-1.0, 1.5, 16).tolist()
 STD = torch.linspace(1.1, 3.3, 16).tolist()
@@ -60,9 +61,11 @@ def vae_fixture(request: pytest.FixtureRequest) -> AutoencoderKLWan:
     return make_vae(request.param)
 
 
-@pytest.mark.parametrize("cuts", [[7], [1] * 7, [3, 4], [2, 2, 3]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case, dtype, cuts",
+    pairwise(CASES, [torch.float32, torch.bfloat16], [[7], [1] * 7, [3, 4], [2, 2, 3]]),
+    ids=str,
+)
 def test_any_chunking_equals_the_whole(case: str, dtype: torch.dtype, cuts: list[int]) -> None:
     vae, latents = make_vae(case, dtype), make_latents(7)
     expected = decode_whole(vae, latents)

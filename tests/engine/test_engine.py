@@ -16,6 +16,7 @@ from dualparal.engine.engine import Engine
 from dualparal.runtime.executor import NonFiniteError
 from dualparal.sampling.prompts import Prompts
 from engine_calls import embeds, reference_latents
+from pairwise import pairwise
 
 SIZE = {"height": 32, "width": 32}
 Build = Callable[..., Engine]
@@ -31,9 +32,7 @@ SHAPES = {  # name: B, C, T, latent frames
 }
 
 
-@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("guidance, shape, policy", pairwise([1.0, 5.0], SHAPES, ["cached", "prior", "paper"]))
 def test_engine_equals_reference_for_any_number_of_stages(
     engine: Build, wan21: Path, policy: str, shape: str, guidance: float
 ) -> None:
@@ -61,9 +60,9 @@ LIMITED = {  # name: T, K, latent frames, depth; blocks of 2
 }
 
 
-@pytest.mark.parametrize("version", ["matching", "newest", "prior", "paper"])
-@pytest.mark.parametrize("shape", LIMITED)
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize(
+    "guidance, shape, version", pairwise([1.0, 5.0], LIMITED, ["matching", "newest", "prior", "paper"])
+)
 def test_few_blocks_in_flight_equal_reference(
     engine: Build, wan22: Path, version: str, shape: str, guidance: float
 ) -> None:

@@ -26,6 +26,7 @@ from dualparal.kernels.attention_8bit import (
 from dualparal.kernels.attention_8bit import cases as named
 from dualparal.kernels.qk_norm_rope import reference as norm_reference
 from kernel_common import cases, random
+from pairwise import pairwise
 
 EPS = 1e-6
 KINDS = {"int8": (torch.int8, False), "fp8 values": (torch.int8, True), "fp8": (FP8, True)}
@@ -170,9 +171,11 @@ def interpreted():
 CONFIGS = {"pointers": (32, 64, False), "tma": (64, 128, True)}
 
 
-@kinds
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("case", [case for case in small() if case.values[0].q_rows])
+@pytest.mark.parametrize(
+    "case, config, kind",
+    pairwise([param.values[0] for param in small() if param.values[0].q_rows], CONFIGS, KINDS),
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_kernel_is_as_near_as_the_definition(case, config, kind):
     kernel, x = triton_kernel(), Inputs(case, kind)
     block_m, block_n, tma = CONFIGS[config]

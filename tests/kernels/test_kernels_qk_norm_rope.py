@@ -7,6 +7,7 @@ from dualparal.kernels.attention import attention
 from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope, reference
 from dualparal.kernels.qk_norm_rope import cases as named
 from kernel_common import DEVICES, DTYPES, Stores, cases, native, random
+from pairwise import pairwise
 
 EPS = 1e-6
 
@@ -51,12 +52,14 @@ def test_no_worse_than_torch(case, dtype, device):
     assert arena.isnan().sum() == arena.numel() - 2 * case.rows * case.inner
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["native", "torch"])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [case for case in cases(named) if case.values[0].lends])
-def test_lent_rows_are_the_rows_made(case, dtype, device, plain):
-    backend = "torch" if plain else native(device)
+@pytest.mark.parametrize(
+    "case, dtype, plain",
+    pairwise([param.values[0] for param in cases(named) if param.values[0].lends], DTYPES, ["native", "torch"]),
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_lent_rows_are_the_rows_made(case, dtype, plain, device):
+    backend = "torch" if plain == "torch" else native(device)
     args, stores = inputs(case, dtype, device), Stores(case, dtype, device)
     alone = run(case, args, backend, device)
     made = run(case, args, backend, device, stores.lends)

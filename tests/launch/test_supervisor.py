@@ -19,6 +19,7 @@ import pytest
 from dualparal.launch.blame import Failure, Limits, RankState, Report, blame
 from dualparal.launch.heartbeat import Heartbeat
 from dualparal.launch.supervisor import Kept, Supervisor, supervise
+from pairwise import pairwise
 from places import ROOT, WORKERS
 
 WORKER = WORKERS / "toy_pipeline.py"
@@ -143,9 +144,7 @@ def test_trouble_after_the_work_is_done_is_a_warning(fault):
 # --- faults ---
 
 
-@both_transports
-@pytest.mark.parametrize("rank", range(RANKS))
-@pytest.mark.parametrize("repeat", range(3))
+@pytest.mark.parametrize("repeat, rank, deaf", pairwise(range(3), range(RANKS), [False, True]))
 def test_killed_rank_is_named_within_a_second(rank, deaf, repeat):
     run = Run(act=send(signal.SIGKILL, rank), deaf=deaf)
     assert run.text.startswith(f"rank {rank} (stage {rank}) failed at block ")

@@ -28,6 +28,7 @@ from dualparal.planning.workload import Workload
 from dualparal.schedule.actions import Unit
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import simulate
+from pairwise import pairwise
 from steady_heap import STEADY
 
 
@@ -115,9 +116,7 @@ def test_balance() -> None:
     assert balance([1, 1], [0, 0], [3, 4], 8) is None and balance([1] * 3, [0] * 3, [9] * 3, 2) is None
 
 
-@pytest.mark.parametrize("context", ["cached", "prior", "paper"])
-@pytest.mark.parametrize("steps", [8, 50])
-@pytest.mark.parametrize("blocks_in_flight", [None, 5])
+@pytest.mark.parametrize("blocks_in_flight, steps, context", pairwise([None, 5], [8, 50], ["cached", "prior", "paper"]))
 def test_the_closed_form_is_near_the_replay(context: str, steps: int, blocks_in_flight: int | None) -> None:
     blocks = BlockConfig(8, 4, context, blocks_in_flight)  # type: ignore[arg-type]
     work = Workload(MODELS["wan2.1-t2v-14b"], VideoConfig(num_frames=1025, num_inference_steps=steps), blocks)

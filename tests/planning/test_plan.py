@@ -17,6 +17,7 @@ from dualparal.planning.devices import DEVICES, links, parse_gpus
 from dualparal.planning.plan import NoPlan
 from dualparal.planning.planner import plan
 from dualparal.schedule.validate import validate
+from pairwise import pairwise
 from places import BENCH, DOCS
 
 BIG = "wan2.1-t2v-14b"
@@ -38,9 +39,14 @@ def test_it_needs_no_torch_and_no_gpu_and_answers_in_two_seconds() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("model", ["wan2.1-t2v-1.3b", BIG, "wan2.2-t2v-a14b"])
-@pytest.mark.parametrize("gpus", ["8x24GB", "4xa100-80gb,2xrtx4090", "1xh200", "2xl40s", "3xb200"])
-@pytest.mark.parametrize("context", ["prior", "paper"])
+@pytest.mark.parametrize(
+    "context, gpus, model",
+    pairwise(
+        ["prior", "paper"],
+        ["8x24GB", "4xa100-80gb,2xrtx4090", "1xh200", "2xl40s", "3xb200"],
+        ["wan2.1-t2v-1.3b", BIG, "wan2.2-t2v-a14b"],
+    ),
+)
 def test_what_it_says_fits(model: str, gpus: str, context: str) -> None:
     found = plan(model, gpus, context=context, num_frames=257)
     cards = [card for group in parse_gpus(gpus) for card in group]

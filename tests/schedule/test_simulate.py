@@ -22,6 +22,7 @@ from dualparal.schedule.replay import Costs, ScheduleError, bubble, makespan
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import Sizes, simulate
 from dualparal.trace.clock import BusyClock
+from pairwise import pairwise
 from schedules import TooLate, schedules
 
 
@@ -187,11 +188,12 @@ def execute(schedule: Schedule, seconds: list[float]) -> tuple[float, float, lis
     return makespan, 1 - sum(stage.busy for stage in stages) / (n * makespan), done
 
 
-@pytest.mark.parametrize("context", CONTEXT_POLICIES)
-@pytest.mark.parametrize("stages", [2, 4, 8])
-@pytest.mark.parametrize(("steps", "blocks"), [(4, 5), (8, 5), (4, 32), (50, 5)])
-def test_the_executor_in_virtual_time(stages: int, steps: int, blocks: int, context: str) -> None:
+@pytest.mark.parametrize(
+    "length, stages, context", pairwise([(4, 5), (8, 5), (4, 32), (50, 5)], [2, 4, 8], CONTEXT_POLICIES), ids=str
+)
+def test_the_executor_in_virtual_time(length: tuple[int, int], stages: int, context: str) -> None:
     """Order of actions, makespan and bubble are those of the simulation, whatever the stages cost."""
+    steps, blocks = length
     for guidance, depth, uneven, videos in ((False, 2, 0.0, 1), (True, 1, 0.3, 1), (False, 2, 0.3, 2)):
         more = 1 if context == "paper" else 0  # block 0 is longer
         schedule = Schedule(stages, steps, blocks - more, context, 1, guidance, False, depth, num_videos=videos)
