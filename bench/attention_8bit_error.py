@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from record import commit
+from harness.record import commit
 
 from dualparal.kernels.accuracy import rms
 from dualparal.kernels.attention import reference as attention_reference

@@ -16,8 +16,8 @@ import time
 from typing import Any
 
 import torch
-from options import parser
-from record import record
+from harness.options import parser
+from harness.record import record
 
 from dualparal.kernels.attention import attention_segments, choice
 from dualparal.kernels.attention.calibrate import Function, Row, callable_backends, measure, time_together, trial

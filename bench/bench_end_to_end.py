@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from options import parser
-from ranks import as_rank, in_processes
-from record import record
+from harness.options import parser
+from harness.ranks import as_rank, in_processes
+from harness.record import record
 
 from dualparal.engine.engine import Engine
 from dualparal.models.wan.tiny import build_tiny_pipeline

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import parser
-from ranks import as_rank, in_processes
-from record import record
-from synthetic import embeds, synthetic_engine
+from harness.options import parser
+from harness.ranks import as_rank, in_processes
+from harness.record import record
+from harness.synthetic import embeds, synthetic_engine
 
 from dualparal.engine.engine import Engine
 from dualparal.models.wan.tiny import build_tiny_pipeline

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from options import parser
-from record import record
+from harness.options import parser
+from harness.record import record
 
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import Supervisor

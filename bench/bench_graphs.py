@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from options import parser
-from record import record
+from harness.options import parser
+from harness.record import record
 
 from dualparal.engine.engine import Engine
 from dualparal.models.wan.tiny import build_tiny_pipeline

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from options import parser
-from record import record
-from rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, ours_step
-from shapes import CPU_SHAPES, GPU_SHAPES, Shape
+from harness.options import parser
+from harness.record import record
+from harness.rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, ours_step
+from harness.shapes import CPU_SHAPES, GPU_SHAPES, Shape
 
 from dualparal.kernels import attention_8bit
 from dualparal.models.keys_values import KeysValues

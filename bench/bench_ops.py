@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from options import parser
-from record import record
+from harness.options import parser
+from harness.record import record
 
 from dualparal.kernels import backend as backends
 from dualparal.kernels.accuracy import assert_no_worse

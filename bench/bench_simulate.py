@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import options
-from record import record
+from harness import options
+from harness.record import record
 
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import supervise
@@ -35,7 +35,7 @@ from dualparal.schedule.replay import Costs
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import Simulation, simulate
 
-WORKER = Path(__file__).parent / "sleeping_rank.py"
+WORKER = Path(__file__).parent / "harness" / "sleeping_rank.py"
 LIMITS = Limits(heartbeat=120.0, progress=600.0, startup=300.0)
 
 

@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 import torch
-from options import parser
-from record import record
+from harness.options import parser
+from harness.record import record
 
 from dualparal.checkpoint import snapshot
 from dualparal.checkpoint.checkpointer import Checkpoint

@@ -17,7 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from record import RESULTS
+from harness.record import RESULTS
 
 Row = dict[str, Any]
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "scaling.png"

@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 MINUTES = 9.0
 
 # Only these: the rest of the tests needs packages that a bare GPU machine may lack, and no GPU.
-TESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_kernels_*.py"))
+TESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "kernels").glob("test_kernels_*.py"))
 # By itself: this kernel has never run, and a crash would take the tests after it along.
-HOPPER = "tests/test_kernels_attention_hopper.py"
+HOPPER = "tests/kernels/test_kernels_attention_hopper.py"
 TESTS.remove(HOPPER)
 TIMELINE = ROOT / "bench" / "results" / "captured.json.gz"
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", "-p", "no:cacheprovider"]
@@ -31,7 +31,7 @@ PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "--timeout", "120", "-p", "no:cache
 # name, share of the time, command. In order of worth: what is cut off at the end is missed least.
 PARTS = [
     ("doctor", 0.05, ["-m", "dualparal.cli.doctor"]),
-    ("ops and engine", 0.30, [*PYTEST, "tests/test_gpu.py", *TESTS]),
+    ("ops and engine", 0.30, [*PYTEST, "tests/engine/test_gpu.py", *TESTS]),
     ("layer and block-step", 0.20, ["bench/bench_layer.py"]),
     ("passes beside attention", 0.05, ["bench/bench_ops.py"]),
     ("attention for Hopper", 0.10, [*PYTEST, HOPPER]),

@@ -3,7 +3,7 @@
     python bench/quality.py --preset full --workers 2 --figures docs --record
     python bench/quality.py --model DIR --variants cached prior "paper C8" --latents 80 --prompts 4 --seeds 2
 
-What is measured is defined in scene_metrics.py (one video), scene_classifier.py (features) and quality_report.py
+What is measured is defined in meter/: scene_metrics.py (one video), scene_classifier.py (features), quality_report.py
 (many videos); docs/quality.md has it in words. Captions are ``sample_scene`` of fixed seeds. Each video that was made
 and measured is kept under --cache, so a command that was stopped goes on, and presets share what they have in common.
 """
@@ -28,11 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-import fifo
-import quality_report
-import scene_classifier
-import scene_metrics
-from record import record
+from harness.record import record
+from meter import fifo, quality_report, scene_classifier, scene_metrics
 from rich.console import Console
 from rich.progress import track as progress
 from scenes import SIZE, Scene, sample_scene, video

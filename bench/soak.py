@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from options import parser
-from ranks import as_rank, in_processes
-from record import record
+from harness.options import parser
+from harness.ranks import as_rank, in_processes
+from harness.record import record
 
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.engine.engine import Engine

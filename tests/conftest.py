@@ -12,10 +12,9 @@ import torch
 
 from dualparal.engine.engine import Engine
 from dualparal.models.wan.tiny import build_tiny_pipeline
+from places import GOLDEN
 
 torch.set_num_threads(1)
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,13 +62,3 @@ def engine(wan21: Path) -> Callable[..., Engine]:
         return Engine.from_pretrained(model or wan21, device="cpu", **options)
 
     return build
-
-
-def embeds(engine: Engine, guidance: bool = True, seed: int = 1, tokens: int = 16) -> dict[str, torch.Tensor]:
-    """Random prompt embeddings as call arguments."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(2, tokens, engine.source.spec.text_dim, generator=generator)
-    found = {"prompt_embeds": rows[:1]}
-    if guidance:
-        found["negative_prompt_embeds"] = rows[1:]
-    return found

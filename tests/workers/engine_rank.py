@@ -1,4 +1,4 @@
-"""One rank of tests/test_distributed.py: runs the cases of a JSON file, rank 0 saves what they give."""
+"""One rank of tests/distributed/test_distributed.py: runs the cases of a JSON file, rank 0 saves what they give."""
 
 from __future__ import annotations
 

@@ -1,0 +1,198 @@
+"""Benches run, keep rows that say where they come from, and their curves can be drawn."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import record
+from harness.shapes import Shape
+from PIL import Image
+
+from dualparal.models.wan.tiny import build_tiny_pipeline
+from places import BENCH, DOCS, ROOT
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ModuleType]:
+    """Runs a bench in this process; rows go to ``tmp_path``."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+    def run(name: str, *arguments: str, **changes: Any) -> ModuleType:
+        module = importlib.import_module(name)
+        for attribute, value in changes.items():
+            monkeypatch.setattr(module, attribute, value)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        module.main()
+        return module
+
+    return run
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_say_where_they_come_from_and_columns_may_be_added(
+    bench: Callable[..., ModuleType], tmp_path: Path
+) -> None:
+    (tmp_path / "some.csv").write_text("what,ms,date,torch\nold,1.5,2026-01-01,2.7\n")
+    record.record("some", [{"what": "new", "rival": "x", "ms": 2}], "cpu")
+    record.record("some", [], "cpu")
+    old, new = rows(tmp_path / "some.csv")
+    assert list(old) == ["what", "ms", "date", "torch", "rival", "device", "machine", "load", "diffusers", "commit"]
+    assert (old["what"], old["ms"], old["rival"], old["commit"]) == ("old", "1.5", "", "")
+    assert (new["what"], new["rival"], new["device"]) == ("new", "x", "cpu")
+    assert "CPUs" in new["machine"] and float(new["load"]) >= 0 and new["commit"]
+
+
+def test_ops_are_checked_and_compared(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    bench("bench_ops", "--cpu", "--repeats", "2", "--only", "wan1.3b-480p-lends")
+    found = rows(tmp_path / "ops_cpu.csv")
+    assert {row["op"] for row in found} == {"qk_norm_rope wan1.3b-480p-lends"}
+    assert "torch" in [row["backend"] for row in found] and all(float(row["ms"]) > 0 for row in found)
+    assert [row["times_torch"] for row in found if row["backend"] == "torch"] == ["1.0"]
+
+
+def test_an_op_that_is_wrong_is_not_timed(
+    bench: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import bench_ops
+
+    right = bench_ops.combine_guidance
+    wrong = lambda cond, uncond, scale, backend: right(cond, uncond, scale + (backend != "torch"), backend=backend)  # noqa: E731
+    monkeypatch.setattr(bench_ops.backends, "absent", lambda name, kind: "" if name in ("cpp", "torch") else "no")
+    monkeypatch.setattr(bench_ops, "combine_guidance", wrong)
+    with pytest.raises((AssertionError, ValueError)):
+        bench("bench_ops", "--cpu", "--repeats", "1", "--only", "combine_guidance")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_pipeline_bench_and_its_curves(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    import bench_pipeline
+
+    cases = [bench_pipeline.Case(2, 2), bench_pipeline.Case(8, 8, guidance=True)]
+    bench("bench_pipeline", "--stages", "1", "2", "--model-ms", "8", "--repeats", "1", CASES=cases)
+    found = rows(tmp_path / "pipeline.csv")
+    assert [(r["stages"], r["steps"], r["blocks"], r["guidance"]) for r in found] == [
+        ("1", "8", "8", "True"),
+        ("2", "2", "2", "False"),
+        ("2", "8", "8", "True"),
+    ]
+    for row in found:
+        assert float(row["seconds"]) >= float(row["schedule_s"]) > 0  # a sleep is never too short
+        assert float(row["first_s"]) <= float(row["seconds"])
+        assert float(row["one_block_s"]) > 0 and 0 <= float(row["bubble"]) < 1
+    assert float(found[0]["schedule_s"]) == pytest.approx(2 * 64 * 0.008)
+    bench("draw", "--out", str(tmp_path / "scaling.png"), RESULTS=tmp_path)
+    picture = np.asarray(Image.open(tmp_path / "scaling.png").convert("RGB"))
+    assert min(picture.shape[:2]) > 500 and (picture < 100).any()
+    with pytest.raises(SystemExit):
+        bench("bench_pipeline", "--only", "nothing")
+
+
+def test_end_to_end_compares_the_stock_pipeline(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    small = lambda path, **_: build_tiny_pipeline(path, layers=2)  # noqa: E731
+    bench("bench_end_to_end", "--repeats", "1", "--steps", "1", CASES={"5 frames": 5}, build_tiny_pipeline=small)
+    found = rows(tmp_path / "end_to_end.csv")
+    assert [row["what"] for row in found] == ["WanPipeline", "ours, N=1", "ours, N=2"]
+    assert float(found[0]["times_stock"]) == 1.0
+    assert all(0 < float(row["first_s"]) <= float(row["seconds"]) for row in found)
+
+
+def test_faults_are_named_in_time(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    bench("bench_faults", "--repeats", "3", "--only", "k")  # kill
+    found = rows(tmp_path / "faults.csv")
+    assert [(row["fault"], row["transport"]) for row in found] == [("kill", "hearing"), ("kill", "deaf")]
+    for row in found:
+        assert row["right_rank"] == "3/3" and float(row["named_max_s"]) < 1 and float(row["gone_max_s"]) < 5
+
+
+def test_the_layer_bench(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    small = Shape("tiny", heads=2, head_dim=24, ffn_dim=96, height=32, width=48, frames=3, context=2, text_tokens=5)
+    bench("bench_layer", "--cpu", "--seconds", "0", CPU_SHAPES=[small])
+    found = rows(tmp_path / "layer_cpu.csv")
+    assert [(row["what"], row["rival"]) for row in found] == [("layer", "diffusers"), ("step", "authors")]
+    assert all(float(row["ours_ms"]) > 0 and float(row["rival_ms"]) > 0 for row in found)
+
+
+def test_the_engine_bench_counts_units(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    """With stages of this process in place of ranks, which take seconds to start: those are in the pipeline bench."""
+    import bench_engine
+
+    overhead = partial(bench_engine.overhead, units_per_block=4, blocks=2)
+    bench("bench_engine", "--only", "over", "--repeats", "1", overhead=overhead,
+          seconds_of=lambda ranks, job: bench_engine.run(job, ranks))  # fmt: skip
+    found = rows(tmp_path / "engine_overhead.csv")
+    assert len(found) == 12 and {row["context"] for row in found} == {"cached", "paper"}
+    assert all(float(row["us_per_unit"]) > 0 and row["units"] == "8" for row in found)
+
+
+def test_the_simulation_bench(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    bench("bench_simulate", "--only", "N=2 T=4 M=5 cached", "--unit", "0.002")
+    (row,) = rows(tmp_path / "simulate.csv")
+    assert row["same_order"] == "True" and float(row["makespan_s"]) > 0
+    with pytest.raises(SystemExit, match="no such case"):
+        bench("bench_simulate", "--only", "N=3")
+
+
+def test_the_snapshot_bench(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    bench("bench_snapshot", "--only", "small prior", "--repeats", "1", SIZES={"small": (64, 96)})
+    (row,) = rows(tmp_path / "snapshot.csv")
+    assert row["case"] == "small prior" and float(row["megabytes"]) > 1 and int(row["blocks"]) > 1
+
+
+def test_the_error_of_8_bits_is_written_anew(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    bench("attention_8bit_error", "--out", str(tmp_path), QUERIES=8, OWN=256, LENT=128, tiny_wan=lambda: iter(()))
+    text = (tmp_path / "attention-8bit.md").read_text()
+    assert text.startswith("# 8-bit attention") and text.count("\n| gaussian q, k, v") == 2
+
+
+def test_the_report_of_the_kernels_is_written_anew(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from dualparal.kernels.offline import offline_cases, read_table
+
+    case, table = offline_cases()[0], tmp_path / "kernels.md"
+    table.write_text((DOCS / "kernels.md").read_text())
+    no_nvcc = SimpleNamespace(which=lambda name: None)
+    bench("kernel_report", "--out", str(table), offline_cases=lambda: [case], ARCHS=(90,), shutil=no_nvcc)
+    (line,) = read_table(table.read_text())
+    assert (line["op"], line["case"], line["sm"]) == (case[0], case[1].name, "90")
+
+
+def test_the_gpu_suite_names_what_is_there(bench: Callable[..., ModuleType]) -> None:
+    import gpu_suite
+
+    named = [part for _, _, command in gpu_suite.PARTS for part in command if part.endswith(".py")]
+    assert len(named) > 10 and [name for name in named if not (ROOT / name).exists()] == []
+
+
+SCRIPTS = [*sorted(path.stem for path in BENCH.glob("*.py")), "meter.scene_classifier"]
+
+
+def test_flags_mean_the_same_and_every_script_is_described(
+    bench: Callable[..., ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every one starts, those that need a GPU too; what they do is in the tests above, or is named here.
+
+    bench_attention: test_calibrate.py. predict_rivals: test_plan.py. quality: test_quality.py. bench_graphs and
+    gpu_suite need a GPU. soak, kill_and_resume and the training of scene_classifier take minutes.
+    """
+    readme = (BENCH / "README.md").read_text()
+    for name in SCRIPTS:
+        assert name.replace("meter.", "") in readme
+        with pytest.raises(SystemExit) as ended:
+            bench(name, "--help")
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert "--help" in text
+        assert not name.startswith("bench_") or ("--only" in text and "--no-record" in text)

@@ -1,0 +1,117 @@
+"""On one GPU: the engine's promises with real streams and real graphs. ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualparal.checkpoint.checkpointer import Checkpoint
+from dualparal.config.eight_bit import EightBitPolicy
+from dualparal.engine.engine import Engine
+from dualparal.models.wan.tiny import build_tiny_pipeline
+from engine_calls import embeds
+from places import WORKERS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+CALL = {"height": 64, "width": 96, "num_frames": 77, "num_inference_steps": 6, "output_type": "latent"}
+OPTIONS = {"frames_per_block": 4, "context_frames": 2, "device": "cuda"}
+
+
+@pytest.fixture(scope="module")
+def wan64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_pipeline(tmp_path_factory.mktemp("models") / "wan64", layers=4, head_dim=64)
+
+
+def generate(model: Path, **options: Any) -> torch.Tensor:
+    engine = Engine.from_pretrained(model, **{**OPTIONS, **options})
+    made: torch.Tensor = engine(**embeds(engine), **CALL).frames
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
+def test_same_bits_for_any_number_of_stages_eager_and_captured(wan21: Path, policy: str, dtype: str) -> None:
+    """Also with transfers on their own streams, buffers used again, and on every repeat."""
+    expected = generate(wan21, context=policy, dtype=dtype)
+    assert expected.isfinite().all() and expected.std() > 0.1
+    for stages in (1, 2, 4):
+        for graphs in (False, True):
+            for depth in (1, 2):
+                made = generate(wan21, context=policy, dtype=dtype, stages=stages, graphs=graphs, depth=depth)
+                assert torch.equal(made, expected), (stages, graphs, depth)
+
+
+def test_two_experts_captured(wan22: Path) -> None:
+    assert torch.equal(generate(wan22, stages=2, graphs=True), generate(wan22))
+
+
+@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
+@pytest.mark.parametrize("mode", ["int8", "fp8"])
+def test_8_bits_for_any_number_of_stages_eager_and_captured(wan64: Path, policy: str, mode: str) -> None:
+    """Triton's kernels, of which the tiny model's usual head_dim is none, and the way between 16 and 8 bits."""
+    if mode == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8")
+    schedule = EightBitPolicy(mode, keep_layers=(1,), first_steps=1, last_steps=1)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"context": policy, "dtype": "bfloat16"}
+    plain = generate(wan64, **options)
+    for attention_8bit in (mode, schedule):
+        expected = generate(wan64, attention_8bit=attention_8bit, **options)
+        assert 1e-4 < (expected - plain).norm() / plain.norm() < 3e-2
+        for stages, graphs in ((1, True), (2, False), (4, True)):
+            made = generate(wan64, attention_8bit=attention_8bit, stages=stages, graphs=graphs, **options)
+            assert torch.equal(made, expected), (stages, graphs, attention_8bit)
+
+
+@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
+def test_refreshes_and_resume(wan21: Path, tmp_path: Path, policy: str) -> None:
+    """Latents leave the device beside the run, and come back to other stages, captured."""
+    options = {**OPTIONS, "context": policy, "refresh_every": 3}
+    expected = generate(wan21, **options)
+    assert torch.equal(generate(wan21, stages=2, graphs=True, **options), expected)
+    engine = Engine.from_pretrained(wan21, stages=2, **options)
+    chunks = engine.stream(**embeds(engine), **CALL, checkpoint=Checkpoint(tmp_path / "kept", every=1))
+    for _ in range(4):
+        next(chunks)
+        time.sleep(0.2)  # the disk keeps up
+    chunks.close()
+    rest = list(Engine.from_pretrained(wan21, stages=4, graphs=True, **options).resume(tmp_path / "kept"))
+    made = torch.cat([chunk.latents for chunk in rest], dim=2)
+    assert rest[0].block > 0 and torch.equal(made, expected[:, :, -made.shape[2] :])
+
+
+def test_gpu_and_cpu_agree(wan21: Path) -> None:
+    on_gpu, on_cpu = (generate(wan21, device=device, dtype="float32") for device in ("cuda", "cpu"))
+    assert (on_gpu.cpu() - on_cpu).abs().max() < 2e-3
+
+
+def test_frames_and_prompts(wan21: Path, engine: Callable[..., Engine]) -> None:
+    """Text encoder, side-stream decoder and a prompt change, end to end."""
+    call = {"height": 64, "width": 96, "num_frames": 45, "num_inference_steps": 2, "output_type": "uint8"}
+    made = []
+    for stages, graphs in ((1, False), (2, True)):
+        built = Engine.from_pretrained(wan21, **OPTIONS, stages=stages, graphs=graphs)
+        made.append(built({0: "a cat", 20: "a dog"}, **call).frames)
+    assert made[0].shape == (1, 45, 64, 96, 3) and (made[0] == made[1]).all()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_no_op_reads_or_writes_where_it_may_not(tool: str) -> None:
+    """The attention for Hopper has a test of its own (test_kernels_attention_hopper.py)."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer")
+    worker = WORKERS / "sanitized_gpu.py"
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(worker)],
+        capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -1,0 +1,34 @@
+"""Schedules for tests: all small ones as a strategy of hypothesis, and one that blocks for ever."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from dualparal.config.blocks import CONTEXT_POLICIES, CONTEXT_VERSIONS
+from dualparal.schedule.actions import Op
+from dualparal.schedule.schedule import Schedule
+
+schedules = st.builds(
+    Schedule,
+    num_stages=st.integers(1, 8),
+    num_steps=st.integers(1, 7),
+    num_blocks=st.integers(1, 9),
+    context=st.sampled_from(CONTEXT_POLICIES),
+    context_frames=st.integers(0, 3),
+    guidance=st.booleans(),
+    decode=st.booleans(),
+    depth=st.integers(1, 4),
+    max_blocks_in_flight=st.none() | st.integers(1, 8),
+    context_version=st.sampled_from(CONTEXT_VERSIONS),
+    num_videos=st.sampled_from([1, 1, 2, 3]),
+    refresh_every=st.none() | st.integers(1, 9),
+)
+
+
+class TooLate(Schedule):
+    """Stage 0 never takes a velocity before it has sent everything."""
+
+    def _first_stage(self):  # type: ignore[no-untyped-def]
+        actions = list(super()._first_stage())
+        late = [a for a in actions if a.op in (Op.RECV, Op.UPDATE, Op.EMIT, Op.DECODE)]
+        return iter([a for a in actions if a not in late] + late)

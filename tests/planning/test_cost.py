@@ -1,0 +1,236 @@
+"""The cost model counts what the real classes have and do; its memory is what ranks use."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness.shapes import GPU_SHAPES, wan_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from dualparal.config.blocks import BlockConfig
+from dualparal.config.video import VideoConfig
+from dualparal.launch.blame import Limits
+from dualparal.launch.supervisor import supervise
+from dualparal.models.sizes import model_sizes
+from dualparal.models.wan.sizes import MODELS, WanVaeSizes
+from dualparal.models.wan.tiny import build_tiny_pipeline
+from dualparal.models.wan.transformer import WanSpec
+from dualparal.models.wan.vae import StreamingDecoder
+from dualparal.planning.cost import Costing, balance, closed_form, layer_arithmetic, unit_arithmetic
+from dualparal.planning.devices import DEVICES, LINKS
+from dualparal.planning.memory import decode_bytes, slice_bytes, stage_memory
+from dualparal.planning.workload import Workload
+from dualparal.schedule.actions import Unit
+from dualparal.schedule.schedule import Schedule
+from dualparal.schedule.simulate import simulate
+from pairwise import pairwise
+from steady_heap import STEADY
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_the_real_ones(name: str) -> None:
+    shape = MODELS[name]
+    spec = WanSpec((wan_config(shape.heads, shape.head_dim, shape.ffn_dim, shape.num_layers),))
+    assert shape.parameters == sum(math.prod(size) for size in spec.shapes(0).values())
+
+
+def test_slices_weigh_what_their_tensors_do(wan21: Path) -> None:
+    model = model_sizes(str(wan21))
+    spec = WanSpec((json.loads((wan21 / "transformer" / "config.json").read_text()),))
+    work = Workload(model, VideoConfig(32, 32, 29, 3), BlockConfig(2, 1))
+    split, start = [1, 2, 1], 0
+    for stage, layers in enumerate(split):
+        names = spec.names(0, range(start, start + layers))
+        real = sum(math.prod(spec.shapes(0)[n]) * spec.tensor_dtype(n, torch.bfloat16).itemsize for n in names)
+        assert slice_bytes(work, split, stage) == real
+        start += layers
+
+
+@pytest.mark.parametrize(("base_dim", "blocks", "height", "width"), [(96, 2, 60, 104), (8, 1, 8, 6)])
+def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, height: int, width: int) -> None:
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(base_dim=base_dim, num_res_blocks=blocks)
+        latents = torch.zeros(1, 16, 1, height, width)
+    shape = WanVaeSizes(base_dim, num_res_blocks=blocks)
+    decoder = StreamingDecoder(vae)
+    for _ in range(2):
+        decoder.push(latents)
+    with FlopCounterMode(display=False) as counter:
+        assert len(decoder.push(latents)) == shape.temporal_factor
+    assert shape.flops(height * width) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert shape.cache_bytes(height * width) == decoder.state_bytes
+    assert shape.parameters == pytest.approx(sum(p.numel() for p in vae.parameters()), rel=0.15)
+
+
+def test_a_layer_costs_what_the_benches_count() -> None:
+    for shape in GPU_SHAPES:
+        model = MODELS["wan2.1-t2v-14b" if shape.heads == 40 else "wan2.1-t2v-1.3b"]
+        work = Workload(model, VideoConfig(shape.height, shape.width, 1025))
+        found = layer_arithmetic(work, 100, 300)
+        assert found.attention + found.linear == shape.layer_flops(100, 300)
+
+
+def test_neighbours_and_first_blocks_are_counted() -> None:
+    work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=1025), BlockConfig(8, 4, "cached"))
+    schedule = work.schedule(4)
+    keys = lambda unit: unit_arithmetic(work, schedule, unit).attention / (4 * 8 * 1560 * 1536) - 512  # noqa: E731
+    assert keys(Unit(0, 0, 0)) == 8 * 1560  # nobody before, nobody after yet
+    assert keys(Unit(0, 1, 0)) == keys(Unit(1, 0, 0)) == 12 * 1560
+    assert keys(Unit(1, 1, 0)) == 16 * 1560
+    paper = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=1025), BlockConfig(8, 4, "paper"))
+    assert unit_arithmetic(paper, paper.schedule(4), Unit(1, 1, 0)).linear == pytest.approx(
+        1.5 * unit_arithmetic(work, schedule, Unit(1, 1, 0)).linear
+    )
+
+
+def test_layers_as_docs_gpu_has_them() -> None:
+    """docs/gpu.md: milliseconds per layer on an H200, B = C = 8, both branches: 11.9 and 51, with 1.5 % of features."""
+    for name, milliseconds in (("wan2.1-t2v-1.3b", 11.9), ("wan2.1-t2v-14b", 51.0)):
+        work = Workload(MODELS[name], VideoConfig(num_frames=1025), BlockConfig(8, 8))
+        tokens = 8 * work.tokens
+        layer = 2e3 * layer_arithmetic(work, tokens, 3 * tokens, 2 * tokens, 2 * tokens).seconds(DEVICES["h200"])
+        assert layer == pytest.approx(milliseconds * 1.015, rel=0.03)
+
+
+def test_published_times_of_whole_models() -> None:
+    """Plain diffusers, 81 frames of 480p, 50 steps: eager passes over memory in place of ours (docs/gpu.md: 155)."""
+    work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=81), BlockConfig(21, 0))
+    tokens = 21 * work.tokens
+    eager = layer_arithmetic(work, tokens, tokens)._replace(moved=155 * tokens * work.model.inner * 2)
+    seconds = 2 * 50 * work.model.num_layers * eager.seconds(DEVICES["rtx5090"])
+    assert seconds == pytest.approx(184, rel=0.06)  # TurboDiffusion's README: 184 s on an RTX 5090
+
+
+def test_balance() -> None:
+    assert balance([1, 1, 1], [0, 0, 0], [9, 9, 9], 10) == [4, 3, 3]
+    assert balance([1, 2, 1], [0, 0, 0], [99, 99, 99], 10) == [4, 2, 4]
+    assert balance([1, 1, 1], [3, 0, 0], [9, 9, 9], 12) == [2, 5, 5]
+    assert balance([1, 1], [0, 0], [2, 9], 8) == [2, 6]
+    assert balance([1, 1], [0, 0], [3, 4], 8) is None and balance([1] * 3, [0] * 3, [9] * 3, 2) is None
+
+
+@pytest.mark.parametrize("blocks_in_flight, steps, context", pairwise([None, 5], [8, 50], ["cached", "prior", "paper"]))
+def test_the_closed_form_is_near_the_replay(context: str, steps: int, blocks_in_flight: int | None) -> None:
+    blocks = BlockConfig(8, 4, context, blocks_in_flight)  # type: ignore[arg-type]
+    work = Workload(MODELS["wan2.1-t2v-14b"], VideoConfig(num_frames=1025, num_inference_steps=steps), blocks)
+    cards, links = [DEVICES["h100"]] * 8, [LINKS["nvlink4"]] * 8
+    schedule = work.schedule(8)
+    costing = Costing(work, schedule, [5] * 8, cards, links)
+    replayed = simulate(schedule, costing.costs)
+    unit = [costing.run(stage, Unit(2, min(schedule.gap, steps - 1), 0)) for stage in range(8)]
+    seconds, first = closed_form(schedule, unit, 8 * costing.transfer(0, Unit(0, 0, 0)), costing.decode(1))
+    assert seconds == pytest.approx(replayed.seconds, rel=0.11)
+    assert first == pytest.approx(replayed.first_frame, rel=0.15)
+
+
+# Measured on ranks -------------------------------------------------------------------------------------------
+
+RANK = """
+import sys, json, torch
+from dualparal.launch.heartbeat import Heartbeat
+heartbeat = Heartbeat.from_env()
+torch.set_num_threads(1)
+from dualparal.engine.engine import Engine
+from dualparal.trace.stats import peak_rss
+case = json.loads(sys.argv[1])
+engine = Engine.from_pretrained(case["model"], device="cpu", **case["options"])
+spec = engine.source.spec
+generator = torch.Generator().manual_seed(0)
+rows = torch.randn(2, 512, spec.text_dim, generator=generator)
+engine(prompt_embeds=rows[:1], negative_prompt_embeds=rows[1:], output_type="latent", **case["call"])
+heartbeat.message(peak=peak_rss())
+heartbeat.done()
+"""
+
+
+def run_ranks(case: dict[str, Any]) -> list[int]:
+    """Peak bytes of each of two ranks. Not getrusage's, which begin with what the starting process weighs: all of
+    torch, diffusers and the tests before."""
+    heard: dict[int, int] = {}
+
+    def listen(rank: int, message: dict[str, Any]) -> None:
+        if "peak" in message:
+            heard[rank] = message["peak"]
+
+    command, env = [sys.executable, "-c", RANK, json.dumps(case)], {**STEADY, "OMP_NUM_THREADS": "1"}
+    result = supervise(command, 2, limits=Limits(startup=250), env=env, on_message=listen)
+    assert result.exit_code == 0, result
+    return [heard[0], heard[1]]
+
+
+@pytest.fixture(scope="module")
+def constant(tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    """What Python, torch and gloo take on each rank: two ranks with the smallest model, less what is predicted."""
+    folder = tmp_path_factory.mktemp("base")
+    used, predicted = measure(build_tiny_pipeline(folder / "model", layers=2), 32, BlockConfig(1, 0), 2, 2)
+    return [u - p for u, p in zip(used, predicted, strict=True)]
+
+
+def measure(path: Path, side: int, blocks: BlockConfig, steps: int, count: int) -> tuple[list[int], list[int]]:
+    """(peak resident bytes, predicted bytes) of two ranks that make ``count`` blocks."""
+    options = {"frames_per_block": blocks.frames_per_block, "context_frames": blocks.context_frames}
+    frames = 4 * (count * blocks.frames_per_block - 1) + 1
+    call = {"height": side, "width": side, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": 5.0}
+    work = Workload(model_sizes(str(path)), VideoConfig(side, side, frames, steps), blocks, itemsize=4, decode=False)
+    split, schedule = [work.model.num_layers // 2] * 2, work.schedule(2)
+    case = {"model": str(path), "options": {**options, "context": blocks.context}, "call": call}
+    return run_ranks(case), [resident(work, schedule, split, stage) for stage in range(2)]
+
+
+SIZES = [
+    # heads, ffn, layers, side, blocks, steps, blocks: what weighs most
+    pytest.param(16, 4096, 8, 64, BlockConfig(2, 1), 2, 3, id="weights"),
+    pytest.param(8, 512, 4, 192, BlockConfig(4, 4), 5, 6, id="features"),
+    pytest.param(8, 8192, 2, 256, BlockConfig(8, 2, "prior"), 2, 2, id="activations"),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize(("heads", "ffn", "layers", "side", "blocks", "steps", "count"), SIZES)
+def test_predicted_memory_is_what_ranks_use(
+    tmp_path: Path, constant: list[int], heads: int, ffn: int, layers: int, side: int, blocks: BlockConfig,
+    steps: int, count: int,
+) -> None:  # fmt: skip
+    """Within 10 % of the peak resident size on both ranks, and of what the model adds to a bare process."""
+    model = build_tiny_pipeline(tmp_path / "model", layers=layers, heads=heads, head_dim=64, ffn_dim=ffn)
+    measured, predicted = measure(model, side, blocks, steps, count)
+    for stage, (used, ours) in enumerate(zip(measured, predicted, strict=True)):
+        print(f"stage {stage}: {used / 2**20:.0f} MiB used, {constant[stage] / 2**20:.0f} of them by a bare process; "
+              f"of the other {(used - constant[stage]) / 2**20:.0f} predicted {ours / 2**20:.0f}")  # fmt: skip
+        assert constant[stage] + ours == pytest.approx(used, rel=0.10)
+
+
+def resident(work: Workload, schedule: Schedule, split: list[int], stage: int) -> int:
+    """``stage_memory`` without the text encoder, and with what differs on a CPU: pages of the weight file stay beside
+    the joined Q, K and V, and the plain definitions of the fused ops hold float32 copies."""
+    memory = stage_memory(work, schedule, split, stage)
+    return memory.running + memory.load
+
+
+def test_the_vae_is_part_of_rank_0() -> None:
+    work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=1025))
+    first, second = (stage_memory(work, work.schedule(2), [15, 15], stage) for stage in range(2))
+    assert first.decode == decode_bytes(work) > 5 * 2**30 and second.decode == 0
+    assert first.before > 10 * 2**30  # UMT5-XXL, before the weights
+
+
+def test_every_video_has_features_and_histories_of_its_own() -> None:
+    """Four prompts in one call hold four times the features of one, and the check of a request counts them."""
+    video = VideoConfig(num_frames=1025)
+    one, four = (Workload(MODELS["wan2.1-t2v-1.3b"], video, num_videos=count) for count in (1, 4))
+    split = [8, 8, 7, 7]
+    memory = [stage_memory(work, work.schedule(4), split, 1) for work in (one, four)]
+    assert [m.features / 2**30 for m in memory] == pytest.approx([18.85, 73.70], abs=0.01)
+    history = one.model.vae.cache_bytes(one.pixels)
+    assert decode_bytes(four) - decode_bytes(one) == 3 * history > 0
+    means = Workload(MODELS["wan2.1-t2v-1.3b"], video, key_means=True)
+    more = stage_memory(means, means.schedule(4), split, 1).features - memory[0].features
+    assert more == 2 * means.schedule(4).places * 8 * 4 * means.model.inner  # branches, places, layers, float32

@@ -1,0 +1,218 @@
+"""The planner: what it chooses fits and is balanced, what cannot be done is refused with the nearest that can."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dualparal.cli.main import app
+from dualparal.models.sizes import model_sizes
+from dualparal.planning.devices import DEVICES, links, parse_gpus
+from dualparal.planning.plan import NoPlan
+from dualparal.planning.planner import plan
+from dualparal.schedule.validate import validate
+from pairwise import pairwise
+from places import BENCH, DOCS
+
+BIG = "wan2.1-t2v-14b"
+
+
+def test_it_is_a_public_name() -> None:
+    import dualparal
+
+    for _ in range(2):  # a module of that name would take its place
+        assert isinstance(dualparal.plan("wan2.1-t2v-1.3b", "2xh100"), dualparal.Plan)
+
+
+def test_it_needs_no_torch_and_no_gpu_and_answers_in_two_seconds() -> None:
+    code = (
+        "import time, sys; from dualparal.planning.planner import plan; begin = time.process_time();"
+        f"plan({BIG!r}, '8x24GB').describe(); seconds = time.process_time() - begin;"
+        "assert 'torch' not in sys.modules and seconds < 2, seconds"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "context, gpus, model",
+    pairwise(
+        ["prior", "paper"],
+        ["8x24GB", "4xa100-80gb,2xrtx4090", "1xh200", "2xl40s", "3xb200"],
+        ["wan2.1-t2v-1.3b", BIG, "wan2.2-t2v-a14b"],
+    ),
+)
+def test_what_it_says_fits(model: str, gpus: str, context: str) -> None:
+    found = plan(model, gpus, context=context, num_frames=257)
+    cards = [card for group in parse_gpus(gpus) for card in group]
+    assert sum(found.split) == found.work.model.num_layers and len(found.split) == len(cards)
+    for memory, card in zip(found.memory, cards, strict=True):
+        assert memory.peak <= card.usable < card.memory
+    assert 0 < found.first_frame < found.seconds and 0 <= found.bubble < 1
+    assert found.alternatives == tuple(sorted(found.alternatives, key=lambda other: other.seconds))
+    validate(found.schedule)
+
+
+def test_the_split_follows_the_cards() -> None:
+    found = plan(BIG, "2xh100,2xrtx4090", context="prior")
+    fast, slow = found.split[1], found.split[2]
+    assert fast > 3 * slow  # 5 times the rate
+    assert found.split[3] >= found.split[2] - 1
+    assert found.simulation is None or max(s.busy for s in found.simulation.stages) < found.seconds
+    assert plan("wan2.1-t2v-1.3b", "8xrtx4090").split[0] < 4  # the VAE takes its share of stage 0
+    assert plan("wan2.1-t2v-1.3b", "8xrtx4090", decode="own card").split[0] >= 4
+
+
+def test_a_better_split_is_not_found_by_moving_a_layer() -> None:
+    from dualparal.planning.cost import Costing
+    from dualparal.schedule.simulate import simulate
+
+    found = plan(BIG, "1xh100,2xa100-80gb,1xrtx4090", context="prior", num_frames=257, num_inference_steps=12)
+    cards = found.cards
+    for give in range(4):
+        for take in range(4):
+            split = list(found.split)
+            split[give] -= 1
+            split[take] += 1
+            if give != take and min(split) > 0:
+                other = simulate(
+                    found.schedule, Costing(found.work, found.schedule, split, cards.devices, cards.links).costs
+                )
+                assert other.seconds > 0.97 * found.seconds, split
+
+
+def test_limits_on_blocks_in_flight() -> None:
+    free = plan(BIG, "4xh100")
+    early = plan(BIG, "4xh100", first_frame_limit=free.first_frame / 3)
+    assert early.first_frame <= free.first_frame / 3 * 1.15  # the limit is kept in closed form
+    assert early.work.blocks.max_blocks_in_flight and early.seconds < 1.1 * free.seconds
+    assert f"neighbours {early.schedule.gap} steps apart" in early.note
+    tight = plan(BIG, "8x24GB")  # all blocks in flight would need 50 GiB
+    assert tight.work.blocks.context == "cached" and tight.work.blocks.context_version == "newest"
+    assert max(memory.peak for memory in tight.memory) <= DEVICES["rtx4090"].usable
+    own = plan(BIG, "4xh100", max_blocks_in_flight=6, context_version="newest")
+    assert own.work.blocks.max_blocks_in_flight == 6 and own.schedule.max_in_flight == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"gpus": "8xrtx3090"},
+            r"card 'rtx3090' is not known; use one of rtx4090.*24gb.*the nearest name is rtx[45]090",
+        ),
+        ({"gpus": "8 cards"}, "is not known"),
+        ({"gpus": "0xrtx4090"}, "use COUNTxCARD"),
+        ({"gpus": "8xrtx4090", "link": "tin-can"}, "link 'tin-can' is not known; use one of pcie4"),
+        ({"model": "wan9"}, r"model 'wan9' is not known; use one of wan2.1-t2v-1.3b"),
+        ({"gpus": "8xrtx4090", "memory_limit": -1.0}, "memory_limit=-1.0: use a number above 0"),
+        ({"num_frames": 1024}, "num_frames=1024 cannot be decoded exactly"),
+        ({"height": 481}, "height=481 is not divisible by 16"),
+        ({"context_frames": 9}, "context_frames=9 exceeds frames_per_block=8"),
+        ({"decode": "moon"}, "decode='moon'"),
+        ({"gpus": "1xh200", "decode": "own card"}, "the stages need one, too"),
+    ],
+)
+def test_bad_input(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan(**{"gpus": "8xrtx4090", **options})
+
+
+def test_what_does_not_fit_is_refused_with_the_nearest_that_does() -> None:
+    with pytest.raises(
+        NoPlan, match=r"64 cards for a model of 40 layers.*use 40 or fewer.*nearest.*layers 1\+1"
+    ) as few:
+        plan(BIG, "64xh100")
+    assert few.value.nearest is not None and len(few.value.nearest.split) == 40
+    with pytest.raises(NoPlan, match=r"stage 0 \(rtx4090\) needs \d+\.\d GiB and may use 21.*nearest.*prior") as one:
+        plan("wan2.1-t2v-1.3b", "1xrtx4090", max_blocks_in_flight=40)
+    assert one.value.nearest is not None and one.value.nearest.work.blocks.context == "prior"
+    with pytest.raises(NoPlan, match=r"first_frame_limit=1 s: the first block takes .* at least") as late:
+        plan("wan2.1-t2v-1.3b", "8xrtx4090", first_frame_limit=1.0)
+    assert late.value.nearest is not None and late.value.nearest.work.blocks.max_blocks_in_flight
+    with pytest.raises(NoPlan, match=r"nearest that works.*on 2 x rtx4090") as more:
+        plan(BIG, "1xrtx4090", context="paper")
+    assert more.value.nearest is not None
+    with pytest.raises(NoPlan, match="use larger cards") as never:
+        plan(BIG, "8xrtx4090", memory_limit=2.0)
+    assert never.value.nearest is None
+
+
+def test_links() -> None:
+    groups = parse_gpus("2xh100,2x24GB")
+    assert [link.name for link in links(groups)] == ["nvlink4", "pcie4-host", "pcie4-host", "pcie4-host"]
+    assert [link.name for link in links(groups, between="25gbe")] == ["nvlink4", "25gbe", "pcie4-host", "25gbe"]
+    assert {link.name for link in links(groups, within="pcie5")} == {"pcie5"}
+    slow = plan(BIG, "2xh100,2xh100", context="prior", num_frames=257, between="10gbe")
+    assert slow.seconds > plan(BIG, "2xh100,2xh100", context="prior", num_frames=257).seconds
+
+
+def test_a_directory_is_as_good_as_a_name(wan21: Path, tmp_path: Path) -> None:
+    model = model_sizes(str(wan21))
+    assert (model.num_layers, model.inner, model.vae.base_dim, model.vae.num_res_blocks) == (4, 48, 4, 1)
+    found = plan(str(wan21), "2xrtx4090", num_frames=81, height=64, width=96)
+    assert found.split in ((2, 2), (1, 3)) and found.seconds > 0
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model_index\.json is missing"):
+        plan(str(tmp_path), "2xrtx4090")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(ValueError, match="not the configs of a Wan text-to-video model"):
+        plan(str(tmp_path), "2xrtx4090")
+
+
+def test_the_command() -> None:
+    run = CliRunner().invoke
+    done = run(app, ["plan", "--model", BIG, "--gpus", "8x24GB", "--size", "832x480", "--context", "prior"])
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.output.split())
+    for words in ("A prediction", "frames/s", "first frames after", "bubble", "rtx4090", "GiB per card", "rests on"):
+        assert words in text
+    bad = run(app, ["plan", "--gpus", "8x24GB", "--size", "big"])
+    assert isinstance(bad.exception, ValueError) and "--size 'big'" in str(bad.exception)
+
+
+def test_the_documented_table_is_the_commands(request: pytest.FixtureRequest) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "predict_rivals.py")],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.strip() in (DOCS / "plan.md").read_text()
+
+
+def test_long_videos_take_no_longer_to_plan() -> None:
+    begin = time.process_time()
+    plan("wan2.1-t2v-1.3b", "8x24GB", num_frames=4001)
+    assert time.process_time() - begin < 2
+
+
+def test_generate_takes_its_plan_from_here(tmp_path: Path) -> None:
+    """One process cannot tell two stages apart on this machine, so that it runs and says its plan is what shows."""
+    command = [
+        sys.executable,
+        "-m",
+        "dualparal.cli",
+        "generate",
+        "--prompt",
+        "a cat",
+        "--num-frames",
+        "29",
+        "--steps",
+        "2",
+    ]
+    command += ["--device", "cpu", "--stages", "2", "--latents-out", str(tmp_path / "l.safetensors"), "--plan"]
+    done = subprocess.run([*command, "auto"], capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "plan: cached, B=8, C=4, layers " in done.stderr and (tmp_path / "l.safetensors").exists()
+    for more, words in ((["best"], "use auto"), (["auto", "--layers-per-stage", "1,3"], "that is what it chooses")):
+        refused = CliRunner().invoke(app, [*command[3:], *more])
+        assert isinstance(refused.exception, ValueError) and words in str(refused.exception)
+    found = plan("wan2.1-t2v-1.3b", "3xh100")
+    assert found.engine_options["layers_per_stage"] == list(found.split)
+    with pytest.raises(ValueError, match="the engine decodes on stage 0 only"):
+        _ = plan("wan2.1-t2v-1.3b", "3xh100", decode="own card").engine_options

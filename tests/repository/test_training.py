@@ -1,0 +1,137 @@
+"""The commands that train the model in the box (tools/), at a tiny setting: they run, learn, go on and export."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import export_model
+import make_latents
+import numpy as np
+import pytest
+import scenes
+import torch
+import train_transformer
+import train_vae
+from safetensors.torch import load_file
+
+from places import TOOLS
+
+FULL_SIZE = dict(train_transformer.TRANSFORMER)
+FOUR_STEPS = ("--schedule", "4:2x4")
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[pytest.MonkeyPatch]:
+    """Models and clips a fraction of their size."""
+    with pytest.MonkeyPatch.context() as patch:
+        for config, changes in (
+            (train_vae.CONFIG, {"base_dim": 8, "decoder_base_dim": 8}),
+            (train_transformer.TRANSFORMER, {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 128}),
+        ):
+            for name, value in changes.items():
+                patch.setitem(config, name, value)
+        patch.setattr(make_latents, "FRAMES", 33)
+        yield patch
+
+
+def run(module: ModuleType, *arguments: object) -> None:
+    """What ``python tools/<module>.py`` does, in this process: a new one imports for many seconds."""
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        torch.manual_seed(os.getpid())  # as little to build on as in a new process
+        module.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, small: pytest.MonkeyPatch) -> Path:
+    out = tmp_path_factory.mktemp("train")
+    run(train_vae, "--out", out, "--schedule", "26:1x4,34:5x1")
+    run(make_latents, "--out", out, "--clips", 16)
+    for steps, minutes in (
+        ("30:2x16", 0),
+        ("30:2x16", 9),
+        ("30:2x16,90:4x8", 9),
+    ):  # one step, which is an untrained model
+        run(train_transformer, "--out", out, "--schedule", steps, "--minutes", minutes)
+    run(train_vae, "--out", out, "--schedule", "36:29x1", "--decoder-only")
+    return out
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_it_learns(trained: Path) -> None:
+    of_vae = {row["step"]: row["l1"] for row in rows(trained / "vae.jsonl")}
+    assert of_vae[33] < 0.9 * of_vae[0] and 35 in of_vae  # the decoder alone went on from there
+    untrained, *_, learnt = (row["loss"] for row in rows(trained / "transformer.jsonl"))
+    assert learnt < 0.95 * untrained
+
+
+def start(out: Path, trained: Path) -> Path:
+    out.mkdir()
+    (out / "latents").symlink_to(trained / "latents")
+    return out
+
+
+def test_a_stopped_run_goes_on_where_it_was(trained: Path, tmp_path: Path) -> None:
+    states = []
+    for name, stops in (("straight", [9]), ("stopped", [0, 0, 9])):  # 0 minutes: one step at a time
+        out = start(tmp_path / name, trained)
+        for minutes in stops:
+            run(train_transformer, "--out", out, *FOUR_STEPS, "--minutes", minutes)
+        states.append(load_file(out / "transformer.safetensors"))
+    straight, stopped = states
+    assert straight.keys() == stopped.keys() and int(stopped["step"]) == 4
+    assert all(straight[name].equal(stopped[name]) for name in straight)
+
+
+def test_ranks_share_a_batch(trained: Path, tmp_path: Path) -> None:
+    """As a command, with the model as large as it is."""
+    alone, together = (start(tmp_path / name, trained) for name in ("alone", "together"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in FULL_SIZE.items():
+            patch.setitem(train_transformer.TRANSFORMER, name, value)
+        run(train_transformer, "--out", alone, *FOUR_STEPS)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, str(TOOLS / "train_transformer.py"), "--out", str(together), *FOUR_STEPS]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    single, shared = (load_file(out / "transformer.safetensors") for out in (alone, together))
+    assert single.keys() == shared.keys() and int(shared["step"]) == 4
+    learnt = "trained/transformer.blocks.0.ffn.net.0.proj.weight"
+    # Another order of sums in bfloat16; had both ranks taken the same half, it were ten times as much.
+    assert (shared[learnt] - single[learnt]).abs().max() < 2e-3 * single[learnt].abs().max()
+
+
+def test_the_export_is_a_pipeline(trained: Path, tmp_path: Path) -> None:
+    import dualparal
+
+    run(export_model, "--out", trained, "--model", tmp_path / "model")
+    engine = dualparal.Engine.from_pretrained(tmp_path / "model", frames_per_block=2, context_frames=1, device="cpu")
+    frames = engine(
+        "a red circle on a dark background", height=64, width=64, num_frames=17, num_inference_steps=2
+    ).frames
+    assert np.asarray(frames).shape[-4:] == (17, 64, 64, 3)
+
+
+def test_scenes_never_overlap_and_keep_their_truth() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        scene = scenes.sample_scene(rng)
+        positions, _ = scenes.trajectories(scene, 40, rng)
+        offset = positions[:, :, None] - positions[:, None]
+        offset = (offset + scenes.SIZE / 2) % scenes.SIZE - scenes.SIZE / 2
+        radii = np.array([thing.radius for thing in scene.things])
+        gap = np.hypot(*np.moveaxis(offset, -1, 0)) - radii[:, None] - radii + 1e9 * np.eye(len(radii))
+        assert gap.min() > 0, scene
+        if not scene.motion.startswith("drifting"):
+            assert (positions - radii[:, None]).min() > -1 and (positions + radii[:, None]).max() < scenes.SIZE + 1
+        words = set(scene.caption(rng).split()) | set(scene.caption().split())
+        assert words <= set(scenes.vocabulary()), words
