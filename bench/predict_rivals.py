@@ -20,9 +20,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.units import GIB
 from dualparal.config.video import VideoConfig
 from dualparal.cost import Workload, decode_bytes, layer_arithmetic
-from dualparal.devices import GIB, LINKS, device
+from dualparal.devices import LINKS, device
 from dualparal.model_shape import MODELS
 from dualparal.planner import NoPlan, plan
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from dualparal.config.units import GIB
 from dualparal.config.video import OutputType
 from dualparal.cost import Workload, stage_memory
 
-GIB = 2**30
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 

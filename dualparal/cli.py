@@ -32,6 +32,7 @@ from dualparal.heartbeat import Heartbeat
 from dualparal.plan_command import command as plan_command
 from dualparal.progress import Display
 from dualparal.schedule.layout import split_layers
+from dualparal.schedule.policies import POLICIES
 from dualparal.slow import SlowStages
 
 if TYPE_CHECKING:
@@ -344,13 +345,17 @@ def generate(
             seed,
             "latent" if out is None else "uint8",
         ),
-        blocks=BlockConfig(
-            frames_per_block,
-            context_frames,
-            context,  # type: ignore[arg-type]
-            max_blocks_in_flight,
-            context_version,  # type: ignore[arg-type]
-            _refreshes(refresh_every, checkpoint, context, context_frames, steps),
+        blocks=_with_refreshes(
+            BlockConfig(
+                frames_per_block,
+                context_frames,
+                context,  # type: ignore[arg-type]
+                max_blocks_in_flight,
+                context_version,  # type: ignore[arg-type]
+                refresh_every,
+            ),
+            checkpoint,
+            steps,
         ),
         model=model,
         stages=count,
@@ -455,11 +460,12 @@ def _resumed(call: typer.Context, folder: Path, given: dict[str, Any]) -> Job:
         raise SnapshotError(f"--resume {folder}: the snapshot does not describe a run ({error!r})") from None
 
 
-def _refreshes(every: int | None, checkpoint: Path | None, context: str, context_frames: int, steps: int) -> int | None:
-    """``--refresh-every``, which snapshots need where features outlive an iteration."""
-    if every is not None or checkpoint is None or context == "paper" or context_frames == 0:
-        return every
-    return max(1, steps // 2)
+def _with_refreshes(blocks: BlockConfig, checkpoint: Path | None, steps: int) -> BlockConfig:
+    """``blocks`` with the refreshes that snapshots need where features outlive an iteration; as given if asked for."""
+    stateless = POLICIES[blocks.context].is_stateless or blocks.context_frames == 0
+    if blocks.refresh_every is not None or checkpoint is None or stateless:
+        return blocks
+    return replace(blocks, refresh_every=max(1, steps // 2))
 
 
 def _planned(job: Job, mode: str, max_blocks_in_flight: int | None) -> Job:

@@ -15,7 +15,7 @@ from dualparal.config.blocks import BlockConfig
 from dualparal.config.video import VideoConfig
 from dualparal.devices import Device, Link
 from dualparal.model_shape import ModelShape, tokens_per_frame
-from dualparal.schedule.actions import Unit
+from dualparal.schedule.actions import DECODE_BOUND, Unit
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.replay import Costs
 from dualparal.schedule.schedule import Schedule
@@ -29,8 +29,6 @@ FEATURE_PASSES = 4
 UPDATE_SECONDS = 1.5e-3
 # UniPC of order 2 keeps two velocities and the last sample beside the latents.
 SAMPLER_COPIES = 4
-# Blocks that wait for the decoder or in its hands at once (lane.DecodeLane.BOUND), as frames in float32.
-DECODE_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -296,7 +294,7 @@ def decode_bytes(work: Workload) -> int:
     frames = work.layout.first_frames * vae.temporal_factor
     picture = 3 * 4 * frames * pixels * vae.spatial_factor**2
     history = work.num_videos * vae.cache_bytes(pixels)
-    return 4 * vae.parameters + history + vae.working_bytes(pixels) + DECODE_BLOCKS * picture
+    return 4 * vae.parameters + history + vae.working_bytes(pixels) + DECODE_BOUND * picture
 
 
 def sizes(work: Workload, split: Sequence[int], stage: int, memory: Memory) -> Sizes:
@@ -332,13 +330,13 @@ def closed_form(
     An iteration takes the slowest stage's time for all of its units, or a whole round of the pipe when there are too
     few of them: a block's next step needs its last one, and with ``paper`` that of the block before, which comes
     later in an iteration. From the T-th on blocks are decoded, in what stage 0 has to
-    spare (``decode_shares``) or beside it, and when ``DECODE_BLOCKS`` of them wait, everything waits.
+    spare (``decode_shares``) or beside it, and when ``DECODE_BOUND`` of them wait, everything waits.
 
     Args:
         stages: seconds of a unit. hop: of all edges together. decode: of a block.
     """
     slowest, around = max(stages), sum(stages) + hop
-    least = around + (schedule.branches * (1 + (schedule.context == "paper")) - 1) * slowest
+    least = around + (schedule.branches * schedule.policy.blocks_awaited - 1) * slowest
     now = backlog = first = 0.0
     for iteration, count in enumerate(_in_flight_counts(schedule)):
         units = count * schedule.branches
@@ -348,7 +346,7 @@ def closed_form(
         if iteration >= schedule.num_steps - 1 and (iteration - schedule.num_steps + 1) % schedule.gap == 0:
             first = first or now + decode
             backlog += decode
-            wait = max(0.0, backlog - DECODE_BLOCKS * decode)
+            wait = max(0.0, backlog - DECODE_BOUND * decode)
             now, backlog = now + wait, backlog - wait
     return now + backlog, first
 

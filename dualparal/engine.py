@@ -396,7 +396,7 @@ class Engine:
 
     def _check_checkpoint(self, requests: list[Request]) -> None:
         """Raises ValueError when there is no iteration at which a snapshot could be taken."""
-        if not any(map(self._schedule(requests).stands_alone, range(1, 1 + max(1, self.blocks.refresh_every or 1)))):
+        if not any(map(self._schedule(requests).is_restartable, range(1, 1 + max(1, self.blocks.refresh_every or 1)))):
             raise ValueError(
                 f"checkpoint with context={self.blocks.context!r}"
                 + (", attention_8bit" if self.attention_8bit.on else "")

@@ -317,7 +317,7 @@ class StageExecutor:
         if self.on_cut is not None and self.schedule.ends_iteration(unit):
             # Velocities come back in the order of units: nothing of the next iteration has been updated yet.
             after = self.schedule.iteration(unit) + 1
-            if self.schedule.stands_alone(after):
+            if self.schedule.is_restartable(after):
                 self.on_cut(after)
 
     def _emit(self, unit: Unit) -> None:

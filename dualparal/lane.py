@@ -13,6 +13,7 @@ import torch
 
 from dualparal.config.video import OutputType
 from dualparal.decode import StreamingDecoder, to_output, to_uint8
+from dualparal.schedule.actions import DECODE_BOUND
 from dualparal.schedule.layout import Layout
 from dualparal.timeline import Track
 
@@ -51,7 +52,7 @@ class Chunk:
 
 
 class DecodeLane:
-    """Takes final latents from stage 0, decodes at most two blocks ahead of the consumer.
+    """Takes final latents from stage 0, decodes at most ``DECODE_BOUND`` blocks ahead of the consumer.
 
     Args:
         total_frames: of a video.
@@ -59,8 +60,6 @@ class DecodeLane:
         busy: seconds that stage 0 has spent in units.
         track: stage 0's rows in the timeline.
     """
-
-    BOUND = 2
 
     def __init__(
         self,
@@ -122,7 +121,7 @@ class DecodeLane:
     def decode(self, video: int, block: int) -> None:
         """Starts decoding; waits when two blocks are already waiting to be decoded."""
         assert self._pool is not None
-        while len(self._pending) >= self.BOUND:
+        while len(self._pending) >= DECODE_BOUND:
             self._take()
         latents = self._latents.pop((video, block))
         ready = None

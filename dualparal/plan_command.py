@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualparal.devices import GIB
+from dualparal.config.units import GIB
 from dualparal.planner import NoPlan, Plan, plan
 
 
