@@ -20,10 +20,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.units import GIB
 from dualparal.config.video import VideoConfig
 from dualparal.models.wan.sizes import MODELS
 from dualparal.planning.cost import layer_arithmetic
-from dualparal.planning.devices import GIB, LINKS, device
+from dualparal.planning.devices import LINKS, device
 from dualparal.planning.memory import decode_bytes
 from dualparal.planning.plan import NoPlan
 from dualparal.planning.planner import plan

@@ -108,7 +108,7 @@ class Checkpointer:
         self._write_when_ready()
 
     def on_snapshot_point(self, iteration: int, blocks: Callable[[], Sequence[Mapping[int, BlockState]]]) -> None:
-        """The latents are those at the start of an iteration that stands alone."""
+        """The latents are those at the start of an iteration that can be restarted."""
         self._collect()
         if self._pending is not None or self._writing is not None or not self._is_due(iteration):
             return

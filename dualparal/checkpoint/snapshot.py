@@ -1,4 +1,4 @@
-"""Snapshots of a run on disk: latents, sampler states and prompts at the start of an iteration that stands alone.
+"""Snapshots of a run on disk: latents, sampler states and prompts at the start of an iteration that can be restarted.
 
 A folder holds the final latents of finished blocks, a file each, and the last snapshots. Every file is written aside,
 synced and renamed, and its name ends in a checksum of all its bytes: safetensors loads a flipped bit without a word.

@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 
+from dualparal.config.units import GIB
+
 
 def _version(package: str) -> str:
     try:
@@ -54,7 +56,7 @@ def _devices() -> list[str]:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         lines.append(
-            f"gpu {index}          {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB"
+            f"gpu {index}          {card.name}, sm_{card.major}{card.minor}, {card.total_memory / GIB:.0f} GiB"
         )
     lines.append(
         f"cudnn          {torch.backends.cudnn.version()}, nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"

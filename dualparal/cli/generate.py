@@ -26,6 +26,7 @@ from dualparal.config.engine import DTYPE_BYTES, EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.launch.heartbeat import Heartbeat
 from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
+from dualparal.schedule.policies import POLICIES
 
 GROUPS = (PromptFlags, VideoFlags, ModelFlags, BlockFlags, PlaceFlags, OutputFlags)
 
@@ -156,7 +157,7 @@ def _video(flags: VideoFlags, model: str, output_type: str) -> VideoConfig:
 def _blocks(flags: BlockFlags, checkpoint: Path | None, steps: int) -> BlockConfig:
     """With the refreshes that snapshots need where features outlive an iteration."""
     found = BlockConfig(**asdict(flags))
-    stateless = found.context == "paper" or found.context_frames == 0
+    stateless = POLICIES[found.context].is_stateless or found.context_frames == 0
     if found.refresh_every is not None or checkpoint is None or stateless:
         return found
     return replace(found, refresh_every=max(1, steps // 2))

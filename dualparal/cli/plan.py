@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualparal.planning.devices import GIB
+from dualparal.config.units import GIB
 from dualparal.planning.plan import NoPlan, Plan
 from dualparal.planning.planner import plan
 

@@ -1,4 +1,4 @@
-"""How a video is cut into blocks: a checked, frozen value. No torch."""
+"""The cut of a video into blocks: a checked, frozen value. No torch."""
 
 from __future__ import annotations
 
@@ -10,35 +10,46 @@ ContextVersion = Literal["matching", "newest"]
 
 CONTEXT_POLICIES: tuple[str, ...] = get_args(ContextPolicy)
 CONTEXT_VERSIONS: tuple[str, ...] = get_args(ContextVersion)
+DEFAULT_VERSION: ContextVersion = "matching"
+VERSIONED_POLICIES: tuple[str, ...] = ("cached",)  # those with a choice of versions
 MAX_STEPS = 10_000
 
 
 def check_int(name: str, value: object, low: int, high: int, rule: str) -> None:
+    """Checks that ``value`` is an int (no bool) from ``low`` to ``high``.
+
+    Raises:
+        ValueError: it is not. The message has ``name``, the value, ``rule`` (the reason for the limits) and the limits.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{name}={value!r}: {rule}; use an integer from {low} to {high}")
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """How a video is cut into blocks, how many are under way, and what a block sees of its neighbours.
+    """The size of blocks, the number under way, and a block's view of its neighbours.
 
-    ``max_blocks_in_flight`` K: blocks enter ``gap`` = ceil(T / K) iterations apart (None: one per iteration), and
-    neighbours are that many steps apart. ``context_version``, for ``cached``: a block reads its predecessor's
-    features of exactly its own step ("matching") or the last ones made ("newest", gap - 1 steps cleaner, less memory).
-
-    ``refresh_every`` R: every R iterations (R > gap), for ``gap`` of them, a block reads nothing that an earlier
-    iteration left behind: as with ``paper``, the end of its predecessor is fed through the layers in front of its own
-    frames. What follows depends on latents alone, so that a run can be resumed there. None: never.
+    Attributes:
+        frames_per_block: latent frames of a block, B (the paper's Num_B).
+        context_frames: latent frames that a neighbour lends, C (half of the paper's Num_C); 0 to B.
+        context: the name of the context policy (``schedule.policies``).
+        max_blocks_in_flight: K. Blocks enter ``gap`` = ceil(T / K) iterations apart (None: one per iteration), and
+            neighbours are that many steps apart.
+        context_version: for ``VERSIONED_POLICIES``: a block reads its predecessor's features of exactly its own step
+            ("matching") or the last ones made ("newest", gap - 1 steps cleaner, less memory).
+        refresh_every: R. Every R iterations (R > gap), for ``gap`` of them, a block reads nothing that an earlier
+            iteration left behind: the end of its predecessor's latents is fed through the layers in front of its own
+            frames. What follows depends on latents alone, so that a run can be resumed there. None: never.
 
     Raises:
         ValueError: a value is out of range; the message names the value, the rule and the way out.
     """
 
-    frames_per_block: int = 8  # B, Num_B in the paper
-    context_frames: int = 4  # C, half of the paper's Num_C
+    frames_per_block: int = 8  # B
+    context_frames: int = 4  # C
     context: ContextPolicy = "cached"
     max_blocks_in_flight: int | None = None  # K
-    context_version: ContextVersion = "matching"
+    context_version: ContextVersion = DEFAULT_VERSION
     refresh_every: int | None = None  # R
 
     def __post_init__(self) -> None:
@@ -59,18 +70,22 @@ class BlockConfig:
             )
         if self.refresh_every is not None:
             check_int("refresh_every", self.refresh_every, 1, MAX_STEPS, "iterations from one refresh to the next")
-        if self.context_version != "matching" and self.context != "cached":
+        if self.context_version != DEFAULT_VERSION and self.context not in VERSIONED_POLICIES:
             raise ValueError(
-                f"context_version={self.context_version!r} with context={self.context!r}: only 'cached' has a choice "
-                "of versions; leave context_version out"
+                f"context_version={self.context_version!r} with context={self.context!r}: only "
+                f"{', '.join(map(repr, VERSIONED_POLICIES))} has a choice of versions; leave context_version out"
             )
 
     def gap(self, num_steps: int) -> int:
-        """Iterations between the entries of two blocks, and steps between neighbours."""
+        """Iterations between the entries of two blocks, and steps between neighbours: 1 to ``num_steps``."""
         return admission_gap(num_steps, self.max_blocks_in_flight)
 
 
 def admission_gap(num_steps: int, max_blocks_in_flight: int | None) -> int:
-    """The smallest even spacing with which no more blocks are in flight: a block stays for T iterations, so ceil(T /
-    gap) are. One spacing for the whole video, so that every block has its neighbours at the same distance."""
+    """Iterations between the entries of two blocks, 1 to ``num_steps``.
+
+    The smallest even spacing with which no more than ``max_blocks_in_flight`` are in flight: a block stays for T
+    iterations, so ceil(T / gap) are. One spacing for the whole video, so that every block has its neighbours at the
+    same distance.
+    """
     return 1 if max_blocks_in_flight is None else -(-num_steps // max_blocks_in_flight)

@@ -1,4 +1,4 @@
-"""Where 8-bit attention is on: a value that imports nothing of ours and no torch."""
+"""The layers and steps with 8-bit attention: a value that imports nothing of ours and no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EIGHT_BIT_MODES: tuple[str, ...] = get_args(EightBitMode)
 
 @dataclass(frozen=True)
 class EightBitPolicy:
-    """Which layers attend in 8 bits at which steps. Off unless asked for.
+    """The layers and steps at which self-attention has 8 bits. Off unless asked for.
 
     The first steps fix the composition of a video and the last ones its detail, and some layers react to errors
     more than others: both can be left in 16 bits.
@@ -19,7 +19,7 @@ class EightBitPolicy:
     Attributes:
         mode: "off"; "int8" (queries and keys); "fp8" (values and weights besides).
         keep_layers: indices of layers of the model that stay in 16 bits.
-        first_steps, last_steps: so many steps at each end stay in 16 bits.
+        first_steps, last_steps: numbers of steps at each end that stay in 16 bits.
 
     Raises:
         ValueError: a value is out of range, or there are exceptions to "off"; the message names the value, the rule
@@ -54,18 +54,23 @@ class EightBitPolicy:
 
     @property
     def on(self) -> bool:
+        """True unless the mode is "off"."""
         return self.mode != "off"
 
     def covers(self, layer: int) -> bool:
-        """Does ``layer`` of the model attend in 8 bits at the steps at which that is on?"""
+        """True when ``layer`` of the model attends in 8 bits at the steps at which that is on."""
         return self.on and layer not in self.keep_layers
 
     def at(self, step: int, num_steps: int) -> bool:
-        """Is it on at ``step`` (from 0 on) of ``num_steps``, for the layers that it covers?"""
+        """True when it is on at ``step`` (from 0 on) of ``num_steps``, for the layers that it covers."""
         return self.on and self.first_steps <= step < num_steps - self.last_steps
 
     def check(self, num_layers: int) -> None:
-        """Raises ValueError when keep_layers does not fit a model of ``num_layers``, or leaves no layer."""
+        """Checks ``keep_layers`` against a model of ``num_layers``.
+
+        Raises:
+            ValueError: it names a layer that the model does not have, or leaves none to 8 bits.
+        """
         if any(layer >= num_layers for layer in self.keep_layers):
             raise ValueError(
                 f"keep_layers={self.keep_layers}: the model has {num_layers} layers; use indices from 0 to "
@@ -78,7 +83,11 @@ class EightBitPolicy:
             )
 
     def check_steps(self, num_steps: int) -> None:
-        """Raises ValueError when a video of ``num_steps`` steps would have none in 8 bits."""
+        """Checks the exceptions against a video of ``num_steps`` steps.
+
+        Raises:
+            ValueError: they leave none of the steps to 8 bits.
+        """
         if self.on and self.first_steps + self.last_steps >= num_steps:
             raise ValueError(
                 f"first_steps={self.first_steps} and last_steps={self.last_steps} leave none of {num_steps} steps to "

@@ -18,9 +18,17 @@ MAX_FRAMES = 100_000_000
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """One request: how large, how long, how many steps. Names are ``WanPipeline.__call__``'s.
+    """The size, length, steps and guidance of one request. Names are ``WanPipeline.__call__``'s (diffusers).
 
-    ``height`` and ``width`` in pixels, ``num_frames`` in pixel frames (None: until the consumer stops).
+    Attributes:
+        height, width: pixels.
+        num_frames: pixel frames; None: until the consumer stops.
+        num_inference_steps: denoising steps of a block, T.
+        guidance_scale: weight of classifier-free guidance; 1.0 or less: none.
+        guidance_scale_2: the same for the second transformer of a model with two; None: ``guidance_scale``.
+        seed: of the initial noise.
+        output_type: one of ``OUTPUT_TYPES``.
+        max_sequence_length: tokens to which a prompt is cut.
 
     Raises:
         ValueError: a value is out of range; the message names the value, the rule and the way out.
@@ -58,7 +66,7 @@ class VideoConfig:
 
     @property
     def guidance(self) -> bool:
-        """Whether an unconditional unit runs besides the conditional one (diffusers' rule: scale > 1)."""
+        """True when an unconditional unit runs besides the conditional one (diffusers' rule: scale > 1)."""
         return self.guidance_scale > 1
 
     def num_latents(self, temporal_factor: int = 4) -> int | None:
@@ -79,7 +87,14 @@ class VideoConfig:
         return groups + 1
 
     def check_size(self, multiple_height: int, multiple_width: int) -> None:
-        """Raises ValueError when the frame size does not divide into latent patches."""
+        """Checks that frames divide into latent patches.
+
+        Args:
+            multiple_height, multiple_width: pixels of a patch: the VAE's scale times the model's patch size.
+
+        Raises:
+            ValueError: they do not; names the nearest sizes that do.
+        """
         for name, value, multiple in (
             ("height", self.height, multiple_height),
             ("width", self.width, multiple_width),

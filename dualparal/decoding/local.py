@@ -15,12 +15,13 @@ from dualparal.config.video import VideoConfig
 from dualparal.decoding.chunks import Chunk, Progress
 from dualparal.decoding.frames import to_output, to_uint8
 from dualparal.models.base import Decoder
+from dualparal.schedule.actions import DECODE_BOUND
 from dualparal.schedule.layout import Layout
 from dualparal.trace.timeline import Track
 
 
 class LocalDecoder:
-    """Takes final latents from stage 0, decodes at most two blocks ahead of the consumer.
+    """Takes final latents from stage 0, decodes at most ``DECODE_BOUND`` blocks ahead of the consumer.
 
     Args:
         video: any of them; they have one length and output type.
@@ -29,8 +30,6 @@ class LocalDecoder:
         busy: seconds that stage 0 has spent in units.
         track: stage 0's rows in the timeline.
     """
-
-    BOUND = 2
 
     def __init__(
         self,
@@ -91,7 +90,7 @@ class LocalDecoder:
     def decode(self, video: int, block: int) -> None:
         """Starts decoding; waits when two blocks are already waiting to be decoded."""
         assert self._pool is not None
-        while len(self._pending) >= self.BOUND:
+        while len(self._pending) >= DECODE_BOUND:
             self._take()
         latents = self._latents.pop((video, block))
         ready = None

@@ -10,6 +10,7 @@ from typing import Literal
 import psutil
 import torch
 
+from dualparal.config.units import GIB
 from dualparal.config.video import OutputType
 from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
@@ -17,7 +18,6 @@ from dualparal.models.files import ModelFiles
 from dualparal.planning.memory import stage_memory
 from dualparal.planning.workload import Workload
 
-GIB = 2**30
 ResultKind = Literal["frames", "latents"]
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 

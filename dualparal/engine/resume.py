@@ -62,7 +62,7 @@ def _read_requests(
 def check_restartable(setup: Setup, requests: Sequence[Request]) -> None:
     """Raises ValueError when there is no iteration at which a snapshot could be taken."""
     blocks, schedule = setup.config.blocks, schedule_of(setup, requests)
-    if not any(map(schedule.stands_alone, range(1, 1 + max(1, blocks.refresh_every or 1)))):
+    if not any(map(schedule.is_restartable, range(1, 1 + max(1, blocks.refresh_every or 1)))):
         raise ValueError(
             f"checkpoint with context={blocks.context!r}"
             + (", attention_8bit" if setup.config.attention_8bit.on else "")

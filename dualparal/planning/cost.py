@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dualparal.planning.devices import Device, Link
-from dualparal.planning.memory import DECODE_BLOCKS, edge_elements
+from dualparal.planning.memory import edge_elements
 from dualparal.planning.workload import Workload
-from dualparal.schedule.actions import Unit
+from dualparal.schedule.actions import DECODE_BOUND, Unit
 from dualparal.schedule.replay import Costs
 from dualparal.schedule.schedule import Schedule
 
@@ -148,13 +148,13 @@ def closed_form(
     An iteration takes the slowest stage's time for all of its units, or a whole round of the pipe when there are too
     few of them: a block's next step needs its last one, and with ``paper`` that of the block before, which comes
     later in an iteration. From the T-th on blocks are decoded, in what stage 0 has to
-    spare (``decode_shares``) or beside it, and when ``DECODE_BLOCKS`` of them wait, everything waits.
+    spare (``decode_shares``) or beside it, and when ``DECODE_BOUND`` of them wait, everything waits.
 
     Args:
         stages: seconds of a unit. hop: of all edges together. decode: of a block.
     """
     slowest, around = max(stages), sum(stages) + hop
-    least = around + (schedule.branches * (1 + (schedule.context == "paper")) - 1) * slowest
+    least = around + (schedule.branches * schedule.policy.blocks_awaited - 1) * slowest
     now = backlog = first = 0.0
     for iteration, count in enumerate(_in_flight_counts(schedule)):
         units = count * schedule.branches
@@ -164,7 +164,7 @@ def closed_form(
         if iteration >= schedule.num_steps - 1 and (iteration - schedule.num_steps + 1) % schedule.gap == 0:
             first = first or now + decode
             backlog += decode
-            wait = max(0.0, backlog - DECODE_BLOCKS * decode)
+            wait = max(0.0, backlog - DECODE_BOUND * decode)
             now, backlog = now + wait, backlog - wait
     return now + backlog, first
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-GIB = 2**30
+from dualparal.config.units import GIB
 
 # Not for tensors: CUDA context, NCCL's buffers, the libraries' workspaces. Assumption.
 RESERVED = 1.2 * GIB

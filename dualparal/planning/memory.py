@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dualparal.planning.workload import Workload
+from dualparal.schedule.actions import DECODE_BOUND
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import Sizes
 
 # UniPC of order 2 keeps two velocities and the last sample beside the latents.
 SAMPLER_COPIES = 4
-# Blocks that wait for the decoder or in its hands at once (decoding.local.LocalDecoder.BOUND), as frames in float32.
-DECODE_BLOCKS = 2
 
 
 def edge_elements(work: Workload) -> tuple[int, int]:
@@ -118,7 +117,7 @@ def decode_bytes(work: Workload) -> int:
     frames = work.layout.first_frames * vae.temporal_factor
     picture = 3 * 4 * frames * pixels * vae.spatial_factor**2
     history = work.num_videos * vae.cache_bytes(pixels)
-    return 4 * vae.parameters + history + vae.working_bytes(pixels) + DECODE_BLOCKS * picture
+    return 4 * vae.parameters + history + vae.working_bytes(pixels) + DECODE_BOUND * picture
 
 
 def sizes(work: Workload, split: Sequence[int], stage: int, memory: Memory) -> Sizes:

@@ -144,7 +144,7 @@ def costs_per_layer(work: Workload, schedule: Schedule, cards: Cards) -> tuple[l
     blocks, count = work.blocks, len(cards.devices)
     block = min(1, (work.layout.num_blocks or 2) - 1)
     queries, lent = len(work.layout.window(block)) * work.tokens, blocks.context_frames * work.tokens
-    sides = {"cached": 2, "prior": 1, "paper": 1}[blocks.context] if work.layout.num_blocks != 1 else 0
+    sides = 0 if work.layout.num_blocks == 1 else schedule.policy.neighbours_read
     layer = layer_arithmetic(work, queries, queries + sides * lent, sides * lent, sides * lent)
     costing = Costing(work, schedule, [1] * count, cards.devices, cards.links)
     extra = [costing.ends(stage, len(work.layout.window(block)), card) for stage, card in enumerate(cards.devices)]

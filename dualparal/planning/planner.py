@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
+from dualparal.config.blocks import DEFAULT_VERSION, BlockConfig
+from dualparal.config.units import GIB
 from dualparal.config.video import VideoConfig
 from dualparal.models.sizes import model_sizes
 from dualparal.planning.cost import Costing, balance, closed_form
-from dualparal.planning.devices import GIB, Device, links, parse_gpus
+from dualparal.planning.devices import Device, links, parse_gpus
 from dualparal.planning.memory import edge_elements, stage_memory
 from dualparal.planning.plan import DECODE_PLACES, ENGINE_DECODES_ON, Cards, NoPlan, Plan, costs_per_layer
 from dualparal.planning.workload import Workload
+from dualparal.schedule.policies import POLICIES
 from dualparal.schedule.schedule import Schedule
 
 BLOCK_SIZES = (4, 6, 8, 12, 16)
@@ -143,14 +145,13 @@ class _Search:
     @staticmethod
     def _caps(work: Workload) -> Iterator[Workload]:
         """The same with limits on the blocks in flight, from none to the tightest. Several limits mean the same gap.
-        "newest" features are taken where "matching" ones do not fit."""
+        Another version of features is taken where the default does not fit."""
         yield work
         if work.blocks.max_blocks_in_flight is not None:
             return
         steps = work.video.num_inference_steps
-        versions = ("matching", "newest") if work.blocks.context == "cached" else ("matching",)
         for k in dict.fromkeys(-(-steps // gap) for gap in range(2, steps + 1)):
-            for version in versions:
+            for version in POLICIES[work.blocks.context].versions:
                 yield with_blocks(work, max_blocks_in_flight=k, context_version=version)
 
     def _cut(self, work: Workload, decode: str) -> Plan | None:
@@ -197,9 +198,9 @@ class _Search:
 
     def _variations(self, best: Plan) -> Iterator[tuple[Workload, str, str]]:
         work, blocks, count = best.work, best.work.blocks, len(self.cards.devices)
-        for context in CONTEXT_POLICIES:
+        for context in POLICIES:
             if context != blocks.context:
-                free = with_blocks(work, context=context, max_blocks_in_flight=None, context_version="matching")
+                free = with_blocks(work, context=context, max_blocks_in_flight=None, context_version=DEFAULT_VERSION)
                 yield free, best.decode, "another context policy"
         for size in BLOCK_SIZES:
             if size >= blocks.context_frames and size != blocks.frames_per_block:
@@ -266,14 +267,17 @@ class _Search:
     def _nearest(self, work: Workload) -> Plan | None:
         """Fewest changes first: policy, context, blocks, decoder; then more cards of the last kind."""
         blocks = work.blocks
-        plain: dict[str, object] = {"context_version": "matching"}  # the only one of these policies
-        changes: list[dict[str, object]] = [{"context": "prior", **plain}, {"context": "paper", **plain}]
-        if blocks.max_blocks_in_flight is not None and blocks.context == "cached":
-            changes.insert(0, {"context_version": "newest"})
+        lean: list[dict[str, object]] = [
+            {"context": name, "context_version": DEFAULT_VERSION} for name, policy in POLICIES.items() if policy.is_lean
+        ]
+        changes = list(lean)
+        if blocks.max_blocks_in_flight is not None:
+            others = [version for version in POLICIES[blocks.context].versions if version != DEFAULT_VERSION]
+            changes[:0] = [{"context_version": version} for version in others]
         changes += [{"context_frames": c} for c in range(blocks.context_frames - 1, 0, -1)]
         sizes = [b for b in reversed(BLOCK_SIZES) if blocks.context_frames <= b < blocks.frames_per_block]
         changes += [{"frames_per_block": b} for b in sizes]
-        changes += [{"context": "prior", "frames_per_block": b, **plain} for b in sizes]
+        changes += [lean[0] | {"frames_per_block": b} for b in sizes]
         for change in changes:
             if found := self.best(with_blocks(work, **change)):
                 return found

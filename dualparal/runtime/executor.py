@@ -250,7 +250,7 @@ class StageExecutor:
         if on_snapshot_point is not None and self.schedule.ends_iteration(unit):
             # Velocities come back in the order of units: nothing of the next iteration has been updated yet.
             after = self.schedule.iteration(unit) + 1
-            if self.schedule.stands_alone(after):
+            if self.schedule.is_restartable(after):
                 on_snapshot_point(after)
 
     def _emit(self, unit: Unit) -> None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
+# Blocks that the decoder beside stage 0 holds at once, waiting ones and the one in its hands. With that many, stage 0
+# waits for it.
+DECODE_BOUND = 2
+
 
 class Op(Enum):
+    """The kinds of work of a stage."""
+
     RECV = "recv"  # stage > 0: hidden states of a unit; stage 0: its velocity
     RUN = "run"
     SEND = "send"  # to the next stage; the last stage sends velocities to stage 0
@@ -16,7 +22,12 @@ class Op(Enum):
 
 
 class Unit(NamedTuple):
-    """One forward: what travels through the stages. branch 0 is conditional, 1 unconditional."""
+    """One forward of one block at one step, which travels through all stages.
+
+    Attributes:
+        block, step, video: counted from 0.
+        branch: of guidance: 0 conditional, 1 unconditional.
+    """
 
     block: int
     step: int
@@ -28,14 +39,18 @@ class Unit(NamedTuple):
 
     @property
     def block_step(self) -> str:
-        """A name without the branch."""
+        """A name without the branch, such as "b3s2", or "v1b3s2" in the second video."""
         return (f"v{self.video}" if self.video else "") + f"b{self.block}s{self.step}"
 
 
 class Features(NamedTuple):
-    """Keys and values that one unit left behind in every layer of a stage, and the slot they lie in.
+    """Keys and values that one unit left behind in every layer of a stage, and the slot in which they lie.
 
-    side "head": its first context frames, for the block before; "tail": its last ones, for the block after.
+    Attributes:
+        side: "head": of its first context frames, for the block before; "tail": of its last ones, for the block after.
+        block, step, branch, video: the unit's.
+        slot: its place among the ``Schedule.slots`` of that side.
+        refresh: made in a refresh.
     """
 
     side: str
@@ -44,13 +59,15 @@ class Features(NamedTuple):
     branch: int
     slot: int
     video: int = 0
-    refresh: bool = False  # made in a refresh
+    refresh: bool = False
 
 
 class Action(NamedTuple):
+    """One piece of work of one stage. For UPDATE, EMIT and DECODE ``unit`` means its block, and its branch is 0."""
+
     op: Op
     stage: int
-    unit: Unit  # UPDATE, EMIT, DECODE: branch is 0 and means the block
+    unit: Unit
 
     def __str__(self) -> str:
         name = str(self.unit) if self.op in (Op.RUN, Op.SEND, Op.RECV) else self.unit.block_step

@@ -1,4 +1,4 @@
-"""Where the blocks of a video lie in it, and how the layers of a model are cut into stages."""
+"""The places of blocks in a video, and the cut of a model's layers into stages. No torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.schedule.policies import POLICIES
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each block lies in the video, in latent frames. ``num_latents`` None: endless.
+    """The place of each block in the video, in latent frames.
 
-    ``paper``: block 0 has B + C frames and every other block is fed C frames of its predecessor in front of its
-    own B. ``cached`` and ``prior``: B frames each, nothing fed twice. A video that fits into block 0 is one block
-    of exactly its length, which is what the stock pipeline computes.
+    Every block has B frames of its own. Under a policy that feeds latents, all but block 0 are fed C frames of their
+    predecessor in front of them, and block 0 has B + C of its own. A video that fits into block 0 is one block of
+    exactly its length, which is what the stock pipeline computes.
+
+    Attributes:
+        blocks: sizes of blocks and the context policy.
+        num_latents: latent frames of the video, L; None: endless.
     """
 
     blocks: BlockConfig
@@ -24,20 +29,21 @@ class Layout:
 
     @property
     def first_frames(self) -> int:
-        """Frames of block 0."""
+        """Own latent frames of block 0."""
         b = self.blocks
-        full = b.frames_per_block + (b.context_frames if b.context == "paper" else 0)
+        full = b.frames_per_block + (b.context_frames if POLICIES[b.context].feeds_latents else 0)
         return full if self.num_latents is None else min(full, self.num_latents)
 
     @property
-    def num_blocks(self) -> int | None:  # M
+    def num_blocks(self) -> int | None:
+        """Blocks of the video, M; None: endless."""
         if self.num_latents is None:
             return None
         return 1 + math.ceil((self.num_latents - self.first_frames) / self.blocks.frames_per_block)
 
     @property
     def padded_latents(self) -> int | None:
-        """Latent frames that are computed; the surplus of the last block is trimmed on output."""
+        """Latent frames that are computed; the surplus of the last block is trimmed on output. None: endless."""
         blocks = self.num_blocks
         return None if blocks is None else self.start(blocks)
 
@@ -50,33 +56,37 @@ class Layout:
         return 0 if block == 0 else self.first_frames + (block - 1) * self.blocks.frames_per_block
 
     def fed_context(self, block: int, refresh: bool = False) -> int:
-        """Frames of the previous block that are fed through the layers in front of the own ones (``paper``, and any
-        policy in a refresh)."""
-        return self.blocks.context_frames if (self.blocks.context == "paper" or refresh) and block > 0 else 0
+        """Latent frames of the previous block that are fed through the layers in front of the own ones: C under a
+        policy that feeds latents and, with any policy, in a refresh; otherwise 0."""
+        feeds = refresh or POLICIES[self.blocks.context].feeds_latents
+        return self.blocks.context_frames if feeds and block > 0 else 0
 
     def window(self, block: int, refresh: bool = False) -> range:
-        """The frames fed to the model for ``block``: absolute indices."""
+        """Absolute indices of the latent frames that are fed to the model for ``block``."""
         start = self.start(block)
         return range(start - self.fed_context(block, refresh), start + self.frames(block))
 
     @property
     def max_window_frames(self) -> int:
-        """Frames of the largest window that is fed to the model."""
+        """Latent frames of the largest window that is fed to the model."""
         blocks = range(1 if self.num_blocks == 1 else 2)
         return max(len(self.window(block, self.blocks.refresh_every is not None)) for block in blocks)
 
     def kept_frames(self, block: int) -> int:
-        """Own frames of ``block`` that belong to the video (the last block may have a surplus)."""
+        """Own latent frames of ``block`` that belong to the video (the last block may have a surplus)."""
         if self.num_latents is None:
             return self.frames(block)
         return min(self.frames(block), self.num_latents - self.start(block))
 
 
 def split_layers(num_layers: int, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[range]:
-    """The layers of each stage, contiguous.
+    """The layers of each stage, contiguous, as indices of the model's layers.
 
-    layers_per_stage: how many each stage owns. Default: an even split, where the first stages get one more when it
-    does not divide.
+    Args:
+        num_layers: layers of the model.
+        num_stages: stages, N.
+        layers_per_stage: number of layers of each stage. Default: an even split, where the first stages get one more
+            when it does not divide.
 
     Raises:
         ValueError: more stages than layers, no stage at all, or numbers that are not a split of this model.

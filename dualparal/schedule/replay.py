@@ -11,7 +11,7 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple, NoReturn
 
-from dualparal.schedule.actions import Action, Op, Unit
+from dualparal.schedule.actions import DECODE_BOUND, Action, Op, Unit
 from dualparal.schedule.schedule import Schedule
 
 
@@ -25,13 +25,17 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """How long things take, for a replay. The defaults count ticks: a RUN takes one, everything else none.
+    """Durations for a replay, in seconds. The defaults count ticks: a RUN takes one, everything else none.
 
-    run: (stage, unit) -> seconds. transfer: (edge, unit) -> seconds in which the edge carries nothing else.
-    latency: (edge) -> seconds from then until the message is there. update: seconds of a sampler step on stage 0.
-    decode: (block) -> seconds. decode_shares: it takes them from stage 0's device.
-    send_buffers: messages that a sender holds besides the receiver's ``depth`` (between processes: ``depth`` again;
-    in one process both ends share theirs: 0).
+    Attributes:
+        run: (stage, unit) -> seconds.
+        transfer: (edge, unit) -> seconds in which the edge carries nothing else.
+        latency: (edge) -> seconds from the end of the transfer until the message is there.
+        update: seconds of a sampler step on stage 0.
+        decode: (block) -> seconds.
+        decode_shares: decoding takes its seconds from stage 0's device.
+        send_buffers: messages that a sender holds besides the receiver's ``depth`` (between processes: ``depth``
+            again; in one process both ends share theirs: 0).
     """
 
     run: Callable[[int, Unit], float] = lambda stage, unit: 1
@@ -57,14 +61,15 @@ def replay(schedule: Schedule, costs: Costs = TICKS, units: int | None = None) -
     """Runs all stages against each other with bounded buffers.
 
     Args:
-        costs: how long things take. Default: a RUN takes one tick, everything else none.
-        units: stop after so many units (needed for an endless schedule).
+        costs: durations. Default: a RUN takes one tick, everything else none.
+        units: number of units after which the replay stops (needed for an endless schedule).
 
     Returns:
-        The events, each stage's in order, and when each block is ready.
+        The events, each stage's in order, and the time at which each block is ready.
 
     Raises:
-        ScheduleError: no stage can go on (deadlock); with the grid so far in ticks, and what each stage waits for.
+        ScheduleError: no stage can go on (deadlock); with the grid so far in ticks, and the action at which each
+            stage waits.
         ValueError: an endless schedule and no number of units.
     """
     run = _Replay(schedule, units, costs)
@@ -99,7 +104,7 @@ class _Edge:
         self.wire: float = 0  # when the wire is free
 
     def send(self, now: float, unit: Unit) -> float | None:
-        """When the sender goes on; None: nobody can say yet."""
+        """Puts a message on the edge. Returns the time at which the sender goes on; None: not known yet, try again."""
         if self.send_buffers:
             if not self.free:
                 return None
@@ -112,7 +117,7 @@ class _Edge:
         return end
 
     def move(self, transfer: Callable[[Unit], float], latency: float) -> None:
-        """Everything that has been sent and finds a buffer."""
+        """Carries every message that has been sent and finds a buffer of the receiver."""
         while self.sent and self.posted:
             sent, unit = self.sent.popleft()
             self.wire = max(sent, self.posted.popleft(), self.wire) + transfer(unit)
@@ -122,12 +127,10 @@ class _Edge:
 
 
 class _Decoder:
-    """Decoding beside stage 0, in order, at most ``BOUND`` blocks at once (``decoding.local.LocalDecoder``).
+    """Decoding beside stage 0, in order, at most ``DECODE_BOUND`` blocks at once (``decoding.local``).
 
     shared: it takes its time from stage 0's device: while both work, each goes at half its speed.
     """
-
-    BOUND = 2
 
     def __init__(self, shared: bool) -> None:
         self.shared = shared
@@ -137,9 +140,9 @@ class _Decoder:
         self.finished: Ready = {}
 
     def submit(self, now: float, block: tuple[int, int], seconds: float) -> float:
-        """When stage 0 goes on."""
+        """Hands over a finished block. Returns the time at which stage 0 goes on."""
         self.advance(now, 1)
-        while len(self.left) >= self.BOUND:
+        while len(self.left) >= DECODE_BOUND:
             now = self.now + self.left[0]
             self.advance(now, 1)
         self.blocks.append(block)
@@ -148,7 +151,7 @@ class _Decoder:
         return now
 
     def run(self, now: float, seconds: float) -> float:
-        """Stage 0 runs a unit. Returns when it ends."""
+        """Lets stage 0 run a unit. Returns the time at which it ends."""
         self.advance(now, 1)
         work = sum(self.left) if self.shared else 0
         if not work:
@@ -158,6 +161,7 @@ class _Decoder:
         return end
 
     def advance(self, until: float, rate: float) -> None:
+        """Decodes up to the time ``until``, doing ``rate`` seconds of work per second."""
         while self.left and self.now + self.left[0] / rate <= until:
             self.now += self.left.popleft() / rate
             self.finished[self.blocks.popleft()] = self.now
@@ -168,7 +172,7 @@ class _Decoder:
 
 
 class _Replay:
-    """Event simulation. Edge k leads from stage k to stage (k + 1) mod N; its receiver holds ``depth`` messages."""
+    """An event simulation. Edge k leads from stage k to stage (k + 1) mod N; its receiver holds ``depth`` messages."""
 
     def __init__(self, schedule: Schedule, units: int | None, costs: Costs) -> None:
         if schedule.num_blocks is None and units is None:
@@ -179,7 +183,7 @@ class _Replay:
         wanted = None if units is None else set(islice(schedule.units(), units))
         self.pending = [self._finite(schedule.actions(k), wanted, units) for k in range(n)]
         self.edges = [_Edge(schedule.depth, costs.send_buffers) for _ in range(n)]
-        self.lane = _Decoder(costs.decode_shares)
+        self.decoder = _Decoder(costs.decode_shares)
         self.clock: list[float] = [0] * n
         self.held: list[bool] = [False] * n  # a receive buffer in use until the unit has run
         self.events: list[Event] = []
@@ -208,8 +212,8 @@ class _Replay:
                     moved = True
         if any(self.pending) and self.schedule.num_blocks is not None:
             self._deadlock()
-        self.lane.advance(math.inf, 1)
-        self.ready.update(self.lane.finished)
+        self.decoder.advance(math.inf, 1)
+        self.ready.update(self.decoder.finished)
         return self.events
 
     def _deadlock(self) -> NoReturn:
@@ -223,12 +227,12 @@ class _Replay:
         raise ScheduleError(f"deadlock: {waits}\n{format_grid(self.schedule.num_stages, events)}")
 
     def _try(self, stage: int, action: Action) -> bool:
-        """Does the action if it can; how long the wait and the work take is known from what others did before."""
+        """Does the action and returns True, if the actions of others so far tell how long it waits and works."""
         op, unit, costs = action.op, action.unit, self.costs
         now = end = self.clock[stage]
         if op is Op.RUN:
             seconds = costs.run(stage, unit)
-            end = now + seconds if stage else self.lane.run(now, seconds)
+            end = now + seconds if stage else self.decoder.run(now, seconds)
             if self.held[stage]:
                 self.held[stage] = False
                 self._release(stage, end)
@@ -255,13 +259,13 @@ class _Replay:
         elif op is Op.EMIT:
             self.ready[unit.video, unit.block] = now
         else:
-            end = self.lane.submit(now, (unit.video, unit.block), costs.decode(unit.block))
+            end = self.decoder.submit(now, (unit.video, unit.block), costs.decode(unit.block))
         self.events.append(Event(now, end, action))
         self.clock[stage] = end
         return True
 
     def _release(self, stage: int, now: float) -> None:
-        """A receive buffer of the stage is free."""
+        """Gives back a receive buffer of the stage at the time ``now``."""
         self.edges[stage - 1].posted.append(now)
         self._move((stage - 1) % self.schedule.num_stages)
 

@@ -1,7 +1,7 @@
-"""What a schedule costs in time and memory: a replay with costs in seconds, summed up per stage. No torch.
+"""The time and memory of a schedule: a replay with costs in seconds, summed up per stage. No torch.
 
 The replay itself (``schedule.replay``) walks ``Schedule.actions`` of every stage, as the executor does; with costs of
-one tick it is what validates a schedule. Where costs come from is not known here (``cost``).
+one tick it is the base of ``validate``. The origin of costs is not known here (``planning.cost``).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dualparal.schedule.schedule import Schedule
 
 
 class StageTime(NamedTuple):
-    """Where the time of a stage went, seconds.
+    """The time of a stage by its use, seconds.
 
-    busy: in units. waiting: for a message, for a buffer, or for the decoder. other: sampler updates, and the time
-    before its first action and after its last one.
+    Attributes:
+        busy: in units.
+        waiting: for a message, for a buffer, or for the decoder.
+        other: sampler updates, and the time before the stage's first action and after its last one.
     """
 
     busy: float
@@ -31,9 +33,11 @@ class StageTime(NamedTuple):
 class Sizes(NamedTuple):
     """Bytes on one rank.
 
-    fixed: held from start to end (weights, text, workspace, message buffers).
-    slot: features of a side in all layers of the stage, for one branch.
-    block: latents and sampler state of a block in flight (stage 0). decode: while a block is decoded.
+    Attributes:
+        fixed: held from start to end (weights, text, workspace, message buffers).
+        slot: by side: features in all layers of the stage, for one branch.
+        block: latents and sampler state of a block in flight (stage 0).
+        decode: held while a block is decoded.
     """
 
     fixed: int
@@ -43,7 +47,7 @@ class Sizes(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Bytes in use from a time on."""
+    """Bytes in use from ``time`` (seconds) on, by their use."""
 
     time: float
     fixed: int
@@ -60,8 +64,10 @@ class Usage(NamedTuple):
 class Simulation:
     """A schedule replayed with costs.
 
-    events: every stage's actions in order, with their times in seconds. ready: (video, block) -> when its frames are
-    there (without decoding: its latents).
+    Attributes:
+        schedule, costs: the arguments of ``simulate``.
+        events: every stage's actions in order, with their times in seconds.
+        ready: (video, block) -> the second at which its frames are there (without decoding: its latents).
     """
 
     schedule: Schedule
@@ -81,6 +87,7 @@ class Simulation:
 
     @cached_property
     def stages(self) -> tuple[StageTime, ...]:
+        """The time of each stage by its use."""
         return tuple(self._stage(stage) for stage in range(self.schedule.num_stages))
 
     @property
@@ -98,10 +105,10 @@ class Simulation:
         return StageTime(busy, waiting, self.seconds - busy - waiting)
 
     def memory(self, stage: int, sizes: Sizes) -> list[Usage]:
-        """What is in use on a stage's rank over time, a row per change.
+        """The bytes in use on a stage's rank over time, a row per change.
 
         Feature slots count from the unit that fills them to the last one that reads them; the engine allocates all
-        of them at the start, so what it holds is the schedule's number of slots times ``sizes.slot``.
+        of them at the start, so it holds the schedule's number of slots times ``sizes.slot``.
         """
         changes: list[tuple[float, int, int]] = []  # time, column, bytes
         filled: dict[tuple[str, int, int], tuple[float, float]] = {}  # slot -> written, last read
@@ -151,10 +158,12 @@ def simulate(schedule: Schedule, costs: Costs, units: int | None = None) -> Simu
     """Replays ``schedule`` with ``costs``.
 
     Args:
-        units: stop after so many units (needed for an endless schedule).
+        costs: durations in seconds.
+        units: number of units after which the replay stops (needed for an endless schedule).
 
     Raises:
-        ScheduleError: deadlock; the message shows who waits for what, and the grid in ticks.
+        ScheduleError: deadlock; the message has the action at which each stage waits, and the grid in ticks.
+        ValueError: an endless schedule and no number of units.
     """
     events, ready = replay(schedule, costs, units)
     stages: list[list[Event]] = [[] for _ in range(schedule.num_stages)]

@@ -10,10 +10,15 @@ from dualparal.schedule.schedule import Schedule
 def validate(schedule: Schedule, units: int | None = None) -> list[Event]:
     """Proves that a schedule can run: no deadlock, and every read finds the version that it names.
 
-    Returns the replayed events.
+    Args:
+        units: number of units after which the replay stops (needed for an endless schedule).
+
+    Returns:
+        The replayed events, in ticks.
 
     Raises:
-        ScheduleError: with the action at fault and the grid.
+        ScheduleError: the schedule cannot run; with the action at fault and the grid.
+        ValueError: an endless schedule and no number of units.
     """
     events, _ = replay(schedule, units=units)
     try:
@@ -26,6 +31,7 @@ def validate(schedule: Schedule, units: int | None = None) -> list[Event]:
 
 
 def _check_features(schedule: Schedule, actions: list[Action]) -> None:
+    """Replays the feature store of one stage. Raises ScheduleError at a read of anything but what it names."""
     store: dict[tuple[str, int, int], Features] = {}
     for action in actions:
         if action.op is not Op.RUN:
@@ -46,6 +52,8 @@ def _check_latents(schedule: Schedule, actions: list[Action], complete: bool) ->
 
 
 def _check_video(schedule: Schedule, actions: list[Action], complete: bool) -> None:
+    """Replays the latents of one video on stage 0. Raises ScheduleError at a unit whose inputs are not there, an
+    update without all velocities, and, if ``complete``, when not all blocks leave in order."""
     version: dict[int, int] = {}
     velocities: dict[tuple[int, int], set[int]] = {}
     emitted: list[int] = []

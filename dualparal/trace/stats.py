@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dualparal.config.units import GIB
 from dualparal.schedule.replay import bubble
 from dualparal.schedule.schedule import Schedule
 from dualparal.trace.clock import BusyClock
@@ -86,7 +87,7 @@ class RunStats:
 
     def summary(self) -> str:
         """One line for people."""
-        memory = ", ".join(f"{(rank.peak_device or rank.peak_host) / 2**30:.2f}" for rank in self.ranks)
+        memory = ", ".join(f"{(rank.peak_device or rank.peak_host) / GIB:.2f}" for rank in self.ranks)
         first = "-" if self.first_frame is None else f"{self.first_frame:.1f} s"
         rate = self.frames / self.seconds if self.seconds > 0 else 0.0
         blocks = f"{self.blocks} block{'' if self.blocks == 1 else 's'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -12,7 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualparal.config.blocks import CONTEXT_POLICIES, VERSIONED_POLICIES, BlockConfig
 from dualparal.schedule.actions import Action, Features, Op, Unit
+from dualparal.schedule.layout import Layout
+from dualparal.schedule.policies import POLICIES, BlockQueue, Policy
 from dualparal.schedule.replay import ScheduleError, bubble, grid, makespan, replay
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.validate import validate
@@ -39,10 +43,10 @@ def test_every_schedule_runs_and_reads_what_it_names(schedule: Schedule) -> None
 @settings(max_examples=200, deadline=None)
 @given(schedules, st.data())
 def test_a_schedule_goes_on_from_latents_alone(schedule: Schedule, data: st.DataObject) -> None:
-    """From an iteration that stands alone: the same units, in the same order, that read what is made after it."""
+    """From a restartable iteration: the same units, in the same order, that read what is made after it."""
     assert schedule.num_blocks is not None
     last = (schedule.num_blocks - 1) * schedule.gap + schedule.num_steps
-    start = data.draw(st.sampled_from([i for i in range(last) if schedule.stands_alone(i)]))
+    start = data.draw(st.sampled_from([i for i in range(last) if schedule.is_restartable(i)]))
     rest = replace(schedule, start=start, num_stages=data.draw(st.integers(1, 8)))
     validate(rest)
     units = [unit for unit in schedule.units() if schedule.iteration(unit) >= start]
@@ -54,10 +58,10 @@ def test_a_schedule_goes_on_from_latents_alone(schedule: Schedule, data: st.Data
 
 def test_a_schedule_starts_where_it_can() -> None:
     schedule = Schedule(2, 6, 9, max_blocks_in_flight=3, refresh_every=5)
-    assert [i for i in range(22) if schedule.stands_alone(i)] == [0, 5, 10, 15, 20]
+    assert [i for i in range(22) if schedule.is_restartable(i)] == [0, 5, 10, 15, 20]
     assert [schedule._refreshes(i) for i in range(4, 13)] == [False, True, True, False, False, False, True, True, False]
-    assert replace(schedule, context="paper").stands_alone(7)
-    assert not replace(schedule, context="paper", key_means=True).stands_alone(7)
+    assert replace(schedule, context="paper").is_restartable(7)
+    assert not replace(schedule, context="paper", key_means=True).is_restartable(7)
     with pytest.raises(ValueError, match="start=7: needs what an earlier iteration left"):
         replace(schedule, start=7)
 
@@ -281,6 +285,56 @@ class _EarlyRun(Schedule):
 def test_the_validator_finds_wrong_reads(broken: type[Schedule], context: str, words: str) -> None:
     with pytest.raises(ScheduleError, match=words):
         validate(broken(4, 5, 6, context, 2))
+
+
+def test_policies_are_those_that_a_user_can_name() -> None:
+    assert tuple(POLICIES) == CONTEXT_POLICIES
+    assert all(policy.name == name for name, policy in POLICIES.items())
+    assert set(VERSIONED_POLICIES) <= set(CONTEXT_POLICIES)
+
+
+class _Trailing(Policy):
+    """Features of the block before, one step cleaner: made in the iteration before. Each block keeps its last tail."""
+
+    name = "trailing"
+    reads_previous = True
+
+    def steps_ahead(self, queue: BlockQueue) -> int:
+        return queue.gap - 1
+
+    def tail_slots(self, queue: BlockQueue) -> int:
+        """One per block in flight, and one for the block that has just left."""
+        return queue.num_videos * (1 - (-queue.num_steps // queue.gap))
+
+    def tail_slot(self, queue: BlockQueue, unit: Unit) -> int:
+        slots = self.tail_slots(queue) // queue.num_videos
+        return unit.video * slots + unit.block % slots
+
+
+class _Clashing(_Trailing):
+    """The same with a slot less: the block that enters takes that of the one whose tail is still read."""
+
+    def tail_slots(self, queue: BlockQueue) -> int:
+        return queue.num_videos * -(-queue.num_steps // queue.gap)
+
+
+def test_a_new_policy_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its row it goes through the schedule, the layout and the proof."""
+    monkeypatch.setitem(POLICIES, "trailing", _Trailing())  # type: ignore[arg-type]
+    for stages, limit, videos, refresh in itertools.product((1, 3), (None, 1, 2), (1, 2), (None, 6)):
+        schedule = Schedule(
+            stages, 5, 8, "trailing", 2, max_blocks_in_flight=limit, num_videos=videos, refresh_every=refresh
+        )
+        validate(schedule)
+        assert schedule.slots("head") == 0 and not any(schedule.next_features(unit) for unit in schedule.units())
+        assert any(schedule.previous_features(unit) for unit in schedule.units())
+        assert not schedule.is_restartable(1) and schedule.is_restartable(6) == (refresh == 6)
+    monkeypatch.setattr("dualparal.config.blocks.CONTEXT_POLICIES", tuple(POLICIES))
+    layout = Layout(BlockConfig(4, 2, "trailing"), 12)  # type: ignore[arg-type]
+    assert layout.num_blocks == 3 and layout.fed_context(1) == 0
+    monkeypatch.setitem(POLICIES, "trailing", _Clashing())  # type: ignore[arg-type]
+    with pytest.raises(ScheduleError, match="would find"):
+        validate(Schedule(3, 5, 8, "trailing", 2))
 
 
 def test_actions_print_readably() -> None:

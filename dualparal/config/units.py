@@ -1,0 +1,3 @@
+"""Units that messages and cost models share."""
+
+GIB = 2**30  # bytes
