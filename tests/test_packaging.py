@@ -65,6 +65,28 @@ def test_importing_the_package_is_cheap(tmp_path):
     assert python(code, tmp_path).stdout.strip() == "False"
 
 
+def test_a_source_tree_finds_its_kernels_and_the_extension_of_an_installed_copy(tmp_path):
+    """The clone's folder after a plain ``pip install .``: ./dualparal hides the installed package."""
+    tree, installed = tmp_path / "clone", tmp_path / "site-packages"
+    for name in ("dualparal", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "moving_shapes", "__pycache__"))
+    (built,) = (ROOT / "dualparal").glob("_C*.so")
+    (installed / "dualparal").mkdir(parents=True)
+    shutil.copy(built, installed / "dualparal")
+    code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path += sys.argv[1:]
+import dualparal.kernels.backend, dualparal.engine.engine
+print(dualparal.kernels.__file__, dualparal.kernels.backend.NOT_BUILT or sys.modules["dualparal._C"].__file__)
+"""
+    for sites, extension in (([installed], installed / "dualparal" / built.name), ([], "dualparal._C does not import")):
+        command = [sys.executable, "-c", code, *map(str, sites)]
+        result = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(f"{tree / 'kernels' / '__init__.py'} {extension}")
+
+
 def test_version():
     from importlib.metadata import version
 
