@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# What `make quick` runs: files that import neither torch nor diffusers, and of these the tests that need no model.
+# What `make quick` runs: files that import neither torch nor diffusers and start no ranks, and of these the tests that
+# ask for no model and are not marked `model`.
 QUICK = {
     "test_architecture.py",
     "test_config.py",
     "test_eight_bit.py",
     "test_plan.py",
     "test_schedule.py",
-    "test_supervisor.py",
-    "test_video.py",
 }
 MODELS = {"wan21", "wan21_9_layers", "wan22", "engine"}
 
@@ -44,9 +43,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--quick"):
-        wanted = [item for item in items if not MODELS & set(getattr(item, "fixturenames", ()))]
-        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
-        items[:] = wanted
+        unwanted = [i for i in items if i.get_closest_marker("model") or MODELS & set(getattr(i, "fixturenames", ()))]
+        config.hook.pytest_deselected(items=unwanted)
+        items[:] = [item for item in items if item not in unwanted]
 
 
 @pytest.fixture(scope="session", autouse=True)

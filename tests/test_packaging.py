@@ -118,8 +118,8 @@ def test_a_source_distribution_holds_what_is_tracked_and_needed(tmp_path):
         held = {name.partition("/")[2] for name in (m.name for m in archive if not m.isdir())}
         links = [m.name for m in archive if not (m.isfile() or m.isdir())]
     generated = {"PKG-INFO", "setup.cfg"} | {name for name in held if name.startswith("dualparal.egg-info/")}
-    parts = ("csrc/", "dualparal/", "kernels/", "tests/")
-    single = {"CMakeLists.txt", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "constraints.txt"}
+    parts = ("csrc/", "dualparal/", "examples/", "kernels/", "tests/")
+    single = {"CMakeLists.txt", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "constraints.txt"}
     needed = {name for name in files if name.startswith(parts)} | single | {"pyproject.toml", "setup.py"}
     assert held - generated == needed
     assert not links

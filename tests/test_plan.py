@@ -167,6 +167,7 @@ def test_the_command() -> None:
     assert isinstance(bad.exception, ValueError) and "--size 'big'" in str(bad.exception)
 
 
+@pytest.mark.model
 def test_the_documented_table_is_the_commands(request: pytest.FixtureRequest) -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run(
@@ -182,6 +183,7 @@ def test_long_videos_take_no_longer_to_plan() -> None:
     assert time.process_time() - begin < 2
 
 
+@pytest.mark.model
 def test_generate_takes_its_plan_from_here(tmp_path: Path) -> None:
     """One process cannot tell two stages apart on this machine, so that it runs and says its plan is what shows."""
     command = [
