@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parent / "golden"
 
 # What `make quick` runs: files that import neither torch nor diffusers and start no ranks, and of these the tests that
-# ask for no model and are not marked `model`.
+# ask for no model and are not marked `slow`.
 QUICK = {
     "test_architecture.py",
     "test_config.py",
@@ -43,7 +43,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--quick"):
-        unwanted = [i for i in items if i.get_closest_marker("model") or MODELS & set(getattr(i, "fixturenames", ()))]
+        unwanted = [i for i in items if i.get_closest_marker("slow") or MODELS & set(getattr(i, "fixturenames", ()))]
         config.hook.pytest_deselected(items=unwanted)
         items[:] = [item for item in items if item not in unwanted]
 

@@ -116,6 +116,7 @@ def test_bad_input(options: dict[str, Any], words: str) -> None:
         plan(**{"gpus": "8xrtx4090", **options})
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_the_nearest_that_does() -> None:
     with pytest.raises(
         NoPlan, match=r"64 cards for a model of 40 layers.*use 40 or fewer.*nearest.*layers 1\+1"
@@ -167,7 +168,7 @@ def test_the_command() -> None:
     assert isinstance(bad.exception, ValueError) and "--size 'big'" in str(bad.exception)
 
 
-@pytest.mark.model
+@pytest.mark.slow
 def test_the_documented_table_is_the_commands(request: pytest.FixtureRequest) -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run(
@@ -183,7 +184,7 @@ def test_long_videos_take_no_longer_to_plan() -> None:
     assert time.process_time() - begin < 2
 
 
-@pytest.mark.model
+@pytest.mark.slow
 def test_generate_takes_its_plan_from_here(tmp_path: Path) -> None:
     """One process cannot tell two stages apart on this machine, so that it runs and says its plan is what shows."""
     command = [
