@@ -79,6 +79,7 @@ def test_a_better_split_is_not_found_by_moving_a_layer() -> None:
                 assert other.seconds > 0.97 * found.seconds, split
 
 
+@pytest.mark.slow
 def test_limits_on_blocks_in_flight() -> None:
     free = plan(BIG, "4xh100")
     early = plan(BIG, "4xh100", first_frame_limit=free.first_frame / 3)
