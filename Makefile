@@ -1,5 +1,5 @@
 # From a clean clone with python3 and a C++ compiler: `make demo` makes a video, `make test` checks everything,
-# `make quick` what takes no torch and no model, in half a minute.
+# `make quick` what takes no torch and no model.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --constraint constraints.txt
