@@ -1,4 +1,5 @@
-# From a clean clone with python3 and a C++ compiler: `make demo` makes a video, `make test` checks everything.
+# From a clean clone with python3 and a C++ compiler: `make demo` makes a video, `make test` checks everything,
+# `make quick` what takes no torch and no model.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --constraint constraints.txt
@@ -7,7 +8,7 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcar
 TEST_PROCESSES ?= 2
 PROMPT ?= two red circles and a blue square drifting left on a dark background
 
-.PHONY: demo test clean
+.PHONY: demo test quick clean
 
 demo: .venv/.installed
 	mkdir -p demo
@@ -20,6 +21,12 @@ test: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/pytest -m 'not alone' --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest -m alone
+
+quick: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q --quick
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv

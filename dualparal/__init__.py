@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dualparal import from_source
 from dualparal.version import __version__
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dualparal.planning.planner import plan
     from dualparal.schedule.schedule import Schedule
 
+from_source.register()
 
 _EXPORTS = {
     "BlockConfig": "config.blocks",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dualparal.planning.cost import UPDATE_SECONDS, Costing, layer_arithmetic
-from dualparal.planning.devices import GIB, Device, Link
+from dualparal.planning.devices import Device, Link
 from dualparal.planning.memory import Memory, stage_memory
 from dualparal.planning.workload import Workload
 from dualparal.schedule.schedule import Schedule

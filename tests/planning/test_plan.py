@@ -86,6 +86,7 @@ def test_a_better_split_is_not_found_by_moving_a_layer() -> None:
                 assert other.seconds > 0.97 * found.seconds, split
 
 
+@pytest.mark.slow
 def test_limits_on_blocks_in_flight() -> None:
     free = plan(BIG, "4xh100")
     early = plan(BIG, "4xh100", first_frame_limit=free.first_frame / 3)
@@ -123,6 +124,7 @@ def test_bad_input(options: dict[str, Any], words: str) -> None:
         plan(**{"gpus": "8xrtx4090", **options})
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_the_nearest_that_does() -> None:
     with pytest.raises(
         NoPlan, match=r"64 cards for a model of 40 layers.*use 40 or fewer.*nearest.*layers 1\+1"
@@ -177,6 +179,7 @@ def test_the_command() -> None:
     assert isinstance(bad.exception, ValueError) and "--size 'big'" in str(bad.exception)
 
 
+@pytest.mark.slow
 def test_the_documented_table_is_the_commands(request: pytest.FixtureRequest) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCH / "predict_rivals.py")],
@@ -191,6 +194,7 @@ def test_long_videos_take_no_longer_to_plan() -> None:
     assert time.process_time() - begin < 2
 
 
+@pytest.mark.slow
 def test_generate_takes_its_plan_from_here(tmp_path: Path) -> None:
     """One process cannot tell two stages apart on this machine, so that it runs and says its plan is what shows."""
     command = [

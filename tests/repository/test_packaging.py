@@ -64,6 +64,28 @@ def test_importing_the_package_is_cheap(tmp_path):
     assert python(code, tmp_path).stdout.strip() == "False"
 
 
+def test_a_source_tree_finds_its_kernels_and_the_extension_of_an_installed_copy(tmp_path):
+    """The clone's folder after a plain ``pip install .``: ./dualparal hides the installed package."""
+    tree, installed = tmp_path / "clone", tmp_path / "site-packages"
+    for name in ("dualparal", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "moving_shapes", "__pycache__"))
+    (built,) = (ROOT / "dualparal").glob("_C*.so")
+    (installed / "dualparal").mkdir(parents=True)
+    shutil.copy(built, installed / "dualparal")
+    code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path += sys.argv[1:]
+import dualparal.kernels.backend, dualparal.engine.engine
+print(dualparal.kernels.__file__, dualparal.kernels.backend.NOT_BUILT or sys.modules["dualparal._C"].__file__)
+"""
+    for sites, extension in (([installed], installed / "dualparal" / built.name), ([], "dualparal._C does not import")):
+        command = [sys.executable, "-c", code, *map(str, sites)]
+        result = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(f"{tree / 'kernels' / '__init__.py'} {extension}")
+
+
 def test_version():
     from importlib.metadata import version
 
@@ -95,8 +117,8 @@ def test_a_source_distribution_holds_what_is_tracked_and_needed(tmp_path):
         held = {name.partition("/")[2] for name in (m.name for m in archive if not m.isdir())}
         links = [m.name for m in archive if not (m.isfile() or m.isdir())]
     generated = {"PKG-INFO", "setup.cfg"} | {name for name in held if name.startswith("dualparal.egg-info/")}
-    parts = ("csrc/", "dualparal/", "kernels/", "tests/")
-    single = {"CMakeLists.txt", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "constraints.txt"}
+    parts = ("csrc/", "dualparal/", "examples/", "kernels/", "tests/")
+    single = {"CMakeLists.txt", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "constraints.txt"}
     needed = {name for name in files if name.startswith(parts)} | single | {"pyproject.toml", "setup.py"}
     assert held - generated == needed
     assert not links
