@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from dualparal.config.units import GIB
 from dualparal.planning.cost import UPDATE_SECONDS, Costing, layer_arithmetic
 from dualparal.planning.devices import Device, Link
 from dualparal.planning.memory import Memory, stage_memory
