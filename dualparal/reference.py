@@ -42,9 +42,8 @@ def generate(
         noise: block -> initial latents of its own frames.
         prompt_embeds: block -> [1 or 2, sequence, text_dim], the conditional row first; two rows mean guidance.
         guidance_scales: one per expert.
-        eight_bit: where self-attention has 8 bits. A block takes from its keys their mean of the step before, at its
-            first such step that of this one. Features are kept as their maker's step and layer have them, and a
-            reader whose own have it otherwise converts them.
+        eight_bit: where self-attention has 8 bits. A block takes from its keys their mean of the step before (at its
+            first such step, of this one). Features stay as their maker had them, and other readers convert.
     """
     assert layout.num_blocks is not None, "the reference makes finite videos"
     policy, context, steps = layout.blocks.context, layout.blocks.context_frames, len(sampler)

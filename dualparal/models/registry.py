@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 from dualparal.models.json_files import ModelError, read_json
 
 if TYPE_CHECKING:
-    import torch
-
     from dualparal.models.base import Decoder, ModelSpec, PromptEncoder
     from dualparal.models.sizes import ModelSizes
 
@@ -82,8 +80,8 @@ class Family:
         found: Decoder = resolve(self.decoder_class)(vae)
         return found
 
-    def prompt_encoder(self, load: Callable[[], tuple[Any, Any]], device: torch.device) -> PromptEncoder:
-        """load: () -> (tokenizer, text encoder), called when they are first needed."""
+    def prompt_encoder(self, load: Callable[[], tuple[Any, Any]], device: Any) -> PromptEncoder:
+        """load: () -> (tokenizer, text encoder), called when they are first needed. device: a torch.device."""
         found: PromptEncoder = resolve(self.prompt_encoder_class)(load, device)
         return found
 
@@ -158,3 +156,26 @@ def family_in(directory: Path) -> Family:
     if family is None:
         raise ModelError(f"{path}: pipeline class {name!r} is not supported; supported: {supported_pipelines()}")
     return family
+
+
+def model_sizes(model: str) -> ModelSizes:
+    """Of a model that is known by name, or in a directory in diffusers format, whose config files alone are read.
+
+    Raises:
+        ValueError: neither, or configs of no family (``ModelError``).
+    """
+    plain = model.lower().rstrip("/")
+    names: list[str] = []
+    for family in FAMILIES.values():
+        known = family.named_sizes()
+        name = plain.removeprefix(f"{family.hub_owner}/").removesuffix("-diffusers").replace("_", "-")
+        if name in known:
+            return known[name]
+        names += known
+    path = Path(model)
+    if not path.is_dir():
+        raise ValueError(
+            f"model {model!r} is not known; use one of {', '.join(names)}, or a directory in diffusers format "
+            "(its config files are enough)"
+        )
+    return family_in(path).sizes(path)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
-
-from dualparal.models.registry import FAMILIES, family_in
 
 
 class VaeSizes(Protocol):
@@ -123,26 +120,3 @@ class ModelSizes(Protocol):
     def layer_activations(self) -> int:
         """Numbers per token that a layer holds at its largest."""
         ...
-
-
-def model_sizes(model: str) -> ModelSizes:
-    """Of a model that is known by name, or in a directory in diffusers format, whose config files alone are read.
-
-    Raises:
-        ValueError: neither, or configs of no family (``ModelError``).
-    """
-    plain = model.lower().rstrip("/")
-    names: list[str] = []
-    for family in FAMILIES.values():
-        known = family.named_sizes()
-        name = plain.removeprefix(f"{family.hub_owner}/").removesuffix("-diffusers").replace("_", "-")
-        if name in known:
-            return known[name]
-        names += known
-    path = Path(model)
-    if not path.is_dir():
-        raise ValueError(
-            f"model {model!r} is not known; use one of {', '.join(names)}, or a directory in diffusers format "
-            "(its config files are enough)"
-        )
-    return family_in(path).sizes(path)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from dualparal.config.blocks import DEFAULT_VERSION, BlockConfig
 from dualparal.config.units import GIB
 from dualparal.config.video import VideoConfig
-from dualparal.models.sizes import model_sizes
+from dualparal.models.registry import model_sizes
 from dualparal.planning.cost import Costing, balance, closed_form
 from dualparal.planning.devices import Device, links, parse_gpus
 from dualparal.planning.memory import edge_elements, stage_memory

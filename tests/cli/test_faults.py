@@ -31,7 +31,7 @@ from dualparal.engine.engine import Engine
 from dualparal.launch.blame import Limits
 from dualparal.launch.stragglers import ITERATIONS, SlowStages
 from dualparal.launch.supervisor import Kept, Result, supervise
-from dualparal.models.sizes import model_sizes
+from dualparal.models.registry import model_sizes
 from dualparal.planning.workload import Workload
 from dualparal.runtime.executor import NonFiniteError
 from dualparal.runtime.nonfinite import FirstMark, Origin, mark

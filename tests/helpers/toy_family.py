@@ -21,7 +21,7 @@ from torch import nn
 
 from dualparal.kernels.qk_norm_rope import Lend
 from dualparal.kernels.qk_norm_rope.reference import rotate
-from dualparal.models.base import Grid, Pending, Rotary, TimeCondition
+from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, TimeCondition, attend_here
 from dualparal.models.json_files import read_config
 from dualparal.models.keys_values import Context8, KeysValues
 from dualparal.models.registry import Component, Family
@@ -116,6 +116,7 @@ class ToySlice:
         rotary: Rotary,
         context: KeysValues | Context8,
         lends: Sequence[Lend] = (),
+        attend: AttentionStrategy = attend_here,
     ) -> tuple[torch.Tensor, Pending]:
         assert isinstance(context, KeysValues), "a toy has no 8-bit attention"
         hidden = self.finish(hidden, pending)
@@ -127,8 +128,7 @@ class ToySlice:
         for lend in lends:
             for store, rows in ((lend.keys, own.keys), (lend.values, own.values)):
                 store.index_copy_(0, lend.slot, rows[None, lend.first : lend.first + lend.tokens])
-        weights = (turned @ context.keys.T).softmax(1)
-        return hidden, (made + weights @ context.values, None)
+        return hidden, (made + attend(_attention, turned, context, self.heads), None)
 
     def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
         return hidden if pending is None else torch.tanh(hidden + pending[0])
@@ -136,6 +136,11 @@ class ToySlice:
     def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition, grid: Grid) -> torch.Tensor:
         velocity = F.linear(self.finish(hidden, pending), self._tensors["head"])
         return velocity.T.unflatten(1, (-1, grid.height, grid.width)).unsqueeze(0).contiguous()
+
+
+def _attention(queries: torch.Tensor, context: KeysValues | Context8, heads: int) -> torch.Tensor:
+    assert isinstance(context, KeysValues)
+    return (queries @ context.keys.T).softmax(1) @ context.values
 
 
 class ToyVae(nn.Module):

@@ -22,8 +22,7 @@ from dualparal.models import registry
 from dualparal.models.files import ModelFiles
 from dualparal.models.json_files import ModelError
 from dualparal.models.loaded import LoadedPipeline
-from dualparal.models.registry import FAMILIES, family_of
-from dualparal.models.sizes import model_sizes
+from dualparal.models.registry import FAMILIES, family_of, model_sizes
 from dualparal.planning.memory import slice_bytes
 from dualparal.planning.planner import plan
 from dualparal.planning.workload import Workload

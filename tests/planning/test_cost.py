@@ -17,7 +17,7 @@ from dualparal.config.blocks import BlockConfig
 from dualparal.config.video import VideoConfig
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import supervise
-from dualparal.models.sizes import model_sizes
+from dualparal.models.registry import model_sizes
 from dualparal.models.wan.sizes import MODELS, WanVaeSizes
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.models.wan.transformer import WanSpec

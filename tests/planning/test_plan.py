@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dualparal.cli.main import app
-from dualparal.models.sizes import model_sizes
+from dualparal.models.registry import model_sizes
 from dualparal.planning.devices import DEVICES, links, parse_gpus
 from dualparal.planning.plan import NoPlan
 from dualparal.planning.planner import plan

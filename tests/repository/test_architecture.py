@@ -19,6 +19,7 @@ MAX_FILE, MAX_FUNCTION = 400, 80  # lines; of a function without its signature, 
 # From the top down: a package imports itself and levels below its own.
 LEVELS = [
     {"dualparal"},  # the public names, loaded late
+    {"from_source"},  # where the rest is found
     {"cli"},
     {"engine"},
     {"planning"},
@@ -33,7 +34,7 @@ LEVELS = [
     {"kernels"},
     {"schedule"},
     {"launch"},
-    {"config", "io", "version", "from_source", "_C"},
+    {"config", "io", "version", "_C"},
 ]
 TORCH = ("torch", "diffusers", "transformers", "dualparal.kernels")  # what makes a start slow
 FAMILY = r"models\.\w+(?=\.)"  # a folder inside models/
