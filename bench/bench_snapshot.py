@@ -28,6 +28,7 @@ from dualparal.checkpoint import snapshot
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.checkpoint.snapshot import Snapshot
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.engine.engine import Engine
 from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
@@ -95,7 +96,7 @@ def main() -> None:
             if options.only not in case:
                 continue
             video = VideoConfig(height, width, 1025, STEPS)
-            work = Workload(MODELS["wan2.1-t2v-1.3b"], video, blocks)
+            work = Workload(MODELS["wan2.1-t2v-1.3b"], video, EngineConfig(blocks))
             in_flight = work.schedule(1).in_flight(STEPS - 1)
             live = states(height, width, in_flight)
             prompts = [{0: torch.randn(2, 512, 4096, dtype=torch.bfloat16)}]

@@ -20,14 +20,15 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.engine import EngineConfig
 from dualparal.config.units import GIB
 from dualparal.config.video import VideoConfig
 from dualparal.models.wan.sizes import MODELS
 from dualparal.planning.cost import layer_arithmetic
-from dualparal.planning.devices import LINKS, device
+from dualparal.planning.devices import LINKS, device, parse_gpus
 from dualparal.planning.memory import decode_bytes
 from dualparal.planning.plan import NoPlan
-from dualparal.planning.planner import plan
+from dualparal.planning.planner import plan_for
 from dualparal.planning.workload import Workload
 
 CARDS = 8
@@ -80,21 +81,8 @@ def whole_video(work: Workload, cards: int, kind: str, link: str, card: str) -> 
 
 def in_blocks(work: Workload, gpus: str, name: str) -> Row:
     """Ours, with the engine's even handling left to the planner: split by cost, VAE beside stage 0."""
-    blocks, video = work.blocks, work.video
     try:
-        found = plan(
-            work.model.name,
-            gpus,
-            num_frames=video.num_frames or 0,
-            height=video.height,
-            width=video.width,
-            num_inference_steps=video.num_inference_steps,
-            frames_per_block=blocks.frames_per_block,
-            context_frames=blocks.context_frames,
-            context=blocks.context,
-            max_blocks_in_flight=blocks.max_blocks_in_flight,
-            context_version=blocks.context_version,
-        )
+        found = plan_for(work, parse_gpus(gpus))
         note = found.note
     except NoPlan as error:
         if error.nearest is None:
@@ -102,7 +90,7 @@ def in_blocks(work: Workload, gpus: str, name: str) -> Row:
         return Row(name, float("nan"), float("nan"), (0, 0), None, "does not fit")
     found = replace(found, replay=True)
     limit = found.work.blocks.max_blocks_in_flight
-    name += "" if limit is None or blocks.max_blocks_in_flight else f", K = {limit}"
+    name += "" if limit is None or work.blocks.max_blocks_in_flight else f", K = {limit}"
     memory = [m.running for m in found.memory]
     return Row(
         name, found.seconds, found.first_frame, (memory[0], max(memory[1:], default=memory[0])), found.bubble, note
@@ -110,11 +98,11 @@ def in_blocks(work: Workload, gpus: str, name: str) -> Row:
 
 
 def rows(model: str, context_frames: int, card: str, link: str) -> Iterator[Row]:
-    work = Workload(MODELS[model], VideoConfig(num_frames=1025), BlockConfig(8, context_frames))
+    work = Workload(MODELS[model], VideoConfig(num_frames=1025), EngineConfig(BlockConfig(8, context_frames)))
     yield whole_video(work, 1, "one card", link, card)
     yield whole_video(work, CARDS, "Ring", link, card)
     yield whole_video(work, CARDS, "Ulysses", link, card)
-    prior = replace(work, blocks=BlockConfig(8, context_frames, "prior"))
+    prior = replace(work, engine=EngineConfig(BlockConfig(8, context_frames, "prior")))
     yield in_blocks(prior, f"1x{card}", "`prior`, one card")
     for context in ("paper", "cached", "prior"):
         policy = replace(work, blocks=BlockConfig(8, context_frames, context))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -192,10 +192,15 @@ def command_of(handler: Callable[..., None], *groups: Any) -> Callable[..., None
             hints[item.name].__metadata__[0].rich_help_panel = group.__doc__
             parameters.append(
                 inspect.Parameter(
-                    item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hints[item.name]
+                    item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=hints[item.name]
                 )
             )
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__name__, command.__doc__ = handler.__name__, handler.__doc__
     return command
+
+
+def _default(item: Field[Any]) -> Any:
+    """typer's mark for a flag that must be given is a parameter without a default."""
+    return inspect.Parameter.empty if item.default is MISSING else item.default

@@ -22,7 +22,7 @@ from dualparal.cli.rank import work
 from dualparal.cli.resumed import resumed_job
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.eight_bit import EightBitPolicy
-from dualparal.config.engine import DTYPE_BYTES, EngineConfig
+from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.launch.heartbeat import Heartbeat
 from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
@@ -194,17 +194,7 @@ def _planned(job: Job, mode: str) -> Job:
         raise ValueError("--plan auto with --layers-per-stage or --max-blocks-in-flight: that is what it chooses")
     dtype = engine.dtype or ("float32" if engine.device == "cpu" else "bfloat16")
     sizes = resolve_model(job.model).sizes
-    decodes = job.video.output_type != "latent"
-    work = Workload(
-        sizes,
-        job.video,
-        engine.blocks,
-        DTYPE_BYTES[dtype],
-        decodes,
-        engine.depth,
-        len(job.prompts),
-        engine.attention_8bit.on,
-    )
+    work = Workload(sizes, job.video, replace(engine, dtype=dtype), len(job.prompts))
     found = plan_for(work, [cards(job.device, job.stages)])
     typer.echo(f"plan: {found.describe()}", err=True)
     return replace(job, engine=replace(engine, blocks=found.work.blocks, layers_per_stage=tuple(found.split)))

@@ -14,10 +14,10 @@ from typing import Annotated
 
 import typer
 
+from dualparal.cli import plan
 from dualparal.cli.flags import command_of
 from dualparal.cli.generate import GROUPS, generate
 from dualparal.cli.leader import unpack_arguments
-from dualparal.cli.plan import command as plan_command
 from dualparal.cli.rank import one_line
 from dualparal.launch.exit_codes import BAD_INPUT, STORAGE
 from dualparal.version import __version__
@@ -50,7 +50,7 @@ def calibrate() -> None:
 
 
 generate_command = app.command()(command_of(generate, *GROUPS))
-app.command("plan")(plan_command)
+app.command()(command_of(plan.plan, *plan.GROUPS))
 
 
 @app.callback(invoke_without_command=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from dualparal.cli.flags import BlockFlags
 from dualparal.config.units import GIB
+from dualparal.planning import planner
 from dualparal.planning.plan import NoPlan, Plan
-from dualparal.planning.planner import plan
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -20,58 +22,42 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def command(
+@dataclass(frozen=True)
+class PlanFlags:
+    """Video, model and cards"""
+
     gpus: Annotated[
         str, typer.Option(help="COUNTxCARD, such as 8x24GB, 8xrtx4090 or 4xa100-80gb,2xrtx4090; stages in this order.")
-    ],
+    ]
     model: Annotated[
         str,
         typer.Option(help="wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-t2v-a14b, or a directory in diffusers format."),
-    ] = "wan2.1-t2v-1.3b",
-    num_frames: Annotated[int, typer.Option(help="Length in frames: 1, 5, 9 ... (4k + 1).")] = 1025,
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "832x480",
-    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="1: no guidance, half the work.")] = 5.0,
-    frames_per_block: Annotated[int, typer.Option(help="B, latent frames per block.")] = 8,
-    context_frames: Annotated[int, typer.Option(help="C, latent frames lent by each neighbour.")] = 4,
-    context: Annotated[str, typer.Option(help="cached, prior or paper.")] = "cached",
-    max_blocks_in_flight: Annotated[
-        int | None, typer.Option(help="K, limit on the blocks in flight. Default: none, or what fits.")
-    ] = None,
-    context_version: Annotated[str, typer.Option(help="matching or newest, with a limit as above.")] = "matching",
-    decode: Annotated[str, typer.Option(help="'stage 0' (beside its units) or 'own card' (the last one).")] = "stage 0",
+    ] = "wan2.1-t2v-1.3b"
+    num_frames: Annotated[int, typer.Option(help="Length in frames: 1, 5, 9 ... (4k + 1).")] = 1025
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "832x480"
+    num_inference_steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")] = 50
+    guidance_scale: Annotated[float, typer.Option(help="1: no guidance, half the work.")] = 5.0
+    decode: Annotated[str, typer.Option(help="'stage 0' (beside its units) or 'own card' (the last one).")] = "stage 0"
     link: Annotated[
         str | None, typer.Option(help="Between cards: pcie4, nvlink4, 25gbe ... Default: the cards' own.")
-    ] = None,
-    between: Annotated[str | None, typer.Option(help="The same between the groups of --gpus.")] = None,
-    memory_limit: Annotated[float | None, typer.Option(help="GiB per card that may be used.")] = None,
+    ] = None
+    between: Annotated[str | None, typer.Option(help="The same between the groups of --gpus.")] = None
+    memory_limit: Annotated[float | None, typer.Option(help="GiB per card that may be used.")] = None
     first_frame_limit: Annotated[
         float | None, typer.Option(help="Seconds after which the first frames must be there.")
-    ] = None,
-) -> None:
+    ] = None
+
+
+GROUPS = (PlanFlags, BlockFlags)
+
+
+def plan(call: typer.Context, flags: PlanFlags, blocks: BlockFlags) -> None:
     """Say what a video will cost on some cards, before weights are downloaded. A prediction."""
-    height, width = _size(size)
+    options = {**asdict(flags), **asdict(blocks)}
+    height, width = _size(options.pop("size"))
     console = Console()
     try:
-        found = plan(
-            model,
-            gpus,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            frames_per_block=frames_per_block,
-            context_frames=context_frames,
-            context=context,
-            max_blocks_in_flight=max_blocks_in_flight,
-            context_version=context_version,
-            decode=decode,
-            link=link,
-            between=between,
-            memory_limit=memory_limit,
-            first_frame_limit=first_frame_limit,
-        )
+        found = planner.plan(height=height, width=width, **options)
     except NoPlan as error:
         if error.nearest is not None:
             show(error.nearest, Console(stderr=True))

@@ -80,17 +80,8 @@ def check_requests(setup: Setup, requests: Sequence[Request], result_kind: Resul
     """
     if not isinstance(setup.source, ModelFiles):
         return
-    video, config, mesh = requests[0].video, setup.config, setup.mesh
-    work = Workload(
-        setup.source.sizes,
-        video,
-        config.blocks,
-        setup.dtype.itemsize,
-        video.output_type != "latent",
-        config.depth,
-        len(requests),
-        config.attention_8bit.on,
-    )
+    video, mesh = requests[0].video, setup.mesh
+    work = Workload(setup.source.sizes, video, setup.config, len(requests))
     held = len(requests) * whole_bytes(work, video.output_type, result_kind) if mesh.is_leader else 0
     split = [len(layers) for layers in setup.layers]
     check(work, split, mesh.stages, mesh.device, requests[0].embeds is None, held)

@@ -144,17 +144,14 @@ def check_request(
 
 def schedule_of(setup: Setup, requests: Sequence[Request], start: int = 0) -> Schedule:
     """The order of work for videos that are made together; start: the iteration to begin with, when resumed."""
-    request, config = requests[0], setup.config
+    request = requests[0]
     return Schedule.of(
-        config.blocks,
+        setup.config,
+        request.video,
         num_stages=setup.num_stages,
         num_steps=len(request.sampler),
         num_blocks=request.layout.num_blocks,
-        guidance=request.video.guidance,
-        decode=request.video.output_type != "latent",
-        depth=config.depth,
         num_videos=len(requests),
-        key_means=config.attention_8bit.on,
         start=start,
     )
 

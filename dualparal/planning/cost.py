@@ -85,7 +85,7 @@ class Costing:
             update=UPDATE_SECONDS,
             decode=self.decode,
             decode_shares=self.decode_on is None,
-            send_buffers=self.work.depth,
+            send_buffers=self.work.engine.depth,
         )
 
     def run(self, stage: int, unit: Unit) -> float:

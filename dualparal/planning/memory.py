@@ -72,13 +72,13 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     inbound, outbound = velocity if first else hidden, velocity if last else hidden
     latents = 4 * model.in_channels * work.pixels * work.layout.first_frames
     blocks, videos = schedule.places, work.num_videos
-    means = blocks * layers * 4 * h if work.key_means else 0
+    means = blocks * layers * 4 * h if work.engine.attention_8bit.on else 0
     noise = videos * 4 * model.in_channels * work.pixels * (work.blocks.frames_per_block + work.blocks.context_frames)
     return Memory(
         weights=experts * slice_bytes(work, split, stage),
         features=(sum(slots.values()) * slot_bytes(work, layers) + means) * branches,
         workspace=2 * (window + sum(map(bool, slots.values())) * lent) * h * size,
-        buffers=work.depth * (inbound + outbound) * size if len(split) > 1 else 0,
+        buffers=work.engine.depth * (inbound + outbound) * size if len(split) > 1 else 0,
         activations=window * model.layer_activations * size,
         conditions=(
             videos * experts * branches * layers * 2 * work.text_tokens * h * size

@@ -7,9 +7,11 @@ policy, block and context size are the user's or the defaults, and other choices
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
-from dualparal.config.blocks import DEFAULT_VERSION, BlockConfig
+from dualparal.config.blocks import DEFAULT_VERSION
+from dualparal.config.engine import EngineConfig
 from dualparal.config.units import GIB
 from dualparal.config.video import VideoConfig
 from dualparal.models.registry import model_sizes
@@ -31,22 +33,13 @@ def plan(
     model: str = "wan2.1-t2v-1.3b",
     gpus: str | Sequence[Sequence[Device]] = "8xrtx4090",
     *,
-    num_frames: int = 1025,
-    height: int = 480,
-    width: int = 832,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 5.0,
-    frames_per_block: int = 8,
-    context_frames: int = 4,
-    context: str = "cached",
-    max_blocks_in_flight: int | None = None,
-    context_version: str = "matching",
     decode: str = "stage 0",
     link: str | None = None,
     between: str | None = None,
     memory_limit: float | None = None,
     first_frame_limit: float | None = None,
     extra_devices: Mapping[str, Device] | None = None,
+    **options: Any,
 ) -> Plan:
     """The fastest way to make a video within the limits, and what else there is.
 
@@ -54,30 +47,22 @@ def plan(
         model: a built-in name ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-t2v-a14b"), or a directory in diffusers
             format, of which only config files are read.
         gpus: "8xrtx4090", "8x24GB", "4xa100-80gb,2xrtx4090"; stages follow this order.
-        num_frames, height, width, num_inference_steps, guidance_scale: as in ``WanPipeline``.
-        frames_per_block, context_frames, context: B, C and the policy; kept, unless nothing fits.
-        max_blocks_in_flight, context_version: K, see ``BlockConfig``; None: no limit, or where that does not fit the
-            largest that does (for memory with "newest" features, which take fewer slots).
         decode: "stage 0" (beside its units) or "own card" (the last one).
         link, between: of cards in a group and between groups of ``gpus``, by name ("pcie4", "nvlink4", "25gbe").
         memory_limit: GiB per card that may be used. first_frame_limit: seconds.
         extra_devices: cards besides the built-in ones, by name.
+        options: fields of ``VideoConfig`` (num_frames, by default 1025, height, width, num_inference_steps ...), and
+            of ``EngineConfig`` and ``BlockConfig`` (frames_per_block, context, dtype ...). Blocks and context are
+            kept, unless nothing fits; without ``max_blocks_in_flight`` there is no limit, or where that does not fit
+            the largest that does (for memory with "newest" features, which take fewer slots).
 
     Raises:
         NoPlan: it cannot be done; says why, and what can.
         ValueError: a value is out of range or unknown; names it, the rule and the way out.
     """
-    work = Workload(
-        model_sizes(model),
-        VideoConfig(height, width, num_frames, num_inference_steps, float(guidance_scale)),
-        BlockConfig(
-            frames_per_block,
-            context_frames,
-            context,  # type: ignore[arg-type]
-            max_blocks_in_flight,
-            context_version,  # type: ignore[arg-type]
-        ),
-    )
+    names = {item.name for item in fields(VideoConfig)} & set(options)
+    video = VideoConfig(**{"num_frames": 1025, **{name: options.pop(name) for name in names}})
+    work = Workload(model_sizes(model), video, EngineConfig.of(**options))
     groups = parse_gpus(gpus, extra_devices) if isinstance(gpus, str) else [list(group) for group in gpus]
     return plan_for(
         work,
@@ -298,7 +283,8 @@ class _Search:
 
 def with_blocks(work: Workload, **change: object) -> Workload:
     """The same video, cut in another way."""
-    return replace(work, blocks=replace(work.blocks, **change))  # type: ignore[arg-type]
+    blocks = replace(work.blocks, **change)  # type: ignore[arg-type]
+    return replace(work, engine=replace(work.engine, blocks=blocks))
 
 
 def _no_plan(reason: str, nearest: Plan | None) -> NoPlan:

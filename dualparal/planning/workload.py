@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.engine import DTYPE_BYTES, EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.models.sizes import ModelSizes
 from dualparal.schedule.layout import Layout
@@ -14,25 +15,38 @@ from dualparal.schedule.schedule import Schedule
 
 @dataclass(frozen=True)
 class Workload:
-    """One or several videos and the model that makes them.
+    """One or several videos, the model that makes them, and how it is run.
 
-    itemsize: bytes of the transformer's dtype. decode: False for latents only. depth: messages between two stages.
-    num_videos: independent videos of this kind, made in turns. key_means: whether 8-bit attention keeps a mean of
-    every block's keys.
+    Attributes:
+        engine: its dtype decides bytes (default bfloat16); its stages and device are not asked.
+        num_videos: independent videos of this kind, made in turns.
+
+    Raises:
+        ValueError: a size or a length that the model cannot make.
     """
 
     model: ModelSizes
     video: VideoConfig = field(default_factory=VideoConfig)
-    blocks: BlockConfig = field(default_factory=BlockConfig)
-    itemsize: int = 2
-    decode: bool = True
-    depth: int = 2
+    engine: EngineConfig = field(default_factory=EngineConfig)
     num_videos: int = 1
-    key_means: bool = False
 
     def __post_init__(self) -> None:
         self.video.check_size(self._side, self._side)
         self.video.num_latents(self.model.vae.temporal_factor)
+
+    @property
+    def blocks(self) -> BlockConfig:
+        return self.engine.blocks
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the transformer's dtype."""
+        return DTYPE_BYTES[self.engine.dtype or "bfloat16"]
+
+    @property
+    def decode(self) -> bool:
+        """True when frames are made, and not latents only."""
+        return self.video.output_type != "latent"
 
     @cached_property
     def layout(self) -> Layout:
@@ -61,13 +75,10 @@ class Workload:
     def schedule(self, num_stages: int) -> Schedule:
         """The very schedule that the engine walks."""
         return Schedule.of(
-            self.blocks,
+            self.engine,
+            self.video,
             num_stages=num_stages,
             num_steps=self.video.num_inference_steps,
             num_blocks=self.layout.num_blocks,
-            guidance=self.video.guidance,
-            decode=self.decode,
-            depth=self.depth,
             num_videos=self.num_videos,
-            key_means=self.key_means,
         )

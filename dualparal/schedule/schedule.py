@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from dualparal.config.blocks import CONTEXT_VERSIONS, BlockConfig, admission_gap
+from dualparal.config.blocks import CONTEXT_VERSIONS, admission_gap
+from dualparal.config.engine import EngineConfig
+from dualparal.config.video import VideoConfig
 from dualparal.schedule.actions import Action, Features, Op, Unit
 from dualparal.schedule.policies import POLICIES, BlockQueue, Policy
 
@@ -76,40 +78,36 @@ class Schedule:
     @classmethod
     def of(
         cls,
-        blocks: BlockConfig,
+        engine: EngineConfig,
+        video: VideoConfig,
         *,
         num_stages: int,
         num_steps: int,
         num_blocks: int | None,
-        guidance: bool,
-        decode: bool,
-        depth: int,
         num_videos: int,
-        key_means: bool,
         start: int = 0,
     ) -> Schedule:
         """The schedule of a run. The engine walks it and the cost model counts it, so both make it here.
 
-        All numbers that a caller could forget are required. The attributes of the class say what they mean, and
-        ``blocks`` holds the rest.
-
-        Raises:
-            ValueError: as the class.
+        Args:
+            engine: how the model is run. video: what is made.
+            num_steps: length of the sampler's list of timesteps.
         """
+        blocks = engine.blocks
         return cls(
             num_stages=num_stages,
             num_steps=num_steps,
             num_blocks=num_blocks,
             context=blocks.context,
             context_frames=blocks.context_frames,
-            guidance=guidance,
-            decode=decode,
-            depth=depth,
+            guidance=video.guidance,
+            decode=video.output_type != "latent",
+            depth=engine.depth,
             max_blocks_in_flight=blocks.max_blocks_in_flight,
             context_version=blocks.context_version,
             num_videos=num_videos,
             refresh_every=blocks.refresh_every,
-            key_means=key_means,
+            key_means=engine.attention_8bit.on,
             start=start,
         )
 

@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from cli_runs import decode
+from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.engine import capacity
 from dualparal.engine.capacity import TooLarge
@@ -324,7 +325,9 @@ def test_a_whole_video_counts_its_frames(wan21: Path, monkeypatch: pytest.Monkey
 
 def test_the_text_encoder_counts_where_it_is_needed(wan21: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine.from_pretrained(wan21, device="cpu", stages=2)
-    work = Workload(model_sizes(str(wan21)), VideoConfig(32, 32, 9), itemsize=4, decode=False)
+    work = Workload(
+        model_sizes(str(wan21)), VideoConfig(32, 32, 9, output_type="latent"), EngineConfig(dtype="float32")
+    )
     larger = dataclasses.replace(work, model=dataclasses.replace(work.model, text_encoder=2**29))
     monkeypatch.setattr(capacity, "host_memory", lambda: 2**30)
     capacity.check(larger, [2, 2], [0, 1], engine.mesh.device, encodes=False)

@@ -14,6 +14,7 @@ from harness.shapes import GPU_SHAPES, wan_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import supervise
@@ -43,7 +44,7 @@ def test_parameters_are_the_real_ones(name: str) -> None:
 def test_slices_weigh_what_their_tensors_do(wan21: Path) -> None:
     model = model_sizes(str(wan21))
     spec = WanSpec((json.loads((wan21 / "transformer" / "config.json").read_text()),))
-    work = Workload(model, VideoConfig(32, 32, 29, 3), BlockConfig(2, 1))
+    work = Workload(model, VideoConfig(32, 32, 29, 3), EngineConfig(BlockConfig(2, 1)))
     split, start = [1, 2, 1], 0
     for stage, layers in enumerate(split):
         names = spec.names(0, range(start, start + layers))
@@ -79,13 +80,13 @@ def test_a_layer_costs_what_the_benches_count() -> None:
 
 
 def test_neighbours_and_first_blocks_are_counted() -> None:
-    work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=1025), BlockConfig(8, 4, "cached"))
+    work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=1025), EngineConfig(BlockConfig(8, 4, "cached")))
     schedule = work.schedule(4)
     keys = lambda unit: unit_arithmetic(work, schedule, unit).attention / (4 * 8 * 1560 * 1536) - 512  # noqa: E731
     assert keys(Unit(0, 0, 0)) == 8 * 1560  # nobody before, nobody after yet
     assert keys(Unit(0, 1, 0)) == keys(Unit(1, 0, 0)) == 12 * 1560
     assert keys(Unit(1, 1, 0)) == 16 * 1560
-    paper = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=1025), BlockConfig(8, 4, "paper"))
+    paper = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=1025), EngineConfig(BlockConfig(8, 4, "paper")))
     assert unit_arithmetic(paper, paper.schedule(4), Unit(1, 1, 0)).linear == pytest.approx(
         1.5 * unit_arithmetic(work, schedule, Unit(1, 1, 0)).linear
     )
@@ -94,7 +95,7 @@ def test_neighbours_and_first_blocks_are_counted() -> None:
 def test_layers_as_docs_gpu_has_them() -> None:
     """docs/gpu.md: milliseconds per layer on an H200, B = C = 8, both branches: 11.9 and 51, with 1.5 % of features."""
     for name, milliseconds in (("wan2.1-t2v-1.3b", 11.9), ("wan2.1-t2v-14b", 51.0)):
-        work = Workload(MODELS[name], VideoConfig(num_frames=1025), BlockConfig(8, 8))
+        work = Workload(MODELS[name], VideoConfig(num_frames=1025), EngineConfig(BlockConfig(8, 8)))
         tokens = 8 * work.tokens
         layer = 2e3 * layer_arithmetic(work, tokens, 3 * tokens, 2 * tokens, 2 * tokens).seconds(DEVICES["h200"])
         assert layer == pytest.approx(milliseconds * 1.015, rel=0.03)
@@ -102,7 +103,7 @@ def test_layers_as_docs_gpu_has_them() -> None:
 
 def test_published_times_of_whole_models() -> None:
     """Plain diffusers, 81 frames of 480p, 50 steps: eager passes over memory in place of ours (docs/gpu.md: 155)."""
-    work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=81), BlockConfig(21, 0))
+    work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=81), EngineConfig(BlockConfig(21, 0)))
     tokens = 21 * work.tokens
     eager = layer_arithmetic(work, tokens, tokens)._replace(moved=155 * tokens * work.model.inner * 2)
     seconds = 2 * 50 * work.model.num_layers * eager.seconds(DEVICES["rtx5090"])
@@ -120,7 +121,9 @@ def test_balance() -> None:
 @pytest.mark.parametrize("blocks_in_flight, steps, context", pairwise([None, 5], [8, 50], ["cached", "prior", "paper"]))
 def test_the_closed_form_is_near_the_replay(context: str, steps: int, blocks_in_flight: int | None) -> None:
     blocks = BlockConfig(8, 4, context, blocks_in_flight)  # type: ignore[arg-type]
-    work = Workload(MODELS["wan2.1-t2v-14b"], VideoConfig(num_frames=1025, num_inference_steps=steps), blocks)
+    work = Workload(
+        MODELS["wan2.1-t2v-14b"], VideoConfig(num_frames=1025, num_inference_steps=steps), EngineConfig(blocks)
+    )
     cards, links = [DEVICES["h100"]] * 8, [LINKS["nvlink4"]] * 8
     schedule = work.schedule(8)
     costing = Costing(work, schedule, [5] * 8, cards, links)
@@ -179,7 +182,8 @@ def measure(path: Path, side: int, blocks: BlockConfig, steps: int, count: int) 
     options = {"frames_per_block": blocks.frames_per_block, "context_frames": blocks.context_frames}
     frames = 4 * (count * blocks.frames_per_block - 1) + 1
     call = {"height": side, "width": side, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": 5.0}
-    work = Workload(model_sizes(str(path)), VideoConfig(side, side, frames, steps), blocks, itemsize=4, decode=False)
+    video = VideoConfig(side, side, frames, steps, output_type="latent")
+    work = Workload(model_sizes(str(path)), video, EngineConfig(blocks, dtype="float32"))
     split, schedule = [work.model.num_layers // 2] * 2, work.schedule(2)
     case = {"model": str(path), "options": {**options, "context": blocks.context}, "call": call}
     return run_ranks(case), [resident(work, schedule, split, stage) for stage in range(2)]
@@ -231,6 +235,6 @@ def test_every_video_has_features_and_histories_of_its_own() -> None:
     assert [m.features / 2**30 for m in memory] == pytest.approx([18.85, 73.70], abs=0.01)
     history = one.model.vae.cache_bytes(one.pixels)
     assert decode_bytes(four) - decode_bytes(one) == 3 * history > 0
-    means = Workload(MODELS["wan2.1-t2v-1.3b"], video, key_means=True)
+    means = Workload(MODELS["wan2.1-t2v-1.3b"], video, EngineConfig.of(attention_8bit="int8"))
     more = stage_memory(means, means.schedule(4), split, 1).features - memory[0].features
     assert more == 2 * means.schedule(4).places * 8 * 4 * means.model.inner  # branches, places, layers, float32
