@@ -26,7 +26,7 @@ quick: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q --quick
+	$(BIN)/pytest -q --quick --numprocesses $(TEST_PROCESSES)
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv

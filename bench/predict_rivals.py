@@ -105,9 +105,9 @@ def rows(model: str, context_frames: int, card: str, link: str) -> Iterator[Row]
     prior = replace(work, engine=EngineConfig(BlockConfig(8, context_frames, "prior")))
     yield in_blocks(prior, f"1x{card}", "`prior`, one card")
     for context in ("paper", "cached", "prior"):
-        policy = replace(work, blocks=BlockConfig(8, context_frames, context))  # type: ignore[arg-type]
+        policy = replace(work, engine=EngineConfig(BlockConfig(8, context_frames, context)))  # type: ignore[arg-type]
         yield in_blocks(policy, f"{CARDS}x{card}", f"`{context}`, {CARDS} cards")
-    early = replace(work, blocks=BlockConfig(8, context_frames, "cached", 6, "newest"))
+    early = replace(work, engine=EngineConfig(BlockConfig(8, context_frames, "cached", 6, "newest")))
     yield in_blocks(early, f"{CARDS}x{card}", f"`cached`, {CARDS} cards, K = 6")
 
 
