@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from dualparal.checkpoint.checkpointer import Checkpoint
     from dualparal.config.blocks import BlockConfig
     from dualparal.config.eight_bit import EightBitPolicy
+    from dualparal.config.engine import EngineConfig
     from dualparal.config.video import VideoConfig
     from dualparal.decoding.chunks import Chunk
-    from dualparal.engine.engine import Engine, EngineOutput
+    from dualparal.engine.engine import Engine
+    from dualparal.engine.result import EngineOutput
     from dualparal.planning.plan import Plan
     from dualparal.planning.planner import plan
     from dualparal.schedule.schedule import Schedule
@@ -30,7 +32,8 @@ _EXPORTS = {
     "Chunk": "decoding.chunks",
     "EightBitPolicy": "config.eight_bit",
     "Engine": "engine.engine",
-    "EngineOutput": "engine.engine",
+    "EngineConfig": "config.engine",
+    "EngineOutput": "engine.result",
     "Plan": "planning.plan",
     "Schedule": "schedule.schedule",
     "plan": "planning.planner",
@@ -42,6 +45,7 @@ __all__ = [
     "Chunk",
     "EightBitPolicy",
     "Engine",
+    "EngineConfig",
     "EngineOutput",
     "Plan",
     "Schedule",
