@@ -48,7 +48,7 @@ class _Entry:
 
 
 class Graphed:
-    """Wrapper of ``Stage.forward``, one per stage. Its result is good until the next call with the same shape.
+    """Wrapper of ``Stage.forward``, one per stage. Its result is good until the next call.
 
     Args:
         forward: a function of shape and tensors alone.

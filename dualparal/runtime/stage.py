@@ -214,7 +214,7 @@ class Stage:
         return self._step(shape, inputs)
 
     def forward(self, shape: StepShape, inputs: StepInputs) -> torch.Tensor:
-        """Computes a unit: the arithmetic of ``run``, of which nothing else decides the result."""
+        """Computes a unit from its shape and tensors; nothing else decides the result (see ``run``)."""
         expert, tokens = self.experts[shape.expert], self.spec.grid.tokens
         hidden = expert.embed(inputs.hidden) if self.spec.first else inputs.hidden
         first_own = shape.fed_context * tokens
