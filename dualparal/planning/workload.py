@@ -1,4 +1,4 @@
-"""A video, the model that makes it, and how: what everything that is counted depends on."""
+"""A workload: a video, the model that makes it, and the choices on which all counts depend."""
 
 from __future__ import annotations
 
@@ -16,9 +16,18 @@ from dualparal.schedule.schedule import Schedule
 class Workload:
     """One or several videos and the model that makes them.
 
-    itemsize: bytes of the transformer's dtype. decode: False for latents only. depth: messages between two stages.
-    num_videos: independent videos of this kind, made in turns. key_means: whether 8-bit attention keeps a mean of
-    every block's keys.
+    Attributes:
+        model: its sizes.
+        video: size, length, steps and guidance.
+        blocks: the cut of the video into blocks.
+        itemsize: bytes of the transformer's dtype.
+        decode: False for latents only.
+        depth: messages between two stages.
+        num_videos: independent videos of this kind, made in turns.
+        key_means: 8-bit attention keeps a mean of every block's keys.
+
+    Raises:
+        ValueError: a size or length that the model cannot make.
     """
 
     model: ModelSizes
@@ -36,26 +45,27 @@ class Workload:
 
     @cached_property
     def layout(self) -> Layout:
+        """The places of the blocks in the video."""
         return Layout(self.blocks, self.video.num_latents(self.model.vae.temporal_factor))
 
     @cached_property
     def tokens(self) -> int:
-        """Per latent frame."""
+        """Tokens per latent frame."""
         return (self.video.height // self._side) * (self.video.width // self._side)
 
     @property
     def _side(self) -> int:
-        """Of a token, in pixels of a frame."""
+        """Side of a token, in pixels of a frame."""
         return self.model.vae.spatial_factor * self.model.patch
 
     @property
     def text_tokens(self) -> int:
-        """Of a prompt; padded to this length."""
+        """Tokens of a prompt; padded to this length."""
         return self.video.max_sequence_length
 
     @property
     def pixels(self) -> int:
-        """Of a latent frame."""
+        """Latent pixels of a latent frame."""
         return self.tokens * self.model.patch**2
 
     def schedule(self, num_stages: int) -> Schedule:
