@@ -42,7 +42,7 @@ def generate(
         noise: block -> initial latents of its own frames.
         prompt_embeds: block -> [1 or 2, sequence, text_dim], the conditional row first; two rows mean guidance.
         guidance_scales: one per expert.
-        eight_bit: where self-attention has 8 bits. A block takes from its keys their mean of the step before (at its
+        eight_bit: the layers and steps in 8 bits. A block takes from its keys their mean of the step before (at its
             first such step, of this one). Features stay as their maker had them, and other readers convert.
     """
     assert layout.num_blocks is not None, "the reference makes finite videos"
@@ -120,7 +120,16 @@ def generate(
 def arena(
     own: int, mean: torch.Tensor | None, neighbours: Sequence[Features8], like: torch.Tensor, heads: int, fp8: bool
 ) -> Context8:
-    """The neighbours' features behind ``own`` rows to be written; mean: what to take from these, if it is known."""
+    """Lays ``own`` rows to be written and the neighbours' features behind them into one 8-bit context.
+
+    Args:
+        own: number of own tokens.
+        mean: float32 [inner], to be taken from the own keys; None: not known yet.
+        neighbours: features in 8 bits, in the order of their keys.
+        like: hidden states [tokens, inner], for width, device and 16-bit dtype.
+        heads: of self-attention.
+        fp8: values are in 8 bits, too.
+    """
     inner = like.shape[1]
     parts = [(own, 0), *((len(part.keys_values.k), part.skip) for part in neighbours)]
     tiles = [tiles_of(rows) for rows, _ in parts]
@@ -136,7 +145,7 @@ def arena(
 
 
 def lend(made: KeysValues | Context8, start: int, count: int) -> KeysValues | Features8:
-    """``count`` rows from ``start`` on, as they are kept."""
+    """The features that a neighbour reads: ``count`` rows from ``start`` on, in the format that they were made in."""
     if isinstance(made, KeysValues):
         return made.rows(start, count)
     share = lent(start, count)

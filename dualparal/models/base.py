@@ -1,8 +1,7 @@
-"""What the engine needs of a model: facts from its config, slices of its layers, a decoder, a prompt encoder.
+"""Protocols between the engine and a model: facts from its configs, slices of its layers, a decoder, a prompt encoder.
 
-A family implements these protocols (``registry`` says where). It knows nothing of ranks, schedules or blocks;
-positions are absolute latent-frame indices of the video, so features made for one block are right for its neighbour
-as they are.
+A family implements these protocols (``registry`` finds it). It knows nothing of ranks, schedules or blocks; positions
+are absolute latent-frame indices of the video, so features made for one block are right for its neighbour as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Pending = tuple[torch.Tensor, torch.Tensor | None]  # (y, gate): x + y * gate is
 
 
 class Grid(NamedTuple):
-    """Size of a latent frame in latent pixels, and in tokens (after patching)."""
+    """The size of a latent frame in latent pixels (height, width), and in tokens after patching."""
 
     height: int
     width: int
@@ -33,17 +32,18 @@ class Grid(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Rotary angles of a window of tokens: cosines and sines, float32 [tokens, head_dim // 2]."""
+    """Rotary angles of a window of tokens: cosines and sines, float32 [tokens, head_dim // 2] each."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
 
 class TimeCondition(NamedTuple):
-    """What a timestep means to a slice. Made once per step and run, not per unit.
+    """The modulations that a timestep gives to the layers of a slice, made once per step and run, not per unit.
 
-    layers: float32 [layers of the slice, 6, inner] (or another number of rows, as the family has it); head: float32
-    [2, inner], for the slice that has the head.
+    Attributes:
+        layers: float32 [layers of the slice, 6, inner] (or another number of rows, as the family has it).
+        head: float32 [2, inner] for the slice that has the head, otherwise None.
     """
 
     layers: torch.Tensor
@@ -53,18 +53,23 @@ class TimeCondition(NamedTuple):
 class AttentionKernel(Protocol):
     """Self-attention on this device.
 
-    ``queries`` [tokens, inner] (or what the 8-bit pass makes of them) attend to the rows of ``context``; returns
-    [tokens, inner] in the model's dtype.
+    Args:
+        queries: [tokens, inner]; for ``Context8`` the result of the 8-bit norm-and-rotate pass.
+        context: the keys and values that they attend to.
+        heads: number of heads in ``inner``.
+
+    Returns:
+        [tokens, inner] in the model's dtype.
     """
 
     def __call__(self, queries: Any, context: KeysValues | Context8, heads: int) -> torch.Tensor: ...
 
 
 class AttentionStrategy(Protocol):
-    """Goes around the kernel of self-attention in every layer.
+    """A function around the kernel of self-attention, called in every layer.
 
-    It gets queries, keys and values normed and rotated, may send them elsewhere or split them by heads before it
-    calls ``kernel`` once or several times, and returns what one call on all of them would: [tokens, inner].
+    It gets queries, keys and values normed and rotated. It may send them elsewhere or split them by heads before it
+    calls ``kernel`` once or several times. It returns the result of one call on all of them: [tokens, inner].
     """
 
     def __call__(
@@ -73,12 +78,20 @@ class AttentionStrategy(Protocol):
 
 
 def attend_here(kernel: AttentionKernel, queries: Any, context: KeysValues | Context8, heads: int) -> torch.Tensor:
-    """The strategy of a stage on one device: one call."""
+    """Calls the kernel once: the strategy of a stage on one device."""
     return kernel(queries, context, heads)
 
 
 class Slice(Protocol):
-    """A run of layers of one transformer, with the embedding or the head where it owns them. No batch dimension."""
+    """A run of layers of one transformer, with the embedding or the head where it owns them. No batch dimension.
+
+    Attributes:
+        num_layers: layers of the slice.
+        inner_dim: width of hidden states, keys and values.
+        heads: heads of self-attention.
+        dtype: the dtype of hidden states.
+        device: the device of its tensors.
+    """
 
     num_layers: int
     inner_dim: int
@@ -91,7 +104,7 @@ class Slice(Protocol):
         ...
 
     def time(self, timestep: torch.Tensor) -> TimeCondition:
-        """timestep: a scalar of the sampler's."""
+        """The modulations of ``timestep``, a scalar tensor of the sampler's."""
         ...
 
     def text(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
@@ -114,22 +127,31 @@ class Slice(Protocol):
         lends: Sequence[Lend] = (),
         attend: AttentionStrategy = attend_here,
     ) -> tuple[torch.Tensor, Pending]:
-        """One layer. Returns hidden states and what is still to be added to them.
+        """Runs one layer.
 
         Args:
+            index: of the layer, counted from 0 in this slice.
+            hidden: [tokens, inner].
+            pending: the part of the residual that the layer before has left to this one.
+            time: modulations of the slice's layers at this step.
+            text: keys and values of the text for this layer, [sequence, inner] each.
+            rotary: angles of the tokens.
             context: rows [own | neighbours]; the neighbours' keys and values are there, the own ones are written.
                 ``Context8``: self-attention in 8 bits; attention to the text stays as it is.
-            lends: where own keys and values go besides, for neighbours to read; in 16 bits only.
-            attend: goes around the kernel of self-attention.
+            lends: places that get own keys and values besides, for neighbours to read; in 16 bits only.
+            attend: the strategy around the kernel of self-attention.
+
+        Returns:
+            Hidden states [tokens, inner], and the part of the residual that is still to be added to them.
         """
         ...
 
     def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
-        """Hidden states with nothing pending, to hand to the next slice."""
+        """Hidden states [tokens, inner] with nothing pending, to hand to the next slice."""
         ...
 
     def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition, grid: Grid) -> torch.Tensor:
-        """Velocity [1, C, F, H, W] of whole frames of tokens. Last slice only."""
+        """The velocity [1, C, F, H, W] of whole frames of tokens. Last slice only."""
         ...
 
 
@@ -140,16 +162,18 @@ class ModelSpec(Protocol):
     def from_configs(
         cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
     ) -> ModelSpec:
-        """Of the transformers' configs, the VAE's, and the pipeline's own (model_index.json).
+        """Makes a spec from the configs of the transformers, of the VAE, and of the pipeline itself (model_index.json).
 
         Raises:
-            ValueError: a variant that the adapter does not run; names what is different.
+            ValueError: a variant that the adapter does not run; names the difference.
             KeyError, TypeError: not such configs at all.
         """
         ...
 
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """Layers of one transformer."""
+        ...
 
     @property
     def num_experts(self) -> int:
@@ -158,7 +182,7 @@ class ModelSpec(Protocol):
 
     @property
     def in_channels(self) -> int:
-        """Of latents."""
+        """Channels of latents."""
         ...
 
     @property
@@ -167,7 +191,9 @@ class ModelSpec(Protocol):
         ...
 
     @property
-    def heads(self) -> int: ...
+    def heads(self) -> int:
+        """Heads of self-attention."""
+        ...
 
     @property
     def text_dim(self) -> int:
@@ -190,11 +216,14 @@ class ModelSpec(Protocol):
         ...
 
     def expert(self, timestep: float, num_train_timesteps: int) -> int:
-        """Which of the model's transformers handles a timestep."""
+        """Index of the transformer that handles a timestep (0 to ``num_train_timesteps``)."""
         ...
 
     def grid(self, height: int, width: int) -> Grid:
-        """Latent grid of a frame whose pixels divide by factor * patch (see VideoConfig.check_size)."""
+        """Latent grid of a frame of ``height`` x ``width`` pixels.
+
+        Both divide by factor * patch (``VideoConfig.check_size``).
+        """
         ...
 
     def shapes(self, expert: int) -> dict[str, tuple[int, ...]]:
@@ -202,11 +231,11 @@ class ModelSpec(Protocol):
         ...
 
     def is_unused(self, name: str) -> bool:
-        """Is this a tensor that checkpoints may hold besides, and nothing reads?"""
+        """True for a tensor that checkpoints may hold besides, and that nothing reads."""
         ...
 
     def names(self, expert: int, layers: range) -> list[str]:
-        """The tensors that a slice of these layers needs."""
+        """Names of the tensors that a slice of these layers needs."""
         ...
 
     def tensor_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -214,7 +243,7 @@ class ModelSpec(Protocol):
         ...
 
     def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> Slice:
-        """A slice from its tensors."""
+        """A slice from its tensors, which have the names of ``names`` and the dtypes of ``tensor_dtype``."""
         ...
 
 
@@ -223,7 +252,7 @@ class Decoder(Protocol):
 
     @property
     def history(self) -> int:
-        """How many latent frames back a frame can see: a fresh decoder fed so many goes on with the same bits."""
+        """Number of latent frames back that a frame can see. A fresh decoder fed so many goes on with the same bits."""
         ...
 
     @property
@@ -232,8 +261,13 @@ class Decoder(Protocol):
         ...
 
     def push(self, latents: torch.Tensor) -> torch.Tensor:
-        """The next latent frames [1, C, f, h, w] of the video, as the transformer makes them, to frames
-        [F, 3, h * spatial_factor, w * spatial_factor] in [-1, 1]. However the latents are cut, the frames are the same.
+        """Decodes the next latent frames of the video. However the latents are cut, the frames are the same.
+
+        Args:
+            latents: [1, C, f, h, w], as the transformer makes them.
+
+        Returns:
+            Frames [F, 3, h * spatial_factor, w * spatial_factor] in [-1, 1].
         """
         ...
 
@@ -243,16 +277,23 @@ class Decoder(Protocol):
 
 
 class PromptEncoder(Protocol):
-    """Prompts to embeddings. What it needs for that is loaded at the first prompt."""
+    """Prompts to embeddings. The encoder behind it is loaded at the first prompt."""
 
     def encode(
         self, prompt: str, negative_prompt: str | None, guidance: bool, max_sequence_length: int
     ) -> torch.Tensor:
-        """Embeddings [1 or 2, max_sequence_length, text_dim]; guidance: two rows, the conditional one first."""
+        """Embeddings [1 or 2, max_sequence_length, text_dim].
+
+        Args:
+            prompt: the text of the conditional row.
+            negative_prompt: the text of the unconditional row; None: empty.
+            guidance: two rows, the conditional one first; otherwise one.
+            max_sequence_length: tokens; longer prompts are cut, shorter ones padded.
+        """
         ...
 
     def free(self) -> None:
-        """Gives back the memory of what was loaded."""
+        """Gives the encoder's memory back."""
         ...
 
 

@@ -53,22 +53,26 @@ class ModelFiles:
 
     @cached_property
     def family(self) -> Family:
+        """The family of the directory's pipeline class."""
         return family_in(self.path)
 
     @cached_property
     def index(self) -> dict[str, Any]:
+        """The content of model_index.json."""
         return read_json(self.path / "model_index.json")
 
     def config(self, component: str) -> dict[str, Any]:
+        """The content of a component's config.json; raises ModelError as ``read_config`` does."""
         return read_config(self.path / component / "config.json")
 
     def has(self, component: str) -> bool:
+        """True when model_index.json names a class for a component (an optional one may be null)."""
         entry = self.index.get(component)
         return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """Facts of the model; ModelError for a variant of its family that is not supported."""
+        """Facts of the model; raises ModelError for a variant of its family that is not supported."""
         try:
             return self.family.spec(
                 [self.config(name) for name in EXPERTS if self.has(name)], self.config("vae"), self.index
@@ -85,7 +89,11 @@ class ModelFiles:
 
     @property
     def sizes(self) -> ModelSizes:
-        """What it takes to run it, from its configs; ModelError where there is no cost model."""
+        """Parameters, arithmetic and bytes of the model, from its configs alone.
+
+        Raises:
+            ModelError: there is no cost model for it.
+        """
         return self.family.sizes(self.path)
 
     @cached_property
@@ -100,10 +108,10 @@ class ModelFiles:
         return "; ".join(parts)
 
     def check_weights(self) -> None:
-        """Names and shapes of all weight files against the configs, from the headers alone.
+        """Compares names and shapes of all weight files with the configs, from the headers alone.
 
         Raises:
-            ModelError: lists what is missing, what is too much and what has another shape.
+            ModelError: tensors are missing, too many, or of another shape; lists them.
         """
         for expert, folder in enumerate(EXPERTS[: self.spec.num_experts]):
             check_tensors(self.path / folder, self.spec.shapes(expert), self.spec.is_unused)
@@ -127,7 +135,7 @@ class ModelFiles:
                 raise ModelError(f"{path}: tokenizer_class={kind!r}; supported: {', '.join(classes)}")
 
     def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]:
-        """One slice per expert, reading only the tensors of these layers."""
+        """One slice per expert, on ``device``. Only the tensors of these layers are read."""
         slices: list[Slice] = []
         for expert, folder in enumerate(EXPERTS[: self.spec.num_experts]):
             files = WeightFiles(self.path / folder)
@@ -139,17 +147,26 @@ class ModelFiles:
         return slices
 
     def load_scheduler(self) -> Any:
+        """The diffusers scheduler that model_index.json names.
+
+        Raises:
+            ModelError: its config cannot be loaded.
+        """
         import diffusers
 
         with _named(self.path / "scheduler"):
             return getattr(diffusers, self.index["scheduler"][1]).from_pretrained(self.path / "scheduler")
 
     def load_vae(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
-        """The VAE, in float32 unless asked otherwise."""
+        """The VAE on ``device``, in float32 unless asked otherwise; raises ModelError for files that do not fit."""
         return self._load("vae", dtype).to(device).eval()
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-        """(tokenizer, text encoder). Only one rank calls this."""
+        """Returns (tokenizer, text encoder on ``device``). Only one rank calls this.
+
+        Raises:
+            ModelError: files that cannot be loaded, or do not fit the config.
+        """
         import transformers
 
         with _named(self.path / "tokenizer"):
@@ -157,7 +174,7 @@ class ModelFiles:
         return tokenizer, self._load("text_encoder", dtype).to(device).eval()
 
     def _load(self, name: str, dtype: torch.dtype) -> Any:
-        """A part, as the family loads it."""
+        """Loads a part as its family does; raises ModelError for missing or misshapen tensors."""
         folder = self.path / name
         with _named(folder):
             part, info = resolve(self.family.components[name].load)(folder, dtype)
@@ -170,7 +187,7 @@ class ModelFiles:
 
 @contextmanager
 def _named(folder: Path) -> Iterator[None]:
-    """Errors of a library that reads this folder, as one of ours."""
+    """Turns errors of a library that reads this folder into a ``ModelError`` that names it."""
     try:
         yield
     except (OSError, SafetensorError, ValueError) as error:

@@ -18,7 +18,7 @@ class ModelError(ValueError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file.
+    """The JSON object in a file.
 
     Raises:
         ModelError: no file, a large one, no JSON object, or one that names code to run.
@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config of a component: ``read_json``, and refused as well if it asks for too many modules."""
+    """The config of a component: as ``read_json``, and refused as well if it asks for too many modules."""
     config = read_json(path)
     for key in _MODULE_COUNTS:
         if isinstance(config.get(key), (int, float)) and not 0 <= config[key] <= _MAX_MODULES:
@@ -65,6 +65,6 @@ def _refuse_code(path: Path, data: Any) -> None:
 
 
 def shorten(value: object) -> str:
-    """As it would be typed, and of a length that can be read."""
+    """The ``repr`` of a value, cut to a length that can be read."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:160]}... ({len(text)} characters)"

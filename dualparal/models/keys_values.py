@@ -17,13 +17,17 @@ class KeysValues(NamedTuple):
     values: torch.Tensor
 
     def rows(self, start: int, count: int) -> KeysValues:
+        """Views of ``count`` rows from ``start`` on."""
         return KeysValues(self.keys[start : start + count], self.values[start : start + count])
 
 
 class Features8(NamedTuple):
-    """Features in 8 bits: whole rows of an arena from the start of a tile on, and what was taken from the keys.
+    """Features in 8 bits: whole rows of an arena from the start of a tile on, and the mean taken away from the keys.
 
-    mean: float32 [inner]. skip: so many rows in front were not lent, they are there for their tile.
+    Attributes:
+        keys_values: the rows.
+        mean: float32 [inner].
+        skip: number of rows in front that were not lent; they are there for their tile.
     """
 
     keys_values: KeysValues8
@@ -32,19 +36,20 @@ class Features8(NamedTuple):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """What a slot holds, keys and values first as in 16 bits. All features of a side have the same skip."""
+        """The tensors of a slot, keys and values first as in 16 bits. All features of a side have the same skip."""
         k, k_scale, v, v_scale = self.keys_values
         return [tensor for tensor in (k, v, k_scale, v_scale, self.mean) if tensor is not None]
 
 
 class Context8(NamedTuple):
-    """What self-attention in 8 bits reads and writes, in place of ``KeysValues``.
+    """Keys and values of self-attention in 8 bits, in place of ``KeysValues``; the own ones are written by the layer.
 
-    arena: [own | neighbours], each from a multiple of TILE on; the neighbours' rows are there, the own are written.
-    spans: which rows of it count.
-    means: float32 [segments, inner], the own and then the neighbours'; the own one is written when ``first``.
-    k_sums: float32 [tiles_of(own), inner], written: what the mean of the own keys is made from.
-    first: is it the block's first step in 8 bits? Nothing is known of its keys then, and they are looked at twice.
+    Attributes:
+        arena: [own | neighbours], each from a multiple of TILE on; the neighbours' rows are there, the own are written.
+        spans: first row that counts and the one behind the last, of each segment (``attention_8bit.place``).
+        means: float32 [segments, inner], the own and then the neighbours'; the own one is written when ``first``.
+        k_sums: float32 [tiles_of(own), inner], written: sums of the own keys, from which ``key_mean`` makes their mean.
+        first: the unit is the block's first in 8 bits. Nothing is known of its keys then, and they are looked at twice.
     """
 
     arena: KeysValues8
@@ -55,13 +60,16 @@ class Context8(NamedTuple):
 
 
 def to_8bit(features: KeysValues, heads: int, fp8: bool) -> Features8:
-    """Features kept in 16 bits for a reader in 8 bits: less their own mean; fp8: values, too."""
+    """Converts features kept in 16 bits for a reader in 8 bits.
+
+    Keys are taken less their own mean; with ``fp8`` values are converted, too.
+    """
     mean = features.keys.float().mean(0)
     return Features8(quantise_features(*features, mean, heads=heads, fp8=fp8), mean, 0)
 
 
 def to_16bit(features: Features8, dtype: torch.dtype) -> KeysValues:
-    """Features kept in 8 bits for a reader in 16 bits."""
+    """Converts features kept in 8 bits for a reader in 16 bits of ``dtype``."""
     restored = restore_features(features.keys_values, features.mean, dtype)
     return KeysValues(*(tensor[features.skip :] for tensor in restored))
 

@@ -36,6 +36,7 @@ class LoadedPipeline:
 
     @property
     def fingerprint(self) -> str:
+        """The number of elements of each transformer, for ranks to compare (no checksum of the data)."""
         return "; ".join(f"{sum(p.numel() for p in m.parameters())} elements" for m in self._modules)
 
     def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]:
@@ -65,10 +66,13 @@ class LoadedPipeline:
         return slices
 
     def load_scheduler(self) -> Any:
+        """The pipeline's own scheduler."""
         return self.pipeline.scheduler
 
     def load_vae(self, device: torch.device) -> Any:
+        """The pipeline's own VAE, moved to ``device``."""
         return self.pipeline.vae.to(device)
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+        """Returns the pipeline's own (tokenizer, text encoder), the latter moved to ``device``; it keeps its dtype."""
         return self.pipeline.tokenizer, self.pipeline.text_encoder.to(device)

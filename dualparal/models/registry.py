@@ -1,4 +1,4 @@
-"""The families of models: which pipelines each one reads, and where its code lies. No torch, no diffusers.
+"""The families of models: the pipelines that each one reads, and import strings of its code. No torch, no diffusers.
 
 A family is a folder beside this file and a row here. No other module names one: it asks for the family of a pipeline
 class or of a directory, and the row finds the code by an import string, "module:name", when it is first needed.
@@ -27,10 +27,12 @@ class Component:
     """A folder of a pipeline.
 
     Attributes:
-        library, classes: what model_index.json may say that it is.
-        required: whether every pipeline of the family has it.
-        empty: (config) -> torch module; built on the meta device, it tells the shapes that the weight files must have.
-        load: (folder, dtype) -> (torch module, what its library says of missing_keys and mismatched_keys).
+        library, classes: the entries of model_index.json that are supported.
+        required: every pipeline of the family has it.
+        empty: import string of (config) -> torch module; built on the meta device, it tells the shapes that the weight
+            files must have.
+        load: import string of (folder, dtype) -> (torch module, its library's report of missing_keys and
+            mismatched_keys).
         fits: a key of its config, and the attribute of the spec which that must equal.
     """
 
@@ -44,7 +46,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Family:
-    """Models that share an architecture.
+    """Models that share an architecture. Classes, mappings and functions are import strings, "module:name".
 
     Attributes:
         name: for people.
@@ -71,26 +73,36 @@ class Family:
     def spec(
         self, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
     ) -> ModelSpec:
-        """See ``ModelSpec.from_configs``."""
+        """Makes the family's spec; arguments and errors are those of ``ModelSpec.from_configs``."""
         found: ModelSpec = resolve(self.spec_class).from_configs(transformers, vae, pipeline)
         return found
 
     def decoder(self, vae: Any) -> Decoder:
-        """Of one video; several may share a VAE."""
+        """Makes the decoder of one video; several may share a VAE."""
         found: Decoder = resolve(self.decoder_class)(vae)
         return found
 
     def prompt_encoder(self, load: Callable[[], tuple[Any, Any]], device: Any) -> PromptEncoder:
-        """load: () -> (tokenizer, text encoder), called when they are first needed. device: a torch.device."""
+        """Makes a prompt encoder.
+
+        Args:
+            load: () -> (tokenizer, text encoder), called when they are first needed.
+            device: the torch.device on which the encoder runs.
+        """
         found: PromptEncoder = resolve(self.prompt_encoder_class)(load, device)
         return found
 
     def named_sizes(self) -> Mapping[str, ModelSizes]:
+        """Sizes of the models that are known by name, by lower-case name."""
         found: Mapping[str, ModelSizes] = resolve(self.known_sizes)
         return found
 
     def sizes(self, directory: Path) -> ModelSizes:
-        """Raises ModelError for configs that cannot be read or that have no cost model."""
+        """Sizes of the model in a directory.
+
+        Raises:
+            ModelError: configs that cannot be read or have no cost model.
+        """
         found: ModelSizes = resolve(self.read_sizes)(directory)
         return found
 
@@ -129,23 +141,23 @@ FAMILIES: dict[str, Family] = {
 
 
 def resolve(name: str) -> Any:
-    """The object that a row names."""
+    """Imports the object that an import string, "module:name", names."""
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
 
 
 def supported_pipelines() -> str:
-    """For messages."""
+    """Names of all supported pipeline classes, joined by commas, for messages."""
     return ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
 
 
 def family_of(pipeline: object) -> Family | None:
-    """Of a pipeline class, by name."""
+    """The family of a pipeline class, by its name; None: no family reads it."""
     return next((family for family in FAMILIES.values() if pipeline in family.pipelines), None)
 
 
 def family_in(directory: Path) -> Family:
-    """Of a pipeline in diffusers format on disk.
+    """The family of a pipeline in diffusers format on disk.
 
     Raises:
         ModelError: not such a directory, or a pipeline of no family.
@@ -159,7 +171,11 @@ def family_in(directory: Path) -> Family:
 
 
 def model_sizes(model: str) -> ModelSizes:
-    """Of a model that is known by name, or in a directory in diffusers format, whose config files alone are read.
+    """Sizes of a model.
+
+    Args:
+        model: a name or hub id that a family knows, in any case, or a directory in diffusers format, of which only
+            config files are read.
 
     Raises:
         ValueError: neither, or configs of no family (``ModelError``).

@@ -1,4 +1,4 @@
-"""What a plan needs to know of a model: parameters, arithmetic and bytes, from its configs alone. No torch."""
+"""Sizes of a model for a plan: parameters, arithmetic and bytes, from its configs alone. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class VaeSizes(Protocol):
-    """The decoder. ``pixels``: latent pixels of a latent frame."""
+    """Sizes of the decoder. The argument ``pixels`` is the number of latent pixels of a latent frame."""
 
     @property
     def spatial_factor(self) -> int:
@@ -20,15 +20,15 @@ class VaeSizes(Protocol):
 
     @property
     def parameters(self) -> int:
-        """Of all that the engine loads."""
+        """Parameters of all that the engine loads, the encoder too."""
         ...
 
     def flops(self, pixels: int) -> int:
-        """Multiply-adds times two of decoding one latent frame."""
+        """FLOPs of decoding one latent frame: multiply-adds times two."""
         ...
 
     def cache_bytes(self, pixels: int) -> int:
-        """Bytes held from one latent frame to the next, of one video."""
+        """Bytes held from one latent frame to the next, for one video."""
         ...
 
     def working_bytes(self, pixels: int) -> int:
@@ -37,16 +37,20 @@ class VaeSizes(Protocol):
 
 
 class ModelSizes(Protocol):
-    """A pipeline: transformers of one shape, VAE decoder, text encoder.
+    """Sizes of a pipeline: transformers of one shape, VAE decoder, text encoder.
 
-    Pairs of parameters are those kept in the model's dtype, and those kept in float32.
+    Pairs of parameters are (those kept in the model's dtype, those kept in float32). Parameters are numbers, not bytes.
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The model's name, for people."""
+        ...
 
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """Layers of one transformer."""
+        ...
 
     @property
     def experts(self) -> int:
@@ -59,16 +63,24 @@ class ModelSizes(Protocol):
         ...
 
     @property
-    def head_dim(self) -> int: ...
+    def head_dim(self) -> int:
+        """Width of one head of attention."""
+        ...
 
     @property
-    def in_channels(self) -> int: ...
+    def in_channels(self) -> int:
+        """Channels of latents."""
+        ...
 
     @property
-    def out_channels(self) -> int: ...
+    def out_channels(self) -> int:
+        """Channels of velocities."""
+        ...
 
     @property
-    def text_dim(self) -> int: ...
+    def text_dim(self) -> int:
+        """Width of prompt embeddings."""
+        ...
 
     @property
     def patch(self) -> int:
@@ -77,43 +89,47 @@ class ModelSizes(Protocol):
 
     @property
     def trained_latents(self) -> int | None:
-        """Latent frames of the videos that it was trained with, if that is known."""
+        """Latent frames of the videos that it was trained with; None: not known."""
         ...
 
     @property
-    def vae(self) -> VaeSizes: ...
+    def vae(self) -> VaeSizes:
+        """Sizes of the VAE."""
+        ...
 
     @property
     def text_encoder(self) -> int:
-        """Number of its parameters."""
+        """Parameters of the text encoder."""
         ...
 
     @property
-    def layer_parameters(self) -> tuple[int, int]: ...
+    def layer_parameters(self) -> tuple[int, int]:
+        """Parameters of one layer."""
+        ...
 
     @property
     def condition_parameters(self) -> tuple[int, int]:
-        """What every stage owns: embeddings of time and text."""
+        """Parameters that every stage owns besides its layers: embeddings of time and text."""
         ...
 
     @property
     def embed_parameters(self) -> int:
-        """Of the first stage."""
+        """Parameters of the patch embedding, which the first stage owns."""
         ...
 
     @property
     def head_parameters(self) -> tuple[int, int]:
-        """Of the last stage."""
+        """Parameters of the head, which the last stage owns."""
         ...
 
     @property
     def joined_parameters(self) -> int:
-        """Of one layer: those that are there twice while a slice is built from its tensors."""
+        """Parameters of one layer that are there twice while a slice is built from its tensors."""
         ...
 
     @property
     def linear_flops(self) -> int:
-        """Multiply-adds times two of one layer per token, without attention to tokens and text."""
+        """FLOPs of one layer per token, without attention to tokens and text: multiply-adds times two."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""Where an engine's model comes from: a directory, a hub id, the model of the package, or a loaded pipeline."""
+"""Sources of an engine's model: a directory, a hub id, the model of the package, or a loaded pipeline."""
 
 from __future__ import annotations
 
@@ -16,31 +16,48 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
 class ModelSource(Protocol):
-    """Where an engine's model comes from: files, or a pipeline that the user has loaded."""
+    """The source of an engine's model: files (``ModelFiles``), or a pipeline that the user has loaded."""
 
     @property
-    def family(self) -> Family: ...
+    def family(self) -> Family:
+        """The family of the model's pipeline class."""
+        ...
 
     @property
-    def spec(self) -> ModelSpec: ...
+    def spec(self) -> ModelSpec:
+        """Facts of the model."""
+        ...
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """A short text that differs between models of other sizes, for ranks to compare."""
+        ...
 
-    def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]: ...
+    def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]:
+        """One slice of these layers per expert, on ``device`` in ``dtype`` (some tensors stay in float32)."""
+        ...
 
-    def load_scheduler(self) -> Any: ...
+    def load_scheduler(self) -> Any:
+        """The pipeline's diffusers scheduler."""
+        ...
 
-    def load_vae(self, device: torch.device) -> Any: ...
+    def load_vae(self, device: torch.device) -> Any:
+        """The pipeline's VAE on ``device``."""
+        ...
 
-    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]: ...
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+        """Returns (tokenizer, text encoder on ``device``)."""
+        ...
 
 
 def resolve_model(model: str | Path) -> ModelFiles:
-    """A directory, ``BUILT_IN``, or a hub id to download (JSON, tokenizer and safetensors files only).
+    """The files of a model.
+
+    Args:
+        model: a directory, ``BUILT_IN``, or a hub id to download (JSON, tokenizer and safetensors files only).
 
     Raises:
-        ModelError: none of them.
+        ModelError: none of them, or a download that failed.
     """
     path, name = Path(model), str(model)
     try:

@@ -15,6 +15,10 @@ from dualparal.models.json_files import ModelError, read_json, shorten
 class WeightFiles:
     """The safetensors files of one component, single or sharded, opened by header.
 
+    Attributes:
+        owner: the file of each tensor.
+        shapes: the shape of each tensor.
+
     Raises:
         ModelError: no safetensors file, or one that is cut or corrupt.
     """
@@ -58,7 +62,7 @@ class WeightFiles:
                     self.shapes[key] = tuple(handle.get_slice(key).get_shape())
 
     def read(self, names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
-        """Yields (name, tensor) of just these tensors, file by file."""
+        """Yields (name, tensor on the CPU) of just these tensors, file by file."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.owner[name], []).append(name)
@@ -82,10 +86,12 @@ def _open(path: Path) -> Any:
 
 
 def check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], unused: Callable[[str], bool]) -> None:
-    """Files that a slice is built from, by header.
+    """Checks the files that a slice is built from, by header.
 
     Args:
-        unused: which tensors besides may be there.
+        folder: of the component.
+        expected: name and shape of every tensor that must be there.
+        unused: (name) -> True for a tensor that may be there besides.
 
     Raises:
         ModelError: tensors are missing, too many, or of another shape.
@@ -98,6 +104,7 @@ def check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], unused: Ca
 
 
 def _refuse(folder: Path, missing: list[str], extra: list[str], shapes: list[str]) -> None:
+    """Raises ModelError that lists the first three tensors of each problem, if there is one."""
     problems = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
@@ -110,7 +117,14 @@ def _refuse(folder: Path, missing: list[str], extra: list[str], shapes: list[str
 
 
 def check_part(folder: Path, config: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> None:
-    """Files of a part that its library loads: it would fill a missing tensor with random numbers and warn.
+    """Checks the files of a part that its library loads, by header.
+
+    The library itself would fill a missing tensor with random numbers and warn.
+
+    Args:
+        folder: of the part.
+        config: its config.
+        build: (config) -> torch module; called under the meta device.
 
     Raises:
         ModelError: nothing can be built from the config, or tensors are missing or of another shape.

@@ -1,1 +1,1 @@
-"""What a video costs, in seconds and bytes, and how its model is best cut. Torch is used to measure only."""
+"""Costs of a video, in seconds and bytes, and the best cut of its model. Torch is used to measure only."""

@@ -22,20 +22,32 @@ UPDATE_SECONDS = 1.5e-3
 
 
 class Arithmetic(NamedTuple):
-    """Of one layer (or a whole stage) for one unit: multiply-adds times two, and bytes of passes over memory."""
+    """Work of one layer (or a whole stage) for one unit.
+
+    Attributes:
+        attention: FLOPs (multiply-adds times two) of self-attention and attention to the text.
+        linear: FLOPs of matrix products.
+        moved: bytes of passes over memory.
+    """
 
     attention: float
     linear: float
     moved: float
 
     def seconds(self, device: Device) -> float:
+        """Seconds of the work on a card, one kind after the other."""
         return self.attention / device.attention + self.linear / device.linear + self.moved / device.copy
 
 
 def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0, lent: int = 0) -> Arithmetic:
-    """One layer for so many tokens.
+    """Work of one layer.
 
-    borrowed, lent: tokens of neighbours' keys that are copied in, and of own ones that are copied out.
+    Args:
+        work: the video and the model.
+        queries: own tokens.
+        keys: tokens attended to, borrowed ones included.
+        borrowed: tokens of neighbours' keys that are copied in.
+        lent: own tokens whose keys are copied out.
     """
     h = work.model.inner
     return Arithmetic(
@@ -46,7 +58,7 @@ def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0,
 
 
 def unit_arithmetic(work: Workload, schedule: Schedule, unit: Unit) -> Arithmetic:
-    """One layer for one unit."""
+    """Work of one layer for one unit."""
     queries = len(work.layout.window(unit.block, schedule.refreshes(unit))) * work.tokens
     lent = work.blocks.context_frames * work.tokens
     reads, writes = len(schedule.reads(unit)), len(schedule.writes(unit))
@@ -57,8 +69,11 @@ class Costing:
     """Seconds of everything in a schedule, for ``simulate``.
 
     Args:
-        split: layers of every stage. devices: one per stage. links: edge k leads from stage k to the next one, the
-            last back to stage 0.
+        work: the video and the model.
+        schedule: the order of work.
+        split: layers of every stage.
+        devices: one per stage.
+        links: edge k leads from stage k to the next one, the last back to stage 0.
         decode_on: a card of its own for the VAE; None: stage 0's, beside its units.
     """
 
@@ -78,6 +93,7 @@ class Costing:
 
     @property
     def costs(self) -> Costs:
+        """The durations for a replay."""
         return Costs(
             run=self.run,
             transfer=self.transfer,
@@ -89,6 +105,7 @@ class Costing:
         )
 
     def run(self, stage: int, unit: Unit) -> float:
+        """Seconds of a unit on a stage."""
         kind = self._kinds.get(unit)
         if kind is None:  # all that its cost depends on
             frames = len(self.work.layout.window(unit.block, self.schedule.refreshes(unit)))
@@ -106,7 +123,13 @@ class Costing:
         return seconds + self.ends(stage, frames, device)
 
     def ends(self, stage: int, frames: int, device: Device) -> float:
-        """Seconds of what the first stage (embedding) and the last one (head) do besides their layers."""
+        """Seconds that the first stage (embedding) and the last one (head) spend besides their layers.
+
+        Args:
+            stage: number of the stage.
+            frames: latent frames of the unit.
+            device: the stage's card.
+        """
         model, tokens = self.work.model, frames * self.work.tokens
         first, last = stage == 0, stage == len(self.split) - 1
         flops = 2.0 * tokens * model.inner * model.patch**2 * (first * model.in_channels + last * model.out_channels)
@@ -114,11 +137,15 @@ class Costing:
         return Arithmetic(0.0, flops, moved).seconds(device)
 
     def transfer(self, edge: int, unit: Unit) -> float:
-        """Buffers travel whole: the largest window's hidden states, or the largest block's velocity."""
+        """Seconds of a message on an edge, without latency.
+
+        Buffers travel whole: the largest window's hidden states, or the largest block's velocity.
+        """
         elements = edge_elements(self.work)[edge == len(self.split) - 1]
         return elements * self.work.itemsize / self.links[edge].bandwidth
 
     def decode(self, block: int) -> float:
+        """Seconds of decoding a block."""
         device = self.decode_on or self.devices[0]
         return self.work.layout.kept_frames(block) * self.work.model.vae.flops(self.work.pixels) / device.conv
 
@@ -126,9 +153,16 @@ class Costing:
 def balance(costs: Sequence[float], extra: Sequence[float], most: Sequence[int], num_layers: int) -> list[int] | None:
     """Layers per stage so that the slowest stage is as fast as can be; every stage has one at least.
 
-    costs: seconds of a layer on each stage. extra: what a stage does besides. most: layers that fit.
-    Returns None when they do not fit. Giving every layer to the stage that then ends first is best, because all
-    layers cost the same.
+    Giving every layer to the stage that then ends first is best, because all layers cost the same.
+
+    Args:
+        costs: seconds of a layer on each stage.
+        extra: seconds of each stage besides its layers.
+        most: layers that fit on each stage.
+        num_layers: layers of the model.
+
+    Returns:
+        Layers of every stage; None when they do not fit.
     """
     if num_layers < len(costs) or sum(most) < num_layers or min(most) < 1:
         return None
@@ -143,15 +177,19 @@ def balance(costs: Sequence[float], extra: Sequence[float], most: Sequence[int],
 def closed_form(
     schedule: Schedule, stages: Sequence[float], hop: float, decode: float = 0.0, decode_shares: bool = True
 ) -> tuple[float, float]:
-    """(seconds, seconds to the first frame) without a replay, for units that all cost the same.
+    """Returns (seconds, seconds to the first frame) without a replay, for units that all cost the same.
 
     An iteration takes the slowest stage's time for all of its units, or a whole round of the pipe when there are too
-    few of them: a block's next step needs its last one, and with ``paper`` that of the block before, which comes
-    later in an iteration. From the T-th on blocks are decoded, in what stage 0 has to
-    spare (``decode_shares``) or beside it, and when ``DECODE_BOUND`` of them wait, everything waits.
+    few of them: a block's next step needs its last one, and with ``paper`` that of the block before, which comes later
+    in an iteration. From the T-th on blocks are decoded, in the time that stage 0 has to spare (``decode_shares``) or
+    beside it, and when ``DECODE_BOUND`` of them wait, everything waits.
 
     Args:
-        stages: seconds of a unit. hop: of all edges together. decode: of a block.
+        schedule: a finite one.
+        stages: seconds of a unit on each stage.
+        hop: seconds of all edges together.
+        decode: seconds of a block.
+        decode_shares: decoding takes its seconds from stage 0's card.
     """
     slowest, around = max(stages), sum(stages) + hop
     least = around + (schedule.branches * schedule.policy.blocks_awaited - 1) * slowest

@@ -21,7 +21,14 @@ USABLE = 0.95
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Reached shares of the stated peaks, and where each comes from."""
+    """Reached shares, 0 to 1, of a card's stated peaks.
+
+    Attributes:
+        attention, linear: of the tensor rate.
+        memory: of the bandwidth.
+        conv: of the TF32 rate.
+        origin: the source of each.
+    """
 
     attention: float
     linear: float
@@ -67,7 +74,13 @@ BLACKWELL = Efficiency(
 
 @dataclass(frozen=True)
 class Link:
-    """One direction between two ranks. bandwidth: bytes per second that transfers reach; latency: seconds."""
+    """One direction between two ranks.
+
+    Attributes:
+        bandwidth: bytes per second that transfers reach.
+        latency: seconds.
+        origin: the source of these numbers.
+    """
 
     name: str
     bandwidth: float
@@ -99,9 +112,12 @@ class Device:
     """A card.
 
     Attributes:
-        memory: bytes, as nvidia-smi shows them. tensor: dense bfloat16 with float32 sums, FLOP/s. tf32: the same in
-            TF32, which cuDNN takes for float32 convolutions. bandwidth: of its memory, bytes/s.
+        memory: bytes, as nvidia-smi shows them.
+        tensor: dense bfloat16 with float32 sums, FLOP/s.
+        tf32: the same in TF32, which cuDNN takes for float32 convolutions.
+        bandwidth: of its memory, bytes/s.
         link: to its neighbour in the same machine, unless the user says otherwise.
+        efficiency: reached shares of these rates.
     """
 
     name: str
@@ -119,19 +135,22 @@ class Device:
 
     @property
     def attention(self) -> float:
+        """FLOP/s that attention reaches."""
         return self.tensor * self.efficiency.attention
 
     @property
     def linear(self) -> float:
+        """FLOP/s that matrix products reach."""
         return self.tensor * self.efficiency.linear
 
     @property
     def conv(self) -> float:
+        """FLOP/s that convolutions in TF32 reach."""
         return self.tf32 * self.efficiency.conv
 
     @property
     def copy(self) -> float:
-        """Bytes/s read and written by passes over memory."""
+        """Bytes/s, read and written together, that passes over memory reach."""
         return self.bandwidth * self.efficiency.memory
 
 
@@ -163,7 +182,9 @@ _BY_MEMORY = {24: "rtx4090", 32: "rtx5090", 40: "a100-40gb", 48: "l40s", 80: "a1
 def device(name: str, extra: Mapping[str, Device] | None = None) -> Device:
     """The card of a name such as "rtx4090", "a100-80gb" or "24gb".
 
-    extra: further cards by name, such as a measured one.
+    Args:
+        name: in any case.
+        extra: further cards by name, such as a measured one.
 
     Raises:
         ValueError: unknown; names those that are known.
@@ -183,7 +204,11 @@ def device(name: str, extra: Mapping[str, Device] | None = None) -> Device:
 
 
 def parse_gpus(text: str, extra: Mapping[str, Device] | None = None) -> list[list[Device]]:
-    """ "8xrtx4090", "8x24GB", "4xa100-80gb,2xrtx4090": groups of cards, one card per stage.
+    """Groups of cards, one card per stage, from a text such as "8xrtx4090", "8x24GB" or "4xa100-80gb,2xrtx4090".
+
+    Args:
+        text: groups, separated by commas.
+        extra: further cards by name.
 
     Raises:
         ValueError: not of this form, or an unknown card.
@@ -198,7 +223,7 @@ def parse_gpus(text: str, extra: Mapping[str, Device] | None = None) -> list[lis
 
 
 def link(name: str) -> Link:
-    """Raises ValueError for an unknown link; names those that are known."""
+    """The link of a name, in any case; raises ValueError for an unknown one, naming those that are known."""
     if name.lower() not in LINKS:
         raise ValueError(f"link {name!r} is not known; use one of {', '.join(LINKS)}")
     return LINKS[name.lower()]
@@ -207,8 +232,14 @@ def link(name: str) -> Link:
 def links(groups: Sequence[Sequence[Device]], within: str | None = None, between: str | None = None) -> list[Link]:
     """The edges stage k -> k + 1, and back from the last one to stage 0.
 
-    within: between cards of a group; default: the slower of the two cards' own. between: where one group ends and
-    the next begins, and back to the first; default: as within, but no NVLink between unlike cards.
+    Args:
+        groups: the cards of each machine.
+        within: name of the link between cards of a group; default: the slower of the two cards' own.
+        between: the same from the end of one group to the next, and back to the first; default: as within, but no
+            NVLink between unlike cards.
+
+    Raises:
+        ValueError: an unknown link.
     """
     cards = [(number, card) for number, group in enumerate(groups) for card in group]
     found = []

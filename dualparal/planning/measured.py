@@ -29,8 +29,14 @@ _MEASURED = Efficiency(1.0, 1.0, 1.0, 1.0, "measured on this machine")
 
 
 def cards(kind: str, count: int) -> list[Device]:
-    """What ``count`` stages run on. CUDA: the first cards, by name, attention as ``dualparal calibrate`` has measured
-    it; one that is not known is measured. CPU: processes that share cores and memory, measured once.
+    """The cards of ``count`` stages on this machine.
+
+    CUDA: the first cards, by name, attention as ``dualparal calibrate`` has measured it; one that is not known is
+    measured. CPU: processes that share cores and memory, measured once.
+
+    Args:
+        kind: "cuda" or "cpu".
+        count: number of stages.
 
     Raises:
         ValueError: fewer cards than stages.
@@ -61,7 +67,7 @@ def _card(device: torch.device) -> Device:
 
 
 def _calibrated(device: torch.device) -> float | None:
-    """FLOP/s of the best backend at long shapes in the table that was measured on this very machine."""
+    """FLOP/s of the best backend at long shapes, from the table measured on this very machine; None: no such table."""
     facts = table.machine(device)
     try:
         path = table.measured_path(facts["card"])
@@ -76,7 +82,7 @@ def _calibrated(device: torch.device) -> float | None:
 
 @torch.inference_mode()
 def measure(device: torch.device) -> Device:
-    """A card by what it does at shapes like Wan's: a linear layer, attention, a copy, a convolution. Some seconds."""
+    """Measures a card at shapes like Wan's: a linear layer, attention, a copy, a convolution. Takes some seconds."""
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     rows, inner, heads, side = (8192, 1536, 12, 256) if cuda else (512, 512, 4, 32)

@@ -15,7 +15,7 @@ SAMPLER_COPIES = 4
 
 
 def edge_elements(work: Workload) -> tuple[int, int]:
-    """Of a message between stages, and of one from the last stage to stage 0."""
+    """Elements of a message between stages, and of one from the last stage to stage 0."""
     hidden = work.layout.max_window_frames * work.tokens * work.model.inner
     return hidden, work.layout.first_frames * work.model.in_channels * work.pixels
 
@@ -24,8 +24,12 @@ def edge_elements(work: Workload) -> tuple[int, int]:
 class Memory:
     """Bytes on one rank, by what holds them.
 
-    load: what exists besides the weights while they are read. before: the text encoder, before the weights are
-    loaded (rank 0). decode: VAE, its history and working set, and frames on their way out.
+    Attributes:
+        weights: the stage's layers of every transformer.
+        features: of neighbours, in all slots.
+        decode: VAE, its history and working set, and frames on their way out.
+        load: bytes besides the weights while they are read.
+        before: the text encoder, before the weights are loaded (rank 0).
     """
 
     weights: int
@@ -41,6 +45,7 @@ class Memory:
 
     @property
     def running(self) -> int:
+        """Bytes held while units run."""
         return (
             self.weights
             + self.features
@@ -54,13 +59,19 @@ class Memory:
 
     @property
     def peak(self) -> int:
+        """The most bytes held at any time, loading included."""
         return max(self.running, self.weights + self.load, self.before)
 
 
 def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage: int, decodes: bool = True) -> Memory:
-    """What the engine allocates on the rank of a stage.
+    """Bytes that the engine allocates on the rank of a stage.
 
-    decodes: whether stage 0's card holds the VAE.
+    Args:
+        work: the video and the model.
+        schedule: the order of work.
+        split: layers of every stage.
+        stage: number of the stage.
+        decodes: stage 0's card holds the VAE.
     """
     model, size, h, tokens = work.model, work.itemsize, work.model.inner, work.tokens
     layers, first, last = split[stage], stage == 0, stage == len(split) - 1
@@ -94,7 +105,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
 
 
 def slice_bytes(work: Workload, split: Sequence[int], stage: int) -> int:
-    """Weights of a stage, of one transformer."""
+    """Bytes of the weights of a stage, for one transformer."""
     model, size = work.model, work.itemsize
     narrow, wide = model.layer_parameters
     more, more_wide = model.condition_parameters
@@ -107,12 +118,15 @@ def slice_bytes(work: Workload, split: Sequence[int], stage: int) -> int:
 
 
 def slot_bytes(work: Workload, layers: int) -> int:
-    """Features of one neighbour in so many layers, for one branch."""
+    """Bytes of the features of one neighbour in ``layers`` layers, for one branch."""
     return layers * 2 * work.blocks.context_frames * work.tokens * work.model.inner * work.itemsize
 
 
 def decode_bytes(work: Workload) -> int:
-    """VAE in float32, its history of each video, its working set, and frames of the blocks in its hands."""
+    """Bytes of decoding.
+
+    Counted: the VAE in float32, its history of each video, its working set, and frames of the blocks in its hands.
+    """
     vae, pixels = work.model.vae, work.pixels
     frames = work.layout.first_frames * vae.temporal_factor
     picture = 3 * 4 * frames * pixels * vae.spatial_factor**2
@@ -121,7 +135,7 @@ def decode_bytes(work: Workload) -> int:
 
 
 def sizes(work: Workload, split: Sequence[int], stage: int, memory: Memory) -> Sizes:
-    """The same for ``Simulation.memory``: what is there all the time, and what comes and goes."""
+    """Bytes on a stage's rank for ``Simulation.memory``: those held all the time, and those that come and go."""
     slot = slot_bytes(work, split[stage])
     latents = SAMPLER_COPIES * 4 * work.model.in_channels * work.pixels * work.blocks.frames_per_block
     fixed = memory.running - memory.features - memory.latents - memory.decode

@@ -1,4 +1,4 @@
-"""A plan: which layers on which cards, what it costs, and how sure that is."""
+"""A plan: the layers of each card, the cost of the run, and the basis of these numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENGINE_DECODES_ON = ("stage 0",)  # what the engine can do today
 
 
 class NoPlan(ValueError):
-    """Nothing fits. The message names the reason and the nearest that does; ``nearest`` is that plan, or None."""
+    """Nothing fits. The message names the reason and the nearest plan that does; ``nearest`` is that plan, or None."""
 
     def __init__(self, message: str, nearest: Plan | None = None) -> None:
         super().__init__(message)
@@ -44,11 +44,15 @@ class Plan:
     """A way to run a request.
 
     Attributes:
-        work: model, video and blocks. cards: one per stage. split: layers of every stage.
+        work: model, video and blocks.
+        cards: one per stage.
+        split: layers of every stage.
         decode: "stage 0" or "own card" (behind the stages').
-        estimate: (seconds, seconds to the first frame) in closed form. replay: whether ``seconds`` and others come from
-            a replay instead.
-        note: what is special about it.
+        estimate: (seconds, seconds to the first frame) in closed form.
+        note: the difference from the request, for people.
+        decode_on: the card of its own that decodes; None: stage 0's.
+        replay: ``seconds`` and others come from a replay instead of the closed form.
+        alternatives: plans with other choices, fastest first.
     """
 
     work: Workload
@@ -63,15 +67,17 @@ class Plan:
 
     @property
     def runs(self) -> int:
-        """Of a unit on a stage: what a replay costs."""
+        """Runs of a unit on a stage in the whole video; the cost of a replay grows with them."""
         return (self.schedule.num_units or 0) * len(self.split)
 
     @cached_property
     def schedule(self) -> Schedule:
+        """The schedule that the engine would walk."""
         return self.work.schedule(len(self.split))
 
     @cached_property
     def costing(self) -> Costing:
+        """Seconds of everything in the schedule."""
         cards = self.cards
         return Costing(self.work, self.schedule, self.split, cards.devices, cards.links, self.decode_on)
 
@@ -82,7 +88,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """From the first unit to the last frame."""
+        """Seconds from the first unit to the last frame."""
         return self.simulation.seconds if self.simulation else self.estimate[0]
 
     @property
@@ -101,22 +107,23 @@ class Plan:
 
     @property
     def frames_per_second(self) -> float:
+        """Frames of the finished video per second of the run."""
         assert self.work.video.num_frames is not None
         return self.work.video.num_frames / self.seconds
 
     @cached_property
     def memory(self) -> tuple[Memory, ...]:
-        """Per stage."""
+        """Bytes on the rank of each stage."""
         decodes = self.decode == "stage 0"
         stages = range(len(self.split))
         return tuple(stage_memory(self.work, self.schedule, self.split, stage, decodes) for stage in stages)
 
     @property
     def engine_options(self) -> dict[str, object]:
-        """What it sets, as arguments of ``Engine.from_pretrained``.
+        """The plan's choices as arguments of ``Engine.from_pretrained``.
 
         Raises:
-            ValueError: the engine cannot decode where the plan wants it.
+            ValueError: the engine cannot decode on the card that the plan wants.
         """
         if self.decode not in ENGINE_DECODES_ON and self.work.decode:
             raise ValueError(f"decode={self.decode!r}: the engine decodes on {' or '.join(ENGINE_DECODES_ON)} only")
@@ -128,7 +135,7 @@ class Plan:
         }
 
     def describe(self) -> str:
-        """One line for people."""
+        """Describes the plan in one line for people."""
         blocks = self.work.blocks
         cap = "" if blocks.max_blocks_in_flight is None else f", K={blocks.max_blocks_in_flight}"
         cards = count_names(self.cards.devices)
@@ -141,7 +148,7 @@ class Plan:
 
 
 def costs_per_layer(work: Workload, schedule: Schedule, cards: Cards) -> tuple[list[float], list[float]]:
-    """Seconds of a layer, and of what a stage does besides, for a unit in the middle of the video."""
+    """Seconds per unit in the middle of the video: of one layer, and of the rest of a stage, by stage."""
     blocks, count = work.blocks, len(cards.devices)
     block = min(1, (work.layout.num_blocks or 2) - 1)
     queries, lent = len(work.layout.window(block)) * work.tokens, blocks.context_frames * work.tokens
@@ -154,5 +161,6 @@ def costs_per_layer(work: Workload, schedule: Schedule, cards: Cards) -> tuple[l
 
 
 def count_names(devices: Sequence[Device]) -> str:
+    """Names of cards with their numbers, such as "4 x rtx4090, 2 x l40s"."""
     names = [device.name for device in devices]
     return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))

@@ -1,6 +1,6 @@
-"""Which cut of a model and of a video suits some cards: searched in closed form, the answers replayed. No torch.
+"""Search for the cut of a model and of a video that suits some cards: in closed form, the answers replayed. No torch.
 
-A plan is a prediction (see ``devices`` for what it rests on). It promises speed and memory, never quality: context
+A plan is a prediction that rests on the rates in ``devices``. It promises speed and memory, never quality: context
 policy, block and context size are the user's or the defaults, and other choices are shown as alternatives.
 """
 
@@ -85,7 +85,17 @@ def plan_for(
     memory_limit: float | None = None,
     first_frame_limit: float | None = None,
 ) -> Plan:
-    """As ``plan``, for what is there already: a workload, and groups of cards."""
+    """Plans as ``plan`` does, for a workload and groups of cards.
+
+    Args:
+        work: the video and the model.
+        groups: cards of the stages in order, by machine.
+        decode, link, between, memory_limit, first_frame_limit: as in ``plan``.
+
+    Raises:
+        NoPlan: it cannot be done; the message says why, and names the nearest plan.
+        ValueError: a value is out of range or unknown.
+    """
     if decode not in DECODE_PLACES:
         raise ValueError(f"decode={decode!r}: use one of {', '.join(map(repr, DECODE_PLACES))}")
     for name, limit in (("memory_limit", memory_limit), ("first_frame_limit", first_frame_limit)):
@@ -112,8 +122,11 @@ class _Search:
         self.first_frame_limit = first_frame_limit
 
     def best(self, work: Workload, decode: str = "stage 0", note: str = "") -> Plan | None:
-        """A plan of these choices that fits and is fast. Where blocks in flight have to be limited and the user has not
-        said how: as loosely as can be, unless a limit a little tighter saves ``WORTH`` of the time."""
+        """A plan of these choices that fits and is fast, or None.
+
+        Where blocks in flight have to be limited and the user has not said how: as loosely as can be, unless a limit a
+        little tighter saves ``WORTH`` of the time.
+        """
         fitting: list[Plan] = []
         for each in self._caps(work):
             found = self._cut(each, decode)
@@ -129,8 +142,10 @@ class _Search:
 
     @staticmethod
     def _caps(work: Workload) -> Iterator[Workload]:
-        """The same with limits on the blocks in flight, from none to the tightest. Several limits mean the same gap.
-        Another version of features is taken where the default does not fit."""
+        """Yields the workload with limits on the blocks in flight, from none to the tightest.
+
+        Several limits mean the same gap. Another version of features is taken where the default does not fit.
+        """
         yield work
         if work.blocks.max_blocks_in_flight is not None:
             return
@@ -172,7 +187,7 @@ class _Search:
     # What else there is -------------------------------------------------------------------------------------
 
     def alternatives(self, best: Plan) -> list[Plan]:
-        """One choice changed at a time, fastest first."""
+        """Plans with one choice changed at a time, fastest first."""
         found: list[Plan] = []
         for work, decode, note in self._variations(best):
             other = self.best(work, decode, note)
@@ -206,7 +221,7 @@ class _Search:
     # What cannot be done ------------------------------------------------------------------------------------
 
     def refusal(self, work: Workload, decode: str) -> NoPlan:
-        """Why there is no plan, and the nearest that there is."""
+        """The reason for having no plan, and the nearest plan that there is."""
         count, layers = len(self.cards.devices), work.model.num_layers
         if decode == "own card" and count < 2:
             return NoPlan(f"decode='own card' with {count} card: the stages need one, too; use 'stage 0'")
@@ -239,7 +254,7 @@ class _Search:
         return min(found, key=lambda each: each.estimate[1])
 
     def _shortage(self, work: Workload, decode: str) -> tuple[int, int, int]:
-        """(bytes needed, bytes there, stage) of the worst stage when layers are spread by memory alone."""
+        """Returns (bytes needed, bytes there, stage) of the worst stage when layers are spread by memory alone."""
         count = len(self.cards.devices) - (decode == "own card")
         schedule, cards = work.schedule(count), self.cards.first(count)
         room = [float(cards.usable[stage]) for stage in range(count)]
@@ -250,7 +265,7 @@ class _Search:
         return needs[where], cards.usable[where], where
 
     def _nearest(self, work: Workload) -> Plan | None:
-        """Fewest changes first: policy, context, blocks, decoder; then more cards of the last kind."""
+        """The plan with the fewest changes: policy, context, blocks, decoder; then more cards of the last kind."""
         blocks = work.blocks
         lean: list[dict[str, object]] = [
             {"context": name, "context_version": DEFAULT_VERSION} for name, policy in POLICIES.items() if policy.is_lean

@@ -1,4 +1,4 @@
-"""A video, the model that makes it, and how: what everything that is counted depends on."""
+"""A workload: a video, the model that makes it, and the choices on which all counts depend."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Workload:
     """One or several videos, the model that makes them, and how it is run.
 
     Attributes:
+        model: its sizes.
+        video: size, length, steps and guidance.
         engine: its dtype decides bytes (default bfloat16); its stages and device are not asked.
         num_videos: independent videos of this kind, made in turns.
 
@@ -36,6 +38,7 @@ class Workload:
 
     @property
     def blocks(self) -> BlockConfig:
+        """The cut of the video into blocks."""
         return self.engine.blocks
 
     @property
@@ -50,26 +53,27 @@ class Workload:
 
     @cached_property
     def layout(self) -> Layout:
+        """The places of the blocks in the video."""
         return Layout(self.blocks, self.video.num_latents(self.model.vae.temporal_factor))
 
     @cached_property
     def tokens(self) -> int:
-        """Per latent frame."""
+        """Tokens per latent frame."""
         return (self.video.height // self._side) * (self.video.width // self._side)
 
     @property
     def _side(self) -> int:
-        """Of a token, in pixels of a frame."""
+        """Side of a token, in pixels of a frame."""
         return self.model.vae.spatial_factor * self.model.patch
 
     @property
     def text_tokens(self) -> int:
-        """Of a prompt; padded to this length."""
+        """Tokens of a prompt; padded to this length."""
         return self.video.max_sequence_length
 
     @property
     def pixels(self) -> int:
-        """Of a latent frame."""
+        """Latent pixels of a latent frame."""
         return self.tokens * self.model.patch**2
 
     def schedule(self, num_stages: int) -> Schedule:

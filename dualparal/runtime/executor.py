@@ -1,4 +1,4 @@
-"""Walks the actions of one stage: a short branch per action, no cleverness about ranks."""
+"""Executor of one stage: walks its actions, a short branch per action, no cleverness about ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Report = Callable[[str, Unit], None]
 
 
 class NonFiniteError(ArithmeticError):
-    """NaN or infinity in latents; names the block, and the stage and step where it first appeared."""
+    """NaN or infinity in latents; names the block, and the stage and step at which it first appeared."""
 
 
 class Stopped(Exception):
@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Links:
-    """How a stage meets the others: edges from the stage before and to the one after, and where prompts travel.
+    """Connections of a stage: edges from the stage before and to the one after, and the channel of prompts.
 
     The edges are None with a single stage.
     """
@@ -47,11 +47,11 @@ class Links:
 
 @dataclass(frozen=True)
 class FirstStage:
-    """What the executor of stage 0 owns besides its layers.
+    """The part of an executor that only stage 0 has: latents, and callbacks for them.
 
     Attributes:
         queues: the latents of every video.
-        on_emit: called with (video, block, final latents).
+        on_emit: called with (video, block, final latents [1, C, F, H, W]).
         on_decode: called with (video, block) after ``on_emit``; None when latents are the result.
         on_snapshot_point: called with an iteration that can be restarted, when the latents are those at its start.
         allow_nonfinite: give out blocks with NaN or infinity, with a warning.
@@ -65,13 +65,17 @@ class FirstStage:
 
 
 class StageExecutor:
-    """One stage of a schedule.
+    """Executor of one stage of a schedule.
 
     Args:
-        index: of the stage.
+        schedule: the order of work of all stages.
+        layout: the places of blocks in the video.
+        index: number of the stage, from 0.
+        stage: its layers.
+        links: its connections to the other stages.
         clock: adds up the time spent in units, and times actions for the timeline.
         leading: for stage 0, and only for it.
-        report: called with a phase and the unit before every action.
+        report: called with a phase (the value of an ``Op``) and the unit before every action.
     """
 
     def __init__(
@@ -114,7 +118,12 @@ class StageExecutor:
         return self.leading
 
     def steps(self) -> Iterator[bool]:
-        """Performs the actions one by one. Yields True after each, False while the next one has to wait."""
+        """Performs the actions one by one. Yields True after each, False while the next one has to wait.
+
+        Raises:
+            NonFiniteError: a block with NaN or infinity is about to be given out, and ``allow_nonfinite`` is off.
+            TransportError: a message arrives that is not the one that the schedule expects.
+        """
         for action in self.schedule.actions(self.index):
             while not self._ready(action):
                 yield False
@@ -128,7 +137,7 @@ class StageExecutor:
         self._finish()
 
     def stop(self) -> None:
-        """Stage 0 of a distributed run: ends it early on all ranks. What is under way is thrown away."""
+        """Ends a distributed run early on all ranks; called on stage 0. Units under way are thrown away."""
         assert self.inbound is not None and self.outbound is not None
         while self.under_way:
             self.inbound.receive()
@@ -218,7 +227,7 @@ class StageExecutor:
         return result
 
     def _plan(self, unit: Unit) -> UnitPlan:
-        """All that schedule and layout say about a unit."""
+        """Collects all that schedule and layout say about a unit."""
         refresh = self.schedule.refreshes(unit)
         return UnitPlan(
             unit,
@@ -233,7 +242,7 @@ class StageExecutor:
         )
 
     def _admit(self, unit: Unit) -> None:
-        """A block enters; prompts that only blocks long gone have used are forgotten."""
+        """Registers a block that enters, and forgets prompts that only blocks long gone have used."""
         self._prompt_of[unit.video, unit.block] = self._prompt
         self._prompt_of.pop((unit.video, unit.block - self.schedule.max_in_flight), None)
         self.stage.keep_prompts(set(self._prompt_of.values()))

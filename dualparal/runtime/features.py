@@ -1,13 +1,13 @@
 """Features: keys and values that blocks lend each other, in 16 or in 8 bits, and the store that keeps them.
 
-The store knows slots, not blocks: which block's features lie in a slot is the schedule's business. Features are
-stored after norm and rotation at absolute positions, ready to be read. Rows are numbered by tensors in device memory,
-so that a captured graph can be told another slot.
+The store knows slots, not blocks: the schedule decides whose features lie in a slot. Features are stored after norm and
+rotation at absolute positions, ready to be read. Rows are numbered by tensors in device memory, so that a captured
+graph can be told another slot.
 
-The reader's step decides how features are read, the maker's step how they are kept; where 8-bit attention is on at
-only one of the two, the reader converts (``to_8bit``, ``to_16bit``). That is the case at the first and last of the
-steps that are in 8 bits: the next block's features are one step behind, those of the previous block with ``prior``
-one step ahead.
+The reader's step decides the format in which features are read, the maker's step the one in which they are kept; where
+8-bit attention is on at only one of the two, the reader converts (``to_8bit``, ``to_16bit``). That is the case at the
+first and last of the steps that are in 8 bits: the next block's features are one step behind, those of the previous
+block with ``prior`` one step ahead.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ _ALIGNMENT = 16  # bytes: of a slot
 
 
 class FeatureStore:
-    """What outlives a unit, per layer, side, slot and branch. Fixed buffers, allocated once.
+    """Store of all that outlives a unit, by layer, side, slot and branch. Fixed buffers, allocated once.
 
     Where 8-bit attention is on at some steps only, a slot can hold either format, and is as large as the larger.
 
     Args:
-        slots: number of slots per side, e.g. {"head": 1, "tail": 9}.
-        formats: per layer and side, what a slot can hold: {in 8 bits?: format}.
+        slots: number of slots per side, such as {"head": 1, "tail": 9}.
+        branches: branches of guidance, 1 or 2.
+        formats: by layer and side, the formats that a slot can hold: {True for 8 bits, False for 16: format}.
+        device: of the buffers.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class FeatureStore:
     def _allocate(
         self, count: int, formats: Mapping[bool, Format], device: torch.device
     ) -> dict[bool, list[torch.Tensor]]:
-        """``count`` slots that hold any of the formats: the same buffers of bytes for the first tensor of each, the
-        second, ..."""
+        """Allocates ``count`` slots that hold any of the formats.
+
+        The first tensors of all formats share one buffer of bytes, the second ones another, and so on.
+        """
         found: dict[bool, list[torch.Tensor]] = {eight_bit: [] for eight_bit in formats}
         for number in range(max(map(len, formats.values()))):
             sharing = {eight_bit: tensors[number] for eight_bit, tensors in formats.items() if number < len(tensors)}
@@ -75,24 +79,25 @@ class FeatureStore:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def row(self, side: str, slot: int, branch: int) -> torch.Tensor:
-        """int64 [1], the row of a slot and branch."""
+        """The row of a slot and branch, int64 [1] on the device."""
         return self._numbers[slot * self._branches + branch]
 
     def load(self, layer: int, side: str, eight_bit: bool, row: torch.Tensor, out: Sequence[torch.Tensor]) -> None:
-        """Copies what lies in a row into tensors of its format."""
+        """Copies the content of a row into the tensors ``out``, which have its format."""
         for view, target in zip(self._views[layer][side, eight_bit], out, strict=True):
             torch.index_select(view, 0, row, out=_as(target, view.dtype).unsqueeze(0))
 
     def save(self, layer: int, side: str, eight_bit: bool, row: torch.Tensor, made: Sequence[torch.Tensor]) -> None:
-        """Copies tensors of a format into a row."""
+        """Copies the tensors ``made``, which have the format, into a row."""
         for view, source in zip(self._views[layer][side, eight_bit], made, strict=True):
             view.index_copy_(0, row, _as(source, view.dtype).unsqueeze(0))
 
     def lend(self, layer: int, side: str, row: torch.Tensor, first: int) -> Lend | None:
-        """Where a layer puts the keys and values it makes from token ``first`` on, as many as a row holds.
+        """The place into which a layer itself puts the keys and values of a row's tokens, from token ``first`` on.
 
         None where the slots can hold 8 bits, too: what is made for them is saved afterwards.
         """
@@ -103,7 +108,10 @@ class FeatureStore:
 
 
 def _movable(tensor: torch.Tensor) -> torch.dtype:
-    """8-bit numbers as integers, eight at a time: torch does not index fp8 everywhere, and copies by the element."""
+    """The dtype in which a tensor is moved: 8-bit numbers go as integers, eight at a time where they divide by 8.
+
+    Torch does not index fp8 everywhere, and copies by the element.
+    """
     if tensor.dtype.itemsize > 1:
         return tensor.dtype
     return torch.int64 if tensor.shape[-1] % 8 == 0 else torch.uint8

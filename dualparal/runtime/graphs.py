@@ -1,9 +1,9 @@
-"""The captured twin of a stage step: one CUDA graph per ``StepShape``, static inputs, bit-identical replays.
+"""Captured twins of a stage's forward: one CUDA graph per ``StepShape``, static inputs, bit-identical replays.
 
-Only compute is captured; transfers stay outside. The first unit of a shape runs eagerly, which warms up libraries
-and is a real unit (a warm-up on the side would write features twice); the second one captures; from then on the
-unit's tensors are copied into the graph's own and the graph is replayed. Text and time conditions are shared objects
-that nobody writes to, so they are copied only when another one comes.
+Only compute is captured; transfers stay outside. The first unit of a shape runs eagerly, which warms up libraries and
+is a real unit (a warm-up on the side would write features twice); the second one captures; from then on the unit's
+tensors are copied into the graph's own and the graph is replayed. Text and time conditions are shared objects that
+nobody writes to, so they are copied only when another one comes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 
 
 def cuda_capture(pool: list[Any]) -> Capture:
-    """Captures with torch.cuda.graph; graphs of one stage share a memory pool, since they never run at once."""
+    """Makes a capture with torch.cuda.graph. Graphs of one stage share a memory pool: they never run at once.
+
+    Args:
+        pool: empty at first; gets the handle of the pool at the first capture.
+    """
 
     def capture(function: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
@@ -44,7 +48,7 @@ class _Entry:
 
 
 class Graphed:
-    """Wraps ``Stage.forward``. One for a stage.
+    """Wrapper of ``Stage.forward``, one per stage. Its result is good until the next call.
 
     Args:
         forward: a function of shape and tensors alone.
@@ -83,7 +87,7 @@ class Graphed:
         return _Entry(static, replay, result, inputs)
 
     def _static_text(self, shape: StepShape, text: torch.Tensor) -> torch.Tensor:
-        """One copy for all shapes of an expert and branch: text is large."""
+        """The one copy of a text for all shapes of an expert and branch: text is large."""
         key = shape.expert, shape.branch
         if key not in self._text:
             self._text[key] = text.clone(), text

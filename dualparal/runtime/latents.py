@@ -1,4 +1,4 @@
-"""The latents of a video's blocks in flight, their samplers, and the updates: what stage 0 owns besides its layers."""
+"""Latents of a video's blocks in flight, with their samplers and updates. Stage 0 owns them besides its layers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ class LatentQueue:
     """Latents and sampler states of a video's blocks in flight. Owned by stage 0.
 
     Args:
+        schedule: the order of work.
+        layout: the places of blocks in the video.
+        sampler: makes a fresh state for every block.
         noise: block -> initial latents [1, C, F, H, W], float32.
         prompt_of: block -> id of its prompt, asked once, when the block enters.
         embeds_of: id of a prompt -> its embeddings [branches, sequence, text_dim].
         guidance_scales: one per step.
+        device: of the latents.
         callback: (block, step, timestep, latents) -> latents, after every update.
     """
 
@@ -58,7 +62,12 @@ class LatentQueue:
         return {block: BlockState(self._latents[block], state.state()) for block, state in self._states.items()}
 
     def restore(self, blocks: Mapping[int, BlockState], before: torch.Tensor | None) -> None:
-        """Goes on with a ``state``. before: the final latents of the block before the first."""
+        """Restores a ``state``.
+
+        Args:
+            blocks: the states by block.
+            before: final latents [1, C, F, H, W] of the block before the first; None: not kept.
+        """
         if before is not None:
             self._latents[self.schedule.first_block - 1] = before.to(self.device)
         for block in sorted(blocks):
@@ -68,7 +77,7 @@ class LatentQueue:
             self._states[block].restore(blocks[block].sampler, self.device)
 
     def prompt(self, unit: Unit) -> int:
-        """The prompt of the unit's block; a block enters with its first unit."""
+        """Id of the prompt of the unit's block. The first unit of a block makes it enter."""
         if unit.block not in self._prompts:
             self._prompts[unit.block] = self.prompt_of(unit.block)
             self._latents[unit.block] = self.noise(unit.block).to(self.device)
@@ -76,7 +85,10 @@ class LatentQueue:
         return self._prompts[unit.block]
 
     def window(self, unit: Unit) -> torch.Tensor:
-        """What the model is fed: [1, C, F, H, W], for ``paper`` and in a refresh with the end of the block before."""
+        """Latents [1, C, F, H, W] that the model is fed for a unit.
+
+        Under a policy that feeds latents, and in a refresh, the end of the block before lies in front of the own ones.
+        """
         own = self._latents[unit.block]
         fed = self.layout.fed_context(unit.block, self.schedule.refreshes(unit))
         if not fed:
@@ -84,6 +96,7 @@ class LatentQueue:
         return torch.cat([self._latents[unit.block - 1][:, :, -fed:], own], dim=2)
 
     def velocity_shape(self, unit: Unit) -> torch.Size:
+        """The shape [1, C, F, H, W] of the velocity of a unit: that of its block's own latents."""
         return self._latents[unit.block].shape
 
     def take(self, unit: Unit, velocity: torch.Tensor) -> None:
@@ -91,7 +104,7 @@ class LatentQueue:
         self._velocity[unit.block, unit.branch] = velocity.clone()
 
     def update(self, block: int, step: int) -> None:
-        """One sampler step from the velocities of the block's branches."""
+        """Takes one sampler step from the velocities of the block's branches."""
         velocity = [self._velocity.pop((block, branch)) for branch in range(self.schedule.branches)]
         guided = combine_guidance(*velocity, self.guidance_scales[step]) if len(velocity) == 2 else velocity[0]
         latents = self._states[block].step(guided, step, self._latents[block])
@@ -100,7 +113,10 @@ class LatentQueue:
         self._latents[block] = latents
 
     def emit(self, block: int) -> torch.Tensor:
-        """The block's final latents. Its successor may still read them, its predecessor is forgotten."""
+        """Gives out the final latents [1, C, F, H, W] of a block.
+
+        Its successor may still read them; its predecessor is forgotten.
+        """
         del self._states[block]
         self._latents.pop(block - 1, None)
         self._prompts.pop(block - 1, None)

@@ -1,8 +1,8 @@
-"""Where NaN or infinity first appeared, known without waiting for the device.
+"""The origin of NaN or infinity, found without waiting for the device.
 
-Every stage marks what it gives on: the mark is one element behind the tensor of a message, 0 while all is finite, else
-1 + the first stage whose output was not. Stage 0 keeps the first one that comes back. Marks are read only when a block
-is about to be given out, where the host waits for the device in any case.
+Every stage marks the tensors that it gives on: the mark is one element behind the tensor of a message, 0 while all is
+finite, else 1 + the first stage whose output was not. Stage 0 keeps the first one that comes back. Marks are read only
+when a block is about to be given out, where the host waits for the device in any case.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ class Origin(NamedTuple):
 
 
 def mark(tensor: torch.Tensor, before: torch.Tensor | None, stage: int | None) -> torch.Tensor:
-    """The mark of a unit after this stage (None: before the first one), [1] on the device, in the tensor's dtype.
+    """The mark of a unit after a stage: [1] on the device, in the dtype of ``tensor``.
 
-    before: the mark it came with.
+    Args:
+        tensor: the output of the stage.
+        before: the mark with which the unit came; None: it had none yet.
+        stage: number of the stage; None: the latents before the first one.
     """
     own = _UPDATE if stage is None else min(stage, _UPDATE - 1)
     # One pass without a copy: a sum is finite where all elements are (and in float32 does not overflow).
@@ -50,11 +53,12 @@ class FirstMark:
         self._code = torch.zeros(1, dtype=torch.int64, device=device)  # 0: none
 
     def take(self, unit: Unit, found: torch.Tensor) -> None:
+        """Notes the mark [1] of a unit that came back; only the first one above 0 is kept."""
         code = ((unit.video << 31 | unit.block) * _STEPS + unit.step) * (_STAGES + 1)
         self._code = torch.where((self._code == 0) & (found > 0), code + found.to(torch.int64), self._code)
 
     def origin(self) -> Origin | None:
-        """Waits for the device."""
+        """The unit and stage of the first mark above 0, or None. Waits for the device."""
         code = int(self._code.item())
         if code == 0:
             return None

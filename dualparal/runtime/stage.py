@@ -1,14 +1,14 @@
 """A run of layers with its neighbour features. It knows neither its rank nor the schedule.
 
-Everything that does not change from unit to unit is made once: time conditions per step, keys and values of the
-text per prompt, rotary angles per window. Layers share one workspace for keys and values [own | next | previous].
+Everything that does not change from unit to unit is made once: time conditions per step, keys and values of the text
+per prompt, rotary angles per window. Layers share one workspace for keys and values [own | next | previous].
 
-``forward`` is a function of tensors and a ``StepShape`` alone: slot numbers are tensors too, so that a captured
-graph of it (``graphs.py``) serves every block.
+``forward`` is a function of tensors and a ``StepShape`` alone: slot numbers are tensors too, so that a captured graph
+of it (``graphs.py``) serves every block.
 
 With 8-bit attention a block has a state in every layer and branch: the mean of its keys at the step before, which is
-what it takes from them at this one. It lies in the store, as features do. A refresh is in 16 bits: it may not read
-that state, and after it the state begins anew.
+taken away from them at this one. It lies in the store, as features do. A refresh is in 16 bits: it may not read that
+state, and after it the state begins anew.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dualparal.schedule.actions import Features, Unit
 
 
 class StepShape(NamedTuple):
-    """What decides which operations a unit takes; two units of one shape differ in the values of tensors only."""
+    """Everything that decides the operations of a unit; two units of one shape differ in the values of tensors only."""
 
     expert: int
     branch: int
@@ -38,8 +38,8 @@ class StepShape(NamedTuple):
     fed_context: int  # leading frames that belong to the previous block (``paper``, refreshes)
     reads: tuple[Read, ...]  # features read, in the order in which their keys follow the own ones
     writes: tuple[str, ...]  # sides
-    eight_bit: bool = False  # is 8-bit attention on, in the layers that take part?
-    first_8bit: bool = False  # for the first time in this block?
+    eight_bit: bool = False  # 8-bit attention is on, in the layers that take part
+    first_8bit: bool = False  # for the first time in this block
 
 
 class StepInputs(NamedTuple):
@@ -58,7 +58,7 @@ Forward = Callable[[StepShape, StepInputs], torch.Tensor]
 
 
 class UnitPlan(NamedTuple):
-    """What schedule and layout say about one unit; the stage itself knows neither."""
+    """Everything that schedule and layout say about one unit; the stage itself knows neither."""
 
     unit: Unit
     prompt: int  # id, see ``Stage.add_prompt``
@@ -76,17 +76,18 @@ class StageSpec:
     """Facts of one stage of a run.
 
     Attributes:
-        layers: indices of its layers in the model, which has ``num_layers``.
+        layers: indices of its layers in the model.
+        num_layers: layers of the whole model.
         grid: size of a latent frame.
         expert_of_step: index of the transformer that runs at each step.
         timesteps: the sampler's, [T].
-        slots: number of slots of the feature store, by side ("head", "tail"), and of what a block keeps ("mean").
-        branches: 2 with guidance.
+        slots: number of slots of the feature store, by side ("head", "tail"), and of a block's own state ("mean").
+        branches: 2 with guidance, otherwise 1.
         max_tokens: own tokens of the largest window.
         context_tokens: tokens that a neighbour lends.
         starts: the first of them among its own outside of refreshes, by side.
-        eight_bit: where self-attention has 8 bits.
-        refreshes: there will be some.
+        eight_bit: the layers and steps at which self-attention has 8 bits.
+        refreshes: True when the run has refreshes.
     """
 
     layers: range
@@ -104,12 +105,12 @@ class StageSpec:
 
     @property
     def first(self) -> bool:
-        """It embeds latents."""
+        """True when the stage embeds latents."""
         return self.layers.start == 0
 
     @property
     def last(self) -> bool:
-        """It makes velocities."""
+        """True when the stage makes velocities."""
         return self.layers.stop == self.num_layers
 
 
@@ -118,7 +119,8 @@ class Stage:
 
     Args:
         experts: the same layers of each transformer of the model.
-        attention: how its layers attend to themselves and their neighbours.
+        spec: facts of the stage.
+        attention: the strategy with which its layers attend to themselves and their neighbours.
         wrap: goes around ``forward``, such as ``graphs.Graphed``.
     """
 
@@ -160,25 +162,27 @@ class Stage:
         self._rotary: tuple[tuple[int, int], Rotary] | None = None
 
     def add_prompt(self, prompt: int, embeds: torch.Tensor) -> None:
-        """Makes a prompt known: embeds [branches, sequence, text_dim]."""
+        """Makes a prompt known by its id, with embeddings [branches, sequence, text_dim]."""
         self._prompts[prompt] = embeds
 
     def keep_prompts(self, used: Container[int]) -> None:
-        """Forgets the other prompts: no block in flight uses them any more."""
+        """Forgets all prompts but the ``used`` ones: no block in flight uses them any more."""
         for key in [k for k in self._text if k[0] not in used]:
             del self._text[key]
         for prompt in [p for p in self._prompts if p not in used]:
             del self._prompts[prompt]
 
     def knows_prompt(self, prompt: int) -> bool:
+        """True when the prompt was added and not forgotten since."""
         return prompt in self._prompts
 
     @torch.inference_mode()
     def run(self, hidden: torch.Tensor, plan: UnitPlan) -> torch.Tensor:
-        """One unit through the layers.
+        """Runs one unit through the layers.
 
         Args:
             hidden: first stage: latents [1, C, F, H, W]; otherwise hidden states [tokens, inner].
+            plan: everything that schedule and layout say about the unit.
 
         Returns:
             Hidden states [tokens, inner], or on the last stage the velocity [1, C, own frames, H, W]. Good until the
@@ -210,7 +214,7 @@ class Stage:
         return self._step(shape, inputs)
 
     def forward(self, shape: StepShape, inputs: StepInputs) -> torch.Tensor:
-        """The arithmetic of a unit; nothing else decides its result."""
+        """Computes a unit from its shape and tensors; nothing else decides the result (see ``run``)."""
         expert, tokens = self.experts[shape.expert], self.spec.grid.tokens
         hidden = expert.embed(inputs.hidden) if self.spec.first else inputs.hidden
         first_own = shape.fed_context * tokens
@@ -247,7 +251,7 @@ class Stage:
         return expert.head(hidden[first_own:], (pending[0][first_own:], pending[1]), inputs.time, self.spec.grid)
 
     def _views(self, shape: StepShape, own: int, starts: Mapping[str, int]) -> dict[bool, View]:
-        """The workspaces as the unit's layers see them, by whether they attend in 8 bits."""
+        """The workspaces as the unit's layers see them; True: for layers that attend in 8 bits."""
         found = {}
         if self._workspace is not None:
             found[False] = self._workspace.view(own, shape.reads, starts)
@@ -256,7 +260,7 @@ class Stage:
         return found
 
     def _read(self, index: int, eight_bit: bool, view: View, shape: StepShape, inputs: StepInputs) -> None:
-        """Neighbours' features to their places, converted where their maker's setting was another."""
+        """Copies neighbours' features to their places, converted where their maker's setting was another."""
         if isinstance(view.context, Context8) and not shape.first_8bit:
             self.store.load(index, "mean", True, inputs.mean_at[0], [view.context.means[0]])
         for (side, on), at, target in zip(shape.reads, inputs.read_at, view.places, strict=True):
@@ -278,7 +282,7 @@ class Stage:
                 tensor.copy_(source)
 
     def _lends(self, index: int, starts: Mapping[str, int], inputs: StepInputs) -> dict[str, Lend]:
-        """What the layer itself puts into the store, by side."""
+        """Places of the store that the layer itself writes, by side."""
         found = {
             side: self.store.lend(index, side, at, start)
             for (side, start), at in zip(starts.items(), inputs.write_at, strict=True)
@@ -286,7 +290,7 @@ class Stage:
         return {side: lend for side, lend in found.items() if lend is not None}
 
     def _formats(self, starts: Mapping[str, int], covered: bool) -> dict[str, dict[bool, Format]]:
-        """What the slots of a layer hold. Only layers that attend in 8 bits at all steps need no other format."""
+        """Formats of a layer's slots, by side. Only layers in 8 bits at all steps need no other format."""
         found: dict[str, dict[bool, Format]] = {}
         for side in starts:
             found[side] = {}

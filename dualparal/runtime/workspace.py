@@ -1,7 +1,7 @@
-"""What the layers of a stage read and write in place: rows [own | next | previous], in 16 or in 8 bits.
+"""Memory that the layers of a stage read and write in place: rows [own | next | previous], in 16 or in 8 bits.
 
-Layers share it one after the other. A ``View`` of it is made once per unit: what attention reads, where the
-neighbours' features are put before, and what is lent afterwards.
+Layers share it one after the other. A ``View`` of it is made once per unit: the rows that attention reads, the places
+of the neighbours' features before, and the rows that are lent afterwards.
 """
 
 from __future__ import annotations
@@ -14,22 +14,31 @@ import torch
 from dualparal.kernels.attention_8bit import TILE, KeysValues8, lent, place, tiles_of
 from dualparal.models.keys_values import Context8, Features8, Format, KeysValues
 
-Read = tuple[str, bool]  # a side of the features, and whether they were made at a step with 8-bit attention
+Read = tuple[str, bool]  # a side of the features; True if they were made at a step with 8-bit attention
 
 
 class View(NamedTuple):
+    """The parts of a workspace that one unit uses.
+
+    Attributes:
+        context: the rows that self-attention reads and whose own part it writes.
+        places: tensors for the neighbours' features, in the order of the reads.
+        lends: tensors to save for neighbours, by side.
+    """
+
     context: KeysValues | Context8
     places: list[Format]  # of the neighbours' features, in the order of the reads
     lends: dict[str, Format]  # by side
 
 
 class Workspace:
-    """In 16 bits.
+    """Workspace in 16 bits.
 
     Args:
         tokens: own tokens of the largest window.
-        sides: how many neighbours there are features of.
-        lent: so many rows a block lends to each.
+        sides: number of neighbours that there are features of, 0 to 2.
+        lent: number of rows that a block lends to each.
+        inner: width of keys and values.
     """
 
     def __init__(
@@ -41,22 +50,32 @@ class Workspace:
         )
 
     def fresh(self, device: str | None = None) -> KeysValues:
-        """Memory for what a side lends."""
+        """New memory for the rows that one side lends, [lent, inner] each."""
         return KeysValues(*(torch.empty_like(tensor[: self._lent], device=device) for tensor in self._memory))
 
     def view(self, own: int, reads: Sequence[Read], starts: Mapping[str, int]) -> View:
-        """starts: the first row of what is lent, by side."""
+        """The view of a unit.
+
+        Args:
+            own: tokens of the unit.
+            reads: features that it reads; their formats play no part here.
+            starts: the first row that is lent, by side.
+        """
         rows = self._memory.rows(0, own + len(reads) * self._lent)
         places: list[Format] = [rows.rows(own + number * self._lent, self._lent) for number in range(len(reads))]
         return View(rows, places, {side: rows.rows(start, self._lent) for side, start in starts.items()})
 
 
 class Workspace8:
-    """In 8 bits: every part begins at a multiple of TILE, and what is lent begins with a whole tile.
+    """Workspace in 8 bits: every part begins at a multiple of TILE, and lent rows begin with a whole tile.
 
     Args:
-        starts: the first row that a block lends, by side. values: their dtype, FP8 or one of 16 bits. The others: as
-            in ``Workspace``.
+        tokens: own tokens of the largest window.
+        starts: the first row that a block lends, by side.
+        lent_rows: number of rows that a block lends to each.
+        inner: width of keys and values.
+        heads: of self-attention.
+        values: dtype of the values, FP8 or one of 16 bits.
     """
 
     def __init__(
@@ -79,12 +98,20 @@ class Workspace8:
         self._k_sums = torch.empty(tiles_of(tokens), inner, dtype=torch.float32, device=device)
 
     def fresh(self, side: str, device: str | None = None) -> Features8:
-        """Memory for what a side lends."""
+        """New memory for the rows that one side lends."""
         share = self._shares[side]
         keys_values = KeysValues8.empty(share.rows, *self._sizes, device or self._device)
         return Features8(keys_values, torch.empty_like(self._means[0], device=device), share.skip)
 
     def view(self, own: int, reads: Sequence[Read], writes: Sequence[str], first: bool) -> View:
+        """The view of a unit.
+
+        Args:
+            own: tokens of the unit.
+            reads: features that it reads, in the order of their keys.
+            writes: sides that it lends.
+            first: the unit is the block's first in 8 bits (``Context8.first``).
+        """
         # What was made in 16 bits, and is converted, has no rows in front
         shares = [self._shares[side] if made_8bit else lent(0, self._lent) for side, made_8bit in reads]
         parts = [(share.rows, share.skip) for share in shares]

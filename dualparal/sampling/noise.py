@@ -1,4 +1,4 @@
-"""A block's initial noise as a function of (seed, block) alone: the same on any rank, in any order, after resume.
+"""The initial noise of a block as a function of (seed, block) alone: the same on any rank, in any order, after resume.
 
 The paper's coordinated noise: a pool of B + C frames; for each new block the pool becomes [its last C, its first B
 permuted], and the block takes the last B. Every window [C of the previous block, own B] then holds each pool frame
@@ -15,7 +15,7 @@ _MASK = 2**64 - 1
 
 
 def derive_seed(seed: int, block: int) -> int:
-    """A well mixed 63-bit seed of (seed, block): splitmix64 of both."""
+    """Mixes (seed, block) into a 63-bit seed: splitmix64 of both. Block -1 stands for the pool."""
     z = (seed * 0x9E3779B97F4A7C15 + (block + 1) * 0xD1B54A32D192ED03) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -26,11 +26,11 @@ class BlockNoise:
     """Initial latents of every block, float32 on the CPU (so that they do not depend on the device).
 
     Args:
-        layout: where the blocks lie.
+        layout: the places of blocks in the video.
         shape: (channels, height, width) of a latent frame.
         seed: of pool and permutations.
-        latents: [1, channels, L or padded L, height, width] to use instead, as in diffusers. Where it is shorter
-            than what is computed (the surplus of the last block), the pool goes on.
+        latents: [1, channels, L or padded L, height, width] to use instead, as in diffusers. Where it is shorter than
+            the latents that are computed (the surplus of the last block), the pool goes on.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class BlockNoise:
         self._state: tuple[int, list[int]] = (0, list(range(size)))
 
     def frames(self, block: int) -> list[int]:
-        """Which pool frames ``block`` starts from, in order."""
+        """Indices of the pool frames that ``block`` starts from, in order."""
         own, context = self.layout.blocks.frames_per_block, self.layout.blocks.context_frames
         at, order = self._state
         if block < at:

@@ -1,4 +1,4 @@
-"""diffusers' own samplers ("schedulers" there), one state per block.
+"""Samplers from diffusers ("schedulers" there), with one state per block.
 
 A sampler keeps tensors between steps, so nothing here writes into a tensor it was given or gave out: the authors'
 in-place copy of the result corrupts UniPC's ``last_sample`` (0.12 off stock Wan at T = 6).
@@ -35,6 +35,11 @@ class Sampler:
     Args:
         scheduler: a diffusers scheduler of one of ``SUPPORTED``; it is copied, never changed.
         num_inference_steps: T.
+        device: of the timesteps.
+
+    Attributes:
+        timesteps: [T], in the sampler's dtype.
+        num_train_timesteps: the timestep of pure noise.
 
     Raises:
         ValueError: a class that is not supported, or one that draws noise in its steps.
@@ -63,25 +68,38 @@ class Sampler:
 
 
 class BlockSampler:
-    """One block's sampler state."""
+    """The sampler state of one block.
+
+    Args:
+        scheduler: a diffusers scheduler of its own, with timesteps set.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
 
     def step(self, velocity: torch.Tensor, step: int, latents: torch.Tensor) -> torch.Tensor:
-        """Latents after step ``step``. velocity, latents: [1, C, F, H, W]; returns a new tensor like latents."""
+        """Latents after the step of index ``step`` (the ``step`` of diffusers' scheduler).
+
+        Args:
+            velocity: the model's output, [1, C, F, H, W].
+            step: index from 0, each once and in order.
+            latents: before the step, [1, C, F, H, W].
+
+        Returns:
+            A new tensor like ``latents``.
+        """
         timestep = self.scheduler.timesteps[step]
         result: torch.Tensor = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         return result
 
     def state(self) -> dict[str, Any]:
-        """What it remembers: numbers, tensors, None, and lists of these. The tensors are never written to."""
+        """The sampler's memory: numbers, tensors, None, and lists of these. The tensors are never written to."""
         names = [name for name in _MEMORY[type(self.scheduler).__name__] if name in vars(self.scheduler)]
         found = {name: getattr(self.scheduler, name) for name in names}
         return {name: list(value) if isinstance(value, list) else value for name, value in found.items()}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Takes up a ``state``.
+        """Restores a ``state``, its tensors moved to ``device``.
 
         Raises:
             ValueError: it is not one of this class.
@@ -96,5 +114,5 @@ class BlockSampler:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Time steps, of no dimension, stay where the sampler has its own."""
+    """Moves a tensor to the device; time steps, of no dimension, stay where the sampler has its own."""
     return value.to(device) if isinstance(value, torch.Tensor) and value.ndim else value

@@ -1,4 +1,4 @@
-"""What of a block outlives a run: its latents, and what its sampler remembers."""
+"""The part of a block that outlives a run: its latents, and its sampler's memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import torch
 
 @dataclass(frozen=True)
 class BlockState:
-    """A block between two steps: latents [1, C, F, H, W] float32, and what its sampler remembers."""
+    """A block between two steps.
+
+    Attributes:
+        latents: [1, C, F, H, W] float32.
+        sampler: the memory of its sampler (``BlockSampler.state``).
+    """
 
     latents: torch.Tensor
     sampler: Mapping[str, Any]

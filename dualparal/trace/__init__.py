@@ -1,1 +1,1 @@
-"""What a run tells of itself: clocks, statistics, a timeline and its picture."""
+"""The account of a run: clocks, statistics, a timeline and its picture."""

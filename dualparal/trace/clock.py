@@ -1,4 +1,4 @@
-"""How long a stage is busy: clocks on the host and, on CUDA, on the device."""
+"""Clocks of a stage's busy time, on the host and, on CUDA, on the device."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _UNSEEN: AbstractContextManager[None] = nullcontext()
 
 
 class _Moment(NamedTuple):
-    """Now, on the host and, on CUDA, in the current stream."""
+    """A point in time on the host and, on CUDA, in the current stream."""
 
     host: float
     event: torch.cuda.Event | None
 
 
 class _Span(NamedTuple):
-    """From one moment to another, of which the device may have reached neither."""
+    """A span from one moment to another, of which the device may have reached neither."""
 
     begin: torch.cuda.Event
     end: torch.cuda.Event
@@ -35,7 +35,7 @@ class _Span(NamedTuple):
 
 
 class DeviceTime:
-    """Host seconds of CUDA events that are done. Waits for the device once, here, and never again.
+    """Host seconds of CUDA events that are done. Waits for the device once, when made, and never again.
 
     The two clocks drift apart by some millionths; over hours that shows as milliseconds.
     """
@@ -47,6 +47,7 @@ class DeviceTime:
         self._seconds = time.perf_counter()
 
     def seconds(self, event: torch.cuda.Event) -> float:
+        """The ``time.perf_counter`` at which the device reached an event that is done and was made with timing."""
         since = self._event.elapsed_time(event) / 1000
         if since < 60:
             return self._seconds + since
@@ -58,8 +59,15 @@ class DeviceTime:
 class BusyClock:
     """Adds up the time between enter and exit; on CUDA the time of the device, read without waiting for it.
 
-    track: where the actions leave their spans, when somebody wants a timeline. On CUDA those are the device's, in the
-    order of its stream, and the host's besides in a row of their own; a RECV on the device is its wait for the message.
+    Args:
+        device: of the stage.
+        track: gets the spans of the actions; None: nobody wants a timeline. On CUDA those are the device's, in the
+            order of its stream, and the host's besides in a row of their own; a RECV on the device is its wait for the
+            message.
+
+    Attributes:
+        seconds: busy time so far; on CUDA of the units that are known to be done.
+        started: ``time.perf_counter`` of the first entry; None: not entered yet.
     """
 
     def __init__(self, device: torch.device, track: Track | None = None) -> None:
@@ -73,9 +81,11 @@ class BusyClock:
         self._device_time = DeviceTime() if self.cuda and track is not None else None
 
     def on(self, action: Action, waited: Callable[[], float]) -> AbstractContextManager[None]:
-        """Around an action, for the timeline. The span of a RUN is that of its unit, which enters this clock.
+        """A context around an action, for the timeline. The span of a RUN is that of its unit, which enters this clock.
 
-        waited: seconds that the stage has been blocked by others so far.
+        Args:
+            action: the action.
+            waited: () -> seconds that the stage has been blocked by others so far.
         """
         if self.track is None:
             return _UNSEEN
@@ -129,7 +139,7 @@ class BusyClock:
             self.track.action(STAGE, span.action, begin, end, error=span.error)
 
     def settle(self) -> None:
-        """Waits for what is still running on the device, at the end of a run."""
+        """Waits for all that is still running on the device, at the end of a run, and adds it up."""
         while self._spans:
             self._spans[0].end.synchronize()
             self._take(self._spans.popleft())

@@ -17,6 +17,16 @@ BLOCKS = 10  # colours, which come again
 
 
 class Bar(NamedTuple):
+    """A bar of the picture: one span of a timeline.
+
+    Attributes:
+        row: (stage, row within it).
+        kind: one of ``timeline.KINDS``, "wait" or "decode".
+        block: number of the block, for the colour.
+        begin: seconds from the first bar.
+        seconds: its length.
+    """
+
     row: tuple[int, int]  # stage, row within it
     kind: str
     block: int
@@ -25,7 +35,7 @@ class Bar(NamedTuple):
 
 
 def picture_of(path: Path) -> Path:
-    """Where the picture of a timeline goes: ``run.json.gz`` to ``run.png``."""
+    """The path of a timeline's picture: ``run.png`` for ``run.json.gz``."""
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".json") + ".png")
 
 
@@ -38,10 +48,11 @@ def check_matplotlib() -> None:
 
 
 def draw(path: Path) -> Path:
-    """Draws the timeline at ``path`` beside it and returns where.
+    """Draws the timeline at ``path`` beside it and returns the path of the picture.
 
     Raises:
         TimelineError: matplotlib is missing, the file is not a timeline of ours or holds nothing.
+        OSError: a file cannot be read or written.
     """
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -97,7 +108,7 @@ def draw(path: Path) -> Path:
 
 
 def _bars(path: Path) -> tuple[list[Bar], bool]:
-    """What is drawn, by time, and whether there was more."""
+    """The bars of a timeline, by time, and True if there were more than ``LIMIT``."""
     spans: list[dict[str, Any]] = []
     more = False
     for event in read(path):

@@ -1,4 +1,4 @@
-"""What a finished run tells of itself: time, memory, share of idle time."""
+"""Statistics of a finished run: time, memory, share of idle time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _REPLAY_LIMIT = 100_000  # stage-units: a second or two
 
 
 def schedule_bubble(schedule: Schedule) -> float | None:
-    """What the closing line sets beside the measured bubble: that of the schedule, every unit taking equally long
-    on every stage. None for a schedule that has no end, or whose replay would take long.
+    """The bubble of a schedule, 0 to 1, every unit taking equally long on every stage; set beside the measured one.
 
-    The one place to ask a simulator with costs of its own instead.
+    None for a schedule that has no end, or whose replay would take long. This is the one place to ask a simulator with
+    costs of its own instead.
     """
     if schedule.num_units is None or schedule.num_units * schedule.num_stages > _REPLAY_LIMIT:
         return None
@@ -53,6 +53,12 @@ class RankStats:
 
     @classmethod
     def of(cls, clocks: Sequence[BusyClock], device: torch.device) -> RankStats:
+        """Collects the statistics of a rank at the end of a run; waits for its device.
+
+        Args:
+            clocks: of the stages on this rank.
+            device: the device of the rank.
+        """
         for clock in clocks:
             clock.settle()
         started = min((c.started for c in clocks if c.started is not None), default=time.perf_counter())
@@ -60,16 +66,18 @@ class RankStats:
         return cls(sum(c.seconds for c in clocks), time.perf_counter() - started, peak_rss(), on_device)
 
     def to_list(self) -> list[float]:
+        """The four numbers as floats, to send to rank 0."""
         return [self.busy, self.elapsed, float(self.peak_host), float(self.peak_device)]
 
     @classmethod
     def from_list(cls, values: list[float]) -> RankStats:
+        """Restores the statistics from ``to_list``."""
         return cls(values[0], values[1], int(values[2]), int(values[3]))
 
 
 @dataclass(frozen=True)
 class RunStats:
-    """What a finished run tells: see ``summary``."""
+    """Statistics of a finished run; ``summary`` puts them into words."""
 
     blocks: int
     frames: int

@@ -1,8 +1,8 @@
-"""The timeline of a run: who did what when, as Chrome's JSON trace format, which ui.perfetto.dev opens.
+"""The timeline of a run: every action with its times, as Chrome's JSON trace format, which ui.perfetto.dev opens.
 
-Every rank appends its spans to a part of its own, a line and a write each, so that memory does not grow and a rank
-that is killed leaves what it did; ``merge`` joins the parts to one file. A part can be opened as it is, too. Nothing
-here knows tensors or devices; who measures is ``trace``, who draws is ``gantt``.
+Every rank appends its spans to a part of its own, a line and a write each, so that memory does not grow and a rank that
+is killed leaves what it did; ``merge`` joins the parts to one file. A part can be opened as it is, too. Nothing here
+knows tensors or devices: ``clock`` measures, ``picture`` draws.
 
 A process row is a stage; in it lie the rows of ``ROWS``. Times are microseconds on rank 0's monotonic clock.
 """
@@ -57,10 +57,10 @@ def check_name(path: Path) -> None:
 
 
 def prepare(path: Path) -> None:
-    """Makes way: an empty folder for the parts of a new run. Rank 0, before the others open theirs.
+    """Makes an empty folder for the parts of a new run, and removes an older timeline. Rank 0, before the others write.
 
     Raises:
-        TimelineError: as ``check_name``.
+        TimelineError: ``path`` is no name for a timeline (``check_name``).
         OSError: the folder cannot be made.
     """
     check_name(path)
@@ -83,10 +83,15 @@ def place(event: dict[str, Any]) -> tuple[int, int]:
 
 
 class Recorder:
-    """One rank's part of the timeline at ``path``. Spans may come from any thread.
+    """Writer of one rank's part of the timeline at ``path``. Spans may come from any thread.
 
     Args:
+        path: of the timeline; the part lies in ``parts_of(path)``.
+        rank, world_size: of the run.
         offset: seconds to add to this rank's ``time.perf_counter`` to have rank 0's.
+
+    Raises:
+        OSError: the part cannot be made.
     """
 
     def __init__(self, path: Path, rank: int = 0, world_size: int = 1, offset: float = 0.0) -> None:
@@ -100,7 +105,7 @@ class Recorder:
         os.write(self._file, b"[\n")
 
     def track(self, stage: int, num_stages: int) -> Track:
-        """The rows of one stage."""
+        """Makes the rows of one stage."""
         name = f"stage {stage}" + (f" (rank {self.rank})" if self.world_size > 1 else "")
         self._write({"ph": "M", **ids(stage), "name": "process_name", "args": {"name": name}})
         self._write({"ph": "M", **ids(stage), "name": "process_sort_index", "args": {"sort_index": stage}})
@@ -109,12 +114,22 @@ class Recorder:
         return Track(self, stage, num_stages)
 
     def name_row(self, stage: int, row: int) -> None:
+        """Writes the name of a row, one of ``ROWS``."""
         self._write({"ph": "M", **ids(stage, row), "name": "thread_name", "args": {"name": ROWS[row]}})
 
     def span(
         self, stage: int, row: int, kind: str, name: str, begin: float, end: float, args: dict[str, Any], **more: Any
     ) -> None:
-        """begin, end: seconds of this rank's ``time.perf_counter``."""
+        """Writes a span.
+
+        Args:
+            stage, row: the row in which it lies.
+            kind: category, such as the values of ``KINDS``.
+            name: text on the span.
+            begin, end: seconds of this rank's ``time.perf_counter``.
+            args: shown when the span is selected.
+            more: further keys of the event, such as those of an arrow.
+        """
         self._write(
             {
                 "ph": "X",
@@ -138,6 +153,7 @@ class Recorder:
             self.close()
 
     def close(self) -> None:
+        """Closes the part; later spans are dropped."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -156,7 +172,15 @@ class Track:
     def action(
         self, row: int, action: Action, begin: float, end: float, waited: float = 0.0, error: str | None = None
     ) -> None:
-        """An action from begin to end, of which the first ``waited`` seconds were a wait for another rank."""
+        """Writes an action from begin to end, of which the first ``waited`` seconds were a wait for another rank.
+
+        Args:
+            row: one of ``ROWS``.
+            action: the action.
+            begin, end: seconds of this rank's ``time.perf_counter``.
+            waited: seconds.
+            error: name of the exception that ended it.
+        """
         args: dict[str, Any] = action.unit._asdict()
         more: dict[str, Any] = {}
         if error is not None:
@@ -171,10 +195,11 @@ class Track:
             self._span(row, "wait", "wait", begin, begin + waited, {})
 
     def decode(self, video: int, block: int, begin: float, end: float) -> None:
+        """Writes the span in which a block was decoded; begin, end: seconds of ``time.perf_counter``."""
         self._span(DECODER, "decode", f"decode {_block(video, block)}", begin, end, {"block": block, "video": video})
 
     def consumer(self, video: int, block: int, begin: float, end: float) -> None:
-        """Whoever takes the chunks had one; the host of stage 0 stood still."""
+        """Writes the span in which the consumer of the chunks had one, and the host of stage 0 stood still."""
         self._span(
             CONSUMER, "consumer", f"consumer {_block(video, block)}", begin, end, {"block": block, "video": video}
         )
@@ -196,7 +221,8 @@ def _block(video: int, block: int) -> str:
 def merge(path: Path) -> list[int]:
     """Joins the parts beside ``path`` to one file there and removes them, in little memory.
 
-    Returns the ranks that left no part: on other nodes, unless they share the folder.
+    Returns:
+        The ranks that left no part: on other nodes, unless they share the folder.
 
     Raises:
         TimelineError: there are no parts.
@@ -226,7 +252,7 @@ def _writer(path: Path, file: WholeFile) -> TextIO:
 
 
 def merge_left(path: Path) -> None:
-    """Joins what a run left at ``path``, if it left parts, and says in the log what is missing."""
+    """Joins the parts that a run left at ``path``, if there are any, and says in the log which are missing."""
     if not parts_of(path).is_dir():
         return
     try:
@@ -244,7 +270,7 @@ def merge_left(path: Path) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a merged timeline, one by one.
+    """Yields the events of a merged timeline, one by one.
 
     Raises:
         TimelineError: not a file that ``merge`` wrote.

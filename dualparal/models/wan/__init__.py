@@ -1,1 +1,1 @@
-"""Wan2.1 and Wan2.2 text-to-video: all that is known of this family."""
+"""Wan2.1 and Wan2.2 text-to-video: the only package that knows this family."""

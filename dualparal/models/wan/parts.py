@@ -17,7 +17,7 @@ def empty_vae(config: Mapping[str, Any]) -> Any:
 
 
 def load_vae(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """(VAE, loading info)."""
+    """Loads a VAE; returns (``AutoencoderKLWan``, loading info of ``from_pretrained``)."""
     from diffusers import AutoencoderKLWan
 
     vae, info = AutoencoderKLWan.from_pretrained(
@@ -34,7 +34,7 @@ def empty_text_encoder(config: Mapping[str, Any]) -> Any:
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """(text encoder, loading info)."""
+    """Loads a text encoder; returns (``UMT5EncoderModel``, loading info of ``from_pretrained``)."""
     import transformers
 
     loaded: Any = transformers.UMT5EncoderModel.from_pretrained(

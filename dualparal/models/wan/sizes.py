@@ -17,8 +17,12 @@ from dualparal.models.json_files import ModelError, read_config
 class Conv(NamedTuple):
     """A convolution of the decoder, for one latent frame that is not the first.
 
-    frames: output frames. scale: side of its output in latent pixels. kernel: points.
-    cached: input frames that are kept for the next latent (0 or 2).
+    Attributes:
+        inputs, outputs: channels.
+        kernel: points.
+        frames: output frames.
+        scale: side of its output in latent pixels.
+        cached: input frames that are kept for the next latent (0 or 2).
     """
 
     inputs: int
@@ -31,7 +35,10 @@ class Conv(NamedTuple):
 
 @dataclass(frozen=True)
 class WanVaeSizes:
-    """The decoder of AutoencoderKLWan (Wan 2.1; the residual one is not counted)."""
+    """Sizes of the decoder of diffusers' AutoencoderKLWan (Wan 2.1; the residual one is not counted).
+
+    Attributes are keys of its config, ``temporal_upsample`` being ``temperal_downsample`` reversed.
+    """
 
     base_dim: int = 96
     z_dim: int = 16
@@ -49,6 +56,7 @@ class WanVaeSizes:
 
     @property
     def convs(self) -> list[Conv]:
+        """Every convolution of the decoder, in order; the attention in the middle counts as one of kernel 1."""
         dims = [self.base_dim * m for m in (self.dim_mult[-1], *reversed(self.dim_mult))]
         found = [Conv(self.z_dim, dims[0], 27, 1, 1, 2)]
         found += [Conv(dims[0], dims[0], 27, 1, 1, 2)] * 4  # the two residual blocks in the middle
@@ -71,24 +79,27 @@ class WanVaeSizes:
         return found
 
     def flops(self, pixels: int) -> int:
-        """Of decoding one latent frame of so many latent pixels (attention in the middle left out: 1 %)."""
+        """FLOPs of decoding one latent frame of ``pixels`` latent pixels, without attention's own product (1 %)."""
         return sum(2 * c.kernel * c.inputs * c.outputs * c.frames * c.scale**2 * pixels for c in self.convs)
 
     @property
     def parameters(self) -> int:
-        """Of the decoder and, as the engine loads both, the encoder, which mirrors it with one block less a level."""
+        """Parameters of the decoder and, as the engine loads both, of the encoder.
+
+        The encoder mirrors the decoder with one block less a level.
+        """
         decoder = sum((c.kernel * c.inputs + 1) * c.outputs for c in self.convs)
         return round(decoder * (1 + self.num_res_blocks / (self.num_res_blocks + 1)))
 
     def cache_bytes(self, pixels: int) -> int:
-        """What the decoder holds from one latent frame to the next, float32."""
+        """Bytes that the decoder holds from one latent frame to the next, float32."""
         return sum(4 * c.cached * c.inputs * c.scale**2 * pixels for c in self.convs)
 
     def working_bytes(self, pixels: int) -> int:
-        """The largest set of tensors that live at once within one latent frame, float32.
+        """Bytes of the largest set of tensors that live at once within one latent frame, float32.
 
         In the last level a residual block holds its input, the normed one, that padded and joined with two cached
-        frames, and the result; where it begins, the upsampled frames are held twice and the convolved ones once.
+        frames, and the result. At its beginning the upsampled frames are held twice and the convolved ones once.
         """
         last = self.convs[-1]
         frame = 4 * last.scale**2 * pixels
@@ -103,9 +114,15 @@ class WanVaeSizes:
 
 @dataclass(frozen=True)
 class WanSizes:
-    """A Wan text-to-video pipeline: transformer (or two of one shape), VAE decoder, text encoder.
+    """Sizes of a Wan text-to-video pipeline: transformer (or two of one shape), VAE decoder, text encoder.
 
-    text_encoder: number of its parameters; it is loaded before the transformer and dropped.
+    Attributes:
+        ffn_dim: inner width of the feed-forward.
+        freq_dim: width of the sinusoids of time.
+        patch: side of a token in latent pixels.
+        experts: number of transformers.
+        text_encoder: number of its parameters; it is loaded before the transformer and dropped.
+        trained_latents: latent frames of the videos that it was trained with.
     """
 
     name: str
@@ -130,14 +147,14 @@ class WanSizes:
 
     @property
     def layer_parameters(self) -> tuple[int, int]:
-        """Of one layer: those kept in the model's dtype, and those kept in float32."""
+        """Parameters of one layer: those kept in the model's dtype, and those kept in float32."""
         h, f = self.inner, self.ffn_dim
         narrow = 8 * (h * h + h) + 4 * h + (h * f + f) + (f * h + h)
         return narrow, 6 * h + (2 * h if self.cross_attn_norm else 0)
 
     @property
     def condition_parameters(self) -> tuple[int, int]:
-        """What every stage owns: embeddings of time and text."""
+        """Parameters that every stage owns: embeddings of time and text."""
         h = self.inner
         return (h * 6 * h + 6 * h) + (self.text_dim * h + h) + (h * h + h), (self.freq_dim * h + h) + (h * h + h)
 
@@ -152,23 +169,28 @@ class WanSizes:
 
     @property
     def joined_parameters(self) -> int:
-        """Q, K and V of self-attention, which become one matrix."""
+        """Parameters of Q, K and V of self-attention, which become one matrix."""
         return 3 * self.inner**2
 
     @property
     def linear_flops(self) -> int:
-        """Of one layer per token, without attention: Q, K, V and the way out, the same for text less K and V, and the
-        feed-forward."""
+        """FLOPs of one layer per token, without attention.
+
+        Counted: Q, K, V and the way out, the same for text less K and V, and the feed-forward.
+        """
         return 2 * self.inner * (6 * self.inner + 2 * self.ffn_dim)
 
     @property
     def layer_activations(self) -> int:
-        """Residual stream old and new, y, normed, qkv, query, attended; the feed-forward's inside twice."""
+        """Numbers per token that a layer holds at its largest.
+
+        Residual stream old and new, y, normed, qkv, query, attended; the feed-forward's inside twice.
+        """
         return 9 * self.inner + 2 * self.ffn_dim
 
     @property
     def parameters(self) -> int:
-        """Of one transformer."""
+        """Parameters of one transformer."""
         layers = self.num_layers * sum(self.layer_parameters)
         return layers + sum(self.condition_parameters) + self.embed_parameters + sum(self.head_parameters)
 
@@ -184,7 +206,7 @@ MODELS: Mapping[str, WanSizes] = {
 
 
 def read_sizes(path: Path) -> WanSizes:
-    """Of a directory in diffusers format.
+    """Sizes of the model in a directory in diffusers format. Without a VAE or a text encoder, those of Wan 2.1 count.
 
     Raises:
         ModelError: configs that cannot be read, are not a Wan text-to-video model's, or have no cost model.
@@ -223,7 +245,7 @@ def read_sizes(path: Path) -> WanSizes:
 
 
 def _text_parameters(config: dict[str, Any]) -> int:
-    """Of a UMT5 encoder."""
+    """Parameters of a UMT5 encoder."""
     d, inner, heads = config["d_model"], config["num_heads"] * config["d_kv"], config["num_heads"]
     gated = 3 if str(config.get("feed_forward_proj", "gated-gelu")).startswith("gated") else 2
     layer = 4 * d * inner + gated * d * config["d_ff"] + 2 * d + config["relative_attention_num_buckets"] * heads

@@ -10,11 +10,11 @@ import torch
 
 
 class PromptEncoder:
-    """Encodes as WanPipeline does. The text encoder is loaded when it is needed and dropped by ``free``.
+    """Encodes prompts as WanPipeline does. The text encoder is loaded when it is needed and dropped by ``free``.
 
     Args:
         load: () -> (tokenizer, text encoder).
-        device: where the encoder runs.
+        device: the device on which the encoder runs.
     """
 
     def __init__(self, load: Callable[[], tuple[Any, Any]], device: torch.device) -> None:
@@ -26,7 +26,9 @@ class PromptEncoder:
     def encode(
         self, prompt: str, negative_prompt: str | None, guidance: bool, max_sequence_length: int
     ) -> torch.Tensor:
-        """Embeddings [1 or 2, max_sequence_length, text_dim], the conditional row first."""
+        """Embeddings [1 or 2, max_sequence_length, text_dim], by ``WanPipeline.encode_prompt``, the conditional row
+        first.
+        """
         if self._pipeline is None:
             from diffusers import WanPipeline
 

@@ -40,17 +40,22 @@ def build_tiny_pipeline(
     flow_shift: float = 3.0,
     max_shard_size: int | str | None = None,
 ) -> Path:
-    """Write a text-to-video pipeline into `directory`, which must be new or empty; returns its path.
+    """Writes a text-to-video pipeline into ``directory``, which must be new or empty; returns its path.
 
-    The same arguments give the same safetensors bytes; torch's global random state is neither read nor moved.
-    The tokenizer has one token per Latin letter or sign, and takes any other text as unknown. float32, 1 MB.
+    The same arguments give the same safetensors bytes; torch's global random state is neither read nor moved. The
+    tokenizer has one token per Latin letter or sign, and takes any other text as unknown. float32, 1 MB.
 
-    layers, heads, head_dim, ffn_dim: of the transformer, whose width is heads * head_dim.
-    latent_channels: z_dim of the VAE. vae_dim: its narrowest layer.
-    wan22: two experts, `transformer` and `transformer_2`, and a boundary_ratio, as in Wan 2.2 A14B.
-    residual_vae: the VAE of Wan 2.2 5B, 16 pixels per latent instead of 8.
-    max_shard_size: at most so much of a transformer per file ("100KB", or bytes), with an index file.
-    Raises ValueError for sizes a Wan transformer cannot have, or a directory that is not empty.
+    Args:
+        layers, heads, head_dim, ffn_dim: sizes of the transformer, whose width is heads * head_dim.
+        latent_channels: z_dim of the VAE.
+        vae_dim: width of the VAE's narrowest layer.
+        wan22: two experts, ``transformer`` and ``transformer_2``, and a boundary_ratio, as in Wan 2.2 A14B.
+        residual_vae: the VAE of Wan 2.2 5B, 16 pixels per latent instead of 8.
+        flow_shift: of the sampler.
+        max_shard_size: the most bytes of a transformer per file ("100KB", or a number), with an index file.
+
+    Raises:
+        ValueError: sizes that a Wan transformer cannot have, or a directory that is not empty.
     """
     _check_sizes(layers, heads, head_dim, ffn_dim, latent_channels, vae_dim)
     directory = Path(directory)
@@ -144,9 +149,11 @@ def _vae_config(channels: int, base_dim: int, residual: bool) -> dict[str, Any]:
 
 
 def make_tokenizer(directory: str | Path, words: Sequence[str] = ()) -> Any:
-    """A T5 tokenizer: 0 pad, 1 end, 2 unknown, then one token per word; without ``words`` one per Latin character.
+    """Makes a T5 tokenizer: 0 pad, 1 end, 2 unknown, then one token per word.
 
-    Writes ``tokenizer.json`` into ``directory``, which it makes.
+    Args:
+        directory: made if needed; gets a ``tokenizer.json``.
+        words: its vocabulary; without words every Latin character has a token.
     """
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -169,7 +176,7 @@ def make_tokenizer(directory: str | Path, words: Sequence[str] = ()) -> Any:
 
 @torch.no_grad()
 def _fill(model: nn.Module, seed: str) -> None:
-    """Fill every parameter from a generator of its own, seeded by its name: the order does not matter."""
+    """Fills every parameter from a generator of its own, seeded by its name: the order does not matter."""
     for name, parameter in model.named_parameters():
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -180,7 +187,7 @@ def _fill(model: nn.Module, seed: str) -> None:
 
 
 def _mean_and_std(name: str, parameter: torch.Tensor) -> tuple[float, float]:
-    """Values that keep every layer's output near 1, and let every weight matter in the result."""
+    """Mean and deviation that keep every layer's output near 1, and let every weight matter in the result."""
     if name.endswith("bias"):
         return 0.0, 0.02
     if name.endswith(("attn1.norm_q.weight", "attn1.norm_k.weight")):

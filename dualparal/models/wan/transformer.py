@@ -47,7 +47,7 @@ class WanSpec:
     def from_configs(
         cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
     ) -> WanSpec:
-        """Raises ValueError for Wan variants that this adapter does not run, naming what is different."""
+        """Makes a spec; raises ValueError for Wan variants that this adapter does not run, naming the difference."""
         configs = tuple(component_config(config) for config in transformers)
         boundary_ratio = pipeline.get("boundary_ratio")
         if pipeline.get("expand_timesteps"):
@@ -128,7 +128,7 @@ class WanSpec:
         return int(self.vae.get("scale_factor_temporal", 4))
 
     def expert(self, timestep: float, num_train_timesteps: int) -> int:
-        """0: ``transformer``, 1: ``transformer_2``."""
+        """Index of the transformer that handles a timestep: 0: ``transformer``, 1: ``transformer_2``."""
         if self.boundary_ratio is None:
             return 0
         return int(timestep < self.boundary_ratio * num_train_timesteps)
@@ -148,7 +148,7 @@ class WanSpec:
         return "norm_added_q" in name  # diffusers: WanTransformer3DModel._keys_to_ignore_on_load_unexpected
 
     def names(self, expert: int, layers: range) -> list[str]:
-        """Embedding and head belong to the first and last layer; every slice embeds time and text for itself."""
+        """Names of a slice's tensors. First and last layer bring embedding and head; all slices embed time and text."""
         found = []
         for name in self.shapes(expert):
             if name.startswith("blocks."):
@@ -198,7 +198,7 @@ class WanSlice:
 
     Args:
         tensors: at least those of ``spec.names(expert, layers)``, on one device.
-        layers: which layers of the model.
+        layers: indices of its layers in the model.
     """
 
     def __init__(self, spec: WanSpec, tensors: Mapping[str, torch.Tensor], layers: range) -> None:
@@ -225,12 +225,14 @@ class WanSlice:
         return F.linear(x, self._condition[f"{name}.weight"], self._condition[f"{name}.bias"])
 
     def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Patch embedding, as in WanTransformer3DModel.forward."""
         assert self._patch is not None, "only the first slice embeds"
         weight, bias = self._patch
         hidden = F.conv3d(latents.to(self.dtype), weight, bias, stride=self.spec.patch_size)
         return hidden.flatten(2).squeeze(0).transpose(0, 1).contiguous()
 
     def time(self, timestep: torch.Tensor) -> TimeCondition:
+        """The ``scale_shift_table`` of each layer and of the head plus the embedded timestep, 1 added to the scales."""
         from diffusers.models.embeddings import get_timestep_embedding
 
         frequencies = get_timestep_embedding(
@@ -251,6 +253,7 @@ class WanSlice:
         return TimeCondition(layers, head)
 
     def text(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Text embedder, then K (normed) and V of each layer's ``attn2``."""
         text = self._linear("text_embedder.linear_1", prompt_embeds.to(self.device, self.dtype))
         text = self._linear("text_embedder.linear_2", F.gelu(text, approximate="tanh"))
         inner = (self.spec.inner_dim,)
@@ -305,6 +308,7 @@ class WanSlice:
         lends: Sequence[Lend] = (),
         attend: AttentionStrategy = attend_here,
     ) -> tuple[torch.Tensor, Pending]:
+        """Self-attention, attention to the text and feed-forward, as in WanTransformerBlock.forward."""
         layer, heads, eps = self._layers[index], self.heads, self.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.layers[index]
         y, y_gate = pending or (None, None)
@@ -360,6 +364,7 @@ class WanSlice:
         return hidden if pending is None else residual(hidden, *pending)
 
     def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition, grid: Grid) -> torch.Tensor:
+        """Last norm, ``proj_out`` and unpatching, as in WanTransformer3DModel.forward."""
         assert self._head is not None and time.head is not None, "only the last slice has the head"
         weight, bias, _ = self._head
         y, gate = pending or (None, None)
@@ -381,6 +386,6 @@ def _attention_8bit(queries: Any, context: KeysValues | Context8, heads: int, dt
 
 
 def _angles(positions: torch.Tensor, size: int) -> torch.Tensor:
-    """positions [n] times the ``size // 2`` rotary frequencies, float64 [n, size // 2]."""
+    """Angles of positions [n] at the ``size // 2`` rotary frequencies, float64 [n, size // 2]."""
     frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
     return torch.outer(positions.double(), frequencies)

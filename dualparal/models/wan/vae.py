@@ -1,7 +1,7 @@
 """Streaming video decoder: push finished latents, get their frames, never hold the whole video.
 
-The causal Wan VAE carries 32 small tensors from one latent frame to the next. A `StreamingDecoder` owns
-them, so that several videos can share one VAE. Who asked, and where frames go, is left to others.
+The causal Wan VAE carries 32 small tensors from one latent frame to the next. A ``StreamingDecoder`` owns them, so that
+several videos can share one VAE. Requests and the way of the frames are left to others.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import nn
 
 
 class StreamingDecoder:
-    """Decodes one video with a diffusers `AutoencoderKLWan` (Wan 2.1, or the residual one of Wan 2.2).
+    """Decodes one video with a diffusers ``AutoencoderKLWan`` (Wan 2.1, or the residual one of Wan 2.2).
 
-    However the latents are cut, the frames are the same, and those of `vae.decode` on the whole: bit for bit
-    from twelve points a latent frame on (3x4), and within rounding below, where a convolution of one point may
-    add in another order on some CPUs. The VAE is only read: its own cache is not touched, and other decoders may
-    use it between two pushes. `vae.use_slicing` has no effect: it splits batches, and here the batch is one video.
+    However the latents are cut, the frames are the same, and those of ``vae.decode`` on the whole: bit for bit from
+    twelve points a latent frame on (3x4), and within rounding below, where a convolution of one point may add in
+    another order on some CPUs. The VAE is only read: its own cache is not touched, and other decoders may use it
+    between two pushes. ``vae.use_slicing`` has no effect: it splits batches, and here the batch is one video.
     """
 
     def __init__(self, vae: Any) -> None:
-        """Raises ValueError when `vae` is not a causal Wan VAE, tiles its frames, or is under CPU offload."""
+        """Raises ValueError when ``vae`` is not a causal Wan VAE, tiles its frames, or is under CPU offload."""
         _check_vae(vae)
         self._vae = vae
         self._size: torch.Size | None = None  # latent [H, W] of the video being decoded
         self.reset()
 
     def reset(self) -> None:
-        """Forget the video: the next latent pushed is the first one of a new video, of any size."""
+        """Forgets the video: the next latent pushed is the first one of a new video, of any size."""
         # One slot per Conv3d is an upper bound: 1x1 shortcuts use none. A slot holds None, a tensor or, in a
         # temporal upsampler that has seen the first latent only, the string "Rep".
         slots = sum(isinstance(module, nn.Conv3d) for module in self._vae.decoder.modules())
@@ -42,10 +42,10 @@ class StreamingDecoder:
 
     @property
     def history(self) -> int:
-        """How many latents back a frame can see: 38 for Wan 2.1.
+        """Number of latents back that a frame can see: 38 for Wan 2.1.
 
-        A fresh decoder fed that many latents before latent l, their frames thrown away, gives the frames of l
-        bit for bit. To resume, keep these: the caches are gigabytes, as wide as the decoder's layers.
+        A fresh decoder fed that many latents before latent l, their frames thrown away, gives the frames of l bit for
+        bit. To resume, keep these: the caches are gigabytes, as wide as the decoder's layers.
         """
         decoder = self._vae.decoder
         frames_per_latent, latents = 1, Fraction(0)
@@ -63,12 +63,18 @@ class StreamingDecoder:
 
     @torch.no_grad()  # not inference_mode: a caller may want to edit the frames in place
     def push(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode the next latent frames of the video.
+        """Decodes the next latent frames of the video.
 
-        latents: [1, C, f, H, W], normalised as the transformer makes them, any float dtype, any device.
-        Returns [F, 3, H * scale, W * scale] in [-1, 1] in the VAE's dtype on the VAE's device; the first
-        latent of a video gives one frame, each further one four (`scale_factor_temporal`).
-        Raises ValueError for a wrong shape; RuntimeError after a push that failed half way, until `reset()`.
+        Args:
+            latents: [1, C, f, H, W], normalised as the transformer makes them, any float dtype, any device.
+
+        Returns:
+            Frames [F, 3, H * scale, W * scale] in [-1, 1] in the VAE's dtype on the VAE's device. The first latent of a
+            video gives one frame, each further one four (``scale_factor_temporal``).
+
+        Raises:
+            ValueError: a wrong shape.
+            RuntimeError: an earlier push failed half way, and ``reset`` was not called since.
         """
         self._check(latents)
         self._size = latents.shape[3:]
@@ -108,9 +114,9 @@ class StreamingDecoder:
 
 
 def denormalize(latents: torch.Tensor, vae: Any) -> torch.Tensor:
-    """From the transformer's latents to the VAE's: [1, C, f, H, W] in and out; device and dtype of the VAE.
+    """Turns the transformer's latents into the VAE's: [1, C, f, H, W] in and out; device and dtype of the VAE.
 
-    The arithmetic, double reciprocal and all, is `WanPipeline`'s: anything tidier rounds differently.
+    The arithmetic, double reciprocal and all, is ``WanPipeline``'s: anything tidier rounds differently.
     """
     latents = latents.to(vae.device, vae.dtype)
     shape = (1, vae.config.z_dim, 1, 1, 1)
@@ -120,13 +126,14 @@ def denormalize(latents: torch.Tensor, vae: Any) -> torch.Tensor:
 
 
 def _unpatchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:
-    """[1, 3 * patch * patch, F, H, W] -> [1, 3, F, H * patch, W * patch]."""
+    """Folds patches back into pixels: [1, 3 * patch * patch, F, H, W] to [1, 3, F, H * patch, W * patch]."""
     # Column offset before row offset: that is the order in which the Wan 2.2 VAE packs a patch.
     split = pixels.unflatten(1, (-1, patch, patch))  # [1, 3, column, row, F, H, W]
     return split.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
 
 
 def _check_vae(vae: Any) -> None:
+    """Raises ValueError when ``vae`` is not a causal Wan VAE, tiles its frames, or is under CPU offload."""
     if not all(hasattr(vae, name) for name in ("decoder", "post_quant_conv", "config")) or not hasattr(
         vae.config, "latents_mean"
     ):
