@@ -32,9 +32,9 @@ def resumed_job(call: typer.Context, folder: Path, place: PlaceFlags, output: Ou
     sources = {name: call.get_parameter_source(name) for name in call.params}
     # By name: typer may have its own copy of click.
     asked = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    fixed = sorted(asked - _MAY_CHANGE)
+    fixed = [parameter.opts[0] for parameter in call.command.params if parameter.name in asked - _MAY_CHANGE]
     if fixed:
-        flags = ", ".join("--" + name.replace("_", "-") for name in fixed)
+        flags = ", ".join(fixed)
         raise ValueError(f"--resume {folder} with {flags}: the snapshot says that already; leave it out")
     notes = newest(folder).snapshot.run.get("notes")
     if not isinstance(notes, dict) or not notes:

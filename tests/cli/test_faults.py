@@ -289,8 +289,8 @@ def test_marks_keep_the_first_origin(dtype: torch.dtype, origin: Origin) -> None
     "call",
     [
         {"height": 16384, "width": 16384, "num_frames": 81},
-        {"num_frames": 100_000_000 - 3, "keeps": "frames", **SIZE},
-        {"num_frames": 100_000_000 - 3, "keeps": "latents", "output_type": "latent", **SIZE},
+        {"num_frames": 100_000_000 - 3, "result_kind": "frames", **SIZE},
+        {"num_frames": 100_000_000 - 3, "result_kind": "latents", "output_type": "latent", **SIZE},
     ],
 )
 def test_a_request_that_cannot_fit_is_refused_with_its_size(

@@ -148,7 +148,7 @@ def test_ranks_that_disagree_say_in_what(tmp_path: Path, wan21: Path) -> None:
     result = launch(tmp_path, 2, [case(wan21, differs=1, shape=(8, 4, 2, 29))])
     assert result.exit_code == 3 and result.failure is not None
     text = str(result.failure)
-    assert 'ranks disagree: attention_8bit.mode: rank 0 = "off", rank 1 = "int8"' in text
+    assert 'ranks disagree: engine.attention_8bit.mode: rank 0 = "off", rank 1 = "int8"' in text
     assert 'schedule.context: rank 0 = "cached", rank 1 = "prior"' in text
 
 

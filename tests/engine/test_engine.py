@@ -120,7 +120,7 @@ def test_any_split_of_the_layers_gives_the_same_video(
     call = {"num_frames": 29, "num_inference_steps": 3, **SIZE}
     stages = None if split else 7
     built = engine(wan21_9_layers, frames_per_block=2, context_frames=1, stages=stages, layers_per_stage=split)
-    assert [len(layers) for layers in built.layers] == list(split or (2, 2, 1, 1, 1, 1, 1))
+    assert [len(layers) for layers in built.setup.layers] == list(split or (2, 2, 1, 1, 1, 1, 1))
     made = built(**embeds(built), output_type="latent", **call).frames
     assert torch.equal(made, reference_latents(built, embeds(built), **call))
 

@@ -641,9 +641,7 @@ def test_pipes_are_not_inherited(line):
     assert stat.S_ISFIFO(os.fstat(status).st_mode) and not os.get_inheritable(status)
 
 
-@pytest.mark.parametrize(
-    "module", ["dualparal.launch.supervisor", "dualparal.launch.heartbeat", "dualparal.distributed.handshake"]
-)
+@pytest.mark.parametrize("module", ["launch.supervisor", "launch.heartbeat", "distributed.handshake"])
 def test_no_torch_at_import(module):
     code = f"import sys, dualparal.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **PATH})

@@ -119,7 +119,7 @@ def test_a_run_that_cannot_begin_leaves_nothing(
         raise OSError("a weight file is gone")
 
     built = engine()
-    monkeypatch.setattr(built, "_load", broken)
+    monkeypatch.setattr(built.parts, "load", broken)
     with pytest.raises(OSError, match="weight file"):
         list(built.stream(**embeds(built), **CALL, timeline=tmp_path / "run.json"))
     assert not list(tmp_path.iterdir())

@@ -82,9 +82,8 @@ def main(path: Path) -> None:
                 gc.freeze()
             rank = engine.mesh.rank
             if rank == case.get("differs"):
-                other = replace(
-                    engine.config, blocks=BlockConfig(context="prior"), attention_8bit=EightBitPolicy("int8")
-                )
+                mode, blocks = EightBitPolicy("int8"), BlockConfig(context="prior")
+                other = replace(engine.config, blocks=blocks, dtype="bfloat16", attention_8bit=mode)
                 engine.setup = replace(engine.setup, config=other)
             made = run(engine, case, rank)
             if rank == 0:
