@@ -1,4 +1,4 @@
-"""``dualparal plan``: flags to ``planner.plan``, a plan to tables. No torch, no weights, no GPU."""
+"""The command ``dualparal plan``: flags to ``planner.plan``, a plan to tables. No torch, no weights, no GPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dualparal.planning.planner import plan
 
 
 def _size(text: str) -> tuple[int, int]:
+    """Height and width in pixels of "WIDTHxHEIGHT". Raises ValueError."""
     width, cross, height = text.lower().partition("x")
     if not cross or not width.isdecimal() or not height.isdecimal():
         raise ValueError(f"--size {text!r}: use WIDTHxHEIGHT in pixels, such as 832x480")
@@ -49,7 +50,7 @@ def command(
         float | None, typer.Option(help="Seconds after which the first frames must be there.")
     ] = None,
 ) -> None:
-    """Say what a video will cost on some cards, before weights are downloaded. A prediction."""
+    """Says what a video will cost on some cards, before weights are downloaded. A prediction."""
     height, width = _size(size)
     console = Console()
     try:
@@ -80,7 +81,7 @@ def command(
 
 
 def show(found: Plan, console: Console) -> None:
-    """The plan as tables for people."""
+    """Prints a plan as tables for people."""
     video, blocks = found.work.video, found.work.blocks
     cap = "no limit" if blocks.max_blocks_in_flight is None else f"at most {blocks.max_blocks_in_flight}"
     console.print(
@@ -106,6 +107,7 @@ def show(found: Plan, console: Console) -> None:
 
 
 def _stages(found: Plan) -> Table:
+    """The memory and the busy time of each stage."""
     table = Table("stage", "card", title="GiB per card")
     for name in ("layers", "weights", "features", "other", "peak", "usable", "busy"):
         table.add_column(name, justify="right")
@@ -128,6 +130,7 @@ def _stages(found: Plan) -> Table:
 
 
 def _alternatives(found: Plan) -> Table:
+    """The plans that differ from the one found in one choice."""
     table = Table("context", title="one choice changed at a time (closed form, within some percent)")
     for name in ("B", "C", "K", "s", "frames/s", "first s", "GiB"):
         table.add_column(name, justify="right")

@@ -6,6 +6,7 @@ import ast
 import re
 
 import pytest
+
 from places import ROOT
 
 # First words of clauses without a head ("What is ...", "Of each ..."), and of questions.
