@@ -1,4 +1,4 @@
-"""Where dualparal.kernels and dualparal._C lie when the package is imported from a source tree.
+"""The way to dualparal.kernels and dualparal._C when the package is imported from a source tree.
 
 In the source tree dualparal.kernels lies beside the package, in kernels/, and dualparal._C is there only if it was
 built in place (``pip install -e .``). Python meets this when the clone is the current folder after a plain

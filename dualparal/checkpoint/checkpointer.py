@@ -1,4 +1,4 @@
-"""Keeps a run's snapshots while it runs: what is captured when, in which order it becomes durable, what may go.
+"""Keeps a run's snapshots while it runs: captures them, makes them durable in order, and removes older ones.
 
 The order is: a block's final latents, then its frames (the consumer has asked for the next ones), then a snapshot in
 which it is finished. Tensors are captured as they are, since nobody writes to latents or sampler states; a thread
@@ -35,14 +35,17 @@ _WAITING_BLOCKS = 4  # final latents that are not on disk yet
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where and how often a run is kept.
+    """The folder of a run's snapshots, and the time from one to the next.
 
     Attributes:
         folder: empty or absent at the start of a run.
-        every: iterations from one snapshot to the next, rounded up to one where a run can go on. None: so that writing
-            takes at most 2 % of the time.
+        every: iterations from one snapshot to the next, rounded up to one where a run can go on. None: writing takes
+            at most 2 % of the time.
         notes: JSON values that whoever resumes wants to find again.
-        keep_latents: of all blocks, not only of those that a resume needs.
+        keep_latents: keep the final latents of all blocks, not only of those that a resume needs.
+
+    Raises:
+        ValueError: ``every`` is less than 1.
     """
 
     folder: Path
@@ -56,12 +59,19 @@ class Checkpoint:
 
 
 class Checkpointer:
-    """Rank 0's part of a checkpointed run.
+    """The leading rank's part of a checkpointed run: it captures and writes snapshots and final latents.
+
+    Every method but ``begin`` may also raise what writing on the thread has raised since: OSError, or SnapshotError
+    for latents with NaN or infinity.
 
     Args:
+        checkpoint: the folder, the time between snapshots, and what is kept.
+        run: description of the run, JSON values (``engine.identity.snapshot_info``).
+        schedule, layout: the run's.
         history: latent frames before a block that its decoding needs.
-        prompts: asked at every snapshot, for the prompts of each video.
-        resumed: the name of the snapshot that the run goes on from.
+        prompts: asked at every snapshot, for each video's first block -> embeddings [branches, tokens, text_dim].
+        device: the device on which latents lie.
+        resumed: the name of the snapshot that the run goes on from; empty: it begins.
     """
 
     def __init__(
@@ -91,24 +101,29 @@ class Checkpointer:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def begin(self) -> None:
-        """The first snapshot, from which a run can be started anew. Raises OSError."""
+        """Writes the first snapshot, from which a run can be started anew. Raises OSError."""
         empty: list[dict[int, BlockState]] = [{} for _ in self._delivered]
         Snapshot(0, self.run, self.prompts(), empty).write(self.folder)
 
     def emit(self, video: int, block: int, latents: torch.Tensor) -> None:
-        """A block's final latents. Waits while several others are not on disk yet."""
+        """Begins to write a block's final latents [1, C, F, H, W]. Waits while several others are not on disk yet."""
         self._collect(_WAITING_BLOCKS)
         ready = self._event()
         self._submit(lambda: self._write_block(video, block, latents, ready))
 
     def delivered(self, video: int, block: int) -> None:
-        """The consumer has a block's frames and asks for the next ones."""
+        """Notes that the consumer has a block's frames: it has asked for the next ones."""
         self._delivered[video] = block + 1
         self._collect()
         self._write_when_ready()
 
     def on_snapshot_point(self, iteration: int, blocks: Callable[[], Sequence[Mapping[int, BlockState]]]) -> None:
-        """The latents are those at the start of an iteration that can be restarted."""
+        """Captures a snapshot at the start of an iteration that can be restarted, if one is due.
+
+        Args:
+            iteration: the one that is about to begin.
+            blocks: called if one is due; the state of each block in flight, by block, for each video.
+        """
         self._collect()
         if self._pending is not None or self._writing is not None or not self._is_due(iteration):
             return
@@ -124,7 +139,7 @@ class Checkpointer:
         self._write_when_ready()
 
     def close(self) -> None:
-        """Writes what can be written and waits for it. Raises what writing raised."""
+        """Writes what can be written, waits for it, and ends the thread."""
         self._write_when_ready()
         self._pool.shutdown(wait=True)
         self._collect()
@@ -170,7 +185,7 @@ class Checkpointer:
         return event
 
     def _beside(self, ready: torch.cuda.Event | None) -> Any:
-        """The stream on which tensors go to the host, once they are made."""
+        """The context of the stream on which tensors go to the host, entered once they are made."""
         if ready is None:
             return nullcontext()
         ready.synchronize()
@@ -193,9 +208,14 @@ class Checkpointer:
 def check_fits(
     found: Snapshot, schedule: Schedule, layout: Layout, sampler: Sampler, shape: tuple[int, int, int], text_dim: int
 ) -> None:
-    """Whether a snapshot is one of this schedule's at its start.
+    """Checks that a snapshot holds what a run needs at the start of its schedule.
 
-    shape: channels, height and width of a latent frame.
+    Args:
+        found: the snapshot that was read.
+        schedule: the resumed run's; its ``start`` is the snapshot's iteration.
+        layout, sampler: the resumed run's.
+        shape: channels, height and width of a latent frame.
+        text_dim: width of a prompt's embeddings [branches, tokens, text_dim].
 
     Raises:
         SnapshotError: other blocks, shapes, dtypes or sampler states than the run would have there.
@@ -218,7 +238,11 @@ def check_fits(
 
 
 def _check_sampler(state: Mapping[str, Any], fresh: Mapping[str, Any], steps: int, latents: torch.Tensor) -> None:
-    """The names and kinds of a state's values are those of the sampler; tensors are shaped as the latents."""
+    """Checks that a state has the names and kinds of values of a fresh one, and tensors shaped as the latents.
+
+    Raises:
+        SnapshotError: another name, kind, length, shape or step.
+    """
 
     def fits(value: Any) -> bool:
         if isinstance(value, torch.Tensor):
@@ -238,8 +262,10 @@ def _check_sampler(state: Mapping[str, Any], fresh: Mapping[str, Any], steps: in
 
 
 def needed(layout: Layout, first: int, history: int) -> range:
-    """The finished blocks whose latents a run needs that goes on with block ``first``: for the decoder's history, and
-    at least the one before, whose end is fed to the model."""
+    """The finished blocks whose latents a run needs that goes on with block ``first``.
+
+    They cover the decoder's ``history`` (latent frames), and at least the block before, whose end is fed to the model.
+    """
     block, wanted = first, history
     while block > 0 and (wanted > 0 or block == first):
         block -= 1

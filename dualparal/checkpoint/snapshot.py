@@ -47,9 +47,10 @@ class Snapshot:
     """A run at the start of an iteration.
 
     Attributes:
-        run: what the run is, JSON values.
-        prompts: of each video, first block -> embeddings [branches, tokens, text_dim].
-        blocks: of each video, the blocks in flight.
+        iteration: the one that a resumed run begins with.
+        run: description of the run, JSON values (``engine.identity.snapshot_info``).
+        prompts: for each video, first block -> embeddings [branches, tokens, text_dim].
+        blocks: for each video, block in flight -> latents [1, C, F, H, W] float32 and sampler state.
     """
 
     iteration: int
@@ -68,10 +69,13 @@ class Snapshot:
         }
 
     def write(self, folder: Path) -> Path:
-        """Writes it, syncs it, and only then removes the ones before the last ``KEEP``.
+        """Writes the snapshot to a folder, syncs it, and only then removes the ones before the last ``KEEP``.
+
+        Returns:
+            The path of its file.
 
         Raises:
-            OSError: nothing of it is left then.
+            OSError: it cannot be written; nothing of it is left then.
             SnapshotError: latents with NaN or infinity, from which nobody wants to go on.
         """
         tensors: dict[str, torch.Tensor] = {}
@@ -101,7 +105,7 @@ class Resumed:
 
 
 def newest(folder: Path) -> Resumed:
-    """The newest snapshot of a folder that is whole, with its file's name; a damaged one is passed over, aloud.
+    """The newest whole snapshot of a folder, with its file's name; damaged ones are passed over with a warning.
 
     Raises:
         SnapshotError: there is none; says what is wrong with each.
@@ -120,7 +124,11 @@ def newest(folder: Path) -> Resumed:
 
 
 def read(path: Path) -> Snapshot:
-    """Raises SnapshotError for anything but a whole snapshot of this format."""
+    """Reads a snapshot file.
+
+    Raises:
+        SnapshotError: anything but a whole snapshot of this format and version.
+    """
     tensors, metadata = _read(path)
     if metadata.get("format") != FORMAT:
         raise SnapshotError(f"{path} is not a snapshot of dualparal")
@@ -145,7 +153,10 @@ def read(path: Path) -> Snapshot:
 
 
 def write_block(folder: Path, video: int, block: int, latents: torch.Tensor) -> Path:
-    """The final latents of a block. One that was there with other contents is replaced, and a warning says so."""
+    """Writes the final latents [1, C, F, H, W] of a block, and returns the path of the file.
+
+    A file that was there with other contents is replaced, and a warning says so. Raises OSError.
+    """
     path = _write(folder, f"video-{video:03d}-block-{block:06d}", {"latents": latents}, {"format": FORMAT})
     for old in _blocks(folder).get((video, block), []):
         if old != path:
@@ -159,7 +170,7 @@ def write_block(folder: Path, video: int, block: int, latents: torch.Tensor) -> 
 
 
 def read_blocks(folder: Path, video: int, blocks: range) -> list[torch.Tensor]:
-    """Final latents [1, C, F, H, W] of some blocks.
+    """Reads the final latents [1, C, F, H, W] of some blocks of a video, in their order.
 
     Raises:
         SnapshotError: one is missing or damaged.
@@ -176,7 +187,7 @@ def read_blocks(folder: Path, video: int, blocks: range) -> list[torch.Tensor]:
 
 
 def forget_blocks(folder: Path, video: int, before: int) -> None:
-    """Removes the latents of blocks that no resume will need."""
+    """Removes the latents of a video's blocks before block ``before``, which no resume will need."""
     for (owner, block), paths in _blocks(folder).items():
         if owner == video and block < before:
             for path in paths:
@@ -184,32 +195,42 @@ def forget_blocks(folder: Path, video: int, before: int) -> None:
 
 
 def write_noise(folder: Path, noise: torch.Tensor) -> str:
-    """Initial noise that was given instead of a seed; returns the name of its file."""
+    """Writes initial noise [videos, C, L, H, W] that was given instead of a seed; returns the name of its file.
+
+    Raises OSError.
+    """
     return _write(folder, "noise", {"latents": noise}, {"format": FORMAT}).name
 
 
 def read_noise(folder: Path, name: str) -> torch.Tensor:
+    """Reads the noise [videos, C, L, H, W] that ``write_noise`` wrote under ``name``.
+
+    Raises:
+        SnapshotError: not such a name, or the file is missing or damaged.
+    """
     if not _NOISE.fullmatch(name):
         raise SnapshotError(f"{name!r} is not the name of a file with noise")
     return _tensor(_read(folder / name)[0].get("latents"), 5)
 
 
 def prepare(folder: Path) -> None:
-    """Makes a folder for the snapshots of a new run. Raises SnapshotError: it holds something already."""
+    """Makes a folder for the snapshots of a new run. Raises SnapshotError when it holds something, or OSError."""
     check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_empty(folder: Path) -> None:
-    """Raises SnapshotError when a folder holds something already."""
+    """Checks that a folder is absent or empty. Raises SnapshotError when it holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "snapshots of an earlier run: resume it" if folder.is_dir() and _snapshots(folder) else "something else"
         raise SnapshotError(f"checkpoint {folder} holds {what}, or choose an empty folder")
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Removes what a run that was killed left half-written, and snapshots that are newer than the one in use ("": none
-    is): they could not be used."""
+    """Removes what a run that was killed left half-written, and snapshots newer than the one in use.
+
+    Those newer ones were passed over as damaged. ``name`` is the file of the one in use; empty: none is.
+    """
     for path in _snapshots(folder):
         if name and path.name > name:
             path.unlink()
@@ -219,7 +240,7 @@ def remove_leftovers(folder: Path, name: str) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Removes what this module has written there, and the folder if nothing else is in it."""
+    """Removes all files of this module from a folder, and the folder if nothing else is in it."""
     for path in list(folder.iterdir()):
         if _is_ours(path.name.removesuffix(".tmp")):
             path.unlink()
@@ -232,13 +253,14 @@ def _is_ours(name: str) -> bool:
 
 
 def _snapshots(folder: Path) -> list[Path]:
-    """Newest first."""
+    """The snapshot files of a folder, newest first."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _SNAPSHOT.fullmatch(path.name)), reverse=True)
 
 
 def _blocks(folder: Path) -> dict[tuple[int, int], list[Path]]:
+    """The files of final latents in a folder, by video and block."""
     found: dict[tuple[int, int], list[Path]] = {}
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if match := _BLOCK.fullmatch(path.name):
@@ -259,7 +281,7 @@ def _checksum(data: bytes) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a file of ours, after its checksum."""
+    """Reads tensors and metadata of a file of ours, after its checksum. Raises SnapshotError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         with open(descriptor, "rb") as file:
@@ -284,7 +306,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _strip(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
-    """A tree of JSON values, its tensors under their paths in ``tensors``."""
+    """The value as a tree of JSON values; its tensors are put into ``tensors``, named by their paths in the tree."""
     if isinstance(value, torch.Tensor):
         tensors[name] = value
         return _TENSOR + name
@@ -296,6 +318,7 @@ def _strip(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
 
 
 def _fill(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The inverse of ``_strip``. Raises KeyError for a tensor that is not there."""
     if isinstance(value, str) and value.startswith(_TENSOR):
         return tensors[value.removeprefix(_TENSOR)]
     if isinstance(value, dict):
@@ -306,6 +329,7 @@ def _fill(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def _number(value: Any) -> int:
+    """An index from JSON, where keys are text, as an int. Raises ValueError."""
     number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 16 else value
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 10**15:
         raise ValueError(f"{value!r} is not a number of something")
@@ -313,6 +337,7 @@ def _number(value: Any) -> int:
 
 
 def _tensor(value: Any, dimensions: int) -> torch.Tensor:
+    """The value itself, a floating-point tensor of so many dimensions. Raises SnapshotError for anything else."""
     if not isinstance(value, torch.Tensor) or value.ndim != dimensions or not value.is_floating_point():
         raise SnapshotError(f"a tensor of {dimensions} dimensions is missing")
     return value

@@ -11,7 +11,11 @@ from dualparal.schedule.layout import split_layers
 
 
 def check_job(job: Job) -> None:
-    """Raises ValueError for the user's mistakes, in one line each."""
+    """Checks a job before work starts.
+
+    Raises:
+        ValueError: a mistake of the user's, in one line.
+    """
     from dualparal.checkpoint.snapshot import check_empty
     from dualparal.io.latents import read_latents
     from dualparal.io.output import check_file, check_out
@@ -55,6 +59,7 @@ def check_job(job: Job) -> None:
 
 
 def _check_timeline(path: Path, overwrite: bool) -> None:
+    """Checks that the trace, its picture and its parts can be written. Raises ValueError."""
     from dualparal.io.output import check_file
     from dualparal.trace.picture import check_matplotlib, picture_of
     from dualparal.trace.timeline import check_name, parts_of

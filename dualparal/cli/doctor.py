@@ -1,4 +1,4 @@
-"""``dualparal doctor``: what is installed, what was built, what is missing and what that costs."""
+"""The report of ``dualparal doctor``: what is installed, what was built, what is missing and what that costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _version(package: str) -> str:
 
 
 def report() -> str:
-    """A text of one fact per line."""
+    """The report as text, one fact per line."""
     lines = [
         f"dualparal      {_version('dualparal')}",
         f"python         {platform.python_version()} on {platform.system()} {platform.machine()}, "

@@ -1,4 +1,7 @@
-"""The flags of the commands, in groups: a field per flag. A command gets the groups whole."""
+"""The flags of the commands, in groups: a field per flag. A command gets the groups whole.
+
+The docstring of a group is its title in --help.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from dualparal.models.registry import BUILT_IN
 
 @dataclass(frozen=True)
 class PromptFlags:
-    """What the video shows"""
+    """Content"""
 
     prompt: Annotated[
         list[str] | None,
@@ -30,7 +33,7 @@ class PromptFlags:
 
 @dataclass(frozen=True)
 class VideoFlags:
-    """The video"""
+    """Video"""
 
     num_frames: Annotated[
         int, typer.Option(help="Length in frames: 1, 5, 9 ... (4k + 1); exactly that many are made.")
@@ -50,7 +53,7 @@ class VideoFlags:
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """The model and its sampler"""
+    """Model and sampler"""
 
     model: Annotated[
         str,
@@ -85,7 +88,7 @@ class ModelFlags:
 
 @dataclass(frozen=True)
 class BlockFlags:
-    """Blocks and what they see of each other"""
+    """Blocks"""
 
     frames_per_block: Annotated[int, typer.Option(help="B, latent frames per block (one latent is 4 frames).")] = 8
     context_frames: Annotated[int, typer.Option(help="C, latent frames lent by each neighbour; 0 to B.")] = 4
@@ -117,7 +120,7 @@ class BlockFlags:
 
 @dataclass(frozen=True)
 class PlaceFlags:
-    """Where it runs"""
+    """Place"""
 
     gpus: Annotated[int | None, typer.Option(help="Number of GPUs, one stage each.", show_default=False)] = None
     stages: Annotated[int | None, typer.Option(help="Number of stages (processes). Default: --gpus, or 1.")] = None
@@ -137,7 +140,7 @@ class PlaceFlags:
 
 @dataclass(frozen=True)
 class OutputFlags:
-    """What is written and kept"""
+    """Output"""
 
     out: Annotated[
         Path | None,
@@ -179,7 +182,10 @@ def command_of(handler: Callable[..., None], *groups: Any) -> Callable[..., None
 
     Args:
         handler: called with typer's context and an object of each group. Its docstring is the command's help.
-        groups: dataclasses whose fields are annotated with ``typer.Option``; the docstring names the group in --help.
+        groups: dataclasses whose fields are annotated with ``typer.Option``; the docstring is the title in --help.
+
+    Returns:
+        A function with a keyword parameter per flag, for ``typer.Typer.command``.
     """
 
     def command(call: typer.Context, **given: Any) -> None:

@@ -40,7 +40,7 @@ def generate(
     place: PlaceFlags,
     output: OutputFlags,
 ) -> None:
-    """Make a video of any length. Finished blocks can be played while it runs."""
+    """Makes a video of any length. Finished blocks can be played while it runs."""
     heartbeat = Heartbeat.from_env()
     if not heartbeat.supervised:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -69,7 +69,7 @@ def _job(
     place: PlaceFlags,
     output: OutputFlags,
 ) -> Job:
-    """What the flags ask for. Raises ValueError for values that cannot be."""
+    """The job that the flags ask for. Raises ValueError for values that cannot be."""
     texts, out = prompts.prompt or [], output.out
     if out is None and output.latents_out is None:
         out = Path("video.mp4")
@@ -117,7 +117,16 @@ def _outs(out: Path | None, videos: int) -> list[Path]:
 
 
 def _prompts(texts: list[str], later: list[str], num_frames: int) -> list[dict[int, str]]:
-    """ValueErrors name a prompt by its frame: the text may be private, and errors end up in logs."""
+    """The prompts of each video, first frame -> text.
+
+    Args:
+        texts: one for each video, from frame 0 on.
+        later: "FRAME:TEXT", for a single video.
+
+    Raises:
+        ValueError: no such frame, or a frame twice. It names a prompt by its frame: the text may be private, and
+            errors end up in logs.
+    """
     if len(texts) > 1 and later:
         raise ValueError(
             f"--prompt-at with {len(texts)} times --prompt: which video it means is not said; run them apart"
@@ -141,6 +150,7 @@ def _prompts(texts: list[str], later: list[str], num_frames: int) -> list[dict[i
 
 
 def _video(flags: VideoFlags, model: str, output_type: str) -> VideoConfig:
+    """The request of the flags; the default size is the model's. Raises ValueError."""
     height, width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)
     return VideoConfig(
         height if flags.height is None else flags.height,
@@ -155,7 +165,7 @@ def _video(flags: VideoFlags, model: str, output_type: str) -> VideoConfig:
 
 
 def _blocks(flags: BlockFlags, checkpoint: Path | None, steps: int) -> BlockConfig:
-    """With the refreshes that snapshots need where features outlive an iteration."""
+    """The blocks of the flags, with the refreshes that snapshots need where features outlive an iteration."""
     found = BlockConfig(**asdict(flags))
     stateless = POLICIES[found.context].is_stateless or found.context_frames == 0
     if found.refresh_every is not None or checkpoint is None or stateless:
@@ -164,6 +174,7 @@ def _blocks(flags: BlockFlags, checkpoint: Path | None, steps: int) -> BlockConf
 
 
 def _eight_bit(flags: ModelFlags) -> EightBitPolicy:
+    """The 8-bit attention of the flags. Raises ValueError."""
     text = flags.attention_8bit_keep_layers
     try:
         layers = tuple(int(layer) for layer in text.split(",") if text)
@@ -176,7 +187,10 @@ def _eight_bit(flags: ModelFlags) -> EightBitPolicy:
 
 
 def _planned(job: Job, mode: str) -> Job:
-    """The job with what the planner chooses. Only once, in the process that starts the ranks: they must agree."""
+    """The job with the planner's choice of layers per stage and blocks in flight. Raises ValueError.
+
+    Called once, in the process that starts the ranks, since they must agree.
+    """
     from dualparal.models.source import resolve_model
     from dualparal.planning.measured import cards
     from dualparal.planning.planner import plan_for
@@ -201,7 +215,12 @@ def _planned(job: Job, mode: str) -> Job:
 
 
 def _run_job(job: Job, heartbeat: Heartbeat, planned: bool = False, note: str = "") -> NoReturn:
-    """As a rank, as the only process, or as the parent of ranks. note: for the user, when all is well."""
+    """Runs a job as a rank, as the only process or as the parent of ranks, and exits with its code.
+
+    Args:
+        planned: layers per stage and blocks in flight are the planner's; the ranks have to be told.
+        note: a line for the user, once the job is known to be sound.
+    """
     is_rank, count = "RANK" in os.environ, job.stages
     if not is_rank or os.environ["RANK"] == "0":
         check_job(job)
@@ -228,4 +247,5 @@ def _run_job(job: Job, heartbeat: Heartbeat, planned: bool = False, note: str = 
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends the process on a signal, while there is nothing to keep."""
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""What ``dualparal generate`` was asked for, as a value: checked, kept in snapshots, made into an engine and a call."""
+"""The job of ``dualparal generate`` as a value: checked, kept in snapshots, made into an engine and a call."""
 
 from __future__ import annotations
 
@@ -27,13 +27,22 @@ _SAMPLERS = {
 
 @dataclass(frozen=True)
 class Job:
-    """All of one ``dualparal generate``.
+    """Everything that one ``dualparal generate`` was asked for.
 
     Attributes:
-        prompts: of each video, first frame -> text.
+        prompts: for each video, first frame -> text.
+        video: the request; its seed is the first video's.
         engine: with a device and a number of stages.
+        model: a directory in diffusers format, a hub id, or the name of the built-in model.
+        sampler, flow_shift: a key of ``_SAMPLERS``, and the shift of noise levels; None: the model's own.
+        threads: CPU threads of each stage.
         outs: a file or folder for each video; empty: no frames are written.
-        threads: of each stage.
+        fps: frames per second of video files.
+        keep_blocks: keep a video's segments after they were joined.
+        latents_in, latents_out: files of initial noise and of final latents (``io.latents``).
+        timeline: the file of the run's trace.
+        overwrite: replace outputs that exist.
+        checkpoint, checkpoint_every: the folder of snapshots, and iterations from one to the next.
         resume: go on from ``checkpoint``.
     """
 
@@ -58,16 +67,18 @@ class Job:
 
     @property
     def stages(self) -> int:
+        """The number of stages."""
         assert self.engine.stages is not None, "a job says how many"
         return self.engine.stages
 
     @property
     def device(self) -> str:
+        """The type of the device, "cuda" or "cpu"."""
         assert self.engine.device is not None, "a job says where"
         return self.engine.device
 
     def notes(self) -> dict[str, Any]:
-        """JSON values that a snapshot keeps of it. No prompt is among them."""
+        """The job as JSON values, for a snapshot to keep. No prompt is among them."""
         found = asdict(self)
         del found["prompts"], found["negative_prompt"]
         notes: dict[str, Any] = json.loads(json.dumps({**found, "videos": len(self.prompts)}, default=str))
@@ -91,7 +102,14 @@ class Job:
 
 
 def make_engine(job: Job, report: Callable[..., None] | None = None) -> Engine:
-    """The engine of a job, with its sampler. In a rank of several processes it owns one stage."""
+    """The engine of a job, with its sampler. In a rank of several processes it owns one stage.
+
+    Args:
+        report: called before every action, see ``Engine.from_pretrained``.
+
+    Raises:
+        ValueError: options, model or sampler that cannot be used.
+    """
     from dualparal.engine.engine import Engine
 
     engine = Engine.from_pretrained(job.model, job.engine, report=report)
@@ -101,12 +119,13 @@ def make_engine(job: Job, report: Callable[..., None] | None = None) -> Engine:
 
 
 def call_arguments(job: Job) -> dict[str, Any]:
-    """Of ``Engine.stream``: the fields of ``VideoConfig`` have its names."""
+    """The arguments of ``Engine.stream`` for a job. The fields of ``VideoConfig`` have its names."""
     kind = None if job.latents_out is None else "latents"
     return {"prompt": job.prompts, "negative_prompt": job.negative_prompt, "result_kind": kind, **asdict(job.video)}
 
 
 def _sampler(current: Any, job: Job) -> Any:
+    """The sampler (diffusers' scheduler) of a job, from the config of the model's own. Raises ValueError."""
     import diffusers
 
     if job.sampler is not None and job.sampler not in _SAMPLERS:
@@ -119,6 +138,7 @@ def _sampler(current: Any, job: Job) -> Any:
 
 
 def checkpoint_of(job: Job) -> Any:
+    """The ``Checkpoint`` of a job; None: it keeps no snapshots."""
     from dualparal.checkpoint.checkpointer import Checkpoint
 
     if job.checkpoint is None:
@@ -127,24 +147,26 @@ def checkpoint_of(job: Job) -> Any:
 
 
 def resume_command(job: Job) -> str | None:
-    """What goes on from the snapshots of a job, if there are any."""
+    """The command that goes on from the snapshots of a job; None: there are none."""
     if job.checkpoint is None or not any(job.checkpoint.glob("snapshot-*")):
         return None
     return f"dualparal generate --resume {shlex.quote(str(job.checkpoint))}"
 
 
 def say_how_to_resume(job: Job) -> None:
+    """Prints the command that goes on with a job to stderr, if there is one."""
     command = resume_command(job)
     if command is not None:
         typer.echo(f"resume with: {command}", err=True)
 
 
 def error_file(job: Job) -> Path:
-    """Where a failure is told in JSON: beside the first output."""
+    """The file beside the first output that tells of a failure in JSON."""
     first = next(path for path in (*job.outs, job.latents_out) if path is not None)
     return first.with_name(first.name + ".error.json")
 
 
 def display_of(job: Job) -> Display:
+    """The progress display for all videos of a job."""
     frames = job.video.num_frames
     return Display(None if frames is None else frames * len(job.prompts))

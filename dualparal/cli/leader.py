@@ -14,13 +14,18 @@ import typer
 from dualparal.cli.job import Job, display_of, error_file, resume_command, say_how_to_resume
 from dualparal.launch.stragglers import SlowStages
 
-# What a rank runs. "python -m" would let modules in the current folder, perhaps a model's, stand in for ours.
+# The program of a rank. "python -m" would let modules in the current folder, perhaps a model's, stand in for ours.
 RANK_PROGRAM = "import sys; sys.path[:1] = filter(None, sys.path[:1]); from dualparal.cli.main import main; main()"
 _ARGUMENT = "DUALPARAL_ARGUMENT_"
 
 
 def draw_timeline(path: Path, since: float) -> None:
-    """The picture of a timeline, and first of all the timeline, if a run that failed left it in parts."""
+    """Draws the picture of a timeline, after joining the timeline itself if a run that failed left it in parts.
+
+    Args:
+        path: the timeline's file.
+        since: start of the run, seconds since the epoch; nothing is drawn of an older file.
+    """
     from dualparal.trace.picture import draw
     from dualparal.trace.timeline import TimelineError, merge_left
 
@@ -34,7 +39,14 @@ def draw_timeline(path: Path, since: float) -> None:
 
 
 def lead(job: Job, planned: bool = False) -> int:
-    """Starts the ranks and draws their progress; the parent of ``--gpus N``."""
+    """Starts the ranks of ``--gpus N``, draws their progress, and tells how they ended.
+
+    Args:
+        planned: the ranks are told the layers per stage and blocks in flight of ``job``.
+
+    Returns:
+        The exit code (``launch.supervisor.Result``).
+    """
     from dualparal.io.output import what_is_left
     from dualparal.launch.supervisor import Kept, supervise
 
@@ -94,6 +106,6 @@ def pack_arguments(arguments: list[str]) -> dict[str, str]:
 
 
 def unpack_arguments() -> list[str]:
-    """The inverse, which takes them out of the environment. Empty: the arguments are in the command line."""
+    """Takes the arguments that ``pack_arguments`` packed out of the environment. Empty: the command line has them."""
     count = sum(name.startswith(_ARGUMENT) for name in os.environ)
     return [os.environ.pop(f"{_ARGUMENT}{index}") for index in range(count)]

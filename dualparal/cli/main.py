@@ -34,7 +34,7 @@ app = typer.Typer(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, what was built, and what is missing."""
+    """Says what is installed, what was built, and what is missing."""
     from dualparal.cli.doctor import report
 
     typer.echo(report())
@@ -42,7 +42,7 @@ def doctor() -> None:
 
 @app.command()
 def calibrate() -> None:
-    """Measure the attention backends on this GPU once, and use the fastest from then on."""
+    """Measures the attention backends on this GPU once; the fastest is used from then on."""
     from dualparal.kernels.attention.calibrate import calibrate as measure
 
     path = measure(report=typer.echo)
@@ -67,7 +67,7 @@ def root(
 
 
 def main() -> None:
-    """Entry point: one line on stderr and exit code 2 for the user's mistakes."""
+    """Entry point. An error is one line on stderr, with exit code 2 for the user's mistakes and 5 for files."""
     sys.argv[1:] = unpack_arguments() or sys.argv[1:]
     try:
         app()

@@ -1,4 +1,4 @@
-"""Where a job runs: number of stages, device and threads, from the flags and from a launcher's environment."""
+"""The place of a job: number of stages, device and threads, from the flags and from a launcher's environment."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """``--layers-per-stage`` as numbers. Raises ValueError."""
+    """The numbers in ``--layers-per-stage``; None: not given. Raises ValueError."""
     if text is None:
         return None
     try:
@@ -18,7 +18,11 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
 
 
 def count_stages(gpus: int | None, stages: int | None, device: str | None) -> int:
-    """From the flags, or from torchrun's environment, which has the last word on the number of processes."""
+    """The number of stages, from the flags or from a launcher's environment, which knows the number of processes.
+
+    Raises:
+        ValueError: flags that contradict each other, the device or the environment.
+    """
     if gpus is not None and stages is not None and gpus != stages:
         raise ValueError(f"--gpus {gpus} and --stages {stages}: one stage runs on one GPU; give one of them")
     if gpus is not None and device not in (None, "cuda"):
@@ -38,7 +42,11 @@ def count_stages(gpus: int | None, stages: int | None, device: str | None) -> in
 
 
 def choose_device(name: str | None, gpus: int | None) -> str:
-    """``--device``, or what there is. Raises ValueError for a GPU that torch does not see."""
+    """The type of the device, "cuda" or "cpu": ``--device``, or what there is.
+
+    Raises:
+        ValueError: another name, or a GPU that torch does not see.
+    """
     import torch
 
     if name not in (None, "cuda", "cpu"):
@@ -55,7 +63,7 @@ def choose_device(name: str | None, gpus: int | None) -> str:
 
 
 def choose_threads(asked: int, stages: int) -> int:
-    """CPU threads of each stage. Raises ValueError."""
+    """CPU threads of each stage: the number asked for, or, for 0, a share of the cores. Raises ValueError."""
     if not 0 <= asked <= 4096:
         raise ValueError(f"--threads {asked}: use a number from 1, or 0 for the cores divided by the stages")
     return asked or max(1, (os.cpu_count() or 1) // stages)

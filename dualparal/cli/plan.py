@@ -1,4 +1,4 @@
-"""``dualparal plan``: flags to ``planner.plan``, a plan to tables. No torch, no weights, no GPU."""
+"""The command ``dualparal plan``: flags to ``planner.plan``, a plan to tables. No torch, no weights, no GPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dualparal.planning.plan import NoPlan, Plan
 
 
 def _size(text: str) -> tuple[int, int]:
+    """Height and width in pixels of "WIDTHxHEIGHT". Raises ValueError."""
     width, cross, height = text.lower().partition("x")
     if not cross or not width.isdecimal() or not height.isdecimal():
         raise ValueError(f"--size {text!r}: use WIDTHxHEIGHT in pixels, such as 832x480")
@@ -52,7 +53,7 @@ GROUPS = (PlanFlags, BlockFlags)
 
 
 def plan(call: typer.Context, flags: PlanFlags, blocks: BlockFlags) -> None:
-    """Say what a video will cost on some cards, before weights are downloaded. A prediction."""
+    """Says what a video will cost on some cards, before weights are downloaded. A prediction."""
     options = {**asdict(flags), **asdict(blocks)}
     height, width = _size(options.pop("size"))
     console = Console()
@@ -66,7 +67,7 @@ def plan(call: typer.Context, flags: PlanFlags, blocks: BlockFlags) -> None:
 
 
 def show(found: Plan, console: Console) -> None:
-    """The plan as tables for people."""
+    """Prints a plan as tables for people."""
     video, blocks = found.work.video, found.work.blocks
     cap = "no limit" if blocks.max_blocks_in_flight is None else f"at most {blocks.max_blocks_in_flight}"
     console.print(
@@ -92,6 +93,7 @@ def show(found: Plan, console: Console) -> None:
 
 
 def _stages(found: Plan) -> Table:
+    """The memory and the busy time of each stage."""
     table = Table("stage", "card", title="GiB per card")
     for name in ("layers", "weights", "features", "other", "peak", "usable", "busy"):
         table.add_column(name, justify="right")
@@ -114,6 +116,7 @@ def _stages(found: Plan) -> Table:
 
 
 def _alternatives(found: Plan) -> Table:
+    """The plans that differ from the one found in one choice."""
     table = Table("context", title="one choice changed at a time (closed form, within some percent)")
     for name in ("B", "C", "K", "s", "frames/s", "first s", "GiB"):
         table.add_column(name, justify="right")

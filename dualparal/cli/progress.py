@@ -10,7 +10,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Display:
-    """Blocks and frames done, frames per second, time to first frame, and the bubble of stage 0 so far."""
+    """Blocks and frames done, frames per second, time to first frame, and the bubble of stage 0 so far.
+
+    Args:
+        total_frames: frames of all videos; None: endless.
+    """
 
     def __init__(self, total_frames: int | None) -> None:
         self._console = Console(stderr=True)
@@ -26,10 +30,12 @@ class Display:
             self._task = self._bar.add_task("starting", total=total_frames)
 
     def start(self) -> None:
+        """Shows the bar, on a terminal."""
         if self._bar is not None:
             self._bar.start()
 
     def stop(self) -> None:
+        """Ends the bar; its last state stays on the screen."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -43,7 +49,7 @@ class Display:
         self.stop()
 
     def update(self, state: dict[str, Any]) -> None:
-        """state: blocks, total_blocks, frames, seconds, first, bubble."""
+        """Shows a new state, the fields of ``decoding.chunks.Progress`` by name."""
         rate = state["frames"] / state["seconds"] if state["seconds"] else 0.0
         text = (  # short: with the time left it fits a narrow terminal
             f"block {state['blocks']}/{state['total_blocks'] or '-'}, {state['frames']} frames, {rate:.2f} frames/s, "

@@ -25,7 +25,7 @@ logger = logging.getLogger("dualparal")
 
 
 def _quiet_libraries() -> None:
-    """Their progress bars would run through ours."""
+    """Turns off the libraries' progress bars, which would run through ours."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -34,7 +34,11 @@ def _quiet_libraries() -> None:
 
 
 def work(job: Job, heartbeat: Heartbeat) -> int:
-    """One rank of several, or the only process."""
+    """Does the work of one rank of several, or of the only process. Errors are told, not raised.
+
+    Returns:
+        The exit code: 0, one of ``launch.exit_codes``, or 128 and the number of a signal.
+    """
     import torch
 
     from dualparal.distributed.messages import PeerLost
@@ -66,7 +70,11 @@ def work(job: Job, heartbeat: Heartbeat) -> int:
 
 
 def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
-    """Says what went wrong, unless the supervisor will: it has heard of it and names the first cause."""
+    """Says what went wrong, unless the supervisor will: it has heard of it and names the first cause.
+
+    Returns:
+        ``code``.
+    """
     if heartbeat.supervised:
         return code
     typer.echo(f"error: {one_line(text)}", err=True)
@@ -121,7 +129,7 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
 
 
 def _take(chunks: Iterator[Chunk], results: Results, job: Job, heartbeat: Heartbeat) -> None:
-    """All chunks into the results; tells how far it is."""
+    """Takes all chunks into the results, and tells how far the run is."""
     with nullcontext() if heartbeat.supervised else display_of(job) as display:
         for chunk in chunks:
             results.take(chunk)
@@ -132,7 +140,11 @@ def _take(chunks: Iterator[Chunk], results: Results, job: Job, heartbeat: Heartb
 
 
 def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[int]:
-    """First SIGINT or SIGTERM: stop at the next unit and keep what is finished; second: at once."""
+    """Makes the first SIGINT or SIGTERM stop the engine at the next unit, and the second end the process at once.
+
+    Returns:
+        The list of signals received, which grows while the run goes on.
+    """
     received: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -157,5 +169,5 @@ def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[i
 
 
 def one_line(error: object) -> str:
-    """One line, whatever a name in it holds: line breaks and a terminal's control characters are escaped."""
+    """The error as one line, whatever names in it hold: line breaks and control characters are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(error))

@@ -1,4 +1,4 @@
-"""Where the chunks of a job go, and in which order everything is closed at the end."""
+"""The files that the chunks of a job go to, and the order in which everything is closed at the end."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ logger = logging.getLogger("dualparal")
 
 
 class Results:
-    """Files of a job, on the rank that leads. Of a resumed job they are opened by its first chunk."""
+    """The files of a job, on the rank that leads. The first chunk of a resumed job opens them."""
 
     def __init__(self, job: Job) -> None:
-        """Raises OutputError, OSError."""
+        """Opens the outputs of a job that begins. Raises OutputError, OSError."""
         self._job = job
         self._latents: list[list[torch.Tensor]] = [[] for _ in job.prompts]
         self._outputs: list[VideoOutput | PictureOutput] = []
@@ -45,7 +45,7 @@ class Results:
 
     @property
     def written(self) -> bool:
-        """Blocks that were taken are on disk."""
+        """True when the blocks that were taken are on disk."""
         return bool(self._outputs)
 
     def close(self, complete: bool) -> list[str]:
@@ -75,7 +75,7 @@ class Results:
         return names
 
     def close_after_failure(self) -> None:
-        """Joins what is finished. A failure must not be hidden by another one."""
+        """Joins what is finished. Errors become warnings: a failure must not be hidden by another one."""
         for output in self._outputs:
             try:
                 output.close()

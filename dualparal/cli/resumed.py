@@ -22,8 +22,14 @@ _MAY_CHANGE = {
 def resumed_job(call: typer.Context, folder: Path, place: PlaceFlags, output: OutputFlags) -> Job:
     """The job of a folder's last snapshot.
 
+    Args:
+        call: typer's context, which knows the flags that were typed.
+        folder: the snapshots' folder.
+        place, output: of these flags, those in ``_MAY_CHANGE`` are heeded.
+
     Raises:
-        ValueError: flags that cannot be changed; SnapshotError for a folder that cannot be used.
+        ValueError: flags that cannot be changed.
+        SnapshotError: a folder that cannot be used.
     """
     from dualparal.checkpoint.snapshot import SnapshotError, newest
     from dualparal.io.output import check_file
@@ -46,7 +52,12 @@ def resumed_job(call: typer.Context, folder: Path, place: PlaceFlags, output: Ou
 
 
 def _elsewhere(job: Job, asked: set[str], folder: Path, place: PlaceFlags, output: OutputFlags) -> Job:
-    """The job with what the flags say of the machine."""
+    """The job of a snapshot, with what the flags say of the machine. Raises ValueError.
+
+    Args:
+        asked: names of the flags that were typed.
+        folder: the snapshots' folder, which may have been moved since.
+    """
     split = parse_layers(place.layers_per_stage)
     stages = len(split) if split else job.stages
     if asked & {"gpus", "stages"} or "RANK" in os.environ:

@@ -1,1 +1,1 @@
-"""What the user asks for, checked once: frozen values without torch, which import nothing of ours."""
+"""The user's choices, checked once: frozen values without torch, which import nothing of ours."""

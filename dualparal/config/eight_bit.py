@@ -96,6 +96,7 @@ class EightBitPolicy:
 
 
 def _is_count(value: object) -> bool:
+    """True for an int (no bool) from 0 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

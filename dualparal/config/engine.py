@@ -1,4 +1,4 @@
-"""How an engine runs a model: one checked value, made once and passed whole. No torch."""
+"""The options of an engine as one checked value, made once and passed whole. No torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything that decides how a model is run, but the model and the request. None: the engine's own choice.
+    """All options with which an engine runs a model, apart from the model and the request. None: its own choice.
 
     Attributes:
-        blocks: how a video is cut, and what blocks see of each other.
+        blocks: the cut of a video into blocks, and what these see of each other.
         stages: number of runs of layers into which the model is cut. Default: the number of ranks.
         layers_per_stage: layers of each stage, for cards that are not alike. Default: an even split.
         device: "cuda", "cuda:1" or "cpu". Default: "cuda" where there is one, else "cpu".
@@ -60,7 +60,7 @@ class EngineConfig:
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:
-        """From flat options, as ``Engine.from_pretrained`` takes them.
+        """The config of flat options, as ``Engine.from_pretrained`` takes them.
 
         Args:
             options: fields of this class and of ``BlockConfig`` (frames_per_block, context_frames, context, ...).
@@ -68,7 +68,8 @@ class EngineConfig:
                 ``layers_per_stage`` any sequence.
 
         Raises:
-            ValueError: as the classes; or an option that neither has, with the nearest one.
+            ValueError: as the classes raise it; an option that neither has, with the nearest one; or ``blocks``
+                beside options of its own.
         """
         block_names = {item.name for item in fields(BlockConfig)}
         own_names = {item.name for item in fields(cls)}

@@ -1,4 +1,4 @@
-"""What a consumer gets: finished blocks, and how far the run is."""
+"""The values that a consumer gets: finished blocks, and the progress of the run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ import torch
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, all of its videos together. Totals are None while it is endless."""
+    """The progress of a run, all of its videos together.
+
+    Attributes:
+        blocks, frames: given out so far, those before a resumed run among them; frames are pixel frames.
+        total_blocks, total_frames: at the end; None: endless.
+        seconds: time since the run began to work.
+        first: seconds until the first chunk was ready.
+        bubble: share of the time in which stage 0 ran no unit, 0 to 1.
+    """
 
     blocks: int
     frames: int
     total_blocks: int | None
     total_frames: int | None
     seconds: float
-    first: float  # seconds until the first chunk was ready
-    bubble: float  # share of the time in which stage 0 ran no unit
+    first: float
+    bubble: float
 
 
 @dataclass(frozen=True)
@@ -26,11 +34,12 @@ class Chunk:
     """One finished block.
 
     Attributes:
-        video, block: their indices.
+        block, video: their indices, from 0 on; a block's is that in its video.
         start_frame: index of its first pixel frame in the video.
-        frames: as ``output_type`` says, without a batch axis: "np" float32 [F, H, W, 3] in [0, 1], "uint8" the same
-            in [0, 255], "pt" [F, 3, H, W] in [0, 1], "pil" a list; None for "latent".
-        latents: [1, C, f, h, w] float32, on the engine's device.
+        frames: as ``output_type`` says, without a batch axis: "np" float32 [F, H, W, 3] in [0, 1], "uint8" bytes of
+            that shape, 0 to 255, "pt" [F, 3, H, W] in [0, 1], "pil" a list of F images; None for "latent".
+        latents: [1, C, f, h, w] float32, on the engine's device; those beyond the end of the video are cut off.
+        progress: the run's, with this block.
     """
 
     block: int

@@ -27,10 +27,17 @@ def to_output(frames: torch.Tensor, output_type: Literal["pil"]) -> list[Image]:
 
 
 def to_output(frames: torch.Tensor, output_type: OutputType) -> torch.Tensor | npt.NDArray[np.float32] | list[Image]:
-    """Frames [F, 3, H, W] in [-1, 1] as diffusers' `VideoProcessor` would give them, without the batch axis.
+    """Frames as diffusers' ``VideoProcessor`` would give them, without the batch axis.
 
-    "pt": [F, 3, H, W] in [0, 1], dtype and device kept. "np": float32 [F, H, W, 3] in [0, 1]. "pil": images.
-    Raises ValueError for another type.
+    Args:
+        frames: [F, 3, H, W] in [-1, 1], of any floating-point dtype.
+        output_type: "pt", "np" or "pil".
+
+    Returns:
+        "pt": [F, 3, H, W] in [0, 1], dtype and device kept. "np": float32 [F, H, W, 3] in [0, 1]. "pil": F images.
+
+    Raises:
+        ValueError: another type.
     """
     if output_type == "pt":
         return _to_unit(frames)
@@ -51,4 +58,5 @@ def to_uint8(frames: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 
 def _to_unit(frames: torch.Tensor) -> torch.Tensor:
+    """Frames in [-1, 1] as frames in [0, 1]; values beyond are clamped."""
     return (frames * 0.5 + 0.5).clamp(0, 1)

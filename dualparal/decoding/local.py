@@ -21,14 +21,23 @@ from dualparal.trace.timeline import Track
 
 
 class LocalDecoder:
-    """Takes final latents from stage 0, decodes at most ``DECODE_BOUND`` blocks ahead of the consumer.
+    """Takes final latents from stage 0, decodes at most ``DECODE_BOUND`` blocks at once, and gives out chunks.
+
+    Methods are called from the thread of stage 0; only the decoding itself runs on a thread of its own.
 
     Args:
-        video: any of them; they have one length and output type.
-        temporal_factor: frames that a latent frame becomes, but the first of a video.
-        decoders: one for each of ``num_videos``; None when latents are wanted.
-        busy: seconds that stage 0 has spent in units.
+        layout: the places of blocks, the same in all videos.
+        video: the request for any of the videos, which have one length and one output type.
+        temporal_factor: frames that a latent frame becomes, apart from the first of a video.
+        num_videos: videos that are made together.
+        decoders: one for each video; None when latents are wanted.
+        device: the device of latents and decoders.
+        busy: called for the seconds that stage 0 has spent in units.
         track: stage 0's rows in the timeline.
+
+    Attributes:
+        progress: the run's, with the chunk that was given out last.
+        before: the progress with which a resumed run began.
     """
 
     def __init__(
@@ -61,12 +70,16 @@ class LocalDecoder:
 
     @property
     def history(self) -> int:
-        """Latent frames back that decoding sees."""
+        """Latent frames before a block that its decoding sees; 0 when latents are wanted."""
         return 0 if self._decoders is None else self._decoders[0].history
 
     def resume(self, block: int, videos: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Goes on with a block: the latents of each video's blocks before it, as far as decoding sees them, go through
-        the decoders again."""
+        """Goes on with a block: latents before it go through the decoders again.
+
+        Args:
+            block: the first one that is still to be given out, in every video.
+            videos: for each video, latents [1, C, f, h, w] of the blocks just before, as far as decoding sees them.
+        """
         for video, latents in enumerate(videos):
             self._frames_of[video] = self._made(0, self.layout.start(block)) if block else 0
             if self._decoders is not None:
@@ -76,11 +89,11 @@ class LocalDecoder:
         self.progress = self.before
 
     def _made(self, block: int, latents: int) -> int:
-        """Frames of so many latents; the first of a video is one frame."""
+        """Frames that so many latent frames become, from ``block`` on; the first of a video becomes one frame."""
         return self.temporal_factor * latents - (self.temporal_factor - 1 if block == 0 else 0)
 
     def emit(self, video: int, block: int, latents: torch.Tensor) -> None:
-        """A block's final latents; what is beyond the end of the video is cut off."""
+        """Takes a block's final latents [1, C, f, h, w]; what is beyond the end of the video is cut off."""
         kept = latents[:, :, : self.layout.kept_frames(block)]
         if self._pool is None:
             self._done.append((video, block, kept, None))
@@ -88,7 +101,10 @@ class LocalDecoder:
             self._latents[video, block] = kept
 
     def decode(self, video: int, block: int) -> None:
-        """Starts decoding; waits when two blocks are already waiting to be decoded."""
+        """Starts decoding a block that was emitted; waits while ``DECODE_BOUND`` others are not decoded yet.
+
+        Raises what decoding has raised.
+        """
         assert self._pool is not None
         while len(self._pending) >= DECODE_BOUND:
             self._take()
@@ -123,7 +139,7 @@ class LocalDecoder:
         self._done.append((video, block, latents, future.result()))
 
     def ready(self) -> Iterator[Chunk]:
-        """Chunks that are finished, without waiting."""
+        """Yields the chunks that are finished, without waiting. Raises what decoding has raised."""
         while self._pending and self._pending[0][-1].done():
             self._take()
         while self._done:
@@ -136,7 +152,7 @@ class LocalDecoder:
                     self.track.consumer(chunk.video, chunk.block, begin, time.perf_counter())
 
     def drain(self) -> Iterator[Chunk]:
-        """All chunks that are still to come."""
+        """Yields all chunks that are still to come. Raises what decoding has raised."""
         while self._pending:
             self._take()
             yield from self.ready()
@@ -159,5 +175,6 @@ class LocalDecoder:
         return Chunk(block, start, frames, latents, self.progress, video)
 
     def close(self) -> None:
+        """Ends the thread once it is done with the block in its hands; the others are dropped."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)

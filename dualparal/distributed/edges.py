@@ -24,58 +24,82 @@ from dualparal.schedule.actions import Unit
 
 
 class Outbound(Protocol):
-    """The sending end of a directed edge. ``name`` says which edge, for messages.
+    """The sending end of a directed edge.
 
-    waited: seconds in which the host was blocked here, so far.
+    Attributes:
+        waited: seconds in which the host was blocked here, so far.
     """
 
     waited: float
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The edge, such as "edge 0 -> 1", for error messages."""
+        ...
 
     def can_send(self) -> bool:
-        """False: sending would have to wait for something this process does itself."""
+        """False when sending would have to wait for something that this process does itself."""
         ...
 
     def send(self, header: Header, tensor: torch.Tensor | None, mark: torch.Tensor | None = None) -> None:
         """Copies the tensor into a buffer and starts the transfer. Waits while all buffers are in use.
 
-        mark: one element more, which goes to the very end of the buffer; without it that is whatever was there.
+        Args:
+            header: the message's.
+            tensor: any shape, of the edge's dtype; it may be smaller than the buffer. None: the header alone counts.
+            mark: [1], which goes to the very end of the buffer; without it that is whatever was there.
+
+        Raises:
+            TransportError: a tensor of another dtype, or one that does not fit.
+            PeerLost: the other end is gone.
         """
         ...
 
     def stop(self) -> None:
-        """No more units: ends the wait of the other end."""
+        """Tells the other end, which may be waiting, that no more units come."""
         ...
 
     def finish(self) -> None:
-        """Waits until everything sent has left."""
+        """Waits until everything sent has left. Raises PeerLost."""
         ...
 
 
 class Inbound(Protocol):
-    """The receiving end of a directed edge."""
+    """The receiving end of a directed edge.
+
+    Attributes:
+        waited: seconds in which the host was blocked here, so far.
+    """
 
     waited: float
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The edge, such as "edge 0 -> 1", for error messages."""
+        ...
 
     def can_receive(self) -> bool:
-        """False: receiving would have to wait for something this process does itself."""
+        """False when receiving would have to wait for something that this process does itself."""
         ...
 
     def receive(self) -> tuple[Header, torch.Tensor]:
-        """The next message; its flat tensor is valid until ``release``."""
+        """Waits for the next message.
+
+        Returns:
+            Its header, and the whole buffer, flat [elements], which is valid until ``release``.
+
+        Raises:
+            TransportError: the header is not the one of such an edge.
+            PeerLost: the other end is gone.
+        """
         ...
 
     def release(self) -> None:
-        """Gives the buffer of the message received last back to the edge."""
+        """Gives the buffer of the last message back to the edge."""
         ...
 
     def stop(self) -> None:
-        """After a STOP message: takes what is still under way."""
+        """Takes what is still under way, once a STOP message has come."""
         ...
 
 
@@ -100,6 +124,11 @@ class LocalEdge:
 
     On CUDA the copies run on a stream of the edge's own, ordered by events, so that they overlap with the compute of
     other stages as a transfer between cards would; nothing here waits on the host.
+
+    Args:
+        name: for error messages.
+        elements: size of a buffer.
+        depth: number of buffers.
     """
 
     def __init__(self, name: str, elements: int, depth: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -158,7 +187,7 @@ class _Slot(NamedTuple):
 
 
 class _DistributedEdge:
-    """What both ends over torch.distributed share: the ring of buffers and how to wait."""
+    """The common part of both ends over torch.distributed: a ring of buffers, and the waiting for transfers."""
 
     def __init__(
         self,
@@ -171,7 +200,16 @@ class _DistributedEdge:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """messages: how many there will be at most (None: no end)."""
+        """Allocates the buffers.
+
+        Args:
+            name: for error messages.
+            peer: the rank at the other end.
+            group: the edge's own communicator, see ``make_groups``.
+            elements: size of a buffer and of every message, the same at both ends.
+            depth: number of buffers.
+            messages: number of messages at most; None: no end.
+        """
         self.name = name
         self.waited = 0.0
         self.peer = peer
@@ -284,16 +322,17 @@ class ReceiveEdge(_DistributedEdge):
 def make_groups(world_size: int) -> list[Any]:
     """One communicator per directed edge: between two ranks, a send and a receive that share one serialise.
 
-    Collective: all ranks call it. Each is warmed up by a first exchange, so that connecting costs no unit.
+    Collective: all ranks call it, and then ``warm_up``. Edge k leads from rank k to the next one.
     """
     return [dist.new_group([k, (k + 1) % world_size]) for k in range(world_size)]
 
 
 def warm_up(groups: Sequence[Any], rank: int, device: torch.device) -> None:
-    """A first exchange over every edge, on the CPU and, on CUDA, on the device. Collective.
+    """Makes a first exchange over every edge, so that connecting costs no unit later. Collective. Raises PeerLost.
 
-    Edge by edge in one order on all ranks: making an NCCL communicator waits for both of its ranks, so two ranks
-    that each began with their own sending edge would wait for each other.
+    It is made on the CPU and, with a CUDA ``device``, there too. Edge by edge in one order on all ranks: making an
+    NCCL communicator waits for both of its ranks, so two ranks that each began with their own sending edge would wait
+    for each other.
     """
     world_size = len(groups)
     places = [torch.device("cpu")] + ([device] if device.type != "cpu" else [])

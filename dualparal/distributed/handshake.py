@@ -1,4 +1,4 @@
-"""What ranks tell each other as JSON through a store: their configuration before a run, what it cost afterwards.
+"""The JSON that ranks exchange through a store: their configuration before a run, what it cost afterwards.
 
 A difference found before the first tensor moves is one sentence; found later it is a hang or a wrong picture. It
 works on any store with torch.distributed's `set`, `get` and `check`, and need not know what the fields mean. No
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 _POLL_SECONDS = 0.01
 _SLOW_POLL_SECONDS = 0.1
-# How long a rank that found a difference stays, so that the others can read it too: it may host the store.
+# A rank that found a difference stays for this long, so that the others can read it too: it may host the store.
 _LINGER_SECONDS = 2.0
 _ABSENT = "absent"
 
@@ -36,7 +36,7 @@ def handshake(store: Store, rank: int, world_size: int, info: Mapping[str, Any],
     Args:
         store: where the ranks meet. For a second handshake on one store, wrap it in a PrefixStore.
         rank: this rank.
-        world_size: how many ranks this rank believes there are; compared like a field.
+        world_size: the number of ranks that this rank expects; compared like a field.
         info: JSON values, nested as you like.
         timeout: seconds to wait for the slowest rank.
 
@@ -60,6 +60,8 @@ def gather(
     """The JSON value of every rank, on rank 0; None on the others, which leave when rank 0 has come. Once per store.
 
     Args:
+        store, rank, world_size: as in ``handshake``.
+        value: this rank's.
         timeout: seconds that rank 0 waits for the slowest rank.
         patience: seconds that the others wait for rank 0, whose consumer may take its time.
 
@@ -81,6 +83,7 @@ def _key(kind: str, rank: int) -> str:
 
 
 def _collect(store: Store, world_size: int, timeout: float) -> dict[int, dict[str, Any]]:
+    """Waits for the report of every rank, and returns them by rank. Raises TimeoutError."""
     deadline = time.monotonic() + timeout
     reports: dict[int, dict[str, Any]] = {}
     expected = world_size
@@ -99,7 +102,7 @@ def _collect(store: Store, world_size: int, timeout: float) -> dict[int, dict[st
 
 
 def _wait_for(store: Store, keys: list[str], timeout: float) -> bool:
-    """Whether all keys are there in time."""
+    """Waits until all keys are there; returns False when they are not within ``timeout`` seconds."""
     begin = time.monotonic()
     while not store.check(keys):
         waited = time.monotonic() - begin
@@ -110,6 +113,7 @@ def _wait_for(store: Store, keys: list[str], timeout: float) -> bool:
 
 
 def _differences(reports: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """A text for each field in which the ranks differ."""
     flat = {r: dict(_flatten(report)) for r, report in reports.items()}
     names = sorted({name for fields in flat.values() for name in fields})
     by_name = {name: {r: fields.get(name, _ABSENT) for r, fields in flat.items()} for name in names}

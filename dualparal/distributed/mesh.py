@@ -1,4 +1,4 @@
-"""Which rank this process is, and how ranks meet: torchrun's environment, our supervisor's, or one process alone.
+"""The rank of this process, and the meeting of ranks: by torchrun, by our supervisor, or one process alone.
 
 One rank owns one stage. Nothing listens outside loopback unless torchrun set it up so: ranks that our supervisor
 starts meet through a file in a private folder.
@@ -33,7 +33,9 @@ class Mesh:
 
     Attributes:
         rank: 0 .. world_size - 1.
-        num_stages: of the whole run.
+        world_size: processes of the run.
+        num_stages: stages of the whole run.
+        device: this process's.
         distributed: more than one process; then stage k lies on rank k, else all of them lie here.
     """
 
@@ -45,12 +47,12 @@ class Mesh:
 
     @property
     def is_leader(self) -> bool:
-        """It owns stage 0, and with it latents, samplers, the decoder, snapshots and what the consumer gets."""
+        """True on the rank that owns stage 0, and with it latents, samplers, decoder, snapshots and the consumer."""
         return self.rank == 0
 
     @property
     def stages(self) -> range:
-        """Those of this process."""
+        """The stages of this process."""
         return range(self.rank, self.rank + 1) if self.distributed else range(self.num_stages)
 
     @property
@@ -65,15 +67,19 @@ class Mesh:
 
     @classmethod
     def local(cls, device: torch.device, num_stages: int = 1) -> Mesh:
-        """All stages in this process."""
+        """The mesh of a run in this process alone, which owns all stages."""
         return cls(0, 1, num_stages, device, distributed=False)
 
     @classmethod
     def join(cls, device_type: str) -> Mesh:
         """Joins the process group that the environment describes, or uses the one that is there. A stage per rank.
 
+        Args:
+            device_type: "cuda" (the card is the local rank's) or "cpu".
+
         Raises:
             RuntimeError: CUDA asked for and this rank has no card.
+            TimeoutError: another rank did not come.
         """
         if device_type == "cuda":
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -120,6 +126,7 @@ class Mesh:
 
     @staticmethod
     def _init(backend: str) -> None:
+        """Makes the process group, by the supervisor's file if there is one, else by torchrun's variables."""
         # Its functions take the group of all ranks as a default argument. Imported later (transformers does) they would
         # hold it, and with it gloo's threads, beyond the end of Python.
         importlib.import_module("torch.distributed.nn.functional")
@@ -152,7 +159,7 @@ def _leave() -> None:
 
 
 def in_distributed_run() -> bool:
-    """Whether this process is one rank of several (torchrun, our supervisor, or an initialised process group)."""
+    """True when this process is one rank of several (torchrun, our supervisor, or a process group that is there)."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size() > 1
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ

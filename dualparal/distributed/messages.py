@@ -17,12 +17,22 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Kind(IntEnum):
+    """The kinds of a message."""
+
     UNIT = 0
     STOP = 1  # the sender stops here; the tensor means nothing
     HELLO = 2  # the first message of an edge, without a tensor: what size and dtype all others have
 
 
 class Header(NamedTuple):
+    """The header of a message.
+
+    Attributes:
+        kind: UNIT, or a sign without a tensor.
+        unit: the unit whose hidden states or velocity travel.
+        prompt: number of the prompt that the unit's block has, see ``PromptChannel``.
+    """
+
     kind: Kind
     unit: Unit
     prompt: int
@@ -40,7 +50,11 @@ class PeerLost(RuntimeError):
 
 
 def pack_header(header: Header, elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Header as int64 [10], the last field a CRC-32 of the others."""
+    """The header as int64 [10], the last field a CRC-32 of the others.
+
+    Args:
+        elements, dtype: of every tensor on that edge.
+    """
     code = _DTYPES.index(dtype)
     fields = torch.tensor([_MAGIC, header.kind, *header.unit, header.prompt, elements, code, 0], dtype=torch.int64)
     fields[-1] = zlib.crc32(fields[:-1].numpy().tobytes())
@@ -49,6 +63,11 @@ def pack_header(header: Header, elements: int, dtype: torch.dtype = torch.float3
 
 def unpack_header(fields: torch.Tensor, elements: int, edge: str, dtype: torch.dtype = torch.float32) -> Header:
     """The inverse of ``pack_header``.
+
+    Args:
+        fields: int64 [10], as received.
+        elements, dtype: those expected on that edge.
+        edge: its name, for error messages.
 
     Raises:
         TransportError: not a header of ours, damaged, or of a tensor with another number of elements or dtype.
@@ -69,7 +88,11 @@ def unpack_header(fields: torch.Tensor, elements: int, edge: str, dtype: torch.d
 
 
 def guard(edge: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """torch.distributed reports a lost peer as a bare RuntimeError, both on starting and on waiting."""
+    """Calls a function of torch.distributed, with its result.
+
+    Raises:
+        PeerLost: in place of the bare RuntimeError with which torch reports it, both on starting and on waiting.
+    """
     try:
         return function(*args, **kwargs)
     except RuntimeError as error:

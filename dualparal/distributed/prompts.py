@@ -1,4 +1,4 @@
-"""How the embeddings of prompts reach the stages."""
+"""The way of prompt embeddings to the stages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ class PromptChannel:
         world_size: int,
         local_readers: int = 0,
     ) -> None:
-        """local_readers: with one process, how many stages will fetch each prompt."""
+        """Makes a channel; nothing travels yet.
+
+        Args:
+            shape: of a prompt's embeddings, [branches, tokens, text_dim].
+            dtype: in which they travel.
+            rank, world_size: this process among those of the run.
+            local_readers: with one process, the number of stages that will fetch each prompt.
+        """
         self.local_readers = local_readers
         self.rank = rank
         self.world_size = world_size
@@ -34,7 +41,10 @@ class PromptChannel:
         self._pending: list[tuple[Any, torch.Tensor]] = []
 
     def publish(self, prompt: int, embeds: torch.Tensor) -> None:
-        """Rank 0: embeds [branches, sequence, text_dim]."""
+        """Hands a prompt's embeddings [branches, tokens, text_dim] to all other stages. Called on rank 0.
+
+        Raises PeerLost.
+        """
         if self.world_size == 1:
             self._known[prompt] = embeds, self.local_readers
             return
@@ -46,7 +56,14 @@ class PromptChannel:
                 self._pending.append((guard("prompt", dist.isend, tensor, other), tensor))
 
     def fetch(self, prompt: int) -> torch.Tensor:
-        """Any other rank, or in one process any other stage: the embeddings of ``prompt``."""
+        """Takes the embeddings [branches, tokens, text_dim] of ``prompt``, on the CPU between processes.
+
+        Called on any other rank, or in one process for any other stage; once for each prompt, in their order.
+
+        Raises:
+            TransportError: rank 0 sends another prompt.
+            PeerLost: rank 0 is gone.
+        """
         if self.world_size == 1:
             embeds, readers = self._known.pop(prompt)
             if readers > 1:
@@ -61,6 +78,7 @@ class PromptChannel:
         return payload
 
     def finish(self) -> None:
+        """Waits until everything sent has left. Raises PeerLost."""
         for work, _ in self._pending:
             guard("prompt", work.wait)
         self._pending.clear()

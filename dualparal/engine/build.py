@@ -1,4 +1,4 @@
-"""Makes what one run walks with: its stages, the edges between them, queues of latents, decoder and checkpointer."""
+"""Makes the parts of one run: its stages, the edges between them, queues of latents, decoder and checkpointer."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ from dualparal.trace.clock import BusyClock
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run: videos that are made together, in which order, and what is kept of them.
+    """One run: videos that are made together, the order of work, and what is kept of them.
 
     Attributes:
         requests: one per video; they differ in prompt, noise and seed only.
+        schedule: the order of work.
         scheduler: diffusers' sampler object.
+        timeline: the file of the trace; None: no trace.
+        checkpoint: the place of snapshots; None: none are kept.
+        resumed: the snapshot that the run goes on from; None: it begins.
         report: called with (phase, stage=, block=, step=) before every action, see ``Engine.from_pretrained``.
     """
 
@@ -53,6 +57,9 @@ class Builder:
     """Builds the parts of a run on this rank.
 
     Args:
+        setup: the engine's model, options and place.
+        parts: the loaded parts of the model, and the edges' communicators.
+        spec: the run.
         prompts: of every video, on the rank that leads; empty elsewhere.
     """
 
@@ -62,7 +69,7 @@ class Builder:
         self.schedule, self.layout = spec.schedule, self.request.layout
 
     def decoder(self, clock: BusyClock) -> LocalDecoder:
-        """clock: stage 0's."""
+        """The decoder beside stage 0, whose clock is ``clock``."""
         video, count = self.request.video, len(self.spec.requests)
         return LocalDecoder(
             self.layout,
@@ -76,7 +83,10 @@ class Builder:
         )
 
     def checkpointer(self, decoder: LocalDecoder) -> Checkpointer | None:
-        """Writes the first snapshot of a run that begins. Raises OSError."""
+        """The keeper of snapshots, which writes the first one of a run that begins. None: none are kept.
+
+        Raises OSError.
+        """
         setup, spec, checkpoint = self.setup, self.spec, self.spec.checkpoint
         if checkpoint is None:
             return None
@@ -103,7 +113,13 @@ class Builder:
     def executors(
         self, clocks: Sequence[BusyClock], decoder: LocalDecoder | None, keeper: Checkpointer | None
     ) -> list[StageExecutor]:
-        """One for each stage of this rank. clocks: theirs. decoder: on the rank that leads."""
+        """The executors of this rank's stages, one for each.
+
+        Args:
+            clocks: theirs.
+            decoder: on the rank that leads; None elsewhere.
+            keeper: on the rank that leads, if snapshots are kept; None elsewhere.
+        """
         setup = self.setup
         inbound, outbound = self._edges() if setup.num_stages > 1 else ({}, {})
         channel = self._prompt_channel()
@@ -122,6 +138,7 @@ class Builder:
         return found
 
     def _expert_of_step(self) -> list[int]:
+        """The index of the transformer that runs each denoising step (Wan2.2 has two)."""
         sampler = self.request.sampler
         return [self.setup.source.spec.expert(float(t), sampler.num_train_timesteps) for t in sampler.timesteps]
 
@@ -172,6 +189,7 @@ class Builder:
         )
 
     def _queue(self, index: int, experts: Sequence[int]) -> LatentQueue:
+        """The queue of the blocks of video ``index``."""
         request, prompts, count = self.spec.requests[index], self.prompts[index], self.schedule.num_videos
         video, grid = request.video, request.grid
         second = video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2
@@ -219,6 +237,7 @@ class Builder:
         return {rank: inbound}, {rank: SendEdge(names[rank], after, groups[rank], sizes[rank], *common)}
 
     def _reporter(self, index: int, clock: BusyClock) -> Report | None:
+        """The function that tells the caller's ``report`` of the actions of stage ``index``; None: nobody listens."""
         report, schedule, layers = self.spec.report, self.schedule, len(self.setup.layers[index])
         if report is None:
             return None
@@ -241,6 +260,7 @@ def _graphed(forward: Forward) -> Forward:
 
 
 def _step_callback(request: Request, video: int) -> StepCallback | None:
+    """The caller's callback in the form in which a queue calls it; None: there is none."""
     user = request.callback
     if user is None:
         return None

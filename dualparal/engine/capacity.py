@@ -34,22 +34,25 @@ def check(
     encodes: bool = True,
     held: int = 0,
 ) -> None:
-    """Compares what the stages of this process need with what there is: all of a card, or all of the host's memory.
+    """Compares the need of the stages of this process with the memory there is: all of a card, or all of the host's.
 
     The estimate leaves out what libraries take, so a request that passes may still not fit. On the CPU the stages of
     all processes on this machine count.
 
     Args:
+        work: the request as the cost model counts it.
+        split: number of layers of each stage of the run.
         owned: stages of this process.
-        encodes: whether the text encoder is needed. It is gone before the weights are loaded.
-        held: bytes of the result besides, where it is kept whole.
+        device: this process's.
+        encodes: the text encoder is needed; it is gone before the weights are loaded.
+        held: bytes of the result besides, where it is kept whole; they count on the CPU.
 
     Raises:
         TooLarge: it cannot fit.
     """
     schedule = work.schedule(len(split))
     on_host = device.type != "cuda"
-    together = range(len(split)) if on_host and _alone() else owned
+    together = range(len(split)) if on_host and _on_one_machine() else owned
     memory = [stage_memory(work, schedule, split, stage) for stage in together]
     need = sum(stage.running for stage in memory) + held * on_host
     if encodes:
@@ -70,10 +73,12 @@ def check(
 
 
 def check_requests(setup: Setup, requests: Sequence[Request], result_kind: ResultKind | None) -> None:
-    """``check`` for what a run would need here. A pipeline in memory has no config files to count from.
+    """Checks the need of a run here with ``check``. A loaded pipeline passes: it has no config files to count from.
 
     Args:
-        result_kind: what of all chunks the caller will have in memory at the end.
+        setup: the engine's.
+        requests: those of the run, one per video.
+        result_kind: the part of all chunks that the caller will have in memory at the end; None: no part.
 
     Raises:
         TooLarge: it cannot fit.
@@ -88,7 +93,10 @@ def check_requests(setup: Setup, requests: Sequence[Request], result_kind: Resul
 
 
 def whole_bytes(work: Workload, output_type: OutputType, result_kind: ResultKind | None) -> int:
-    """Of a video that is kept until its end: all of its chunks, and the one array that is made of them."""
+    """Bytes of a video that is kept until its end: all of its chunks, and the one array that is made of them.
+
+    They are 0 when nothing is kept (``result_kind`` None) or the video is endless.
+    """
     video, latents = work.video, work.layout.num_latents
     if result_kind is None or video.num_frames is None or latents is None:
         return 0
@@ -99,7 +107,7 @@ def whole_bytes(work: Workload, output_type: OutputType, result_kind: ResultKind
 
 
 def host_memory() -> int:
-    """Bytes that processes here may use: of the machine, or of the container if that is less."""
+    """Bytes of memory that processes here may use: the machine's, or the container's if that is less."""
     limits = [psutil.virtual_memory().total]
     for path in map(Path, _CGROUP_LIMITS):
         try:
@@ -109,7 +117,7 @@ def host_memory() -> int:
     return min(limits)
 
 
-def _alone() -> bool:
-    """Whether all ranks of the run are on this machine."""
+def _on_one_machine() -> bool:
+    """True when all ranks of the run are on this machine."""
     ranks = os.environ.get("WORLD_SIZE", "1")
     return os.environ.get("LOCAL_WORLD_SIZE", ranks) == ranks

@@ -44,8 +44,10 @@ class Engine:
 
     Attributes:
         setup: its model, options and place.
+        report: called before every action, see ``from_pretrained``; None: nobody listens.
         scheduler: diffusers' sampler object; assign another one as in diffusers.
-        stats: of the last run, on the leading rank.
+        stats: cost of the last run, on the leading rank; None before the end of the first.
+        parts: the parts of the model that are loaded.
     """
 
     def __init__(self, setup: Setup, report: Callable[..., None] | None = None) -> None:
@@ -69,7 +71,7 @@ class Engine:
 
         Args:
             model: a directory in diffusers format, a hub id, or a loaded WanPipeline.
-            config: how to run it, as one value; or give its fields as ``options``.
+            config: options as one value; or give its fields as ``options``.
             report: called with (phase, block=, step=, stage=) before every action; for supervisors. At the first unit
                 of an iteration besides with iteration= and busy=, seconds per layer spent in units so far.
             options: fields of ``EngineConfig`` and of ``BlockConfig``: frames_per_block, context_frames, context,
@@ -89,7 +91,7 @@ class Engine:
 
     @property
     def config(self) -> EngineConfig:
-        """How it is run, with nothing left open."""
+        """The options it is run with, with nothing left open."""
         return self.setup.config
 
     @property
@@ -99,21 +101,27 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the transformer."""
+        """The dtype of the transformer."""
         return self.setup.dtype
 
     def vae(self) -> Any:
-        """The VAE, loaded at first use."""
+        """The VAE (diffusers), loaded at first use. Raises ModelError, OSError."""
         return self.parts.vae
 
     def __call__(self, prompt: Prompt | Sequence[Prompt] | None = None, **kwargs: Any) -> EngineOutput:
-        """Whole videos at once. Arguments as ``stream``, with ``num_frames`` 81 by default, and ``return_dict``.
+        """Makes whole videos at once.
 
-        ``output_type`` "np", "pt", "pil" or "latent" as in diffusers: ``frames`` is [V, F, H, W, 3],
-        [V, F, 3, H, W], a list of V lists, or latents [V, C, L, h, w]; V is 1 unless there are several prompts.
+        Args:
+            prompt: as in ``stream``.
+            kwargs: the other arguments of ``stream``, and ``return_dict`` (False: a tuple of the frames alone).
+
+        Returns:
+            ``frames`` by ``output_type``, as in diffusers: "np" [V, F, H, W, 3], "pt" [V, F, 3, H, W], "pil" a list
+            of V lists, "latent" [V, C, L, h, w]; V is 1 unless there are several prompts. None on ranks that do not
+            lead.
 
         Raises:
-            ValueError: as ``stream``, and for an endless video.
+            ValueError: as ``stream`` raises it, or an endless video.
         """
         return_dict = kwargs.pop("return_dict", True)
         if kwargs.get("num_frames", 81) is None:
@@ -152,7 +160,7 @@ class Engine:
 
         Args:
             prompt: a text, or {first frame: text}: blocks from that frame on take it. A list of these (or rows of
-                ``prompt_embeds``): so many independent videos, whose units take turns; ``chunk.video`` says whose it
+                ``prompt_embeds``): as many independent videos, whose units take turns; ``chunk.video`` says whose it
                 is, and each has the bits that it has alone. ``negative_prompt``, ``seed``, ``generator`` may then be
                 lists, and ``latents`` and embeddings have a row for each.
             num_frames: None for an endless video; stop by closing the iterator or calling ``interrupt``.
@@ -167,11 +175,14 @@ class Engine:
             checkpoint: a folder for snapshots (or a ``Checkpoint``), from which ``resume`` goes on after whatever
                 happens; the same on all ranks, written by rank 0. A snapshot counts a block as finished when the
                 next chunk has been asked for. With ``cached`` and ``prior`` the engine needs ``refresh_every``.
-            result_kind: "frames" or "latents": what of all chunks the caller will have in memory at the end, on the
-                CPU. It counts when the request is checked against the memory there is.
+            result_kind: "frames" or "latents", the part of all chunks that the caller will have in memory at the end,
+                on the CPU. It counts when the request is checked against the memory there is. None: no part.
 
         Raises:
             ValueError: a request that cannot be run; names the value, the rule and the way out.
+            RuntimeError: this engine is making a video.
+
+        While the iterator runs it raises what ``engine.run.Run.chunks`` raises.
         """
         video = VideoConfig(
             height,
@@ -208,8 +219,13 @@ class Engine:
         snapshot does not count as finished, with the bits of an unbroken run on cards of the same type with the same
         torch; a block that had been given out already comes again.
 
+        Args:
+            checkpoint: the folder with snapshots. Of a ``Checkpoint``, ``notes`` are replaced by the snapshot's.
+            callback_on_step_end, timeline: as in ``stream``.
+
         Raises:
             SnapshotError: no snapshot that can be used, or one of another model or another engine.
+            ValueError, RuntimeError: as ``stream`` raises them.
         """
         checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(Path(checkpoint))
         resumed = snapshot.newest(checkpoint.folder)
@@ -250,7 +266,13 @@ class Engine:
     def set_prompt(self, prompt: str, negative_prompt: str | None = None, *, video: int = 0) -> int:
         """Changes a video's prompt while it runs: blocks in flight keep theirs, new ones take this. Leading rank only.
 
-        negative_prompt None keeps the current one. Returns the first block that takes the new prompt.
+        Args:
+            prompt: a text.
+            negative_prompt: a text; None: that of the request.
+            video: index of the video.
+
+        Returns:
+            The first block that takes the new prompt.
 
         Raises:
             RuntimeError: no video is running.
@@ -262,7 +284,7 @@ class Engine:
 
     @property
     def interrupted(self) -> bool:
-        """Tells of the last video: ``interrupt`` ended it early."""
+        """True when ``interrupt`` was called for the last run, which may have ended early by it."""
         return self._run is not None and self._run.interrupted
 
     def interrupt(self) -> None:

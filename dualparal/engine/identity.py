@@ -1,4 +1,4 @@
-"""What makes two runs the same: for ranks to compare before they begin, and for a snapshot to be resumed."""
+"""The identity of a run: values that ranks compare before they begin, and that a snapshot keeps for its resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ def run_info(
     timeline: Path | None,
     resumed: Resumed | None,
 ) -> dict[str, Any]:
-    """What all ranks of a run must agree on, as JSON values. A prompt is not among it: only one rank knows it."""
+    """The values on which all ranks of a run must agree, for JSON. No prompt is among them: only one rank knows it.
+
+    Args:
+        scheduler: diffusers' sampler object.
+        timeline, resumed: the run's, if it has them.
+    """
     import diffusers
 
     config = asdict(setup.config)
@@ -55,11 +60,12 @@ def run_info(
 def snapshot_info(
     setup: Setup, scheduler: Any, requests: Sequence[Request], noise: str | None, notes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a snapshot says about its run, as JSON values.
+    """The description of a run that its snapshots hold, as JSON values.
 
     Args:
-        noise: name of the file with the initial noise, if that was given.
-        notes: of whoever started the run.
+        scheduler: diffusers' sampler object.
+        noise: name of the file with the initial noise; None: it comes from seeds.
+        notes: values of whoever started the run.
     """
     return {
         "videos": [asdict(request.video) for request in requests],
@@ -71,7 +77,10 @@ def snapshot_info(
 
 
 def versions(setup: Setup) -> dict[str, str]:
-    """What decides the last bits of frames: a run resumed with others goes on, and its frames may differ in them."""
+    """The versions of software and the card, by name, which decide the last bits of frames.
+
+    A run that is resumed with others goes on, and its frames may differ in those bits.
+    """
     import diffusers
 
     device = setup.mesh.device
@@ -81,7 +90,7 @@ def versions(setup: Setup) -> dict[str, str]:
 
 
 def check_same_run(setup: Setup, scheduler: Any, found: Snapshot) -> None:
-    """Warns where only bits may differ.
+    """Checks that a snapshot is of a run like this engine's, and warns where only the last bits may differ.
 
     Raises:
         SnapshotError: the snapshot is of another model, engine or sampler.
@@ -102,7 +111,7 @@ def check_same_run(setup: Setup, scheduler: Any, found: Snapshot) -> None:
 
 
 def _identity(setup: Setup, scheduler: Any) -> dict[str, Any]:
-    """What must be the same for a run to go on. The split, the depth and graphs may change: they move no bit."""
+    """The values that must be the same for a run to go on. Split, depth and graphs may change: they move no bit."""
     sampler = scheduler.config
     return {
         "weights": setup.source.fingerprint,

@@ -1,4 +1,4 @@
-"""What this rank has loaded and opened, kept from one run of an engine to the next."""
+"""The parts of a model that this rank has loaded, and its open edges, kept from one run to the next."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from dualparal.sampling.prompts import Prompts
 
 
 class Parts:
-    """Loads each part of the model at its first use, and opens the edges between ranks once."""
+    """Loads each part of the model at its first use, and opens the edges between ranks once.
+
+    Attributes:
+        encoder: the prompt encoder of the model's family.
+        slices: by stage, its layers, one slice per transformer of the model.
+    """
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -35,16 +40,17 @@ class Parts:
 
     @property
     def vae(self) -> Any:
+        """The VAE (diffusers), loaded at first use. Raises ModelError, OSError."""
         if self._vae is None:
             self._vae = self._setup.source.load_vae(self._setup.mesh.device)
         return self._vae
 
     def decoders(self, count: int) -> list[Decoder]:
-        """One for each video; they share the VAE."""
+        """The decoders of ``count`` videos, one for each; they share the VAE."""
         return [self._setup.source.family.decoder(self.vae) for _ in range(count)]
 
     def encode(self, requests: Sequence[Request]) -> list[Prompts]:
-        """The prompts of each video as embeddings. The text encoder is loaded if one is needed, and dropped."""
+        """Encodes the prompts of each video. The text encoder is loaded if it is needed, and dropped."""
         found = []
         for request in requests:
             embeds = {} if request.embeds is None else {0: request.embeds}
@@ -55,7 +61,7 @@ class Parts:
         return found
 
     def encode_text(self, request: Request, prompt: str, negative_prompt: str | None) -> torch.Tensor:
-        """Embeddings [1 or 2, tokens, text_dim] of a prompt for a video. The encoder stays loaded."""
+        """Encodes a prompt for a video as [1 or 2 (guidance), tokens, text_dim]. The text encoder stays loaded."""
         video = request.video
         return self.encoder.encode(prompt, negative_prompt, video.guidance, video.max_sequence_length)
 

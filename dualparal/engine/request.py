@@ -24,8 +24,13 @@ class Request:
     """Everything about a video but the text's embeddings, which need the text encoder.
 
     Attributes:
-        prompts: first block -> text.
-        embeds: [1 or 2, tokens, text_dim] when they were given instead of a text.
+        video: size, length, steps, guidance and seed.
+        layout: the places of its blocks.
+        grid: the latent patches of a frame.
+        sampler: the denoising steps.
+        prompts: first block -> text; empty when embeddings were given.
+        negative_prompt: a text; None: an empty one.
+        embeds: [1 or 2 (guidance), tokens, text_dim] when they were given instead of a text.
         latents: initial noise [1, C, L, h, w], when it was given.
         callback: the caller's, after every step: (step, timestep, {"latents", "block", "video"}); a returned dict's
             "latents" replace them.
@@ -44,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class VideoInputs:
-    """What one video is made from; each as in ``WanPipeline.__call__``."""
+    """The inputs of one video; each as in ``WanPipeline.__call__``."""
 
     prompt: Prompt | None = None
     negative_prompt: str | None = None
@@ -65,7 +70,8 @@ def split_videos(
 ) -> list[VideoInputs]:
     """The inputs of each video, as many as there are prompts: a list, or rows of ``prompt_embeds``.
 
-    What is one value holds for all of them, but a seed: video v takes seed + v, or the v-th that the generator draws.
+    A single value holds for all of them. A single seed is that of the first: video v takes seed + v, or the v-th seed
+    that the generator draws. The arguments are those of ``Engine.stream``.
 
     Raises:
         ValueError: lists and tensors of different lengths, or both seed and generator.
@@ -110,8 +116,11 @@ def check_request(
     """The request for one video.
 
     Args:
+        setup: the engine's.
         scheduler: diffusers' sampler object; it is copied, not used.
         video: its ``seed`` is replaced by that of ``inputs``.
+        inputs: prompt, noise and seed of this video.
+        callback: called after every step, see ``Request``.
 
     Raises:
         ValueError: it cannot be run; the message names the value, the rule and the way out.
@@ -143,7 +152,7 @@ def check_request(
 
 
 def schedule_of(setup: Setup, requests: Sequence[Request], start: int = 0) -> Schedule:
-    """The order of work for videos that are made together; start: the iteration to begin with, when resumed."""
+    """The order of work for videos that are made together, from iteration ``start`` on. Raises ValueError."""
     request = requests[0]
     return Schedule.of(
         setup.config,
@@ -157,6 +166,7 @@ def schedule_of(setup: Setup, requests: Sequence[Request], start: int = 0) -> Sc
 
 
 def _prompts(prompt: Prompt, layout: Layout, temporal_factor: int) -> dict[int, str]:
+    """The texts by the first block that takes each, from texts by pixel frame. Raises ValueError."""
     if isinstance(prompt, str):
         return {0: prompt}
     if not isinstance(prompt, Mapping) or not all(isinstance(text, str) for text in prompt.values()):
@@ -184,6 +194,7 @@ def _prompts(prompt: Prompt, layout: Layout, temporal_factor: int) -> dict[int, 
 def _embeds(
     positive: torch.Tensor | None, negative: torch.Tensor | None, guidance: bool, text_dim: int
 ) -> torch.Tensor | None:
+    """The given embeddings as [1 or 2 (guidance), tokens, text_dim]; None: none were given. Raises ValueError."""
     if positive is None:
         if negative is not None:
             raise ValueError("negative_prompt_embeds were given without prompt_embeds")
@@ -203,6 +214,7 @@ def _embeds(
 
 
 def _latents(latents: torch.Tensor, layout: Layout, grid: Grid, channels: int) -> torch.Tensor:
+    """Checks initial noise [1, C, L, h, w], with or without the surplus of the last block. Raises ValueError."""
     if layout.num_latents is None:
         raise ValueError("latents were given for an endless video; give num_frames too")
     lengths = sorted({layout.num_latents, layout.padded_latents or 0})

@@ -15,9 +15,11 @@ from dualparal.trace.stats import RunStats
 
 @dataclass(frozen=True)
 class EngineOutput:
-    """What a call returns.
+    """The result of a call of an engine.
 
-    frames: as WanPipeline's, with an axis of videos in front; None on ranks that do not lead.
+    Attributes:
+        frames: as WanPipeline's, with an axis of videos in front (``join_chunks``); None on ranks that do not lead.
+        stats: cost of the run; None there too.
     """
 
     frames: Any
@@ -25,14 +27,16 @@ class EngineOutput:
 
 
 def join_chunks(chunks: list[Chunk], kind: OutputType) -> Any:
-    """All videos of a run as one object.
+    """Joins all videos of a run into one object.
 
     Args:
         chunks: one at least, those of each video in order.
-        kind: their output type: "np" gives [V, F, H, W, 3], "pt" [V, F, 3, H, W], "pil" V lists, "latent"
-            [V, C, L, h, w].
+        kind: their output type.
 
-    Videos that an interruption left longer than others are cut to the length that all of them have.
+    Returns:
+        "np" and "uint8": an array [V, F, H, W, 3]; "pt": a tensor [V, F, 3, H, W]; "pil": V lists of images;
+        "latent": a tensor [V, C, L, h, w]. In arrays and tensors, videos that an interruption left longer than others
+        are cut to the length that all of them have.
     """
     videos = [[c for c in chunks if c.video == video] for video in range(1 + max(c.video for c in chunks))]
     if kind == "pil":

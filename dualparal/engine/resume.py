@@ -1,4 +1,4 @@
-"""From a snapshot to a run: the requests that it describes, and the state that it restores."""
+"""The way from a snapshot to a run: the requests that it describes, and the state that it restores."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def requests_of(
 ) -> list[Request]:
     """The request of every video in a snapshot.
 
+    Args:
+        setup: the engine's.
+        scheduler: diffusers' sampler object.
+        found: the snapshot.
+        folder: its folder, where initial noise may lie too.
+        callback: called after every step, see ``Request``.
+
     Raises:
         SnapshotError: it is of another run, or does not describe one that this engine could make.
     """
@@ -44,6 +51,7 @@ def requests_of(
 def _read_requests(
     setup: Setup, scheduler: Any, found: Snapshot, folder: Path, callback: UserCallback | None
 ) -> list[Request]:
+    """The requests as the snapshot describes them; embeddings take the place of texts."""
     noise = found.run["noise"]
     latents = None if noise is None else snapshot.read_noise(folder, noise)
     requests = []
@@ -60,7 +68,7 @@ def _read_requests(
 
 
 def check_restartable(setup: Setup, requests: Sequence[Request]) -> None:
-    """Raises ValueError when there is no iteration at which a snapshot could be taken."""
+    """Checks that there are iterations at which a snapshot can be taken. Raises ValueError when there is none."""
     blocks, schedule = setup.config.blocks, schedule_of(setup, requests)
     if not any(map(schedule.is_restartable, range(1, 1 + max(1, blocks.refresh_every or 1)))):
         raise ValueError(
@@ -75,6 +83,11 @@ def restore(
     queues: Sequence[LatentQueue], decoder: LocalDecoder, folder: Path, found: Snapshot, schedule: Schedule
 ) -> None:
     """Puts latents and samplers as they are in the snapshot, and the decoders as far as they see back.
+
+    Args:
+        queues: one for each video, empty.
+        folder: the snapshot's, where the final latents of finished blocks lie too.
+        schedule: the resumed run's.
 
     Raises:
         SnapshotError: final latents of a block that is needed are missing or damaged.

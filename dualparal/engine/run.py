@@ -35,9 +35,10 @@ class Run:
     """Makes the videos of a spec, once. ``chunks`` does the work, while it is iterated.
 
     Attributes:
+        spec: the videos, their order of work, and what is kept of them.
         running: units are under way.
         interrupted: ``interrupt`` was called.
-        stats: what it cost; on the rank that leads, when it has ended.
+        stats: cost of the run, on the rank that leads, when it has ended.
     """
 
     def __init__(self, setup: Setup, parts: Parts, spec: RunSpec) -> None:
@@ -57,7 +58,12 @@ class Run:
         self.interrupted = True
 
     def change_prompt(self, video: int, prompt: str, negative_prompt: str | None) -> int:
-        """New blocks take this prompt. Returns the first of them. Raises RuntimeError when nothing runs here."""
+        """Gives new blocks of a video another prompt. Returns the first of them.
+
+        Raises:
+            RuntimeError: nothing runs here.
+            ValueError: no such video.
+        """
         if not self._prompts:
             raise RuntimeError("set_prompt: no video is running; give the prompt to stream()")
         if not 0 <= video < len(self._prompts):
@@ -67,12 +73,12 @@ class Run:
         return self._prompts[video].change(embeds)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Finished blocks, as soon as they are; none on ranks that do not lead.
+        """Yields finished blocks, as soon as they are finished; none on ranks that do not lead.
 
         Raises:
-            ValueError: ranks disagree on what to do.
+            ValueError: ranks disagree on the run; ``ModelError`` for weights that cannot be used.
             NonFiniteError: NaN or infinity in latents; blocks finished before are given out first.
-            PeerLost, TimeoutError: another rank is gone or did not come.
+            PeerLost, TransportError, TimeoutError: another rank is gone, sends something else, or did not come.
             OSError: a file cannot be read or written.
         """
         recorder: Recorder | None = None
@@ -108,7 +114,7 @@ class Run:
             self._close(recorder, clocks, finished)
 
     def _walk(self) -> Iterator[Chunk]:
-        """The actions of all stages here, and on the rank that leads what is finished meanwhile."""
+        """Runs the actions of all stages here; on the rank that leads, yields the chunks finished meanwhile."""
         for _ in run_together(self._executors):
             if self._decoder is not None:
                 yield from self._given_out(self._decoder.ready())
@@ -117,7 +123,7 @@ class Run:
                     break
 
     def _given_out(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Chunks; each counts as delivered when the next one is asked for."""
+        """Yields the chunks; each counts as delivered when the next one is asked for."""
         for chunk in chunks:
             yield chunk
             if self._keeper is not None:
@@ -126,7 +132,7 @@ class Run:
     # Before ---------------------------------------------------------------------------------------------------
 
     def _meet(self) -> None:
-        """All ranks of a distributed run compare what they are about to do, before any tensor travels."""
+        """Compares this run with that of the other ranks, before tensors travel. Raises ValueError, TimeoutError."""
         mesh, spec = self._mesh, self.spec
         if not mesh.distributed:
             return
@@ -136,6 +142,7 @@ class Run:
         assert self._parts.edge_groups, "opened while all ranks are here"
 
     def _encode(self) -> None:
+        """Makes the prompts of all videos on the rank that leads: encoded, or from the snapshot."""
         if not self._mesh.is_leader:
             return
         resumed = self.spec.resumed
@@ -157,6 +164,7 @@ class Run:
         return recorder, [BusyClock(mesh.device, recorder.track(stage, mesh.num_stages)) for stage in mesh.stages]
 
     def _build(self, clocks: Sequence[BusyClock]) -> None:
+        """Makes the executors and, on the rank that leads, decoder and keeper; restores a resumed run."""
         builder, spec = Builder(self._setup, self._parts, self.spec, self._prompts), self.spec
         if self._mesh.is_leader:
             self._decoder = builder.decoder(clocks[0])
@@ -199,6 +207,7 @@ class Run:
             )
 
     def _close(self, recorder: Recorder | None, clocks: Sequence[BusyClock], finished: bool) -> None:
+        """Closes everything that was opened, and lets go of it. Errors that follow from others are dropped."""
         if self._decoder is not None:
             self._decoder.close()
         if self._keeper is not None:

@@ -1,4 +1,4 @@
-"""What an engine is made of: its model, how it is run, and where. Checked before weights are read."""
+"""The setup of an engine: its model, options and place, checked before weights are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from dualparal.schedule.layout import split_layers
 
 @dataclass(frozen=True)
 class Setup:
-    """An engine's model, options and place. ``config`` has a device, a dtype and a number of stages."""
+    """An engine's model, options and place.
+
+    Attributes:
+        source: the model.
+        config: the options; device, dtype and number of stages are filled in.
+        mesh: this process among those of the run.
+    """
 
     source: ModelSource
     config: EngineConfig
@@ -32,6 +38,7 @@ class Setup:
 
         Args:
             model: a directory in diffusers format, a hub id, the model of the package, or a loaded pipeline.
+            config: the options, some of them open.
 
         Raises:
             ValueError: options that this machine or this model does not have; ``ModelError`` for a model that is not
@@ -61,22 +68,23 @@ class Setup:
 
     @property
     def num_stages(self) -> int:
+        """The number of stages of the whole run."""
         return self.mesh.num_stages
 
     @cached_property
     def layers(self) -> list[range]:
-        """Of each stage."""
+        """The layers of each stage, as indices of the model's layers."""
         return split_layers(self.source.spec.num_layers, self.num_stages, self.config.layers_per_stage)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the transformer."""
+        """The dtype of the transformer."""
         assert self.config.dtype is not None, "filled in when a setup is made"
         found: torch.dtype = getattr(torch, self.config.dtype)
         return found
 
     def check_8bit(self) -> None:
-        """Raises ValueError when the model or the device has no 8-bit attention like this."""
+        """Checks that the model and the device have 8-bit attention like this. Raises ValueError when not."""
         eight_bit, spec, device = self.config.attention_8bit, self.source.spec, self.mesh.device
         eight_bit.check(spec.num_layers)
         if device.type == "cuda":
@@ -86,6 +94,7 @@ class Setup:
 
 
 def _mesh(config: EngineConfig, device: torch.device) -> Mesh:
+    """The mesh of this process, by itself or among the ranks of a distributed run. Raises ValueError, RuntimeError."""
     stages, split = config.stages, config.layers_per_stage
     if not in_distributed_run():
         if stages is None:

@@ -45,7 +45,15 @@ class WholeFile(io.FileIO):
 
 @contextmanager
 def whole_file(path: Path, *, sync_directory: bool = True) -> Iterator[WholeFile]:
-    """A file that appears under `path` complete and synced, or not at all."""
+    """Opens a file that appears under ``path`` complete and synced, or not at all.
+
+    Args:
+        path: the final name; an existing file is replaced at the end.
+        sync_directory: sync the folder too, without which a power cut may lose the name.
+
+    Raises:
+        OSError: the file cannot be written, or another process replaced it (FileExistsError).
+    """
     aside = path.with_name(path.name + ".tmp")
     if aside.is_file() and not aside.is_symlink():
         aside.unlink()  # of a run that was killed
@@ -80,6 +88,7 @@ def whole_file(path: Path, *, sync_directory: bool = True) -> Iterator[WholeFile
 
 
 def _is_still(file: io.FileIO, path: Path) -> bool:
+    """True when ``path`` names the open file, and not a link or another file that took its place."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
     except FileNotFoundError:
@@ -87,7 +96,7 @@ def _is_still(file: io.FileIO, path: Path) -> bool:
 
 
 def sync_folder(directory: Path) -> None:
-    # The rename itself is lost in a power cut until the directory is synced.
+    """Syncs a folder: until then a power cut may lose a rename in it. Raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -106,6 +115,6 @@ def remove_leftovers(directory: Path, names: re.Pattern[str]) -> None:
 
 
 def numbered(directory: Path, name: re.Pattern[str]) -> dict[int, Path]:
-    """Files whose whole name matches, by the number in its first group. Raises OSError."""
+    """The files whose whole name matches ``name``, by the number in its first group. Raises OSError."""
     matches = ((name.fullmatch(entry.name), Path(entry.path)) for entry in os.scandir(directory))
     return {int(match[1]): path for match, path in matches if match}

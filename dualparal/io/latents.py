@@ -38,7 +38,7 @@ def read_latents(path: Path) -> torch.Tensor:
 
 
 def _check_header(path: Path) -> None:
-    """Raises OSError for what is no file (a pipe would be waited for) or has a header too large to be ours."""
+    """Checks for a file (a pipe would be waited for) whose header is small enough to be ours. Raises OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("no regular file")
     with open(path, "rb") as file:
@@ -48,7 +48,7 @@ def _check_header(path: Path) -> None:
 
 
 def write_latents(path: Path, latents: torch.Tensor) -> None:
-    """One tensor ``latents`` [videos, C, L, H, W], float32, written aside, synced and renamed."""
+    """Writes one tensor ``latents`` [videos, C, L, H, W] as float32, aside, synced and renamed. Raises OSError."""
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)

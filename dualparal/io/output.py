@@ -1,4 +1,4 @@
-"""Where the frames of ``dualparal generate`` go: a video file that grows by closed segments, or PNG files.
+"""The outputs of ``dualparal generate``: a video file that grows by closed segments, or PNG files.
 
 While a video is made, its finished blocks lie as playable mp4 files (and a playlist) in ``NAME.mp4.blocks/``; at
 the end, also after an interruption, they are joined without encoding again into ``NAME.mp4``.
@@ -20,10 +20,16 @@ class VideoOutput:
     """``NAME.mp4`` by way of ``NAME.mp4.blocks/``."""
 
     def __init__(self, path: Path, fps: float, resume_at: int = 0) -> None:
-        """resume_at: the block to go on with.
+        """Opens the folder of segments.
+
+        Args:
+            path: the video file, made by ``close``.
+            fps: frames per second.
+            resume_at: the block to go on with; segments before it must be there.
 
         Raises:
             OutputError: finished blocks before it are missing.
+            ValueError: as ``SegmentWriter`` raises it.
         """
         from dualparal.io.video import SegmentWriter
 
@@ -35,17 +41,18 @@ class VideoOutput:
             raise OutputError(f"{self.folder}: the segment of block {min(missing)} is missing; start anew")
 
     def write(self, block: int, frames: Any) -> None:
+        """Writes the frames of a block, uint8 [F, H, W, 3]. Raises ValueError, OSError."""
         self._writer.write(block, frames)
 
     def close(self) -> int:
-        """Joins what is there; returns the number of frames."""
+        """Joins the segments that are there; returns the number of frames. Raises ValueError, OSError."""
         from dualparal.io.video import join
 
         segments = self._writer.segments
         return join(segments, self.path) if segments else 0
 
     def remove_blocks(self) -> None:
-        """After ``close``, when nobody will go on with them."""
+        """Removes the segments, after ``close``, when nobody will go on with them."""
         shutil.rmtree(self.folder)
 
 
@@ -53,7 +60,7 @@ class PictureOutput:
     """A folder of ``frame-00000001.png`` and so on."""
 
     def __init__(self, path: Path, frames: int = 0) -> None:
-        """frames: so many are there already."""
+        """Opens a folder. frames: number of pictures that an earlier run left there, to go on after."""
         from dualparal.io.pictures import PngWriter
 
         self.path = path
@@ -61,18 +68,27 @@ class PictureOutput:
         self._frames = frames
 
     def write(self, block: int, frames: Any) -> None:
+        """Writes the frames of a block, uint8 [F, H, W, 3]. Raises ValueError, OSError."""
         self._frames += len(self._writer.write(block, frames))
 
     def close(self) -> int:
+        """Returns the number of frames; every picture is closed already."""
         return self._frames
 
-    def remove_blocks(self) -> None: ...
+    def remove_blocks(self) -> None:
+        """Does nothing: there are no segments."""
 
 
 def check_out(path: Path, overwrite: bool, resume: bool = False) -> None:
-    """Raises OutputError when ``path`` cannot become the output: a ``.mp4`` file or a folder for PNG files.
+    """Checks that ``path`` can become the output: a ``.mp4`` file or a folder for PNG files.
 
-    resume: what a run left there that is to go on may be there.
+    Args:
+        path: the value of --out.
+        overwrite: earlier outputs may be there, and are replaced.
+        resume: the blocks or pictures of the run that goes on may be there.
+
+    Raises:
+        OutputError: it cannot.
     """
     blocks = path.with_name(path.name + ".blocks")
     overwrite = overwrite or (resume and (path.suffix == "" or blocks.is_dir()))
@@ -96,7 +112,11 @@ def check_out(path: Path, overwrite: bool, resume: bool = False) -> None:
 
 
 def check_file(path: Path, flag: str, overwrite: bool, folder: bool = False) -> None:
-    """Raises OutputError when a file (or a folder) cannot be made there, or is there already."""
+    """Checks that a file (or a folder) can be made there, for the value of ``flag``.
+
+    Raises:
+        OutputError: it cannot be made, or is there already and ``overwrite`` is false.
+    """
     _check_name(path, flag)
     if path.is_dir() and not folder:
         raise OutputError(f"{flag} {path} is a folder; give the name of a file")
@@ -110,7 +130,7 @@ def check_file(path: Path, flag: str, overwrite: bool, folder: bool = False) -> 
 
 
 def _check_name(path: Path, flag: str) -> None:
-    """A name that no file can have: too long, or by way of a loop of links."""
+    """Refuses a name that no file can have: too long, or by way of a loop of links. Raises OutputError."""
     try:
         path.with_name(path.name + ".blocks").lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -122,7 +142,10 @@ def _check_name(path: Path, flag: str) -> None:
 
 
 def what_is_left(path: Path, since: float) -> str:
-    """For a run that began at ``since`` and broke: where its finished frames are. Empty: there are none."""
+    """A line on the place of the finished frames of a run that broke; empty: there are none.
+
+    since: start of the run, seconds since the epoch.
+    """
     if path.suffix == ".mp4":
         blocks = path.with_name(path.name + ".blocks")
         count = sum(1 for _ in blocks.glob("block-*.mp4"))
@@ -132,8 +155,17 @@ def what_is_left(path: Path, since: float) -> str:
 
 
 def open_output(path: Path, fps: float, block: int = 0, frames: int = 0) -> VideoOutput | PictureOutput:
-    """Opens a checked output. At the start of a video, what an earlier run left there is cleared (``check_out`` has
-    refused if unasked); a resumed one goes on with a block, before which there are so many frames."""
+    """Opens an output that ``check_out`` has passed. A video that begins clears what an earlier run left there.
+
+    Args:
+        path: a ``.mp4`` file, or a folder for PNG files.
+        fps: frames per second of a video file.
+        block, frames: the block that a resumed video goes on with, and the number of frames before it.
+
+    Raises:
+        OutputError: segments before the block are missing.
+        ValueError, OSError: as the writers raise them.
+    """
     if path.suffix == ".mp4":
         if block == 0:
             shutil.rmtree(path.with_name(path.name + ".blocks"), ignore_errors=True)

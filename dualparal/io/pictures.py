@@ -18,11 +18,13 @@ class PngWriter:
     """Writes single pictures, `frame-00000001.png` and on, numbered over the whole video."""
 
     def __init__(self, directory: str | Path, *, resume_at: int | None = None) -> None:
-        """Makes `directory` if needed and clears what a killed run left half-written.
+        """Makes ``directory`` if needed and clears what a killed run left half-written.
 
-        resume_at: number of the next frame, from 1; frames found from there on are written again.
-        Raises ValueError when the directory holds frames and `resume_at` is not given, or one before it is
-        missing.
+        Args:
+            resume_at: number of the next frame, from 1; frames found from there on are written again.
+
+        Raises:
+            ValueError: the directory holds frames and ``resume_at`` is not given, or one before it is missing.
         """
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -43,10 +45,11 @@ class PngWriter:
         self._block = -1
 
     def write(self, block: int, frames: Frames) -> list[Path]:
-        """Write the frames of the next block, uint8 [F, H, W, 3]; returns their paths.
+        """Writes the frames of the next block, uint8 [F, H, W, 3]; returns their paths.
 
-        Raises ValueError for a wrong array or a block out of order (a frame's number follows from those
-        before it); OSError when a picture cannot be written: those before it are whole, none is half there.
+        Raises:
+            ValueError: a wrong array, or a block out of order (a frame's number follows from those before it).
+            OSError: a picture cannot be written; those before it are whole, none is half there.
         """
         from PIL import Image
 
@@ -68,6 +71,7 @@ class PngWriter:
 
 
 def check_frames(frames: Frames) -> None:
+    """Checks that frames are uint8 [F, H, W, 3] with at least one pixel. Raises ValueError."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise ValueError(
             f"frames of shape {list(frames.shape)} and type {frames.dtype}: a writer takes uint8 [frames, "

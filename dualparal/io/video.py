@@ -1,4 +1,4 @@
-"""Writers of finished frames: one closed video file per block, a lossless join of them, single pictures.
+"""Writers of finished frames: one closed video file per block, and a lossless join of them.
 
 Every file is written aside, synced and renamed, so what bears its final name is whole: after a kill, a full
 disk or a power cut, all finished blocks play. Latents, and which block comes when, are left to others.
@@ -42,7 +42,7 @@ _OUR_NAMES = re.compile(rf"{_SEGMENT_NAME.pattern}|{re.escape(PLAYLIST)}")
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the header of a video file says."""
+    """The facts in the header of a video file: number of frames, pixels, and frames per second."""
 
     frames: int
     width: int
@@ -51,6 +51,7 @@ class VideoInfo:
 
     @property
     def seconds(self) -> Fraction:
+        """The length of the video."""
         return self.frames / self.fps
 
 
@@ -66,9 +67,14 @@ class SegmentWriter:
     ) -> None:
         """Makes `directory` if needed and clears what a killed run left half-written.
 
-        resume: keep the segments found there; a block written again replaces its old file.
-        Raises ValueError when PyAV or its H.264 encoder is missing, fps or crf is out of range, the directory
-        holds segments and `resume` is off, or they have another frame rate.
+        Args:
+            fps: frames per second, 1/1001 to 1000.
+            crf: the encoder's constant rate factor, 0 (no loss) to 51 (worst).
+            resume: keep the segments found there; a block written again replaces its old file.
+
+        Raises:
+            ValueError: PyAV or its H.264 encoder is missing, fps or crf is out of range, the directory holds segments
+                and ``resume`` is off, or they have another frame rate.
         """
         _require_encoder()
         self._fps = _frame_rate(fps)
@@ -98,14 +104,15 @@ class SegmentWriter:
 
     @property
     def segments(self) -> list[Path]:
-        """The segments on disk in the order of their blocks: what `join` takes."""
+        """The segments on disk in the order of their blocks, as `join` takes them."""
         return [self._path(block) for block in sorted(self._frames)]
 
     def write(self, block: int, frames: Frames) -> Path:
-        """Write the frames of one block, uint8 [F, H, W, 3], any F; returns the path once it is safe on disk.
+        """Writes the frames of one block, uint8 [F, H, W, 3], any F; returns the path once it is safe on disk.
 
-        Raises ValueError for a wrong array or a size the format cannot hold; OSError (disk full, and the
-        like) after removing the unfinished file: the earlier segments are untouched.
+        Raises:
+            ValueError: a wrong array, or a size the format cannot hold.
+            OSError: a full disk and the like; the unfinished file is removed, the earlier segments are untouched.
         """
         if block < 0:
             raise ValueError(f"block={block}: blocks are counted from 0")
@@ -178,12 +185,15 @@ class SegmentWriter:
 
 
 def join(segments: Iterable[Path], out: str | Path) -> int:
-    """Put segments of one `SegmentWriter` together, in the order given, without encoding again.
+    """Joins segments of one `SegmentWriter`, in the order given, without encoding again.
 
     Frames keep their pixels bit for bit and get uniform times from frame counts, so no rounding adds up. The
     index comes first in the file (it plays while it downloads). Replaces `out`; returns its number of frames.
-    Raises ValueError for no segments, a file that is no segment, or segments of different runs (size, frame
-    rate, encoder settings); OSError when `out` cannot be written, which then is as it was.
+
+    Raises:
+        ValueError: no segments, a file that is no segment, or segments of different runs (size, frame rate, encoder
+            settings).
+        OSError: `out` cannot be written, and is as it was.
     """
     import av
 
@@ -227,7 +237,7 @@ def count_frames(path: str | Path) -> int:
 
 @dataclass(frozen=True)
 class _Stream:
-    """What two segments must share to be joined."""
+    """The properties that two segments must share to be joined; ``size`` is height and width."""
 
     path: Path
     fps: Fraction
@@ -275,6 +285,7 @@ def _copy_packets(
 
 @contextmanager
 def _reading(path: Path) -> Iterator[InputContainer]:
+    """Opens a segment. Raises ValueError when it is not a complete mp4 file with video."""
     import av
 
     # By file object and with the format named: ffmpeg would follow the addresses in a playlist that calls
@@ -293,7 +304,7 @@ def _reading(path: Path) -> Iterator[InputContainer]:
 
 
 def _has_whole_boxes(file: BinaryIO) -> bool:
-    """Whether the mp4 boxes of `file` end where it does, index and frames among them; ffmpeg opens cut files."""
+    """True when the mp4 boxes of `file` end where it does, index and frames among them; ffmpeg opens cut files."""
     end, position, kinds = file.seek(0, os.SEEK_END), 0, set()
     while position < end:
         file.seek(position)

@@ -1,4 +1,4 @@
-"""Which rank is to blame when a run fails: a function of what its ranks said and of how they ended."""
+"""The rank to blame when a run fails: a function of what its ranks said and of how they ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SUSPECT_SECONDS = 5 * TICK_SECONDS
 
 @dataclass(frozen=True)
 class Limits:
-    """How long the parent waits, in seconds."""
+    """The limits of the parent's patience, in seconds. Raises ValueError for one below 0."""
 
     heartbeat: float = 10.0  # without a tick: the process is stopped, or holds the GIL
     progress: float = 600.0  # without a message while busy, or while every rank waits
@@ -35,7 +35,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Failure:
-    """Which rank failed, where it was, and why. `str` gives one message for the user."""
+    """A rank that failed, its place in the work, and the cause. `str` gives one message for the user.
+
+    Attributes:
+        stage, block, step, phase: as the rank said last; None: it did not say.
+        exit_code: that of the whole run (``launch.exit_codes``).
+        last_committed_block, resume_command: see ``launch.supervisor.Kept``.
+    """
 
     rank: int
     stage: int | None
@@ -74,7 +80,10 @@ class Report:
 
 @dataclass
 class RankState:
-    """What is known of one rank: where it says it is, when it was last heard, how it ended."""
+    """The knowledge of one rank: its own words on its place, the time of the last one, and its end.
+
+    Times are seconds on the machine's monotonic clock.
+    """
 
     rank: int
     heard: float  # any line
@@ -96,10 +105,12 @@ class RankState:
 
     @property
     def starting(self) -> bool:
+        """True while it imports and loads, which may hold the GIL for long."""
         return self.phase is None or self.phase.startswith("start")
 
     @property
     def waiting(self) -> bool:
+        """True while it waits for another rank, by its own account."""
         return self.phase is not None and self.phase.startswith("wait")
 
     @property
@@ -117,10 +128,11 @@ class RankState:
 
     @property
     def told_at(self) -> float:
+        """The time of its own error, or else of its end."""
         return self.error.at if self.error else self.exited_at
 
     def take(self, message: Mapping[str, Any], now: float) -> None:
-        """Updates the state from one line."""
+        """Updates the state from one line that was read at the time ``now``."""
         self.heard = now
         if "tick" in message:
             return

@@ -81,7 +81,7 @@ class Heartbeat:
 
     @property
     def supervised(self) -> bool:
-        """Whether somebody listens."""
+        """True when a parent listens."""
         return self._fd is not None
 
     @property
@@ -123,7 +123,7 @@ class Heartbeat:
         Args:
             error: the exception, or a text. Long texts are cut. Keep prompts out: it ends in ``error.json``.
             peer: true if another rank went away, so that this is a consequence and not the cause.
-            exit_code: what the whole run should exit with, if it is not the usual "a rank failed".
+            exit_code: the exit code for the whole run; None: the usual one, ``RANK_FAILED``.
         """
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         fields = {**self._where, "error": text, "peer": peer, "at": time.monotonic()}

@@ -1,4 +1,4 @@
-"""One rank as the parent sees it: its process, two pipes, and what is known of it."""
+"""A rank as the parent sees it: its process, two pipes, and the state that its words gave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ _LINE_LIMIT = 1 << 16
 
 @dataclass
 class Rank:
-    """One child process, the parent's ends of its two pipes, and what is known of it."""
+    """One child process, the parent's ends of its two pipes, and the state that its words gave.
+
+    Attributes:
+        open: the rank's end of the status pipe is not closed yet.
+        buffer: the beginning of a line that is not complete.
+    """
 
     process: subprocess.Popen[bytes]
     status_fd: int
@@ -42,20 +47,23 @@ class Rank:
         return self.state.exit is not None
 
     def signal_group(self, number: int) -> None:
+        """Sends a signal to the rank and to all that it started."""
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, number)
 
     def terminate(self) -> None:
+        """Asks the process to end, by SIGTERM."""
         self.process.terminate()
         # A stopped process gets to its SIGTERM only when it runs.
         self.signal_group(signal.SIGCONT)
 
     def ask_to_stop(self) -> None:
+        """Asks the rank to stop at the next block boundary, over the life pipe."""
         with contextlib.suppress(OSError):
             os.write(self.life_fd, STOP)
 
     def read(self) -> list[dict[str, Any]]:
-        """All complete lines in the pipe; `open` turns false at its end."""
+        """Takes all complete messages from the pipe; ``open`` turns false at its end."""
         data = b"more"
         while data and len(self.buffer) < 16 * _LINE_LIMIT:  # a rank that floods us must not hold up the others
             try:
@@ -69,12 +77,14 @@ class Rank:
         return [message for message in map(_parse, lines) if message is not None]
 
     def close(self) -> None:
+        """Closes the pipes; a rank that still lives dies of it."""
         for fd in (self.status_fd, self.life_fd):
             with contextlib.suppress(OSError):
                 os.close(fd)
 
 
 def _parse(line: bytearray) -> dict[str, Any] | None:
+    """A line as a message; None: it is not one."""
     try:
         message = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Which stage is slower than its share of the work explains. Pure arithmetic over what ranks say of themselves."""
+"""Finds the stage that is slower than its share of the work explains, from what ranks say of themselves."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ class SlowStages:
 
     A stage is slow when its busy time per layer is more than `FACTOR` times the median of all stages in `ITERATIONS`
     iterations in a row. Of an even number of stages the lower middle is the median: of two, the quicker.
+
+    Attributes:
+        warned: the stage that was warned of; None: none so far.
     """
 
     def __init__(self, num_stages: int) -> None:
@@ -27,7 +30,7 @@ class SlowStages:
         self.warned: int | None = None
 
     def note(self, stage: int, iteration: int, busy: float) -> None:
-        """`busy`: seconds per layer that the stage had spent in units when the iteration began."""
+        """Notes ``busy``, the seconds per layer that a stage had spent in units when the iteration began."""
         if self.warned is not None:
             return
         self._totals[stage][iteration] = busy

@@ -42,10 +42,11 @@ OnMessage = Callable[[int, dict[str, Any]], object]
 
 @dataclass(frozen=True)
 class Kept:
-    """What of a run outlives its failure.
+    """The parts of a run that outlive its failure.
 
-    last_committed_block: the last block that is safe on disk. resume_command: what goes on from there; without the
-    prompt, since it is written to ``error.json``.
+    Attributes:
+        last_committed_block: the last block that is safe on disk.
+        resume_command: the command that goes on from there; without the prompt, since ``error.json`` has it.
     """
 
     last_committed_block: int | None = None
@@ -54,11 +55,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """The end of a run.
 
-    `exit_code` is 0 for done, 3 for a failed rank, 4 for no heartbeat or no progress, 130 or 143 for
-    interrupted, or what the failing rank asked for. An interrupted run has a failure too if something broke
-    while it was stopping.
+    Attributes:
+        exit_code: 0 for done, 3 for a failed rank, 4 for no heartbeat or no progress, the one that a failing rank
+            asked for, or, for an interrupted run, 128 and the number of the signal (130, 143).
+        failure: the failure, also of an interrupted run in which something broke while it was stopping.
+        interrupted: the first signal, if one came.
     """
 
     exit_code: int
@@ -67,7 +70,7 @@ class Result:
 
 
 def write_error(path: Path, failure: Failure) -> None:
-    """Writes a failure as JSON, whole or not at all. What hinders that is a warning."""
+    """Writes a failure as JSON, whole or not at all. An error in that is a warning, and not raised."""
     record = {**dataclasses.asdict(failure), "message": str(failure)}
     try:
         with whole_file(path) as file:
@@ -78,7 +81,11 @@ def write_error(path: Path, failure: Failure) -> None:
 
 
 class Supervisor:
-    """Runs one command as `world_size` ranks and waits for all of them; see `supervise`."""
+    """Runs one command as ``world_size`` ranks and waits for all of them; arguments as in ``supervise``.
+
+    Raises:
+        ValueError: no rank, or no command.
+    """
 
     def __init__(
         self,
@@ -109,11 +116,11 @@ class Supervisor:
         self._listened_at = time.monotonic()
 
     def interrupt(self, signum: int = signal.SIGINT) -> None:
-        """What a signal does: the first asks the ranks to stop at a block boundary, the second kills them."""
+        """Acts as a signal does: the first asks the ranks to stop at a block boundary, the second kills them."""
         self._signals.append(signal.Signals(signum))
 
     def run(self) -> Result:
-        """Starts the ranks and stays until all are gone. Once only."""
+        """Starts the ranks and returns when all are gone. Once only. Raises what ``on_message`` raises, or OSError."""
         if self._error_path is not None:
             # One from an earlier run would speak for this one.
             self._error_path.unlink(missing_ok=True)
@@ -318,11 +325,15 @@ def supervise(
         argv: the command every rank runs, program first.
         world_size: the number of ranks.
         env: variables added to this process's own.
-        limits: how long to wait for what.
+        limits: the longest waits.
         on_message: called with the rank and the message for everything a rank sends except ticks.
         error_path: where to write the failure as JSON; a file left there by an earlier run is removed first.
             It holds the fields of `Failure`, never the command line.
         kept: asked when a rank fails, for what the message says of blocks on disk and of resuming.
+
+    Raises:
+        ValueError: no rank, or no command.
+        OSError: a rank cannot be started.
     """
     run = Supervisor(argv, world_size, env=env, limits=limits, on_message=on_message, error_path=error_path, kept=kept)
     return run.run()

@@ -227,7 +227,7 @@ class _Replay:
         raise ScheduleError(f"deadlock: {waits}\n{format_grid(self.schedule.num_stages, events)}")
 
     def _try(self, stage: int, action: Action) -> bool:
-        """Does the action and returns True, if the actions of others so far tell how long it waits and works."""
+        """Replays the action and returns True, if the actions of others so far tell how long it waits and works."""
         op, unit, costs = action.op, action.unit, self.costs
         now = end = self.clock[stage]
         if op is Op.RUN:
