@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and what every op checks and passes on the way there.
+"""The choice of an op's implementation, and what every op checks and passes on the way there.
 
 ``backend="auto"`` takes the first of the op's backends that can run on the tensors' device, decides once per
 op and device type, and says so once at INFO. A backend asked for by name runs or raises.
@@ -120,7 +120,7 @@ def check_eps(eps: float) -> None:
 
 
 def recorded(*tensors: torch.Tensor | None) -> bool:
-    """Is this call one to record, by torch.compile or torch.export, and not to run?
+    """True for a call that torch.compile or torch.export records and does not run.
 
     Then an op calls itself through torch.ops.dualparal, which tracers understand. Otherwise it does not: the
     dispatcher would cost each call more than the work of a small one.

@@ -42,7 +42,7 @@ class OfflineCase(NamedTuple):
 
 @dataclass(frozen=True)
 class OfflineReport:
-    """What the compiler made of one kernel for one architecture."""
+    """The compiler's result for one kernel and one architecture."""
 
     kernel: str
     arch: int
@@ -68,7 +68,7 @@ class OfflineReport:
 
     @property
     def serialised(self) -> bool:
-        """Does every wgmma wait for the one before? ptxas does that, with a warning only, when it gives up."""
+        """True when every wgmma waits for the one before. ptxas does that, with a warning only, when it gives up."""
         return self.gmma > 0 and self.gmma_waits >= self.gmma
 
     def widths(self) -> str:
@@ -99,7 +99,7 @@ def compile_offline(
         constexprs: the values of the other arguments.
         arch: compute capability times ten; 90 means sm_90a.
         num_warps, num_stages: as at a launch.
-        fp_fusion: may a product and a sum become one instruction with one rounding? ``enable_fp_fusion`` of a launch.
+        fp_fusion: a product and a sum may become one instruction with one rounding: ``enable_fp_fusion`` of a launch.
         maxnreg: registers per thread that the compiler may use, as at a launch; None leaves it to its taste.
 
     Raises:
@@ -155,7 +155,7 @@ def compile_offline(
 
 @dataclass(frozen=True)
 class HopperReport:
-    """What nvcc made of one instance of csrc/attention_hopper.cu."""
+    """nvcc's result for one instance of csrc/attention_hopper.cu."""
 
     dtype: str
     head_dim: int

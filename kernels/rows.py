@@ -1,4 +1,4 @@
-"""What the Triton passes share: a row of any length as one or two tiles, and loads that are float32 at once.
+"""The common part of the Triton passes: a row of any length as one or two tiles, and loads that are float32 at once.
 
 Triton's tiles are powers of two and the rows of these models are not. One tile of 8192 for 5120 elements would
 leave 37 % of the threads idle. A row is therefore read as the largest power of two that fits, and a smaller one
@@ -14,7 +14,7 @@ LONGEST = 16384  # elements of a row; beyond it the registers of a thread block 
 
 
 class Tiles(NamedTuple):
-    """How one row is split: ``high`` elements, then up to ``low`` more, by ``num_warps`` warps."""
+    """The split of one row: ``high`` elements, then up to ``low`` more, by ``num_warps`` warps."""
 
     high: int
     low: int  # 0: there is no rest

@@ -90,7 +90,7 @@ class Check:
         self.plain = plain[self.rows]
 
     def problem(self, out: torch.Tensor) -> str:
-        """What is wrong with ``out``, or an empty string."""
+        """The fault of ``out`` in words, or an empty string."""
         try:
             assert_no_worse(out[self.rows], self.plain, self.truth, ERROR_FACTOR, "checked queries")
         except AssertionError as error:
@@ -197,7 +197,7 @@ def callable_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -
 
 
 def ragged_problem(function: Function, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What is wrong with ``function`` at small ragged shapes, or an empty string.
+    """The fault of ``function`` at small ragged shapes in words, or an empty string.
 
     New memory is full of NaN, and so is an arena behind its last key: neither may show in a result.
     """
@@ -217,7 +217,7 @@ def ragged_problem(function: Function, device: torch.device, dtype: torch.dtype,
 
 @functools.cache
 def trial(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What is wrong with a backend that may give anything, crash or hang: ``ragged_problem`` in a process of its own.
+    """The fault of a backend that may give anything, crash or hang: ``ragged_problem`` in a process of its own.
 
     Empty when nothing is; logged when something is. On one device, at most once per process.
     """

@@ -1,4 +1,4 @@
-"""Which backend of attention runs: what each can do, and what ``auto`` means, decided once per process and kind.
+"""The choice of an attention backend: what each can do, and what ``auto`` means, decided once per process and kind.
 
 A kind is (device, dtype, head dimension, length class). The decision is logged when it is made and kept until the
 process ends: another backend has other roundings, and a video must not change its bits half-way.
@@ -21,7 +21,7 @@ log = logging.getLogger("dualparal")
 BACKENDS = ("sdpa", "cudnn", "flash", "efficient", "flash-attn", "hopper", "triton", "reference")
 
 # Have not run on any card: taken when asked for by name, or once a trial in a process of its own found them right
-# (dualparal.calibrate.trial). Whoever sees one pass there may take it out of here.
+# (kernels.attention.calibrate.trial). Whoever sees one pass there may take it out of here.
 UNTRIED = ("hopper",)
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -78,7 +78,7 @@ def absent(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
 
 
 def _refused_by_torch(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What torch says of its own kernels: the build may lack one, and the card may be newer than the build."""
+    """Torch's word on its own kernels: the build may lack one, and the card may be newer than the build."""
     cuda = torch.backends.cuda
     x = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device)
     ask = {
@@ -196,7 +196,7 @@ def _from_tables(device: torch.device, dtype: torch.dtype, head_dim: int, length
 
 
 def preview(device: torch.device) -> table.Choice:
-    """What "auto" takes there for blocks of Wan in bfloat16, and why; nothing is decided by asking."""
+    """The choice that "auto" would make there for blocks of Wan in bfloat16, and why; nothing is decided by asking."""
     asked = environment.attention_backend()
     if asked not in ("", "auto"):
         return table.Choice(asked, f"{environment.ATTENTION_BACKEND} asks for it")

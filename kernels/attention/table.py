@@ -1,4 +1,4 @@
-"""Which backend ``auto`` takes: a table by architecture, versions, head dimension and length, and one measured here.
+"""The choices of ``auto``: a table by architecture, versions, head dimension and length, and one measured here.
 
 ``dualparal calibrate`` measures the backends on a card and writes a file into the cache folder. It is used when card,
 driver and library versions are exactly those it was measured with; otherwise the rules below decide. Rows say where
@@ -71,7 +71,7 @@ class Choice(NamedTuple):
 
 
 def puts_cudnn_first(torch_version: str, cudnn_version: int | None) -> bool:
-    """Does scaled_dot_product_attention of this torch prefer cuDNN on sm_90 and sm_100?
+    """True when scaled_dot_product_attention of this torch prefers cuDNN on sm_90 and sm_100.
 
     Source: pytorch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention.
     """
@@ -82,7 +82,7 @@ def puts_cudnn_first(torch_version: str, cudnn_version: int | None) -> bool:
 def rules_for(
     architecture: int, torch_version: str, cudnn_version: int | None, head_dim: int, length: str
 ) -> list[Choice]:
-    """What the built-in table offers, the best first."""
+    """The rows of the built-in table, the best first."""
     cudnn_first = puts_cudnn_first(torch_version, cudnn_version)
     return [
         Choice(rule.backend, rule.basis)
@@ -105,7 +105,7 @@ def _version(package: str) -> str | None:
 
 
 def driver_version() -> str:
-    """Of the kernel module; "unknown" where it does not say."""
+    """The version of the kernel module; "unknown" where it does not say."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:

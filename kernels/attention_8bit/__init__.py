@@ -71,7 +71,7 @@ KEY_DTYPES = (torch.int8, FP8)
 
 
 class Lent(NamedTuple):
-    """Which rows of an arena to copy to lend some of them: ``arena.rows(first, rows)``."""
+    """The rows of an arena to copy to lend some of them: ``arena.rows(first, rows)``."""
 
     first: int  # row, a multiple of TILE
     rows: int  # from there on
@@ -79,7 +79,7 @@ class Lent(NamedTuple):
 
 
 def lent(start: int, count: int) -> Lent:
-    """What to copy of an arena so that a neighbour can read ``count`` rows from row ``start`` on."""
+    """The share of an arena to copy so that a neighbour can read ``count`` rows from row ``start`` on."""
     first = start // TILE * TILE
     return Lent(first, start + count - first, start - first)
 
@@ -283,7 +283,7 @@ def _choose(op: str, device: torch.device, backend: str, head_dim: int, fp8: boo
 
 
 def _recorded(tensor: torch.Tensor) -> bool:
-    """Is this call one to record, by torch.compile or torch.export? Others need not pay for the dispatcher."""
+    """True for a call that torch.compile or torch.export records. Others need not pay for the dispatcher."""
     return torch.compiler.is_compiling() or type(tensor) is not torch.Tensor
 
 

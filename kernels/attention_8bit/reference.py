@@ -127,7 +127,7 @@ def quantise_values(v: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Te
 
 
 def key_bias(q: torch.Tensor, means: torch.Tensor, heads: int) -> torch.Tensor:
-    """What the keys of each neighbour lost to a mean that is not the own one, as seen by every query.
+    """The loss of each neighbour's keys to a mean that is not the own one, as seen by every query.
 
     q: [S, inner]; means: [segments, inner], the first the own. Returns [segments - 1, heads, S].
     """

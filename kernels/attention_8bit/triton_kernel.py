@@ -303,7 +303,7 @@ def norm_rope_kernel(
 
 
 class Config(NamedTuple):
-    """How a kernel is launched."""
+    """The launch parameters of a kernel."""
 
     block_m: int
     block_n: int
@@ -332,7 +332,7 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def aligned(x: torch.Tensor) -> bool:
-    """Can TMA read it?"""
+    """True when TMA can read it."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
@@ -351,7 +351,7 @@ def attention_8bit(
     dtype: torch.dtype,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """As the package describes it, for head_dim 64 or 128, and values in bfloat16, float16 or fp8.
+    """The op that the package describes, for head_dim 64 or 128, and values in bfloat16, float16 or fp8.
 
     Rows that TMA cannot read (not a multiple of 16 bytes apart) are read without it.
     """
@@ -416,7 +416,7 @@ def qk_norm_rope_8bit(
     heads: int,
     eps: float,
 ) -> Queries8:
-    """As the package describes it, for head_dim 64 or 128."""
+    """The op that the package describes, for head_dim 64 or 128."""
     rows, inner = qkv.shape[0], qkv.shape[1] // 3
     k, k_scale, v, v_scale = out
     q = torch.empty((rows, inner), dtype=k.dtype, device=qkv.device)

@@ -1,4 +1,4 @@
-"""Where the two guidance branches of a block meet: one pass in place of three.
+"""The meeting of a block's two guidance branches: one pass in place of three.
 
 The same arithmetic as WanPipeline.__call__ of diffusers (pipelines/wan/pipeline_wan.py), in float32.
 """

@@ -154,7 +154,7 @@ def launch(
 def offline_case(
     name: str, inner: int, head_dim: int, dtype: str = "bf16", stride: str = "i32:16", lends: int = 0
 ) -> OfflineCase:
-    """What ``launch`` would compile. ``stride``: the type of the arena's row strides."""
+    """The variant that ``launch`` would compile. ``stride``: the type of the arena's row strides."""
     row = tiles(inner, 4 if dtype == "fp32" else 2)
     signature = dict.fromkeys(("QKV", "Q", "K", "V"), f"*{dtype}")
     signature |= dict.fromkeys(("NORM_Q", "NORM_K", "COS", "SIN"), "*fp32")

@@ -107,7 +107,7 @@ def launch(
 
 
 def offline_case(name: str, dim: int, absent: str = "", dtype: str = "bf16") -> OfflineCase:
-    """What ``launch`` would compile. ``absent``: the arguments that are None."""
+    """The variant that ``launch`` would compile. ``absent``: the arguments that are None."""
     high, low, num_warps = tiles(dim, 4 if dtype == "fp32" else 2)
     types = dict.fromkeys(("X", "Y", "X_NEW", "H"), f"*{dtype}") | dict.fromkeys(("GATE", "WEIGHT", "BIAS"), "*fp32")
     signature = {name: type_ for name, type_ in types.items() if name not in absent.split()} | {"eps": "fp32"}

@@ -9,8 +9,8 @@ import pytest
 
 from places import ROOT
 
-# First words of clauses without a head ("What is ...", "Of each ..."), and of questions.
-WORDS = {"What", "How", "Whether", "Where", "Which", "Who", "When", "So", "Of", "As", "Does", "Is", "Are", "Do"}
+# First words of clauses without a head ("What is ...", "Of each ...").
+WORDS = {"What", "How", "Whether", "Where", "Which", "Who", "When", "So", "Of", "As"}
 QUOTED = re.compile(r"(`+).*?\1", re.DOTALL)
 
 
