@@ -38,7 +38,7 @@ def read_latents(path: Path) -> torch.Tensor:
 
 
 def _check_header(path: Path) -> None:
-    """Checks that there is a file (a pipe would be waited for) with a header small enough to be ours. Raises OSError."""
+    """Checks for a file (a pipe would be waited for) with a header small enough to be ours. Raises OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("no regular file")
     with open(path, "rb") as file:
