@@ -171,7 +171,7 @@ class Checkpointer:
         if not self.keep_latents:
             oldest = self._first_blocks[0]
             for video in range(len(self._delivered)):
-                snapshot.forget_blocks(self.folder, video, needed(self.layout, oldest, self.history).start)
+                snapshot.forget_blocks(self.folder, video, blocks_to_restore(self.layout, oldest, self.history).start)
 
     def _write_block(self, video: int, block: int, latents: torch.Tensor, ready: torch.cuda.Event | None) -> None:
         with self._beside(ready):
@@ -261,7 +261,7 @@ def _check_sampler(state: Mapping[str, Any], fresh: Mapping[str, Any], steps: in
         raise SnapshotError("a snapshot with a sampler state of another step")
 
 
-def needed(layout: Layout, first: int, history: int) -> range:
+def blocks_to_restore(layout: Layout, first: int, history: int) -> range:
     """The finished blocks whose latents a run needs that goes on with block ``first``.
 
     They cover the decoder's ``history`` (latent frames), and at least the block before, whose end is fed to the model.

@@ -34,7 +34,7 @@ def _quiet_libraries() -> None:
 
 
 def work(job: Job, heartbeat: Heartbeat) -> int:
-    """Does the work of one rank of several, or of the only process. Errors are told, not raised.
+    """Performs the work of one rank of several, or of the only process. Errors are told, not raised.
 
     Returns:
         The exit code: 0, one of ``launch.exit_codes``, or 128 and the number of a signal.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from PIL.Image import Image
 
-OutputType = Literal["pt", "np", "pil"]
+FrameKind = Literal["pt", "np", "pil"]
 
 
 @overload
@@ -26,7 +26,7 @@ def to_output(frames: torch.Tensor, output_type: Literal["np"]) -> npt.NDArray[n
 def to_output(frames: torch.Tensor, output_type: Literal["pil"]) -> list[Image]: ...
 
 
-def to_output(frames: torch.Tensor, output_type: OutputType) -> torch.Tensor | npt.NDArray[np.float32] | list[Image]:
+def to_output(frames: torch.Tensor, output_type: FrameKind) -> torch.Tensor | npt.NDArray[np.float32] | list[Image]:
     """Frames as diffusers' ``VideoProcessor`` would give them, without the batch axis.
 
     Args:

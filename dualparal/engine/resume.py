@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dualparal.checkpoint import snapshot
-from dualparal.checkpoint.checkpointer import check_fits, needed
+from dualparal.checkpoint.checkpointer import blocks_to_restore, check_fits
 from dualparal.checkpoint.snapshot import Snapshot, SnapshotError
 from dualparal.config.video import VideoConfig
 from dualparal.decoding.local import LocalDecoder
@@ -94,7 +94,7 @@ def restore(
     """
     first = schedule.first_block
     before = [
-        snapshot.read_blocks(folder, video, needed(queue.layout, first, decoder.history))
+        snapshot.read_blocks(folder, video, blocks_to_restore(queue.layout, first, decoder.history))
         for video, queue in enumerate(queues)
     ]
     for queue, blocks, latents in zip(queues, found.blocks, before, strict=True):

@@ -76,7 +76,7 @@ class PictureOutput:
         return self._frames
 
     def remove_blocks(self) -> None:
-        """Does nothing: there are no segments."""
+        """Leaves everything as it is: there are no segments."""
 
 
 def check_out(path: Path, overwrite: bool, resume: bool = False) -> None:

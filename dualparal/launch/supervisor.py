@@ -46,7 +46,8 @@ class Kept:
 
     Attributes:
         last_committed_block: the last block that is safe on disk.
-        resume_command: the command that goes on from there; without the prompt, since ``error.json`` has it.
+        resume_command: the command that goes on from there; without the prompt, since it is written to
+            ``error.json``.
     """
 
     last_committed_block: int | None = None

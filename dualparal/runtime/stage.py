@@ -39,7 +39,7 @@ class StepShape(NamedTuple):
     reads: tuple[Read, ...]  # features read, in the order in which their keys follow the own ones
     writes: tuple[str, ...]  # sides
     eight_bit: bool = False  # 8-bit attention is on, in the layers that take part
-    first_8bit: bool = False  # for the first time in this block
+    needs_key_mean: bool = False  # for the first time in this block
 
 
 class StepInputs(NamedTuple):
@@ -256,12 +256,12 @@ class Stage:
         if self._workspace is not None:
             found[False] = self._workspace.view(own, shape.reads, starts)
         if self._workspace8 is not None and shape.eight_bit:
-            found[True] = self._workspace8.view(own, shape.reads, shape.writes, shape.first_8bit)
+            found[True] = self._workspace8.view(own, shape.reads, shape.writes, shape.needs_key_mean)
         return found
 
     def _read(self, index: int, eight_bit: bool, view: View, shape: StepShape, inputs: StepInputs) -> None:
         """Copies neighbours' features to their places, converted where their maker's setting was another."""
-        if isinstance(view.context, Context8) and not shape.first_8bit:
+        if isinstance(view.context, Context8) and not shape.needs_key_mean:
             self.store.load(index, "mean", True, inputs.mean_at[0], [view.context.means[0]])
         for (side, on), at, target in zip(shape.reads, inputs.read_at, view.places, strict=True):
             made_8bit = on and self._covered[index]

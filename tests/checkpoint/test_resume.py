@@ -16,7 +16,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from dualparal.checkpoint import snapshot
-from dualparal.checkpoint.checkpointer import Checkpoint, needed
+from dualparal.checkpoint.checkpointer import Checkpoint, blocks_to_restore
 from dualparal.checkpoint.snapshot import Snapshot, SnapshotError
 from dualparal.config.blocks import BlockConfig
 from dualparal.decoding.chunks import Chunk
@@ -293,7 +293,7 @@ def test_nothing_else_of_a_sampler_changes(sampler: Any) -> None:
     (8, 7, 38, range(2, 7)), (8, 3, 38, range(0, 3)),
 ])  # fmt: skip
 def test_blocks_that_a_resume_needs(frames: int, first: int, history: int, blocks: range) -> None:
-    assert needed(Layout(BlockConfig(frames, 1), None), first, history) == blocks
+    assert blocks_to_restore(Layout(BlockConfig(frames, 1), None), first, history) == blocks
 
 
 # Snapshots that cannot be used --------------------------------------------------------------------------------------
