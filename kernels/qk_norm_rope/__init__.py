@@ -6,6 +6,7 @@ will read to the store of features as well.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -62,24 +63,27 @@ def qk_norm_rope(
         return torch.ops.dualparal.qk_norm_rope(
             qkv, norm_q, norm_k, cos, sin, k_out, v_out, *columns, heads, eps, backend
         )
-    return _qk_norm_rope(qkv, norm_q, norm_k, cos, sin, k_out, v_out, lends, heads, eps, backend)
+    inputs = _Inputs(qkv, norm_q.float(), norm_k.float(), cos, sin, k_out, v_out, lends, heads)
+    return _qk_norm_rope(inputs, eps, backend)
 
 
-def _qk_norm_rope(
-    qkv: torch.Tensor,
-    norm_q: torch.Tensor,
-    norm_k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    k_out: torch.Tensor,
-    v_out: torch.Tensor,
-    lends: Sequence[Lend],
-    heads: int,
-    eps: float,
-    backend: str,
-) -> torch.Tensor:
-    norm_q, norm_k = norm_q.float(), norm_k.float()
-    rows, inner, head_dim = _check(qkv, norm_q, norm_k, cos, sin, k_out, v_out, lends, heads)
+class _Inputs(NamedTuple):
+    """One call but its choices, so that the list stands once behind the public function and the op's schema."""
+
+    qkv: torch.Tensor
+    norm_q: torch.Tensor
+    norm_k: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    k_out: torch.Tensor
+    v_out: torch.Tensor
+    lends: Sequence[Lend]
+    heads: int
+
+
+def _qk_norm_rope(inputs: _Inputs, eps: float, backend: str) -> torch.Tensor:
+    rows, inner, head_dim = _check(inputs)
+    qkv, norm_q, norm_k, cos, sin, k_out, v_out, lends, heads = inputs
     if qkv.device.type == "cpu":
         for side, lend in enumerate(lends):
             slot, slots = int(lend.slot), len(lend.keys)
@@ -119,18 +123,9 @@ def _qk_norm_rope(
     return q
 
 
-def _check(
-    qkv: torch.Tensor,
-    norm_q: torch.Tensor,
-    norm_k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    k_out: torch.Tensor,
-    v_out: torch.Tensor,
-    lends: Sequence[Lend],
-    heads: int,
-) -> tuple[int, int, int]:
-    """Rows, inner and head_dim, when everything fits."""
+def _check(inputs: _Inputs) -> tuple[int, int, int]:
+    """Rows, inner and head_dim, when everything fits. Raises ValueError."""
+    qkv, norm_q, norm_k, cos, sin, k_out, v_out, lends, heads = inputs
     if qkv.ndim != 2 or heads < 1 or qkv.shape[1] == 0 or qkv.shape[1] % (6 * heads):
         raise ValueError(
             f"qkv is {list(qkv.shape)} with heads={heads}; expected [S, 3 * heads * head_dim] with head_dim even"
@@ -194,7 +189,8 @@ def _qk_norm_rope_op(
     backend: str,
 ) -> torch.Tensor:
     lends = _lends(lend_keys, lend_values, lend_slots, lend_firsts)
-    return _qk_norm_rope(qkv, norm_q, norm_k, cos, sin, k_out, v_out, lends, heads, eps, backend)
+    inputs = _Inputs(qkv, norm_q.float(), norm_k.float(), cos, sin, k_out, v_out, lends, heads)
+    return _qk_norm_rope(inputs, eps, backend)
 
 
 @_qk_norm_rope_op.register_fake
@@ -215,5 +211,5 @@ def _(
     backend: str,
 ) -> torch.Tensor:
     lends = _lends(lend_keys, lend_values, lend_slots, lend_firsts)
-    rows, inner, _ = _check(qkv, norm_q.float(), norm_k.float(), cos, sin, k_out, v_out, lends, heads)
+    rows, inner, _ = _check(_Inputs(qkv, norm_q.float(), norm_k.float(), cos, sin, k_out, v_out, lends, heads))
     return qkv.new_empty((rows, inner))

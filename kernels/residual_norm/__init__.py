@@ -4,12 +4,24 @@ Gate, residual, LayerNorm and modulation of WanTransformerBlock.forward (diffuse
 models/transformers/transformer_wan.py), which runs them as up to eight separate passes.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from .. import backend as backends
 from . import reference
 
 __all__ = ["residual", "residual_norm"]
+
+
+class _Inputs(NamedTuple):
+    """The tensors of one call, so that their list stands once behind the public functions and the ops' schemas."""
+
+    x: torch.Tensor
+    y: torch.Tensor | None
+    gate: torch.Tensor | None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 def residual_norm(
@@ -43,7 +55,7 @@ def residual_norm(
             return torch.ops.dualparal.residual_norm(x, y, gate, weight, bias, eps, backend)
         _check_gate(y, gate)
         return x, torch.ops.dualparal.norm(x, weight, bias, eps, backend)
-    return _residual_norm(x, y, gate, weight, bias, eps, backend)
+    return _residual_norm(_Inputs(x, y, gate, weight, bias), eps, backend)
 
 
 def residual(
@@ -58,32 +70,25 @@ def residual(
     return _residual(x, y, gate, backend)
 
 
-def _residual_norm(
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, y, gate, weight, bias)
+def _residual_norm(inputs: _Inputs, eps: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = _check(inputs), inputs.y
     chosen = backends.choose("residual_norm", x.device, backend)
     if chosen == "torch":
-        return reference.residual_norm(x, y, gate, weight, bias, eps=eps)
+        return reference.residual_norm(*inputs, eps=eps)
     x_new = x if y is None else torch.empty_like(x)
     h = torch.empty_like(x)
-    _launch(chosen, x, y, gate, weight, bias, None if y is None else x_new, h, eps)
+    _launch(chosen, inputs, None if y is None else x_new, h, eps)
     return x_new, h
 
 
 def _residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, backend: str) -> torch.Tensor:
-    _check(x, y, gate, None, None)
+    inputs = _Inputs(x, y, gate)
+    _check(inputs)
     chosen = backends.choose("residual_norm", x.device, backend)
     if chosen == "torch":
         return reference.residual(x, y, gate)
     x_new = torch.empty_like(x)
-    _launch(chosen, x, y, gate, None, None, x_new, None, eps=0.0)
+    _launch(chosen, inputs, x_new, None, eps=0.0)
     return x_new
 
 
@@ -101,7 +106,7 @@ def _residual_norm_op(
     eps: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _residual_norm(x, y, gate, weight, bias, eps, backend)
+    return _residual_norm(_Inputs(x, y, gate, weight, bias), eps, backend)
 
 
 @_residual_norm_op.register_fake
@@ -114,7 +119,7 @@ def _(
     eps: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, y, gate, weight, bias)
+    _check(_Inputs(x, y, gate, weight, bias))
     return torch.empty_like(x), torch.empty_like(x)
 
 
@@ -122,14 +127,14 @@ def _(
 def _norm_op(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, backend: str
 ) -> torch.Tensor:
-    return _residual_norm(x, None, None, weight, bias, eps, backend)[1]
+    return _residual_norm(_Inputs(x, None, None, weight, bias), eps, backend)[1]
 
 
 @_norm_op.register_fake
 def _(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, backend: str
 ) -> torch.Tensor:
-    _check(x, None, None, weight, bias)
+    _check(_Inputs(x, None, None, weight, bias))
     return torch.empty_like(x)
 
 
@@ -140,7 +145,7 @@ def _residual_op(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, ba
 
 @_residual_op.register_fake
 def _(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, backend: str) -> torch.Tensor:
-    _check(x, y, gate, None, None)
+    _check(_Inputs(x, y, gate))
     return torch.empty_like(x)
 
 
@@ -149,13 +154,9 @@ def _check_gate(y: torch.Tensor | None, gate: torch.Tensor | None) -> None:
         raise ValueError("gate is given without y: there is nothing to gate")
 
 
-def _check(
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> None:
+def _check(inputs: _Inputs) -> torch.Tensor:
+    """``x``, when everything fits it. Raises ValueError."""
+    x, y, gate, weight, bias = inputs
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"x is {list(x.shape)}; expected [S, D] with D of 1 or more and no batch dimension")
     backends.check_dtype("x", x)
@@ -166,23 +167,15 @@ def _check(
     for name, vector in (("gate", gate), ("weight", weight), ("bias", bias)):
         if vector is not None:
             backends.check(name, vector, x.shape[1:], torch.float32, x.device)
+    return x
 
 
-def _launch(
-    backend: str,
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    x_new: torch.Tensor | None,
-    h: torch.Tensor | None,
-    eps: float,
-) -> None:
+def _launch(backend: str, inputs: _Inputs, x_new: torch.Tensor | None, h: torch.Tensor | None, eps: float) -> None:
     if backend == "triton":
         from . import triton_kernel
 
-        return triton_kernel.launch(x, y, gate, weight, bias, x_new, h, eps)
+        return triton_kernel.launch(*inputs, x_new, h, eps)
+    x, y, gate, weight, bias = inputs
     rows, dim = x.shape
     backends._C.residual_norm(
         x=backends.pointer(x),
