@@ -17,7 +17,7 @@ from dualparal.cli.checks import check_job
 from dualparal.cli.flags import BlockFlags, ModelFlags, OutputFlags, PlaceFlags, PromptFlags, VideoFlags
 from dualparal.cli.job import Job, error_file, say_how_to_resume
 from dualparal.cli.leader import draw_timeline, lead
-from dualparal.cli.place import choose_device, choose_threads, count_stages, parse_layers
+from dualparal.cli.place import choose_device, choose_threads, count_stages, leads, parse_layers
 from dualparal.cli.rank import work
 from dualparal.cli.resumed import resumed_job
 from dualparal.config.blocks import BlockConfig
@@ -222,16 +222,16 @@ def _run_job(job: Job, heartbeat: Heartbeat, planned: bool = False, note: str = 
         note: a line for the user, once the job is known to be sound.
     """
     is_rank, count = "RANK" in os.environ, job.stages
-    if not is_rank or os.environ["RANK"] == "0":
+    if leads():
         check_job(job)
-    if note and not heartbeat.supervised and os.environ.get("RANK", "0") == "0":
+    if note and not heartbeat.supervised and leads():
         typer.echo(note, err=True)
     if not is_rank:
         error_file(job).unlink(missing_ok=True)  # of an earlier run
     if is_rank or count == 1:
         started = time.time()
         code = work(job, heartbeat)
-        if not heartbeat.supervised and os.environ.get("RANK", "0") == "0":
+        if not heartbeat.supervised and leads():
             if job.timeline is not None:
                 draw_timeline(job.timeline, started)
             if code:

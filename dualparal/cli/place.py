@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 
 
+def leads() -> bool:
+    """True in the parent of ranks, in the only process, and in the rank that will lead, before there is a mesh."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
     """The numbers in ``--layers-per-stage``; None: not given. Raises ValueError."""
     if text is None:
