@@ -139,7 +139,7 @@ class Run:
         info = run_info(self._setup, spec.scheduler, spec.requests, spec.schedule, spec.timeline, spec.resumed)
         self._store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
         handshake(self._store, mesh.rank, mesh.world_size, info, HANDSHAKE_SECONDS)
-        assert self._parts.edge_groups, "opened while all ranks are here"
+        _ = self._parts.edge_groups  # opened while all ranks are here
 
     def _encode(self) -> None:
         """Makes the prompts of all videos on the rank that leads: encoded, or from the snapshot."""

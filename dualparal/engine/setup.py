@@ -59,7 +59,7 @@ class Setup:
             dtype=config.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
         )
         found = cls(source, config, mesh)
-        assert found.layers, "the split is checked here"
+        _ = found.layers  # checks the split, before weights are looked at
         if config.attention_8bit.on:
             found.check_8bit()
         if isinstance(source, ModelFiles):
