@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from dualparal.config.blocks import BlockConfig
-from dualparal.distributed.edges import ReceiveEdge, SendEdge, make_groups, warm_up
 from dualparal.distributed.mesh import Mesh
 from dualparal.distributed.prompts import PromptChannel
+from dualparal.distributed.remote import ReceiveEdge, SendEdge, make_groups, warm_up
 from dualparal.launch.heartbeat import Heartbeat
 from dualparal.runtime.executor import FirstStage, Links, StageExecutor, run_together
 from dualparal.runtime.latents import LatentQueue
@@ -122,7 +122,7 @@ def main(path: Path) -> None:
     torch.set_num_threads(1)
     heartbeat = Heartbeat.from_env()
     mesh = Mesh.join("cpu")
-    groups = make_groups(mesh.world_size)
+    groups = make_groups(mesh.world_size, mesh.device)
     warm_up(groups, mesh.rank, mesh.device)
     results = []
     for number, case in enumerate(json.loads((path / "cases.json").read_text())):

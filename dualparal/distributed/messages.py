@@ -11,7 +11,7 @@ import torch
 
 from dualparal.schedule.actions import Unit
 
-_MAGIC = 0x6475616C70617203  # "dualpar", version 3
+_MAGIC = 0x6475616C70617204  # "dualpar", version 4
 FIELDS = 10  # magic, kind, block, step, branch, video, prompt, elements, dtype, checksum
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,8 +20,7 @@ class Kind(IntEnum):
     """The kinds of a message."""
 
     UNIT = 0
-    STOP = 1  # the sender stops here; the tensor means nothing
-    HELLO = 2  # the first message of an edge, without a tensor: what size and dtype all others have
+    STOP = 1  # the sender stops here; no tensor follows
 
 
 class Header(NamedTuple):

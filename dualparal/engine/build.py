@@ -13,8 +13,9 @@ from dualparal.checkpoint import snapshot
 from dualparal.checkpoint.checkpointer import Checkpoint, Checkpointer
 from dualparal.checkpoint.snapshot import Resumed
 from dualparal.decoding.local import LocalDecoder
-from dualparal.distributed.edges import Inbound, LocalEdge, Outbound, ReceiveEdge, SendEdge
+from dualparal.distributed.edges import Inbound, LocalEdge, Outbound
 from dualparal.distributed.prompts import PromptChannel
+from dualparal.distributed.remote import ReceiveEdge, SendEdge
 from dualparal.engine.identity import snapshot_info, versions
 from dualparal.engine.parts import Parts
 from dualparal.engine.request import Request

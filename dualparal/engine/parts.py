@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from dualparal.distributed.edges import make_groups, warm_up
 from dualparal.distributed.mesh import drop_at_exit
+from dualparal.distributed.remote import EdgeGroups, make_groups, warm_up
 from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
 from dualparal.models.base import Decoder, Slice
@@ -29,7 +29,7 @@ class Parts:
         self.encoder = source.family.prompt_encoder(lambda: source.load_text_encoder(device, dtype), device)
         self.slices: dict[int, list[Slice]] = {}  # by stage: one per expert
         self._vae: Any = None
-        self._groups: list[Any] | None = None
+        self._groups: list[EdgeGroups] | None = None
 
     def load(self) -> None:
         """Reads the layers of this rank's stages, unless they are here. Raises ModelError, OSError."""
@@ -66,11 +66,11 @@ class Parts:
         return self.encoder.encode(prompt, negative_prompt, video.guidance, video.max_sequence_length)
 
     @property
-    def edge_groups(self) -> list[Any]:
-        """A communicator per directed edge, opened and warmed up. The first use is collective."""
+    def edge_groups(self) -> list[EdgeGroups]:
+        """The communicators of every directed edge, opened and warmed up. The first use is collective."""
         if self._groups is None:
             mesh = self._setup.mesh
-            self._groups = make_groups(mesh.world_size)
+            self._groups = make_groups(mesh.world_size, mesh.device)
             drop_at_exit(self._groups)
             warm_up(self._groups, mesh.rank, mesh.device)
         return self._groups

@@ -148,8 +148,9 @@ class StageExecutor:
         self._finish()
 
     def _finish(self) -> None:
-        if self.outbound is not None:
-            self.outbound.finish()
+        for edge in (self.outbound, self.inbound):
+            if edge is not None:
+                edge.finish()
         self.prompts.finish()
 
     def _waited(self) -> float:

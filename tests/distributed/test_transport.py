@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_not_sent(tensor: torch.Tensor, room: int) -> None:
 ENDS = """
 import json, os, sys, torch, torch.distributed as dist
 from dualparal.schedule.actions import Unit
-from dualparal.distributed.edges import ReceiveEdge, SendEdge
+from dualparal.distributed.remote import EdgeGroups, ReceiveEdge, SendEdge
 from dualparal.distributed.messages import Header, Kind, TransportError
 torch.set_num_threads(1)
 path, rank, cases = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
@@ -78,13 +78,14 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 told, edges = [], []
 for case in cases:
     elements, dtype = case[rank]
-    common = (dist.new_group([0, 1]), elements, 2, 6, getattr(torch, dtype), torch.device("cpu"))
+    group = dist.new_group([0, 1])
+    common = (EdgeGroups(group, group), elements, 2, 6, getattr(torch, dtype), torch.device("cpu"))
     edge = (SendEdge, ReceiveEdge)[rank]("edge 0 -> 1", 1 - rank, *common)
     edges.append(edge)
     try:
         for block in range(2):  # as many as there are buffers: nobody waits
             if rank == 0:
-                tensor = torch.full((elements,), float(block), dtype=edge.dtype)
+                tensor = torch.full((elements,), float(block), dtype=getattr(torch, dtype))
                 edge.send(Header(Kind.UNIT, Unit(block, 0, 0), 0), tensor)
             else:
                 header, tensor = edge.receive()

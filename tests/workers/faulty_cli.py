@@ -16,9 +16,9 @@ import torch
 
 from dualparal.cli import main as cli
 from dualparal.decoding.local import LocalDecoder
-from dualparal.distributed import edges, messages, prompts
-from dualparal.distributed.edges import SendEdge
+from dualparal.distributed import messages, prompts, remote
 from dualparal.distributed.messages import Header, PeerLost
+from dualparal.distributed.remote import SendEdge
 from dualparal.launch.heartbeat import Heartbeat
 from dualparal.runtime.executor import StageExecutor
 from dualparal.runtime.stage import Stage, UnitPlan
@@ -70,7 +70,7 @@ def make_deaf() -> None:
         except PeerLost:
             sleep_for_ever()
 
-    edges.guard = prompts.guard = guard  # type: ignore[attr-defined]
+    remote.guard = prompts.guard = guard  # type: ignore[attr-defined]
 
 
 def change_units() -> None:

@@ -1,0 +1,325 @@
+"""Edges between ranks, over torch.distributed: headers over gloo, tensors over gloo or, between cards, NCCL.
+
+A transfer that NCCL was told of holds the device until the other end is told of it too, and whatever waits for the
+whole device (a capture, a module that is loaded, memory that is given back) waits for that. Hence one rule, which
+``schedule.drains`` proves to be enough: **a transfer is posted only when both of its ends will be, whatever the host
+threads of the two ranks do.** A sender posts when it has a credit, that is when the receiver has a free buffer; a
+receiver posts when the header says that the sender has, on a thread of its own, which never waits for the device.
+
+gloo needs care (measured, not guessed): a dropped send handle loses the message, a dtype mismatch and a too large
+receive buffer are silent, a too small one aborts the process. Hence retained handles, fixed message sizes, and a
+header with a checksum before every tensor.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dualparal.distributed.edges import fill
+from dualparal.distributed.messages import FIELDS, Header, Kind, TransportError, guard, pack_header, unpack_header
+from dualparal.schedule.actions import Unit
+
+# A consumer may pause for as long as it likes, and all ranks with it. Who is gone is seen at once; who lives and does
+# nothing is the supervisor's to notice.
+_PATIENCE = timedelta(days=365)
+# Thread blocks of NCCL's transfers on each edge. More would only take multiprocessors from the layers: a message is
+# some tens of MB against a unit of tens of milliseconds.
+_MAX_CTAS = 4
+_CREDIT, _LAST_CREDIT = 1, 2
+
+
+class EdgeGroups(NamedTuple):
+    """The communicators of a directed edge: between two ranks, a send and a receive that share one serialise.
+
+    Attributes:
+        control: gloo, for headers and credits.
+        data: for tensors; on the CPU the same one.
+    """
+
+    control: Any
+    data: Any
+
+
+class _Transfer(NamedTuple):
+    """A message under way: its header and its tensor, with the handles of their transfers."""
+
+    header: torch.Tensor  # int64 [10], CPU
+    tensor: torch.Tensor  # flat, on the device
+    works: list[Any]
+
+
+class SendEdge:
+    """The sending end. It sends when the receiver has a free buffer, which bounds the depth.
+
+    Args:
+        name: for error messages.
+        peer: the rank at the other end.
+        groups: the edge's own communicators, see ``make_groups``.
+        elements: size of a buffer and of every message, the same at both ends.
+        depth: number of buffers at either end.
+        messages: number of messages at most; None: no end.
+        dtype, device: of the tensors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        peer: int,
+        groups: EdgeGroups,
+        elements: int,
+        depth: int,
+        messages: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.name, self.waited, self.remaining = name, 0.0, messages
+        self._peer, self._groups = peer, groups
+        self._elements, self._dtype = elements, dtype
+        self._slots = deque(
+            _Transfer(torch.empty(FIELDS, dtype=torch.int64), torch.empty(elements, dtype=dtype, device=device), [])
+            for _ in range(depth)
+        )
+        self._stopping: list[Any] = []  # header and handle of the last message
+        self._credits = depth
+        self._credits_to_come = None if messages is None else max(0, messages - depth)
+        self._credit = torch.zeros(1, dtype=torch.int64)
+        self._asked: Any = None  # handle of the credit that comes next
+        self._ask()
+
+    def can_send(self) -> bool:
+        return True  # waiting happens in send
+
+    def send(self, header: Header, tensor: torch.Tensor | None, mark: torch.Tensor | None = None) -> None:
+        begin = time.perf_counter()
+        while not self._credits:
+            self._take_credit()
+        slot = self._slots[0]
+        self._wait(slot.works)
+        self.waited += time.perf_counter() - begin
+        self._credits -= 1
+        slot.header.copy_(pack_header(header, self._elements, self._dtype))
+        if tensor is not None:
+            fill(self.name, slot.tensor, tensor, mark)
+        for sent, group in ((slot.header, self._groups.control), (slot.tensor, self._groups.data)):
+            slot.works.append(guard(self.name, dist.isend, sent, self._peer, group=group))
+        self._slots.rotate(-1)
+        if self.remaining is not None:
+            self.remaining -= 1
+
+    def stop(self) -> None:
+        if self.remaining == 0:
+            return  # the other end listens no more
+        header = pack_header(Header(Kind.STOP, Unit(0, 0, 0), 0), self._elements, self._dtype)
+        self._credits_to_come = None
+        self._ask()
+        self._stopping = [header, guard(self.name, dist.isend, header, self._peer, group=self._groups.control)]
+
+    def finish(self) -> None:
+        if self._stopping:
+            while self._take_credit() != _LAST_CREDIT:
+                pass
+            self._wait(self._stopping[1:])
+        for slot in self._slots:
+            self._wait(slot.works)
+
+    def _ask(self) -> None:
+        """Posts the receive of the next credit, if there will be one."""
+        if self._asked is None and self._credits_to_come != 0:
+            self._asked = guard(self.name, dist.irecv, self._credit, self._peer, group=self._groups.control)
+
+    def _take_credit(self) -> int:
+        guard(self.name, self._asked.wait, _PATIENCE)
+        found, self._asked = int(self._credit.item()), None
+        self._credits += 1
+        if self._credits_to_come is not None:
+            self._credits_to_come -= 1
+        if found != _LAST_CREDIT:
+            self._ask()
+        return found
+
+    def _wait(self, works: list[Any]) -> None:
+        for work in works:
+            guard(self.name, work.wait)
+        works.clear()
+
+
+class _Message(NamedTuple):
+    header: Header
+    slot: int
+    work: Any
+
+
+class ReceiveEdge:
+    """The receiving end. A thread hears the headers and posts each tensor's receive, so that it overlaps compute.
+
+    Args:
+        name, peer, groups, elements, depth, messages, dtype, device: as for ``SendEdge``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        peer: int,
+        groups: EdgeGroups,
+        elements: int,
+        depth: int,
+        messages: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.name, self.waited = name, 0.0
+        self._peer, self._groups = peer, groups
+        self._elements, self._dtype, self._device = elements, dtype, device
+        self._messages, self._taken = messages, 0
+        self._buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(depth)]
+        cuda = device.type == "cuda"
+        # A receive waits for the last reader of its buffer alone, not for all that the layers have been given to do.
+        self._stream = torch.cuda.Stream(device) if cuda else None
+        self._read = [torch.cuda.Event() if cuda else None for _ in range(depth)]
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(depth):
+            self._free.put(slot)
+        self._arrived: queue.SimpleQueue[_Message | BaseException] = queue.SimpleQueue()
+        self._reading: int | None = None
+        self._credits_to_send = None if messages is None else max(0, messages - depth)
+        self._credits: deque[tuple[torch.Tensor, Any]] = deque()  # said, with their handles
+        self._stopped = False
+        # Nobody can wake a thread out of gloo: after an error it ends with the process.
+        self._listener = threading.Thread(target=self._listen, name=f"dualparal {name}", daemon=True)
+        self._listener.start()
+
+    def can_receive(self) -> bool:
+        return True  # waiting happens in receive
+
+    def receive(self) -> tuple[Header, torch.Tensor]:
+        if self._taken == self._messages:
+            raise TransportError(f"{self.name}: a message is wanted after the last one")
+        begin = time.perf_counter()
+        message = self._arrived.get()
+        if isinstance(message, BaseException):
+            raise message
+        self._taken += 1
+        if message.header.kind is Kind.STOP:
+            self._stopped = True
+            return message.header, self._buffers[0]
+        guard(self.name, message.work.wait)
+        self.waited += time.perf_counter() - begin
+        self._reading = message.slot
+        return message.header, self._buffers[message.slot]
+
+    def release(self) -> None:
+        assert self._reading is not None, "nothing to release"
+        event = self._read[self._reading]
+        if event is not None:
+            event.record(torch.cuda.current_stream(self._device))
+        self._free.put(self._reading)
+        self._reading = None
+        if self._credits_to_send is None:
+            self._say(_CREDIT)
+        elif self._credits_to_send > 0:
+            self._credits_to_send -= 1
+            self._say(_CREDIT)
+
+    def stop(self) -> None:
+        while not self._stopped and self._taken != self._messages:
+            if self.receive()[0].kind is not Kind.STOP:
+                self.release()
+        if self._stopped:
+            self._say(_LAST_CREDIT)
+
+    def finish(self) -> None:
+        for _, work in self._credits:
+            guard(self.name, work.wait, _PATIENCE)
+        self._credits.clear()
+        self._listener.join()
+
+    def _say(self, credit: int) -> None:
+        if len(self._credits) == len(self._buffers):
+            # The message that it paid for has come, so it has left: this waits for nothing.
+            guard(self.name, self._credits.popleft()[1].wait)
+        said = torch.tensor([credit])
+        self._credits.append((said, guard(self.name, dist.isend, said, self._peer, group=self._groups.control)))
+
+    def _listen(self) -> None:
+        """Hears every header, and posts the receive of its tensor."""
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            heard = 0
+            while heard != self._messages:
+                heard += 1
+                header = self._hear()
+                if header.kind is Kind.STOP:
+                    self._arrived.put(_Message(header, 0, None))
+                    return
+                self._arrived.put(self._post(header))
+        except BaseException as error:
+            self._arrived.put(error)
+
+    def _hear(self) -> Header:
+        """Waits for the next header. Raises TransportError, PeerLost."""
+        fields = torch.empty(FIELDS, dtype=torch.int64)
+        work = guard(self.name, dist.irecv, fields, self._peer, group=self._groups.control)
+        guard(self.name, work.wait, _PATIENCE)
+        return unpack_header(fields, self._elements, self.name, self._dtype)
+
+    def _post(self, header: Header) -> _Message:
+        """Posts the receive of a message whose header has come. Raises TransportError, PeerLost."""
+        try:
+            slot = self._free.get_nowait()
+        except queue.Empty:
+            raise TransportError(f"{self.name}: {header} arrives where no buffer is free") from None
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            event = self._read[slot]
+            if self._stream is not None and event is not None:
+                self._stream.wait_event(event)
+            work = guard(self.name, dist.irecv, self._buffers[slot], self._peer, group=self._groups.data)
+        return _Message(header, slot, work)
+
+
+def make_groups(world_size: int, device: torch.device) -> list[EdgeGroups]:
+    """The communicators of all edges. Edge k leads from rank k to the next one.
+
+    Collective: all ranks call it, and then ``warm_up``.
+    """
+    found = []
+    for edge in range(world_size):
+        ranks = [edge, (edge + 1) % world_size]
+        control = dist.new_group(ranks, backend="gloo")
+        data = control if device.type == "cpu" else dist.new_group(ranks, backend="nccl", pg_options=_nccl_options())
+        found.append(EdgeGroups(control, data))
+    return found
+
+
+def _nccl_options() -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = _MAX_CTAS
+    return options
+
+
+def warm_up(groups: Sequence[EdgeGroups], rank: int, device: torch.device) -> None:
+    """Makes a first exchange over every edge, so that connecting costs no unit later. Collective. Raises PeerLost.
+
+    Edge by edge in one order on all ranks: making an NCCL communicator waits for both of its ranks, so two ranks that
+    each began with their own sending edge would wait for each other.
+    """
+    world_size = len(groups)
+    for edge, (control, data) in enumerate(groups):
+        after = (edge + 1) % world_size
+        if rank not in (edge, after):
+            continue
+        for group, place in ((control, torch.device("cpu")), (data, device))[: 1 + (data is not control)]:
+            tensor = torch.ones(1, device=place)
+            function, peer = (dist.isend, after) if rank == edge else (dist.irecv, edge)
+            name = f"warm-up of edge {edge} -> {after}"
+            guard(name, guard(name, function, tensor, peer, group=group).wait)
