@@ -93,7 +93,7 @@ class Mesh:
         else:
             device = torch.device(device_type)
         if not dist.is_initialized():
-            cls._init("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            cls._init()
         ranks = dist.get_world_size()
         return cls(dist.get_rank(), ranks, ranks, device, distributed=ranks > 1)
 
@@ -125,15 +125,18 @@ class Mesh:
         return found
 
     @staticmethod
-    def _init(backend: str) -> None:
-        """Makes the process group, by the supervisor's file if there is one, else by torchrun's variables."""
+    def _init() -> None:
+        """Makes the group of all ranks, by the supervisor's file if there is one, else by torchrun's variables.
+
+        It is gloo's: what goes to all ranks is small and on the CPU. Tensors have groups of their own (``remote``).
+        """
         # Its functions take the group of all ranks as a default argument. Imported later (transformers does) they would
         # hold it, and with it gloo's threads, beyond the end of Python.
         importlib.import_module("torch.distributed.nn.functional")
         atexit.register(_leave)
         path = os.environ.get(RENDEZVOUS)
         if path is None:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group("gloo", timeout=TIMEOUT)
             return
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, "lo0" if os.uname().sysname == "Darwin" else "lo")
@@ -141,7 +144,7 @@ class Mesh:
         store = dist.FileStore(path, world_size)
         # torch would wait for a rank that never comes for as long as for a slow one, and not say which.
         handshake(dist.PrefixStore("dualparal/join", store), rank, world_size, {}, JOIN_SECONDS)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
 
 
 def drop_at_exit(groups: list[Any]) -> None:

@@ -35,6 +35,7 @@ _PATIENCE = timedelta(days=365)
 # Thread blocks of NCCL's transfers on each edge. More would only take multiprocessors from the layers: a message is
 # some tens of MB against a unit of tens of milliseconds.
 _MAX_CTAS = 4
+_DATA_BACKENDS = {"cuda": "nccl"}  # by type of device; elsewhere tensors go with the headers
 _CREDIT, _LAST_CREDIT = 1, 2
 
 
@@ -293,10 +294,12 @@ def make_groups(world_size: int, device: torch.device) -> list[EdgeGroups]:
     Collective: all ranks call it, and then ``warm_up``.
     """
     found = []
+    backend = _DATA_BACKENDS.get(device.type)
     for edge in range(world_size):
         ranks = [edge, (edge + 1) % world_size]
         control = dist.new_group(ranks, backend="gloo")
-        data = control if device.type == "cpu" else dist.new_group(ranks, backend="nccl", pg_options=_nccl_options())
+        options = _nccl_options() if backend == "nccl" else None
+        data = control if backend is None else dist.new_group(ranks, backend=backend, pg_options=options)
         found.append(EdgeGroups(control, data))
     return found
 

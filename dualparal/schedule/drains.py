@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
-from itertools import islice
 
 from dualparal.schedule.actions import Action, Op
 from dualparal.schedule.replay import ScheduleError

@@ -197,7 +197,7 @@ def test_ranks_of_one_node_are_told_to_stay_on_loopback(monkeypatch: pytest.Monk
         monkeypatch.setattr(mesh.dist, name, lambda *_: None)
     monkeypatch.setattr(mesh, "handshake", lambda *_: None)
     monkeypatch.setattr(mesh.dist, "init_process_group", lambda *_, **__: None)
-    mesh.Mesh._init("gloo")
+    mesh.Mesh._init()
     assert {os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")} <= {"lo", "lo0"}
 
 
