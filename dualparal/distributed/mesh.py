@@ -88,6 +88,8 @@ class Mesh:
                     f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; "
                     "start as many ranks as there are cards"
                 )
+            # Code that is loaded at its first use makes the host wait for the device, in the middle of a run.
+            os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
             torch.cuda.set_device(local_rank)
             device = torch.device("cuda", local_rank)
         else:

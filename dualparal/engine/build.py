@@ -24,11 +24,14 @@ from dualparal.runtime.executor import FirstStage, Links, Report, StageExecutor
 from dualparal.runtime.graphs import Graphed, cuda_capture
 from dualparal.runtime.latents import LatentQueue, StepCallback
 from dualparal.runtime.stage import Forward, Stage, StageSpec
+from dualparal.runtime.warm_up import warm_up
 from dualparal.sampling.noise import BlockNoise
 from dualparal.sampling.prompts import Prompts
 from dualparal.schedule.actions import Unit
 from dualparal.schedule.schedule import Schedule
 from dualparal.trace.clock import BusyClock
+
+_WARMED = ("cuda",)  # types of devices whose kernels are loaded, and steps captured, before a run begins
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,13 @@ class Builder:
             found.append(StageExecutor(self.schedule, self.layout, index, stage, links, clock, leading, report))
         return found
 
+    def warm_up(self, executors: Sequence[StageExecutor]) -> None:
+        """Does once all that these executors will do, so that nothing is loaded or captured in the middle of a run."""
+        if self.setup.mesh.device.type in _WARMED:
+            embeds = torch.zeros(self._prompt_shape(), dtype=self.setup.dtype)
+            for executor in executors:
+                warm_up(executor, embeds, times=2 if self.setup.config.graphs else 1)
+
     def _expert_of_step(self) -> list[int]:
         """The index of the transformer that runs each denoising step (Wan2.2 has two)."""
         sampler = self.request.sampler
@@ -208,12 +218,16 @@ class Builder:
             _step_callback(request, index),
         )
 
-    def _prompt_channel(self) -> PromptChannel:
-        request, mesh = self.request, self.setup.mesh
-        # Ranks that do not lead have not seen the prompt: shape and dtype of the embeddings follow from the request.
+    def _prompt_shape(self) -> tuple[int, int, int]:
+        """The shape of a prompt's embeddings; ranks that do not lead have not seen any."""
+        request = self.request
         tokens = request.video.max_sequence_length if request.embeds is None else request.embeds.shape[1]
+        return self.schedule.branches, tokens, self.setup.source.spec.text_dim
+
+    def _prompt_channel(self) -> PromptChannel:
+        mesh = self.setup.mesh
         return PromptChannel(
-            (self.schedule.branches, tokens, self.setup.source.spec.text_dim),
+            self._prompt_shape(),
             self.setup.dtype,
             mesh.rank,
             mesh.world_size,

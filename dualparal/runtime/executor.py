@@ -222,13 +222,13 @@ class StageExecutor:
         if (unit.video, unit.block) not in self._prompt_of:
             self._admit(unit)
         with self.clock:
-            result = self.stage.run(hidden, self._plan(unit))
+            result = self.stage.run(hidden, self.plan(unit))
         assert self._mark is not None
         self._mark = mark(result, self._mark.to(result.dtype), self.index)
         return result
 
-    def _plan(self, unit: Unit) -> UnitPlan:
-        """Collects all that schedule and layout say about a unit."""
+    def plan(self, unit: Unit) -> UnitPlan:
+        """All that schedule and layout say about a unit."""
         refresh = self.schedule.refreshes(unit)
         return UnitPlan(
             unit,

@@ -188,30 +188,34 @@ class Stage:
             Hidden states [tokens, inner], or on the last stage the velocity [1, C, own frames, H, W]. Good until the
             next unit.
         """
-        unit, window, spec = plan.unit, plan.window, self.spec
+        unit, window, spec, shape = plan.unit, plan.window, self.spec, self.shape(plan)
         if not spec.first:
             hidden = hidden[: len(window) * spec.grid.tokens]  # a message is as long as the largest
-        expert, eight_bit = spec.expert_of_step[unit.step], self._on[unit.step] and not plan.refresh
-        shape = StepShape(
-            expert,
+        inputs = StepInputs(
+            hidden,
+            self._text_condition(plan.prompt, unit.branch, shape.expert),
+            self._time_condition(unit.step),
+            self._angles(window.start, len(window)),
+            tuple(self._row(features) for features in plan.reads),
+            tuple(self._row(features) for features in plan.writes),
+            (self.store.row("mean", plan.place, unit.branch),) if shape.eight_bit else (),
+        )
+        return self._step(shape, inputs)
+
+    def shape(self, plan: UnitPlan) -> StepShape:
+        """All that decides the operations of a unit."""
+        unit = plan.unit
+        eight_bit = self._on[unit.step] and not plan.refresh
+        return StepShape(
+            self.spec.expert_of_step[unit.step],
             unit.branch,
-            len(window),
+            len(plan.window),
             plan.fed_context,
             tuple((f.side, self._on[f.step] and not f.refresh) for f in plan.reads),
             tuple(f.side for f in plan.writes),
             eight_bit,
             eight_bit and (plan.after_refresh or not (unit.step and self._on[unit.step - 1])),
         )
-        inputs = StepInputs(
-            hidden,
-            self._text_condition(plan.prompt, unit.branch, expert),
-            self._time_condition(unit.step),
-            self._angles(window.start, len(window)),
-            tuple(self._row(features) for features in plan.reads),
-            tuple(self._row(features) for features in plan.writes),
-            (self.store.row("mean", plan.place, unit.branch),) if eight_bit else (),
-        )
-        return self._step(shape, inputs)
 
     def forward(self, shape: StepShape, inputs: StepInputs) -> torch.Tensor:
         """Computes a unit from its shape and tensors; nothing else decides the result (see ``run``)."""
