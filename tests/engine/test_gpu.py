@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,10 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.engine.engine import Engine
+from dualparal.launch.blame import Limits
+from dualparal.launch.supervisor import Result, supervise
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from engine_calls import embeds
 from places import WORKERS
@@ -101,6 +106,54 @@ def test_frames_and_prompts(wan21: Path, engine: Callable[..., Engine]) -> None:
         built = Engine.from_pretrained(wan21, **OPTIONS, stages=stages, graphs=graphs)
         made.append(built({0: "a cat", 20: "a dog"}, **call).frames)
     assert made[0].shape == (1, 45, 64, 96, 3) and (made[0] == made[1]).all()
+
+
+@pytest.mark.parametrize(("stages", "graphs"), [(1, False), (2, False), (2, True)])
+def test_units_wait_for_nothing_on_the_host(wan21: Path, stages: int, graphs: bool) -> None:
+    """From the first unit on, but where a block is given out: there its finiteness is asked for."""
+    seen = []
+
+    def report(phase: str, **_: Any) -> None:
+        steady = phase in ("run", "wait_recv", "wait_send", "update")
+        seen.append(phase)
+        torch.cuda.set_sync_debug_mode("error" if steady else "default")
+
+    try:
+        expected = generate(wan21)
+        made = generate(wan21, stages=stages, graphs=graphs, report=report)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(made, expected) and seen.count("run") > 100 * stages
+
+
+def test_no_stream_reads_what_another_still_writes(wan21: Path) -> None:
+    env = {**os.environ, "TORCH_CUDA_SANITIZER": "1"}
+    command = [sys.executable, str(WORKERS / "sanitized_streams.py"), str(wan21)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=env)
+    assert done.returncode == 0 and "CSAN" not in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("policy", ["cached", "paper"])
+def test_two_cards_give_the_bits_of_one(wan21: Path, tmp_path: Path, policy: str) -> None:
+    """Over NCCL: eager, captured, with one buffer, after an early end, and with a drain before every action."""
+    options = {"frames_per_block": 4, "context_frames": 2, "context": policy}
+    call = {"prompt": "a cat", "num_frames": 77, "num_inference_steps": 6}
+    settings: list[dict[str, Any]] = [{}, {"graphs": True}, {"depth": 1}, {"drains": True}, {"leave_after": 1}, {}]
+    cases = []
+    for setting in settings:
+        engine = {key: setting[key] for key in ("graphs", "depth") if key in setting}
+        rest = {key: setting[key] for key in ("drains", "leave_after") if key in setting}
+        cases.append({"model": str(wan21), "device": "cuda", "options": {**options, **engine}, "call": call, **rest})
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, str(WORKERS / "engine_rank.py"), str(tmp_path)]
+    assert supervise(command, 2, limits=Limits(progress=60.0, startup=120.0)) == Result(0)
+    alone = Engine.from_pretrained(wan21, device="cuda", **options)
+    expected = alone(height=32, width=32, output_type="latent", **call).frames.cpu()
+    for index, case in enumerate(cases):
+        made = load_file(tmp_path / f"{index}.safetensors")["latents"]
+        assert torch.equal(made, expected[:, :, : made.shape[2]]), case
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])

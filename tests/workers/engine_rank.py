@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,7 +41,7 @@ def run(engine: Engine, case: dict[str, Any], rank: int) -> torch.Tensor | None:
     assert engine.stats is None or len(engine.stats.ranks) == engine.mesh.world_size
     if not parts[0]:
         return None
-    whole = [torch.cat(part, dim=2) for part in parts if part]
+    whole = [torch.cat(part, dim=2).cpu() for part in parts if part]
     return torch.cat([part[:, :, : whole[-1].shape[2]] for part in whole])
 
 
@@ -64,6 +65,11 @@ def note_threads(path: Path) -> None:
         file.write(f"{gloo_threads()} ")
 
 
+def drain_and_tell(heartbeat: Heartbeat, phase: str, **where: Any) -> None:
+    heartbeat.phase(phase, **where)
+    torch.cuda.synchronize()
+
+
 engines: list[Engine] = []  # alive when Python ends
 
 
@@ -76,7 +82,9 @@ def main(path: Path) -> None:
         for index, case in enumerate(cases):
             options = dict(case["options"])
             options["attention_8bit"] = EightBitPolicy(**case.get("eight_bit", {}))
-            engine = Engine.from_pretrained(case["model"], device="cpu", report=heartbeat.phase, **options)
+            device = case.get("device", "cpu")
+            report = partial(drain_and_tell, heartbeat) if case.get("drains") else heartbeat.phase
+            engine = Engine.from_pretrained(case["model"], device=device, report=report, **options)
             engines[:] = [engine]
             if index == 1:  # all is imported: engines collect garbage, and need not look at that
                 gc.freeze()
