@@ -100,7 +100,7 @@ def run_cases(cases: Sequence[dict[str, Any]]) -> list[Outcome]:
 
 def _compare(case: dict[str, Any], ranks: list[dict[str, Any]]) -> Outcome:
     schedule, seconds, n = Schedule(**case["schedule"]), case["seconds"], len(ranks)
-    nominal = simulate(schedule, Costs(run=lambda stage, unit: seconds[stage], send_buffers=schedule.depth))
+    nominal = simulate(schedule, Costs(run=lambda stage, unit: seconds[stage]))
     done = [
         [(op, Unit(*unit), start) for op, *unit, start in rank["log"]] for rank in ranks
     ]  # an action ends where the next one starts
@@ -153,7 +153,6 @@ def _timed(schedule: Schedule, done: list[list[tuple[str, Unit, float]]], ends: 
     return Costs(
         run=lambda stage, unit: runs[stage, unit],
         transfer=lambda edge, unit: transfers[edge, unit],
-        send_buffers=schedule.depth,
     )
 
 

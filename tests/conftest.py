@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 from places import GOLDEN
 
 if TYPE_CHECKING:
     from dualparal.engine.engine import Engine
+
+settings.register_profile("shared", deadline=None)  # a slow machine is no failure
+settings.load_profile("shared")
 
 # What `make quick` runs: files that import neither torch nor diffusers and start no ranks, and of these the tests that
 # ask for no model and are not marked `slow`.

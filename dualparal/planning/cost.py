@@ -101,7 +101,6 @@ class Costing:
             update=UPDATE_SECONDS,
             decode=self.decode,
             decode_shares=self.decode_on is None,
-            send_buffers=self.work.engine.depth,
         )
 
     def run(self, stage: int, unit: Unit) -> float:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import NamedTuple, NoReturn
@@ -34,8 +34,6 @@ class Costs:
         update: seconds of a sampler step on stage 0.
         decode: (block) -> seconds.
         decode_shares: decoding takes its seconds from stage 0's device.
-        send_buffers: messages that a sender holds besides the receiver's ``depth`` (between processes: ``depth``
-            again; in one process both ends share theirs: 0).
     """
 
     run: Callable[[int, Unit], float] = lambda stage, unit: 1
@@ -44,7 +42,6 @@ class Costs:
     update: float = 0
     decode: Callable[[int], float] = lambda block: 0
     decode_shares: bool = False
-    send_buffers: int = 0
 
 
 TICKS = Costs()
@@ -93,37 +90,28 @@ def bubble(schedule: Schedule) -> float:
 
 
 class _Edge:
-    """Messages of one directed edge: buffers of the sender, the wire, buffers of the receiver."""
+    """Messages of one directed edge: the wire, and buffers of the receiver, without which nobody sends."""
 
-    def __init__(self, depth: int, send_buffers: int) -> None:
-        self.send_buffers = send_buffers
-        self.free: deque[float] = deque([0] * send_buffers)  # when a buffer of the sender is free again
-        self.posted: deque[float] = deque([0] * depth)  # when a buffer of the receiver is free again
+    def __init__(self, depth: int) -> None:
+        self.free: deque[float] = deque([0] * depth)  # when a buffer of the receiver is free again
         self.sent: deque[tuple[float, Unit]] = deque()  # what waits for the wire or a buffer of the receiver
         self.arrived: deque[tuple[float, Unit]] = deque()
         self.wire: float = 0  # when the wire is free
 
     def send(self, now: float, unit: Unit) -> float | None:
         """Puts a message on the edge. Returns the time at which the sender goes on; None: not known yet, try again."""
-        if self.send_buffers:
-            if not self.free:
-                return None
-            end = max(now, self.free.popleft())
-        else:
-            if not self.posted:
-                return None
-            end = max(now, self.posted[0])
+        if not self.free:
+            return None
+        end = max(now, self.free[0])
         self.sent.append((end, unit))
         return end
 
     def move(self, transfer: Callable[[Unit], float], latency: float) -> None:
         """Carries every message that has been sent and finds a buffer of the receiver."""
-        while self.sent and self.posted:
+        while self.sent and self.free:
             sent, unit = self.sent.popleft()
-            self.wire = max(sent, self.posted.popleft(), self.wire) + transfer(unit)
+            self.wire = max(sent, self.free.popleft(), self.wire) + transfer(unit)
             self.arrived.append((self.wire + latency, unit))
-            if self.send_buffers:
-                self.free.append(self.wire)
 
 
 class _Decoder:
@@ -182,7 +170,7 @@ class _Replay:
         n = schedule.num_stages
         wanted = None if units is None else set(islice(schedule.units(), units))
         self.pending = [self._finite(schedule.actions(k), wanted, units) for k in range(n)]
-        self.edges = [_Edge(schedule.depth, costs.send_buffers) for _ in range(n)]
+        self.edges = [_Edge(schedule.depth) for _ in range(n)]
         self.decoder = _Decoder(costs.decode_shares)
         self.clock: list[float] = [0] * n
         self.held: list[bool] = [False] * n  # a receive buffer in use until the unit has run
@@ -220,7 +208,7 @@ class _Replay:
         waits = ", ".join(f"stage {k} at '{a[0]}'" for k, a in enumerate(self.pending) if a)
         events = self.events
         if self.costs.run is not TICKS.run:  # who waits for whom does not depend on how long things take
-            again = _Replay(self.schedule, None, replace(TICKS, send_buffers=self.costs.send_buffers))
+            again = _Replay(self.schedule, None, TICKS)
             with contextlib.suppress(ScheduleError):
                 again.run()
             events = again.events
@@ -266,7 +254,7 @@ class _Replay:
 
     def _release(self, stage: int, now: float) -> None:
         """Gives back a receive buffer of the stage at the time ``now``."""
-        self.edges[stage - 1].posted.append(now)
+        self.edges[stage - 1].free.append(now)
         self._move((stage - 1) % self.schedule.num_stages)
 
     def _move(self, edge: int) -> None:

@@ -77,7 +77,7 @@ def test_any_chunking_equals_the_whole(case: str, dtype: torch.dtype, cuts: list
     assert expected.float().std() > 0.05  # a constant picture would prove nothing
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     cuts=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     size=st.tuples(st.integers(3, 5), st.integers(4, 5)),

@@ -207,7 +207,7 @@ def test_resume_names_a_damaged_segment(tmp_path: Path) -> None:
         SegmentWriter(tmp_path, 16, resume=True)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_give_values_or_a_clear_error(
     data: st.DataObject, written: SegmentWriter, tmp_path: Path

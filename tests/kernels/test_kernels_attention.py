@@ -279,7 +279,7 @@ def test_triton_takes_segments_where_they_are(fresh):
     assert_right(joined, lse, q, k, v, 2, "joined")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.floats(0.1, 30), st.integers(0, 1000))
 def test_merged_parts_are_the_whole(lengths, scale, seed):
     q = random(5, 16, seed=seed).double() * scale

@@ -116,7 +116,7 @@ def test_every_16_bit_number_survives(dtype):
     torch.testing.assert_close(ours, every + 0, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     values=st.lists(st.floats(width=32), min_size=1, max_size=64),

@@ -18,7 +18,7 @@ blocks = st.integers(1, 8).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(blocks, st.integers(0, 2**63 - 1), st.randoms())
 def test_any_order_gives_the_same_noise(config: BlockConfig, seed: int, order: random.Random) -> None:
     layout = Layout(config, None)
@@ -31,7 +31,7 @@ def test_any_order_gives_the_same_noise(config: BlockConfig, seed: int, order: r
         assert torch.equal(other(block), straight[block])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(blocks, st.integers(0, 1000))
 def test_a_window_holds_each_pool_frame_once(config: BlockConfig, seed: int) -> None:
     noise = BlockNoise(Layout(config, None), SHAPE, seed)

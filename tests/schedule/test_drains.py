@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualparal.config.blocks import CONTEXT_POLICIES
@@ -17,6 +17,7 @@ from dualparal.schedule.schedule import Schedule
 from schedules import TooLate, schedules
 
 
+@settings(max_examples=60)
 @given(schedules)
 def test_no_drain_hangs(schedule: Schedule) -> None:
     check_drains(schedule)
@@ -30,6 +31,7 @@ def test_at_real_lengths_and_without_an_end(stages: int, context: str) -> None:
         check_drains(endless, units=150)
 
 
+@settings(max_examples=40)
 @given(st.integers(2, 8), st.integers(2, 7), st.sampled_from(CONTEXT_POLICIES), st.integers(1, 4))
 def test_receives_posted_ahead_hang(stages: int, steps: int, context: str, depth: int) -> None:
     """With transfers as they were: a capture in the middle of a run never came back."""

@@ -24,7 +24,7 @@ from places import GOLDEN
 from schedules import TooLate, schedules
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(schedules)
 def test_every_schedule_runs_and_reads_what_it_names(schedule: Schedule) -> None:
     events = validate(schedule)
@@ -40,7 +40,7 @@ def test_every_schedule_runs_and_reads_what_it_names(schedule: Schedule) -> None
     assert set(runs) == expected and set(runs.values()) == {schedule.num_stages}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(schedules, st.data())
 def test_a_schedule_goes_on_from_latents_alone(schedule: Schedule, data: st.DataObject) -> None:
     """From a restartable iteration: the same units, in the same order, that read what is made after it."""
@@ -66,7 +66,7 @@ def test_a_schedule_starts_where_it_can() -> None:
         replace(schedule, start=7)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(schedules)
 def test_features_take_as_many_slots_as_are_needed_at_once(schedule: Schedule) -> None:
     """Never overwritten before the last read (the validator), never kept longer, and no slot too many."""
@@ -148,7 +148,7 @@ def test_blocks_in_flight_have_a_place_each() -> None:
     assert three.places == 6 and places == set(range(6))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(schedules)
 def test_the_order_of_units_does_not_depend_on_the_number_of_stages(schedule: Schedule) -> None:
     alone = replace(schedule, num_stages=1)
@@ -157,7 +157,7 @@ def test_the_order_of_units_does_not_depend_on_the_number_of_stages(schedule: Sc
         assert schedule.reads(unit) == alone.reads(unit)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(schedules, st.integers(1, 60))
 def test_an_endless_schedule_starts_like_a_long_one(schedule: Schedule, units: int) -> None:
     endless = replace(schedule, num_blocks=None)
@@ -203,7 +203,7 @@ def test_paper_order_and_versions_are_the_ideal_ones(golden: Path, case: str) ->
     assert rows == config["schedules"]["ideal"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(schedules)
 def test_each_of_several_videos_is_made_as_if_alone(schedule: Schedule) -> None:
     alone = replace(schedule, num_videos=1)

@@ -26,7 +26,7 @@ from pairwise import pairwise
 from schedules import TooLate, schedules
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(schedules)
 def test_with_unit_costs_it_is_the_schedule_in_ticks(schedule: Schedule) -> None:
     found = simulate(schedule, Costs())
