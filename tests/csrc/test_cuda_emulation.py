@@ -77,6 +77,10 @@ def test_residual_norm(native, case, dtype, shift):
     check_norm(native, case, dtype, shift)
 
 
+def test_every_kernel_of_a_pass_is_here():
+    assert {path.stem for path in CSRC.glob("*.cu")} == {*emulation.PARAMS, "attention_hopper"}  # which has its own
+
+
 def test_ends_of_residual_norm(native):
     check_constant_rows(native)
     check_longest_row(native)

@@ -19,7 +19,7 @@ KINDS = {
     "threads that never meet": "deadlock: ",
     "a shuffle with the wrong mask": "a shuffle's mask leaves out|which takes no part",
     "a launch that CUDA refuses": "launch: cudaError",
-    "another device or stream": "launched on device",
+    "a launch elsewhere": "launched on device",
     "another result": "differs",
 }
 
@@ -79,8 +79,8 @@ MUTANTS = [
     Mutant(NORM, "alignment of h not asked for", " && aligned16(p.h)", "", "misaligned"),
     Mutant(NORM, "rows that end within a pack", "aligned && p.dim % kPack<T> == 0", "aligned",
            "misaligned or out of bounds"),
-    Mutant(NORM, "device not made current", "const DeviceGuard guard(device);", "", "another device or stream"),
-    Mutant(NORM, "default stream", "as<CUstream_st>(stream)", "nullptr", "another device or stream"),
+    Mutant(NORM, "device not made current", "const DeviceGuard guard(device);", "", "a launch elsewhere"),
+    Mutant(NORM, "default stream", "as<CUstream_st>(stream)", "nullptr", "a launch elsewhere"),
     Mutant(ROPE, "stride of k left out", "row * p.k_stride", "row * inner", "out of bounds"),
     Mutant(ROPE, "one row too many lent", "at >= lend.tokens", "at > lend.tokens", "out of bounds"),
     Mutant(ROPE, "rows lent from the first on", "row - lend.first", "row", "another result"),
