@@ -86,9 +86,9 @@ def bench(
         blocks = [torch.compile(block) for block in weights.blocks]
 
         def compiled() -> torch.Tensor:
-            hidden = own.hidden[None]
+            hidden, rotary = own.hidden[None], own.diffusers_rotary
             for block in blocks:
-                hidden = block(hidden, own.text_states[None], own.temb[None], own.diffusers_rotary)
+                hidden = block(hidden, own.text_states[None], own.temb[None], rotary)
             return hidden[0]
 
         functions["layer compiled"] = compiled

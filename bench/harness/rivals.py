@@ -22,13 +22,18 @@ from harness.shapes import Shape
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
+def seeded(device: torch.device, seed: int) -> torch.Generator | None:
+    """A generator; None on "meta", whose tensors have no values."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+
 class Weights:
     """Random weights of a few layers, for ours and for diffusers' modules alike."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.spec = shape.spec
-        generator = torch.Generator(device).manual_seed(0)
+        generator = seeded(device, 0)
         self.tensors: dict[str, torch.Tensor] = {}
         for name, size in self.spec.shapes(0).items():
             scale = 1.0 if "norm" in name and name.endswith("weight") else (size[-1] if len(size) > 1 else 100) ** -0.5
@@ -57,7 +62,7 @@ class Inputs:
 
     def __init__(self, weights: Weights, frames: int, start: int = 0) -> None:
         shape, device, dtype = weights.shape, weights.device, weights.dtype
-        generator = torch.Generator(device).manual_seed(frames)
+        generator = seeded(device, frames)
         tokens = frames * shape.grid.tokens
         self.hidden = torch.randn(tokens, shape.inner, generator=generator, device=device).to(dtype)
         self.text_states = torch.randn(shape.text_tokens, shape.inner, generator=generator, device=device).to(dtype)
@@ -138,9 +143,9 @@ class OursStep8:
 
 def diffusers_step(weights: Weights, inputs: Inputs) -> torch.Tensor:
     """One unit without neighbours through diffusers' own blocks."""
-    hidden = inputs.hidden[None]
+    hidden, rotary = inputs.hidden[None], inputs.diffusers_rotary
     for block in weights.blocks:
-        hidden = block(hidden, inputs.text_states[None], inputs.temb[None], inputs.diffusers_rotary)
+        hidden = block(hidden, inputs.text_states[None], inputs.temb[None], rotary)
     return hidden[0]
 
 

@@ -197,7 +197,7 @@ class Engine:
         inputs = split_videos(prompt, negative_prompt, seed, generator, latents, prompt_embeds, negative_prompt_embeds)
         callback = callback_on_step_end and partial(callback_on_step_end, self)
         requests = [check_request(self.setup, self.scheduler, video, each, callback) for each in inputs]
-        check_requests(self.setup, requests, result_kind)
+        check_requests(self.setup, self.parts, requests, result_kind)
         if checkpoint is not None:
             checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(Path(checkpoint))
             check_restartable(self.setup, requests)
@@ -233,7 +233,7 @@ class Engine:
         callback = callback_on_step_end and partial(callback_on_step_end, self)
         requests = requests_of(self.setup, self.scheduler, resumed.snapshot, checkpoint.folder, callback)
         check_restartable(self.setup, requests)
-        check_requests(self.setup, requests, None)
+        check_requests(self.setup, self.parts, requests, None)
         return self._begin(requests, timeline, checkpoint, resumed)
 
     def _begin(

@@ -45,6 +45,7 @@ def run_info(
         "diffusers": diffusers.__version__,
         "world_size": setup.mesh.world_size,
         "device": setup.mesh.device.type,
+        "float32_products": _float32_products(setup.mesh.device),
         "weights": setup.source.fingerprint,
         "sampler": type(scheduler).__name__,
         "schedule": asdict(schedule),
@@ -77,7 +78,7 @@ def snapshot_info(
 
 
 def versions(setup: Setup) -> dict[str, str]:
-    """The versions of software and the card, by name, which decide the last bits of frames.
+    """The versions of software, the card and its products, by name, which decide the last bits of frames.
 
     A run that is resumed with others goes on, and its frames may differ in those bits.
     """
@@ -86,7 +87,20 @@ def versions(setup: Setup) -> dict[str, str]:
     device = setup.mesh.device
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     found = {"dualparal": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    return {**found, "device": f"{device.type} {card}"}
+    return {**found, "device": f"{device.type} {card}", "float32 products": _float32_products(device)}
+
+
+def _float32_products(device: torch.device) -> str:
+    """The precision of float32 matrix products in this process: the caller's to set, "ieee" unless he does.
+
+    Part of the transformer is float32 whatever the dtype of the rest is. Convolutions need no entry: the family sets
+    their precision itself.
+    """
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    found = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # since torch 2.9
+    if found is None:
+        found = {"highest": "ieee"}.get(torch.get_float32_matmul_precision(), torch.get_float32_matmul_precision())
+    return "ieee" if found == "none" else found
 
 
 def check_same_run(setup: Setup, scheduler: Any, found: Snapshot) -> None:

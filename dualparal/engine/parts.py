@@ -39,6 +39,11 @@ class Parts:
                 self.slices[stage] = setup.source.load_slices(setup.layers[stage], setup.dtype, setup.mesh.device)
 
     @property
+    def has_vae(self) -> bool:
+        """True once the VAE is in memory."""
+        return self._vae is not None
+
+    @property
     def vae(self) -> Any:
         """The VAE (diffusers), loaded at first use. Raises ModelError, OSError."""
         if self._vae is None:

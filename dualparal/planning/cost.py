@@ -13,9 +13,9 @@ from dualparal.schedule.actions import DECODE_BOUND, Unit
 from dualparal.schedule.replay import Costs
 from dualparal.schedule.schedule import Schedule
 
-# Passes over a unit's hidden states in a layer with fused kernels: docs/gpu.md, "22 passes".
-PASSES = 22
-# Passes over C frames of keys and values to lend and to borrow them, per neighbour: docs/gpu.md, "features moved".
+# Passes over a unit's hidden states in a layer with fused kernels, its small tables left out: bench/count_passes.py.
+PASSES = 20
+# Passes over C frames of keys and values to lend and to borrow them, per neighbour: bench/count_passes.py.
 FEATURE_PASSES = 4
 # A sampler step: Python of diffusers' UniPC on the host, ahead of which stage 0 cannot run. Assumption.
 UPDATE_SECONDS = 1.5e-3

@@ -57,7 +57,7 @@ CONSUMER = Efficiency(
     0.85,
     0.80,
     0.35,
-    "chosen so that Wan2.1-1.3B, 81 frames, 480p, 50 steps in plain diffusers takes 192 s on an RTX 5090, published: "
+    "chosen so that Wan2.1-1.3B, 81 frames, 480p, 50 steps in plain diffusers takes 188 s on an RTX 5090, published: "
     "184 s (TurboDiffusion's README); convolutions: assumption",
 )
 LOW_POWER = Efficiency(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from count_passes import count, diffusers
 from harness.shapes import GPU_SHAPES, wan_config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,22 +94,14 @@ def test_neighbours_and_first_blocks_are_counted() -> None:
     )
 
 
-def test_layers_as_docs_gpu_has_them() -> None:
-    """docs/gpu.md: milliseconds per layer on an H200, B = C = 8, both branches: 11.9 and 51, with 1.5 % of features."""
-    for name, milliseconds in (("wan2.1-t2v-1.3b", 11.9), ("wan2.1-t2v-14b", 51.0)):
-        work = Workload(MODELS[name], VideoConfig(num_frames=1025), EngineConfig(BlockConfig(8, 8)))
-        tokens = 8 * work.tokens
-        layer = 2e3 * layer_arithmetic(work, tokens, 3 * tokens, 2 * tokens, 2 * tokens).seconds(DEVICES["h200"])
-        assert layer == pytest.approx(milliseconds * 1.015, rel=0.03)
-
-
 def test_published_times_of_whole_models() -> None:
-    """Plain diffusers, 81 frames of 480p, 50 steps: eager passes over memory in place of ours (docs/gpu.md: 155)."""
+    """Plain diffusers, 81 frames of 480p, 50 steps: the passes of its eager block in place of ours."""
     work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=81), EngineConfig(BlockConfig(21, 0)))
     tokens = 21 * work.tokens
-    eager = layer_arithmetic(work, tokens, tokens)._replace(moved=155 * tokens * work.model.inner * 2)
+    passes = count(replace(GPU_SHAPES[0], frames=21), diffusers, tokens).total
+    eager = layer_arithmetic(work, tokens, tokens)._replace(moved=passes * tokens * work.model.inner * 2)
     seconds = 2 * 50 * work.model.num_layers * eager.seconds(DEVICES["rtx5090"])
-    assert seconds == pytest.approx(184, rel=0.06)  # TurboDiffusion's README: 184 s on an RTX 5090
+    assert seconds == pytest.approx(184, rel=0.03)  # TurboDiffusion's README: 184 s on an RTX 5090
 
 
 def test_balance() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dualparal.models.wan.convolutions import STEADY
+
 
 class StreamingDecoder:
     """Decodes one video with a diffusers ``AutoencoderKLWan`` (Wan 2.1, or the residual one of Wan 2.2).
@@ -79,7 +81,8 @@ class StreamingDecoder:
         self._check(latents)
         self._size = latents.shape[3:]
         self._torn = True
-        frames = [self._decode_one(latent) for latent in latents.split(1, dim=2)]
+        with STEADY:
+            frames = [self._decode_one(latent) for latent in latents.split(1, dim=2)]
         self._torn = False
         return torch.cat(frames)
 
