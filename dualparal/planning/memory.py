@@ -75,6 +75,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     """
     model, size, h, tokens = work.model, work.itemsize, work.model.inner, work.tokens
     layers, first, last = split[stage], stage == 0, stage == len(split) - 1
+    in_8bit, linears = _layers_8bit(work, split, stage), model.linears
     branches, steps, experts = schedule.branches, schedule.num_steps, model.experts
     lent = work.blocks.context_frames * tokens
     window = work.layout.max_window_frames * tokens
@@ -90,7 +91,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         features=(sum(slots.values()) * slot_bytes(work, layers) + means) * branches,
         workspace=2 * (window + sum(map(bool, slots.values())) * lent) * h * size,
         buffers=work.engine.depth * (inbound + outbound) * size if len(split) > 1 else 0,
-        activations=window * model.layer_activations * size,
+        activations=window * (model.layer_activations * size + (linears.widest if in_8bit else 0)),
         conditions=(
             videos * experts * branches * layers * 2 * work.text_tokens * h * size
             + 4 * steps * (6 * layers + 2 * last) * h
@@ -99,7 +100,9 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         ),
         latents=(latents * SAMPLER_COPIES * (blocks + videos) + noise) if first else 0,
         decode=decode_bytes(work) if first and decodes and work.decode else 0,
-        load=layers * model.joined_parameters * size,
+        # A matrix to be quantised is there in float32 at the worst.
+        load=((layers - in_8bit) * size + in_8bit) * model.joined_parameters
+        + (4 * linears.widest * h if in_8bit else 0),
         before=model.text_encoder * size if first else 0,
     )
 
@@ -109,12 +112,20 @@ def slice_bytes(work: Workload, split: Sequence[int], stage: int) -> int:
     model, size = work.model, work.itemsize
     narrow, wide = model.layer_parameters
     more, more_wide = model.condition_parameters
-    total = split[stage] * (narrow * size + wide * 4) + more * size + more_wide * 4
+    total = split[stage] * (narrow * size + wide * 4)
+    total -= _layers_8bit(work, split, stage) * (model.linears.parameters * (size - 1) - 4 * model.linears.channels)
+    total += more * size + more_wide * 4
     if stage == 0:
         total += model.embed_parameters * size
     if stage == len(split) - 1:
         total += model.head_parameters[0] * size + model.head_parameters[1] * 4
     return total
+
+
+def _layers_8bit(work: Workload, split: Sequence[int], stage: int) -> int:
+    """Layers of a stage whose linears have 8 bits."""
+    start = sum(split[:stage])
+    return sum(map(work.engine.linear_8bit.covers, range(start, start + split[stage])))
 
 
 def slot_bytes(work: Workload, layers: int) -> int:
