@@ -16,7 +16,7 @@ from dualparal.config.eight_bit import OFF, EightBitPolicy
 from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, key_mean, lent, place, tiles_of
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.models.base import Grid, ModelSpec, Pending, Slice
-from dualparal.models.keys_values import Context8, Features8, KeysValues, to_8bit, to_16bit
+from dualparal.models.keys_values import Context8, Features8, KeysValues, Packed, to_8bit, to_16bit
 from dualparal.sampling.sampler import Sampler
 from dualparal.schedule.layout import Layout
 
@@ -34,6 +34,7 @@ def generate(
     prompt_embeds: Callable[[int], torch.Tensor],
     guidance_scales: Sequence[float],
     eight_bit: EightBitPolicy = OFF,
+    features_8bit: bool = False,
 ) -> torch.Tensor:
     """Final latents [1, C, L, H, W] float32 of a video of ``layout.num_latents`` frames.
 
@@ -44,6 +45,7 @@ def generate(
         guidance_scales: one per expert.
         eight_bit: the layers and steps in 8 bits. A block takes from its keys their mean of the step before (at its
             first such step, of this one). Features stay as their maker had them, and other readers convert.
+        features_8bit: features made in 16 bits are kept in 8 bits.
     """
     assert layout.num_blocks is not None, "the reference makes finite videos"
     policy, context, steps = layout.blocks.context, layout.blocks.context_frames, len(sampler)
@@ -86,7 +88,11 @@ def generate(
             text_condition = KeysValues(text[layer, 0], text[layer, 1])
             hidden, pending = expert.layer(layer, hidden, pending, time, text_condition, rotary, keys_values)
             for side, start in (("head", first), ("tail", own - count)):
-                features[layer, side, block, step, branch] = lend(keys_values, start, count)
+                lent = lend(keys_values, start, count)
+                if features_8bit and isinstance(lent, KeysValues):
+                    kept, lent = Packed.of(lent), KeysValues(*map(torch.empty_like, lent))
+                    kept.restore(lent)
+                features[layer, side, block, step, branch] = lent
             if isinstance(keys_values, Context8):
                 means[layer, block, branch] = key_mean(keys_values.k_sums, own)
         own_pending = None if pending is None else (pending[0][first:], pending[1])

@@ -87,6 +87,9 @@ class ModelFlags:
     linear_8bit_keep_layers: Annotated[
         str, typer.Option(help="Layers whose linears stay in 16 bits, such as 0,29.", show_default=False)
     ] = ""
+    features_8bit: Annotated[
+        bool, typer.Option(help="Keep neighbours' features in fp8, in half the memory; attention stays as it is.")
+    ] = False
     allow_nonfinite: Annotated[
         bool, typer.Option(help="Go on when a block holds NaN or infinity, instead of stopping before it.")
     ] = False

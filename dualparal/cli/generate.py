@@ -92,6 +92,7 @@ def _job(
             graphs=place.graphs,
             attention_8bit=_eight_bit(model),
             linear_8bit=_linear_8bit(model),
+            features_8bit=model.features_8bit,
             allow_nonfinite=model.allow_nonfinite,
         ),
         model=model.model,

@@ -30,6 +30,8 @@ class EngineConfig:
             video, near that of "off"; the same for any number of stages.
         linear_8bit: linears of the layers in 8 bits, in all layers or in some; with dtype bfloat16. Another video,
             near that of "off"; the same for any number of stages.
+        features_8bit: neighbours' features of attention in 16 bits are kept in fp8, in half the memory. Another video,
+            near that of False; the same for any number of stages.
         allow_nonfinite: give out blocks that hold NaN or infinity, with a warning, and do not stop.
 
     Raises:
@@ -45,6 +47,7 @@ class EngineConfig:
     graphs: bool = False
     attention_8bit: EightBitPolicy = OFF
     linear_8bit: LinearPolicy = LINEAR_OFF
+    features_8bit: bool = False
     allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers in fp8 (e4m3): one scale per row of the input, one per output channel of the weight.
+"""Rows in fp8 (e4m3) with one scale each, and linear layers of them: one per token, one per output channel of a weight.
 
 ``y = (x_8 @ w_8.T) * x_scale * w_scale + bias``, the product in the tensor cores' fp8, everything else in float32, the
 result in bfloat16: on a GPU ``torch._scaled_mm``. Weights are quantised once, when they are loaded; inputs in a pass of
@@ -17,7 +17,7 @@ import torch
 from .. import backend as backends
 from . import reference
 
-__all__ = ["DIVISOR", "Rows8", "absent", "linear_8bit", "quantise_rows"]
+__all__ = ["DIVISOR", "Rows8", "absent", "linear_8bit", "quantise_rows", "restore_rows"]
 
 BACKENDS = ("triton", "torch")
 DIVISOR = 16  # of both sides of a weight: what torch._scaled_mm takes
@@ -59,6 +59,21 @@ def quantise_rows(x: torch.Tensor, *, backend: str = "auto") -> Rows8:
     """
     run = torch.ops.dualparal.quantise_rows if backends.recorded(x) else _quantise_rows
     return Rows8(*run(x, backend))
+
+
+def restore_rows(rows: Rows8, out: torch.Tensor, *, backend: str = "auto") -> None:
+    """Writes ``values * scale`` to ``out``, computed in float32 and rounded once to its dtype.
+
+    Args:
+        rows: as ``quantise_rows`` makes them, contiguous.
+        out: [rows, columns], float32, bfloat16 or float16, contiguous.
+        backend: "auto" (Triton on a GPU, the definition on a CPU), "triton" or "torch".
+
+    Raises:
+        ValueError: a shape, dtype or layout is not as above, or the backend cannot run.
+    """
+    run = torch.ops.dualparal.restore_rows if backends.recorded(rows.values) else _restore_rows
+    run(*rows, out, backend)
 
 
 def linear_8bit(x: torch.Tensor, weight: Rows8, bias: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -117,3 +132,19 @@ _quantise_rows_op = torch.library.custom_op("dualparal::quantise_rows", _quantis
 @_quantise_rows_op.register_fake
 def _(x: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape, dtype=reference.FP8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+def _restore_rows(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, backend: str) -> None:
+    backends.check_dtype("out", out)
+    backends.check("out", out, values.shape, out.dtype, values.device)
+    backends.check("values", values, out.shape, reference.FP8, out.device)
+    backends.check("scale", scale, (out.shape[0], 1), torch.float32, out.device)
+    if backends.choose("restore_rows", out.device, backend, BACKENDS) == "torch":
+        out.copy_(values.float() * scale)
+        return
+    from . import triton_kernel
+
+    triton_kernel.restore_rows(values, scale, out)
+
+
+torch.library.custom_op("dualparal::restore_rows", _restore_rows, mutates_args=("out",))

@@ -1,6 +1,6 @@
-"""quantise_rows in Triton: one thread block per row, which stays in registers between its maximum and its rounding.
+"""quantise_rows and restore_rows in Triton: one thread block per row, which is read once and written once.
 
-Memory: each element is read once and written once, as one byte.
+It stays in registers between its maximum and its rounding.
 """
 
 import torch
@@ -58,6 +58,28 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 enable_fp_fusion=False,  # a product is rounded by itself, as in PyTorch
             )
     return values, scale
+
+
+@triton.jit
+def restore_rows_kernel(X, SCALE, Y, DIM: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr):
+    """Row program_id(0). X: [rows, DIM] fp8; SCALE: [rows] float32; Y: [rows, DIM]."""
+    row = tl.program_id(0).to(tl.int64)
+    full: tl.constexpr = HIGH + LOW == DIM
+    high = tl.arange(0, HIGH)
+    scale = tl.load(SCALE + row)
+    store(Y + row * DIM, high, load(X + row * DIM, high, DIM, True).to(tl.float32) * scale, DIM, True)
+    if LOW > 0:
+        low = HIGH + tl.arange(0, LOW)
+        store(Y + row * DIM, low, load(X + row * DIM, low, DIM, full).to(tl.float32) * scale, DIM, full)
+
+
+def restore_rows(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """The op that the package describes; its arguments are checked already. Raises ValueError for rows too long."""
+    rows, dim = values.shape
+    high, low, num_warps = tiles(dim, out.element_size())
+    if rows:
+        with backends.current(out.device):
+            restore_rows_kernel[(rows,)](values, scale, out, DIM=dim, HIGH=high, LOW=low, num_warps=num_warps)
 
 
 OFFLINE: list[OfflineCase] = []  # for all architectures: none, fp8 begins with compute capability 8.9

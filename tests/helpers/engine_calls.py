@@ -41,4 +41,5 @@ def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: A
         lambda block: rows,
         [video.guidance_scale, second],
         engine.config.attention_8bit,
+        engine.config.features_8bit,
     )

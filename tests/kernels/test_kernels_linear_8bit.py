@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dualparal.kernels.accuracy import rms
-from dualparal.kernels.linear_8bit import Rows8, absent, linear_8bit, quantise_rows
+from dualparal.kernels.linear_8bit import Rows8, absent, linear_8bit, quantise_rows, restore_rows
 from dualparal.kernels.linear_8bit.cases import CASES, Case
 from kernel_common import random
 
@@ -73,6 +73,17 @@ def test_a_number_that_is_none_shows_in_its_row_alone(bad: float) -> None:
     assert made[7].isnan().all() and made[torch.arange(SOME.rows) != 7].isfinite().all()
 
 
+def test_rows_restored_are_near_and_keep_their_own(dtype: torch.dtype = torch.bfloat16) -> None:
+    """e4m3 has a relative error of 2^-4 at most, for numbers that are not far below their row's largest."""
+    x = random(33, 64, dtype=dtype)
+    back = torch.full_like(x, torch.nan)
+    restore_rows(quantise_rows(x), back)
+    assert ((back - x).abs() <= 2.0**-4 * x.abs() + x.abs().amax(1, keepdim=True) * 2.0**-15).all()
+    assert rms(back - x) > 1e-3 * rms(x)
+    with pytest.raises(ValueError, match="out is"):
+        restore_rows(quantise_rows(x), back[:5])
+
+
 def test_zeros_stay_zeros() -> None:
     made = quantise_rows(torch.zeros(3, 16))
     assert made.scale.gt(0).all() and made.values.float().eq(0).all()
@@ -95,6 +106,11 @@ def test_triton_equals_the_definition(width: int, dtype: torch.dtype) -> None:
     finite = [0, 1, 4, 5]
     assert torch.equal(made.values[finite].float(), want.values[finite].float())
     assert made.scale[2:4].isnan().all()
+    back, wanted = torch.empty_like(x), torch.empty_like(x)
+    with interpreted(triton_kernel):
+        triton_kernel.restore_rows(*made, back)
+    restore_rows(want, wanted, backend="torch")
+    assert torch.equal(back[finite], wanted[finite]) and not back[2:4].isfinite().any()
 
 
 @pytest.mark.parametrize("dim", [1536, 5120, 8960, 13824])
@@ -136,6 +152,7 @@ def test_cards_without_fp8_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_as_a_torch_op() -> None:
     x, weight, bias = inputs(SOME)
     torch.library.opcheck(torch.ops.dualparal.quantise_rows, (x, "auto"))
+    torch.library.opcheck(torch.ops.dualparal.restore_rows, (*quantise_rows(x), torch.empty_like(x), "auto"))
     made = quantise_rows(weight)
     exported = torch.export.export(Module(made, bias), (x,))
     assert torch.equal(exported.module()(x), linear_8bit(x, made, bias))
