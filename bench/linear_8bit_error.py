@@ -90,6 +90,7 @@ VIDEOS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
     "fp8 linears": {"linear_8bit": "fp8"},
     "fp8 linears but in layers 0 and 7": {"linear_8bit": LinearPolicy("fp8", (0, 7))},
+    "features in 8 bits": {"features_8bit": True},
     "int8 attention": {"attention_8bit": "int8"},
     "fp8 attention": {"attention_8bit": "fp8"},
     "fp8 linears and fp8 attention": {"linear_8bit": "fp8", "attention_8bit": "fp8"},

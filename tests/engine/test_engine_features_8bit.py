@@ -1,4 +1,4 @@
-"""Features kept in fp8 beside attention in 16 bits: the bits of the reference, half of the memory, on when asked for."""
+"""Features kept in fp8 beside attention in 16 bits: the bits of the reference, half of the memory, if asked for."""
 
 from __future__ import annotations
 
@@ -37,13 +37,23 @@ def build(engine: Build, *args: Any, **options: Any) -> Engine:
     return engine(*args, **{"frames_per_block": 4, "context_frames": 1, "dtype": "bfloat16", **options})
 
 
-def latents(built: Engine) -> torch.Tensor:
-    made: torch.Tensor = built(**embeds(built, False), output_type="latent", **CALL).frames
+def latents(built: Engine, **changes: Any) -> torch.Tensor:
+    made: torch.Tensor = built(**embeds(built, False), output_type="latent", **{**CALL, **changes}).frames
     return made
 
 
-@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
-@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"attention_8bit": SOME}], ids=str)
+@pytest.mark.parametrize(
+    "policy, options",
+    [
+        ("cached", {}),
+        ("prior", {}),
+        ("paper", {}),
+        ("cached", {"dtype": "float32"}),
+        ("cached", {"attention_8bit": SOME}),
+        ("prior", {"attention_8bit": SOME}),
+    ],
+    ids=str,
+)
 def test_engine_equals_reference_for_any_number_of_stages(engine: Build, policy: str, options: dict[str, Any]) -> None:
     """With attention in 8 bits at some steps and layers, a slot holds either format, and readers convert."""
     options = {"context": policy, "features_8bit": True, **options}
@@ -93,6 +103,7 @@ def test_the_planner_counts_the_bytes_of_the_store(
     engine: Build, wan21: Path, policy: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each stage, to the byte; before, 8-bit attention's features were counted as 16-bit ones."""
+    small = {"height": 32, "width": 48}  # 6 tokens per frame
     found: list[int] = []
     make = FeatureStore.__init__
 
@@ -102,8 +113,8 @@ def test_the_planner_counts_the_bytes_of_the_store(
 
     monkeypatch.setattr(FeatureStore, "__init__", watch)
     built = build(engine, stages=2, context=policy, **CASES[name])
-    latents(built)
-    video = VideoConfig(output_type="latent", **CALL)
+    latents(built, **small)
+    video = VideoConfig(output_type="latent", **{**CALL, **small})
     request = check_request(built.setup, built.scheduler, video, VideoInputs(**embeds(built, False)))
     work = Workload(model_sizes(str(wan21)), request.video, built.config)
     schedule = schedule_of(built.setup, [request])
@@ -112,9 +123,6 @@ def test_the_planner_counts_the_bytes_of_the_store(
 
 
 def test_half_of_the_memory_of_a_large_model() -> None:
-    from dualparal.planning.planner import plan
-
-    del plan
     sizes = model_sizes("wan2.1-t2v-14b")
     video = VideoConfig(num_frames=1025, num_inference_steps=50)
     plain, kept = (Workload(sizes, video, EngineConfig.of(features_8bit=on)) for on in (False, True))
@@ -142,5 +150,5 @@ def test_snapshots_compare_it(engine: Build, tmp_path: Path) -> None:
 
 def test_a_card_without_fp8_is_refused(engine: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_8bit, "absent", lambda device: "fp8 needs compute capability 8.9, see cuda:0")
-    with pytest.raises(ValueError, match="features_8bit=True cannot run: fp8 needs .* leave it out"):
+    with pytest.raises(ValueError, match=r"features_8bit=True cannot run: fp8 needs .* leave it out"):
         build(engine, features_8bit=True)
