@@ -14,7 +14,7 @@ from dualparal.version import __version__
 if TYPE_CHECKING:
     from dualparal.checkpoint.checkpointer import Checkpoint
     from dualparal.config.blocks import BlockConfig
-    from dualparal.config.eight_bit import EightBitPolicy
+    from dualparal.config.eight_bit import EightBitPolicy, LinearPolicy
     from dualparal.config.engine import EngineConfig
     from dualparal.config.video import VideoConfig
     from dualparal.decoding.chunks import Chunk
@@ -34,6 +34,7 @@ _EXPORTS = {
     "Engine": "engine.engine",
     "EngineConfig": "config.engine",
     "EngineOutput": "engine.result",
+    "LinearPolicy": "config.eight_bit",
     "Plan": "planning.plan",
     "Schedule": "schedule.schedule",
     "plan": "planning.planner",
@@ -47,6 +48,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineOutput",
+    "LinearPolicy",
     "Plan",
     "Schedule",
     "VideoConfig",

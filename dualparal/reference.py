@@ -16,7 +16,7 @@ from dualparal.config.eight_bit import OFF, EightBitPolicy
 from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, key_mean, lent, place, tiles_of
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.models.base import Grid, ModelSpec, Pending, Slice
-from dualparal.models.keys_values import Context8, Features8, KeysValues, to_8bit, to_16bit
+from dualparal.models.keys_values import Context8, Features8, KeysValues, Packed, to_8bit, to_16bit
 from dualparal.sampling.sampler import Sampler
 from dualparal.schedule.layout import Layout
 
@@ -34,6 +34,7 @@ def generate(
     prompt_embeds: Callable[[int], torch.Tensor],
     guidance_scales: Sequence[float],
     eight_bit: EightBitPolicy = OFF,
+    features_8bit: bool = False,
 ) -> torch.Tensor:
     """Final latents [1, C, L, H, W] float32 of a video of ``layout.num_latents`` frames.
 
@@ -43,7 +44,7 @@ def generate(
         prompt_embeds: block -> [1 or 2, sequence, text_dim], the conditional row first; two rows mean guidance.
         guidance_scales: one per expert.
         eight_bit: the layers and steps in 8 bits. A block takes from its keys their mean of the step before (at its
-            first such step, of this one). Features stay as their maker had them, and other readers convert.
+            first such step, of this one). Features stay as made, or in 8 bits (``features_8bit``); readers convert.
     """
     assert layout.num_blocks is not None, "the reference makes finite videos"
     policy, context, steps = layout.blocks.context, layout.blocks.context_frames, len(sampler)
@@ -86,7 +87,7 @@ def generate(
             text_condition = KeysValues(text[layer, 0], text[layer, 1])
             hidden, pending = expert.layer(layer, hidden, pending, time, text_condition, rotary, keys_values)
             for side, start in (("head", first), ("tail", own - count)):
-                features[layer, side, block, step, branch] = lend(keys_values, start, count)
+                features[layer, side, block, step, branch] = lend(keys_values, start, count, features_8bit)
             if isinstance(keys_values, Context8):
                 means[layer, block, branch] = key_mean(keys_values.k_sums, own)
         own_pending = None if pending is None else (pending[0][first:], pending[1])
@@ -144,9 +145,17 @@ def arena(
     return Context8(made, place(parts), means, sums, mean is None)
 
 
-def lend(made: KeysValues | Context8, start: int, count: int) -> KeysValues | Features8:
-    """The features that a neighbour reads: ``count`` rows from ``start`` on, in the format that they were made in."""
+def lend(made: KeysValues | Context8, start: int, count: int, packed: bool) -> KeysValues | Features8:
+    """The features that a neighbour reads: ``count`` rows from ``start`` on, in the format that they were made in.
+
+    ``packed``: those in 16 bits have been kept in 8.
+    """
     if isinstance(made, KeysValues):
-        return made.rows(start, count)
+        rows = made.rows(start, count)
+        if not packed:
+            return rows
+        kept = KeysValues(*map(torch.empty_like, rows))
+        Packed.of(rows).restore(kept)
+        return kept
     share = lent(start, count)
     return Features8(made.arena.rows(share.first, share.rows), made.means[0], share.skip)

@@ -81,6 +81,15 @@ class ModelFlags:
         int, typer.Option(help="Number of steps at the start that stay in 16 bits.")
     ] = 0
     attention_8bit_keep_last_steps: Annotated[int, typer.Option(help="The same at the end.")] = 0
+    linear_8bit: Annotated[
+        str | None, typer.Option(help="fp8: linears of the layers in 8 bits; needs bfloat16. Default: off.")
+    ] = None
+    linear_8bit_keep_layers: Annotated[
+        str, typer.Option(help="Layers whose linears stay in 16 bits, such as 0,29.", show_default=False)
+    ] = ""
+    features_8bit: Annotated[
+        bool, typer.Option(help="Keep neighbours' features in fp8, in half the memory; attention stays as it is.")
+    ] = False
     allow_nonfinite: Annotated[
         bool, typer.Option(help="Go on when a block holds NaN or infinity, instead of stopping before it.")
     ] = False

@@ -21,7 +21,7 @@ from dualparal.cli.place import choose_device, choose_threads, count_stages, lea
 from dualparal.cli.rank import work
 from dualparal.cli.resumed import resumed_job
 from dualparal.config.blocks import BlockConfig
-from dualparal.config.eight_bit import EightBitPolicy
+from dualparal.config.eight_bit import EightBitPolicy, LinearPolicy
 from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.launch.heartbeat import Heartbeat
@@ -91,6 +91,8 @@ def _job(
             depth=place.depth,
             graphs=place.graphs,
             attention_8bit=_eight_bit(model),
+            linear_8bit=_linear_8bit(model),
+            features_8bit=model.features_8bit,
             allow_nonfinite=model.allow_nonfinite,
         ),
         model=model.model,
@@ -175,15 +177,23 @@ def _blocks(flags: BlockFlags, checkpoint: Path | None, steps: int) -> BlockConf
 
 def _eight_bit(flags: ModelFlags) -> EightBitPolicy:
     """The 8-bit attention of the flags. Raises ValueError."""
-    text = flags.attention_8bit_keep_layers
-    try:
-        layers = tuple(int(layer) for layer in text.split(",") if text)
-    except ValueError:
-        raise ValueError(
-            f"--attention-8bit-keep-layers {text!r}: use numbers of layers from 0 on, such as 0,29"
-        ) from None
+    layers = _kept_layers("--attention-8bit-keep-layers", flags.attention_8bit_keep_layers)
     first, last = flags.attention_8bit_keep_first_steps, flags.attention_8bit_keep_last_steps
     return EightBitPolicy(flags.attention_8bit or "off", layers, first, last)  # type: ignore[arg-type]
+
+
+def _linear_8bit(flags: ModelFlags) -> LinearPolicy:
+    """The 8-bit linears of the flags. Raises ValueError."""
+    layers = _kept_layers("--linear-8bit-keep-layers", flags.linear_8bit_keep_layers)
+    return LinearPolicy(flags.linear_8bit or "off", layers)  # type: ignore[arg-type]
+
+
+def _kept_layers(flag: str, text: str) -> tuple[int, ...]:
+    """The numbers of a flag such as "0,29". Raises ValueError."""
+    try:
+        return tuple(int(layer) for layer in text.split(",") if text)
+    except ValueError:
+        raise ValueError(f"{flag} {text!r}: use numbers of layers from 0 on, such as 0,29") from None
 
 
 def _planned(job: Job, mode: str) -> Job:

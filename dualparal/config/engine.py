@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dualparal.config.blocks import BlockConfig
-from dualparal.config.eight_bit import OFF, EightBitPolicy
+from dualparal.config.eight_bit import LINEAR_OFF, OFF, EightBitPolicy, LinearPolicy
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # of the transformer, bytes per element
 
@@ -28,6 +28,10 @@ class EngineConfig:
         graphs: run each stage step as a CUDA graph; the same bits, less work for the host.
         attention_8bit: self-attention in 8 bits, in all layers and steps or in some; with a dtype of 16 bits. Another
             video, near that of "off"; the same for any number of stages.
+        linear_8bit: linears of the layers in 8 bits, in all layers or in some; with dtype bfloat16. Another video,
+            near that of "off"; the same for any number of stages.
+        features_8bit: neighbours' features of attention in 16 bits are kept in fp8, in half the memory. Another video,
+            near that of False; the same for any number of stages.
         allow_nonfinite: give out blocks that hold NaN or infinity, with a warning, and do not stop.
 
     Raises:
@@ -42,6 +46,8 @@ class EngineConfig:
     depth: int = 2
     graphs: bool = False
     attention_8bit: EightBitPolicy = OFF
+    linear_8bit: LinearPolicy = LINEAR_OFF
+    features_8bit: bool = False
     allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
@@ -57,6 +63,11 @@ class EngineConfig:
                 f"attention_8bit={self.attention_8bit.mode!r} with dtype=float32: values and weights beside 8-bit "
                 "keys have 16 bits; use dtype='bfloat16'"
             )
+        if self.linear_8bit.on and self.dtype not in (None, "bfloat16"):
+            raise ValueError(
+                f"linear_8bit={self.linear_8bit.mode!r} with dtype={self.dtype}: products of fp8 rows come in "
+                "bfloat16; use dtype='bfloat16'"
+            )
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:
@@ -64,7 +75,8 @@ class EngineConfig:
 
         Args:
             options: fields of this class and of ``BlockConfig`` (frames_per_block, context_frames, context, ...).
-                ``dtype`` and ``device`` may be torch's own objects, ``attention_8bit`` the name of a mode,
+                ``dtype`` and ``device`` may be torch's own objects, ``attention_8bit`` and ``linear_8bit`` names of
+                modes,
                 ``layers_per_stage`` any sequence.
 
         Raises:
@@ -86,6 +98,8 @@ class EngineConfig:
             found["blocks"] = BlockConfig(**blocks)
         mode = found.get("attention_8bit", OFF)
         found["attention_8bit"] = mode if isinstance(mode, EightBitPolicy) else EightBitPolicy(mode)
+        mode = found.get("linear_8bit", LINEAR_OFF)
+        found["linear_8bit"] = mode if isinstance(mode, LinearPolicy) else LinearPolicy(mode)
         if found.get("layers_per_stage") is not None:
             found["layers_per_stage"] = tuple(found["layers_per_stage"])
         for name in ("device", "dtype"):
@@ -96,11 +110,12 @@ class EngineConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EngineConfig:
         """The inverse of ``dataclasses.asdict`` after a way through JSON. Raises KeyError, TypeError, ValueError."""
-        eight_bit = values["attention_8bit"]
+        eight_bit, linear = values["attention_8bit"], values["linear_8bit"]
         return cls.of(
             **{
                 **values,
                 "blocks": BlockConfig(**values["blocks"]),
                 "attention_8bit": EightBitPolicy(**{**eight_bit, "keep_layers": tuple(eight_bit["keep_layers"])}),
+                "linear_8bit": LinearPolicy(linear["mode"], tuple(linear["keep_layers"])),
             }
         )

@@ -175,6 +175,7 @@ class Builder:
                 "tail": blocks.frames_per_block * grid.tokens - lent,
             },
             eight_bit=setup.config.attention_8bit,
+            features_8bit=setup.config.features_8bit,
             refreshes=schedule.refresh_every is not None,
         )
 

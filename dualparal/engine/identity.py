@@ -132,6 +132,8 @@ def _identity(setup: Setup, scheduler: Any) -> dict[str, Any]:
         "blocks": asdict(setup.config.blocks),
         "dtype": str(setup.dtype),
         "attention_8bit": asdict(setup.config.attention_8bit),
+        "features_8bit": setup.config.features_8bit,
+        "linear_8bit": asdict(setup.config.linear_8bit),
         "sampler": type(scheduler).__name__,
         "sampler_config": {k: v for k, v in sorted(sampler.items()) if isinstance(v, (bool, int, float, str))},
     }

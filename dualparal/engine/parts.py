@@ -36,7 +36,8 @@ class Parts:
         setup = self._setup
         for stage in setup.mesh.stages:
             if stage not in self.slices:
-                self.slices[stage] = setup.source.load_slices(setup.layers[stage], setup.dtype, setup.mesh.device)
+                layers, policy = setup.layers[stage], setup.config.linear_8bit
+                self.slices[stage] = setup.source.load_slices(layers, setup.dtype, setup.mesh.device, policy)
 
     @property
     def has_vae(self) -> bool:

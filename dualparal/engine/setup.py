@@ -11,7 +11,7 @@ import torch
 
 from dualparal.config.engine import EngineConfig
 from dualparal.distributed.mesh import Mesh, in_distributed_run
-from dualparal.kernels import attention_8bit
+from dualparal.kernels import attention_8bit, linear_8bit
 from dualparal.models.files import ModelFiles
 from dualparal.models.loaded import LoadedPipeline
 from dualparal.models.source import ModelSource, resolve_model
@@ -62,6 +62,10 @@ class Setup:
         _ = found.layers  # checks the split, before weights are looked at
         if config.attention_8bit.on:
             found.check_8bit()
+        if config.linear_8bit.on:
+            found.check_linear_8bit()
+        if config.features_8bit and (reason := linear_8bit.absent(mesh.device)):
+            raise ValueError(f"features_8bit=True cannot run: {reason}; leave it out")
         if isinstance(source, ModelFiles):
             source.check_weights()
         return found
@@ -91,6 +95,20 @@ class Setup:
             reason = attention_8bit.absent(device, spec.inner_dim // spec.heads, eight_bit.mode == "fp8")
             if reason:
                 raise ValueError(f"attention_8bit={eight_bit.mode!r} cannot run: {reason}; leave it out")
+
+    def check_linear_8bit(self) -> None:
+        """Checks that the model and the device have 8-bit linears like this. Raises ValueError when not."""
+        policy, spec, divisor = self.config.linear_8bit, self.source.spec, linear_8bit.DIVISOR
+        policy.check(spec.num_layers)
+        shapes = {name: shape for name, shape in spec.shapes(0).items() if policy.covers(spec.linear_layer(name))}
+        reason = linear_8bit.absent(self.mesh.device)
+        if not shapes:
+            reason = "this family of models has no linears for it"
+        for name, shape in shapes.items():
+            if any(side % divisor for side in shape):
+                reason = f"{name} is {list(shape)}, and both sides must divide by {divisor}"
+        if reason:
+            raise ValueError(f"linear_8bit={policy.mode!r} cannot run: {reason}; leave it out")
 
 
 def _mesh(config: EngineConfig, device: torch.device) -> Mesh:

@@ -242,8 +242,12 @@ class ModelSpec(Protocol):
         """The dtype a tensor is kept in when the model runs in ``dtype``."""
         ...
 
+    def linear_layer(self, name: str) -> int | None:
+        """The layer of a weight that may have 8 bits; None for all other tensors. The slice has a ``Linear`` of it."""
+        ...
+
     def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> Slice:
-        """A slice from its tensors, which have the names of ``names`` and the dtypes of ``tensor_dtype``."""
+        """A slice from its tensors, as ``models.linear.placed`` makes them of those of ``names``."""
         ...
 
 

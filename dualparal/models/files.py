@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.json_files import ModelError, read_config, read_json
+from dualparal.models.linear import placed
 from dualparal.models.registry import Component, Family, family_in, resolve
 from dualparal.models.sizes import ModelSizes
 from dualparal.models.weights import WeightFiles, check_part, check_tensors
@@ -134,15 +136,16 @@ class ModelFiles:
             if kind is not None and kind not in classes:
                 raise ModelError(f"{path}: tokenizer_class={kind!r}; supported: {', '.join(classes)}")
 
-    def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]:
+    def load_slices(
+        self, layers: range, dtype: torch.dtype, device: torch.device, linear_8bit: LinearPolicy = LINEAR_OFF
+    ) -> list[Slice]:
         """One slice per expert, on ``device``. Only the tensors of these layers are read."""
         slices: list[Slice] = []
         for expert, folder in enumerate(EXPERTS[: self.spec.num_experts]):
             files = WeightFiles(self.path / folder)
-            tensors = {
-                name: tensor.to(device, self.spec.tensor_dtype(name, dtype))
-                for name, tensor in files.read(self.spec.names(expert, layers))
-            }
+            tensors: dict[str, torch.Tensor] = {}
+            for name, tensor in files.read(self.spec.names(expert, layers)):
+                tensors |= placed(self.spec, name, tensor, dtype, device, linear_8bit)
             slices.append(self.spec.build(tensors, layers))
         return slices
 

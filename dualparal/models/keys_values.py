@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from dualparal.kernels.attention_8bit import KeysValues8, quantise_features, restore_features
+from dualparal.kernels.attention_8bit import FP8, KeysValues8, quantise_features, restore_features
+from dualparal.kernels.linear_8bit import Rows8, quantise_rows, restore_rows
 
 
 class KeysValues(NamedTuple):
@@ -39,6 +40,37 @@ class Features8(NamedTuple):
         """The tensors of a slot, keys and values first as in 16 bits. All features of a side have the same skip."""
         k, k_scale, v, v_scale = self.keys_values
         return [tensor for tensor in (k, v, k_scale, v_scale, self.mean) if tensor is not None]
+
+
+class Packed(NamedTuple):
+    """Features of attention in 16 bits, kept in fp8 with a scale per token: half of the memory, converted when read."""
+
+    keys: Rows8
+    values: Rows8
+
+    @classmethod
+    def of(cls, features: KeysValues) -> Packed:
+        """Rounds features."""
+        return cls(*(quantise_rows(tensor) for tensor in features))
+
+    @classmethod
+    def fresh(cls, features: Sequence[torch.Tensor]) -> Packed:
+        """New memory for such keys and values, on their device."""
+        parts = [
+            Rows8(torch.empty_like(x, dtype=FP8), torch.empty(len(x), 1, dtype=torch.float32, device=x.device))
+            for x in features
+        ]
+        return cls(*parts)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors of a slot, keys and values first as in the other formats."""
+        return [self.keys.values, self.values.values, self.keys.scale, self.values.scale]
+
+    def restore(self, out: Sequence[torch.Tensor]) -> None:
+        """Writes keys and values to ``out``, [tokens, inner] each, in its dtype."""
+        for rows, tensor in zip(self, out, strict=True):
+            restore_rows(rows, tensor)
 
 
 class Context8(NamedTuple):

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.files import EXPERTS
 from dualparal.models.json_files import ModelError
+from dualparal.models.linear import placed
 from dualparal.models.registry import Family, family_of, supported_pipelines
 
 
@@ -39,7 +41,9 @@ class LoadedPipeline:
         """The number of elements of each transformer, for ranks to compare (no checksum of the data)."""
         return "; ".join(f"{sum(p.numel() for p in m.parameters())} elements" for m in self._modules)
 
-    def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]:
+    def load_slices(
+        self, layers: range, dtype: torch.dtype, device: torch.device, linear_8bit: LinearPolicy = LINEAR_OFF
+    ) -> list[Slice]:
         """Slices that share the tensors of the loaded transformers (Q, K and V are copied into one matrix).
 
         Raises:
@@ -54,14 +58,14 @@ class LoadedPipeline:
                     f"the loaded transformer has other tensors than a plain one ({', '.join(odd[:3])} ...): fuse "
                     "LoRA weights first (pipe.fuse_lora(); pipe.unload_lora_weights()) and do not quantise"
                 )
-            tensors = {}
+            tensors: dict[str, torch.Tensor] = {}
             for name in self.spec.names(expert, layers):
                 if not state[name].is_floating_point() or state[name].element_size() < 2:
                     raise ModelError(
                         f"the loaded transformer holds {name} as {state[name].dtype}: quantised weights "
                         "are not supported; load it in float32, bfloat16 or float16"
                     )
-                tensors[name] = state[name].to(device, self.spec.tensor_dtype(name, dtype))
+                tensors |= placed(self.spec, name, state[name], dtype, device, linear_8bit)
             slices.append(self.spec.build(tensors, layers))
         return slices
 

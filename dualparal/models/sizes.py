@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class VaeSizes(Protocol):
@@ -34,6 +34,22 @@ class VaeSizes(Protocol):
     def working_bytes(self, pixels: int) -> int:
         """Bytes of the largest set of tensors that live at once while a latent frame is decoded."""
         ...
+
+
+class LinearSizes(NamedTuple):
+    """Sizes of the linears of one layer that may have 8 bits.
+
+    Attributes:
+        parameters: of their matrices.
+        channels: numbers per token that come out of all of them; each has a scale.
+        inputs: numbers per token that go into all of them, and are quantised.
+        widest: numbers per token of the largest input.
+    """
+
+    parameters: int
+    channels: int
+    inputs: int
+    widest: int
 
 
 class ModelSizes(Protocol):
@@ -130,6 +146,11 @@ class ModelSizes(Protocol):
     @property
     def linear_flops(self) -> int:
         """FLOPs of one layer per token, without attention to tokens and text: multiply-adds times two."""
+        ...
+
+    @property
+    def linears(self) -> LinearSizes:
+        """Sizes of the linears of one layer that may have 8 bits; they are among ``layer_parameters``."""
         ...
 
     @property

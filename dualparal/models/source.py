@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.files import ModelFiles
 from dualparal.models.json_files import ModelError, shorten
@@ -33,8 +34,13 @@ class ModelSource(Protocol):
         """A short text that differs between models of other sizes, for ranks to compare."""
         ...
 
-    def load_slices(self, layers: range, dtype: torch.dtype, device: torch.device) -> list[Slice]:
-        """One slice of these layers per expert, on ``device`` in ``dtype`` (some tensors stay in float32)."""
+    def load_slices(
+        self, layers: range, dtype: torch.dtype, device: torch.device, linear_8bit: LinearPolicy = LINEAR_OFF
+    ) -> list[Slice]:
+        """One slice of these layers per expert, on ``device`` in ``dtype``.
+
+        Some tensors stay in float32, and the linears that ``linear_8bit`` covers are in 8 bits.
+        """
         ...
 
     def load_scheduler(self) -> Any:

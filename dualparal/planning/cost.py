@@ -26,21 +26,24 @@ class Arithmetic(NamedTuple):
 
     Attributes:
         attention: FLOPs (multiply-adds times two) of self-attention and attention to the text.
-        linear: FLOPs of matrix products.
+        linear: FLOPs of matrix products in the model's dtype.
         moved: bytes of passes over memory.
+        linear_8bit: FLOPs of matrix products in fp8.
     """
 
     attention: float
     linear: float
     moved: float
+    linear_8bit: float = 0.0
 
     def seconds(self, device: Device) -> float:
         """Seconds of the work on a card, one kind after the other."""
-        return self.attention / device.attention + self.linear / device.linear + self.moved / device.copy
+        linear = self.linear / device.linear + self.linear_8bit / device.linear_8bit
+        return self.attention / device.attention + linear + self.moved / device.copy
 
 
 def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0, lent: int = 0) -> Arithmetic:
-    """Work of one layer.
+    """Work of one layer; of an average one, where the linears of some have 8 bits.
 
     Args:
         work: the video and the model.
@@ -49,11 +52,12 @@ def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0,
         borrowed: tokens of neighbours' keys that are copied in.
         lent: own tokens whose keys are copied out.
     """
-    h = work.model.inner
+    h, linear = work.model.inner, float(queries * work.model.linear_flops)
+    share = sum(map(work.engine.linear_8bit.covers, range(work.model.num_layers))) / work.model.num_layers
+    moved = work.itemsize * h * (PASSES * queries + FEATURE_PASSES * borrowed + FEATURE_PASSES / 2 * lent)
+    quantised = share * (work.itemsize + 1) * queries * work.model.linears.inputs  # read as they are, written in 8 bits
     return Arithmetic(
-        4.0 * queries * (keys + work.text_tokens) * h,
-        float(queries * work.model.linear_flops),
-        work.itemsize * h * (PASSES * queries + FEATURE_PASSES * borrowed + FEATURE_PASSES / 2 * lent),
+        4.0 * queries * (keys + work.text_tokens) * h, (1 - share) * linear, moved + quantised, share * linear
     )
 
 

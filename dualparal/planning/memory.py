@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from dualparal.planning.workload import Workload
 from dualparal.schedule.actions import DECODE_BOUND
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import Sizes
+
+# Rows of 8-bit keys that share a scale, and from a multiple of which they are kept (kernels.attention_8bit.TILE).
+KEY_TILE = 128
+_ALIGNMENT = 16  # bytes: of what lies in a slot that can hold either format
 
 # UniPC of order 2 keeps two velocities and the last sample beside the latents.
 SAMPLER_COPIES = 4
@@ -75,6 +80,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     """
     model, size, h, tokens = work.model, work.itemsize, work.model.inner, work.tokens
     layers, first, last = split[stage], stage == 0, stage == len(split) - 1
+    in_8bit, linears = _layers_8bit(work, split, stage), model.linears
     branches, steps, experts = schedule.branches, schedule.num_steps, model.experts
     lent = work.blocks.context_frames * tokens
     window = work.layout.max_window_frames * tokens
@@ -83,14 +89,16 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     inbound, outbound = velocity if first else hidden, velocity if last else hidden
     latents = 4 * model.in_channels * work.pixels * work.layout.first_frames
     blocks, videos = schedule.places, work.num_videos
-    means = blocks * layers * 4 * h if work.engine.attention_8bit.on else 0
+    owned = range(sum(split[:stage]), sum(split[: stage + 1]))
+    means = blocks * sum(map(work.engine.attention_8bit.covers, owned)) * 4 * h
+    lends = sum(count * slot_bytes(work, owned, side) for side, count in slots.items())
     noise = videos * 4 * model.in_channels * work.pixels * (work.blocks.frames_per_block + work.blocks.context_frames)
     return Memory(
         weights=experts * slice_bytes(work, split, stage),
-        features=(sum(slots.values()) * slot_bytes(work, layers) + means) * branches,
+        features=(lends + means) * branches,
         workspace=2 * (window + sum(map(bool, slots.values())) * lent) * h * size,
         buffers=work.engine.depth * (inbound + outbound) * size if len(split) > 1 else 0,
-        activations=window * model.layer_activations * size,
+        activations=window * (model.layer_activations * size + (linears.widest if in_8bit else 0)),
         conditions=(
             videos * experts * branches * layers * 2 * work.text_tokens * h * size
             + 4 * steps * (6 * layers + 2 * last) * h
@@ -99,7 +107,9 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         ),
         latents=(latents * SAMPLER_COPIES * (blocks + videos) + noise) if first else 0,
         decode=decode_bytes(work) if first and decodes and work.decode else 0,
-        load=layers * model.joined_parameters * size,
+        # A matrix to be quantised is there in float32 at the worst.
+        load=((layers - in_8bit) * size + in_8bit) * model.joined_parameters
+        + (4 * linears.widest * h if in_8bit else 0),
         before=model.text_encoder * size if first else 0,
     )
 
@@ -109,7 +119,9 @@ def slice_bytes(work: Workload, split: Sequence[int], stage: int) -> int:
     model, size = work.model, work.itemsize
     narrow, wide = model.layer_parameters
     more, more_wide = model.condition_parameters
-    total = split[stage] * (narrow * size + wide * 4) + more * size + more_wide * 4
+    total = split[stage] * (narrow * size + wide * 4)
+    total -= _layers_8bit(work, split, stage) * (model.linears.parameters * (size - 1) - 4 * model.linears.channels)
+    total += more * size + more_wide * 4
     if stage == 0:
         total += model.embed_parameters * size
     if stage == len(split) - 1:
@@ -117,9 +129,60 @@ def slice_bytes(work: Workload, split: Sequence[int], stage: int) -> int:
     return total
 
 
-def slot_bytes(work: Workload, layers: int) -> int:
-    """Bytes of the features of one neighbour in ``layers`` layers, for one branch."""
-    return layers * 2 * work.blocks.context_frames * work.tokens * work.model.inner * work.itemsize
+def _layers_8bit(work: Workload, split: Sequence[int], stage: int) -> int:
+    """Layers of a stage whose linears have 8 bits."""
+    start = sum(split[:stage])
+    return sum(map(work.engine.linear_8bit.covers, range(start, start + split[stage])))
+
+
+def slot_bytes(work: Workload, layers: range, side: str) -> int:
+    """Bytes of the features of one neighbour in ``layers``, for one branch.
+
+    Args:
+        work: the video and the model.
+        layers: indices of the model's layers.
+        side: "head" or "tail": rows in 8 bits begin with a whole tile, so it matters where they lie.
+    """
+    if work.blocks.context_frames == 0:
+        return 0
+    plain, eight, policy = _plain_slot(work), _slot_8bit(work, side), work.engine.attention_8bit
+    steps = work.video.num_inference_steps
+    always = all(policy.at(step, steps) for step in range(steps)) and work.blocks.refresh_every is None
+    total = 0
+    for layer in layers:
+        if not policy.covers(layer):
+            total += sum(plain)
+        elif always:
+            total += sum(eight)
+        else:  # room for the larger of each pair of tensors
+            total += sum(_aligned(max(pair)) for pair in zip_longest(plain, eight, fillvalue=0))
+    return total
+
+
+def _plain_slot(work: Workload) -> list[int]:
+    """Bytes of the tensors of a slot in one layer, as attention in 16 bits keeps it."""
+    lent, h = work.blocks.context_frames * work.tokens, work.model.inner
+    if work.engine.features_8bit:
+        return [lent * h, lent * h, 4 * lent, 4 * lent]
+    return [lent * h * work.itemsize] * 2
+
+
+def _slot_8bit(work: Workload, side: str) -> list[int]:
+    """The same as attention in 8 bits keeps it: keys, values, scales of both, and the mean."""
+    lent, h = work.blocks.context_frames * work.tokens, work.model.inner
+    start = work.layout.fed_context(1) * work.tokens
+    if side == "tail":
+        start = work.blocks.frames_per_block * work.tokens - lent
+    rows = start % KEY_TILE + lent
+    tiles = -(-rows // KEY_TILE)
+    scales = 4 * tiles * (h // work.model.head_dim)
+    if work.engine.attention_8bit.mode == "fp8":
+        return [rows * h, tiles * KEY_TILE * h, scales, scales, 4 * h]
+    return [rows * h, rows * h * work.itemsize, scales, 4 * h]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def decode_bytes(work: Workload) -> int:
@@ -136,7 +199,8 @@ def decode_bytes(work: Workload) -> int:
 
 def sizes(work: Workload, split: Sequence[int], stage: int, memory: Memory) -> Sizes:
     """Bytes on a stage's rank for ``Simulation.memory``: those held all the time, and those that come and go."""
-    slot = slot_bytes(work, split[stage])
+    layers = range(sum(split[:stage]), sum(split[: stage + 1]))
+    slots = {side: slot_bytes(work, layers, side) for side in ("head", "tail")}
     latents = SAMPLER_COPIES * 4 * work.model.in_channels * work.pixels * work.blocks.frames_per_block
     fixed = memory.running - memory.features - memory.latents - memory.decode
-    return Sizes(fixed, {"head": slot, "tail": slot}, latents if stage == 0 else 0, memory.decode)
+    return Sizes(fixed, slots, latents if stage == 0 else 0, memory.decode)

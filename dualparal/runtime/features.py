@@ -99,7 +99,8 @@ class FeatureStore:
     def lend(self, layer: int, side: str, row: torch.Tensor, first: int) -> Lend | None:
         """The place into which a layer itself puts the keys and values of a row's tokens, from token ``first`` on.
 
-        None where the slots can hold 8 bits, too: what is made for them is saved afterwards.
+        None where the slots can hold 8 bits, too: what is made for them is saved afterwards. Not for slots in which
+        features of 16 bits are kept in 8.
         """
         if (side, True) in self._views[layer]:
             return None

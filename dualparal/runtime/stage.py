@@ -23,7 +23,7 @@ from dualparal.config.eight_bit import OFF, EightBitPolicy
 from dualparal.kernels.attention_8bit import FP8, key_mean
 from dualparal.kernels.qk_norm_rope import Lend
 from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, Slice, TimeCondition, attend_here
-from dualparal.models.keys_values import Context8, Format, KeysValues, to_8bit, to_16bit
+from dualparal.models.keys_values import Context8, Format, KeysValues, Packed, to_8bit, to_16bit
 from dualparal.runtime.features import FeatureStore
 from dualparal.runtime.workspace import Read, View, Workspace, Workspace8
 from dualparal.schedule.actions import Features, Unit
@@ -88,6 +88,7 @@ class StageSpec:
         starts: the first of them among its own outside of refreshes, by side.
         eight_bit: the layers and steps at which self-attention has 8 bits.
         refreshes: True when the run has refreshes.
+        features_8bit: features of attention in 16 bits are kept in 8.
     """
 
     layers: range
@@ -102,6 +103,7 @@ class StageSpec:
     starts: Mapping[str, int]
     eight_bit: EightBitPolicy = OFF
     refreshes: bool = False
+    features_8bit: bool = False
 
     @property
     def first(self) -> bool:
@@ -231,7 +233,7 @@ class Stage:
             view = views[eight_bit]
             self._read(index, eight_bit, view, shape, inputs)
             text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
-            lends = {} if eight_bit else self._lends(index, starts, inputs)
+            lends = {} if eight_bit or self.spec.features_8bit else self._lends(index, starts, inputs)
             hidden, pending = expert.layer(
                 index,
                 hidden,
@@ -245,7 +247,10 @@ class Stage:
             )
             for side, at in zip(shape.writes, inputs.write_at, strict=True):
                 if side not in lends:
-                    self.store.save(index, side, eight_bit, at, view.lends[side])
+                    made = view.lends[side]
+                    if self.spec.features_8bit and not eight_bit:
+                        made = Packed.of(KeysValues(*made)).tensors
+                    self.store.save(index, side, eight_bit, at, made)
             if isinstance(view.context, Context8):
                 mean = key_mean(view.context.k_sums, len(hidden))
                 self.store.save(index, "mean", True, inputs.mean_at[0], [mean])
@@ -270,20 +275,29 @@ class Stage:
         for (side, on), at, target in zip(shape.reads, inputs.read_at, view.places, strict=True):
             made_8bit = on and self._covered[index]
             if made_8bit == eight_bit:
-                self.store.load(index, side, made_8bit, at, target)
+                self._load(index, side, made_8bit, at, target)
                 continue
             assert self._workspace is not None and self._workspace8 is not None
             converted: Format
             if made_8bit:
                 features = self._workspace8.fresh(side)
-                self.store.load(index, side, True, at, features.tensors)
+                self._load(index, side, True, at, features.tensors)
                 converted = to_16bit(features, self.experts[0].dtype)
             else:
                 plain = self._workspace.fresh()
-                self.store.load(index, side, False, at, plain)
+                self._load(index, side, False, at, plain)
                 converted = to_8bit(plain, self.experts[0].heads, self._fp8).tensors
             for tensor, source in zip(target, converted, strict=True):
                 tensor.copy_(source)
+
+    def _load(self, index: int, side: str, eight_bit: bool, at: torch.Tensor, out: Format) -> None:
+        """Copies the features of a row into ``out`` as their maker had them, but for what keeping them has cost."""
+        if eight_bit or not self.spec.features_8bit:
+            self.store.load(index, side, eight_bit, at, out)
+            return
+        packed = Packed.fresh(out)
+        self.store.load(index, side, False, at, packed.tensors)
+        packed.restore(out)
 
     def _lends(self, index: int, starts: Mapping[str, int], inputs: StepInputs) -> dict[str, Lend]:
         """Places of the store that the layer itself writes, by side."""
@@ -299,7 +313,9 @@ class Stage:
         for side in starts:
             found[side] = {}
             if self._workspace is not None and not (covered and self._always_8bit):
-                found[side][False] = self._workspace.fresh("meta")
+                plain = self._workspace.fresh("meta")
+                kept = Packed.fresh(plain).tensors if self.spec.features_8bit else plain
+                found[side][False] = kept
             if self._workspace8 is not None and covered:
                 found[side][True] = self._workspace8.fresh(side, "meta").tensors
         if covered and any(self._on):

@@ -49,7 +49,11 @@ def attend(
     return acc, total, new_top, v_scale
 
 
-@triton.jit
+# Not specialised: lengths and places change with the block and the request, and a kernel per divisibility of each would
+# be compiled in the middle of a video. Distances of rows are: they are fixed by the model, and keep loads wide.
+@triton.jit(
+    do_not_specialize=["S", "start0", "end0", "start1", "end1", "start2", "end2", "k_scale_stride", "v_scale_stride"]
+)
 def attention_kernel(
     Q,  # [S, inner] int8 or fp8
     Q_SCALE,  # [heads, S]
@@ -203,7 +207,7 @@ def to_8bit(x, KIND: tl.constexpr):
         return x.to(KIND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "k_scale_stride", "v_scale_stride"])
 def norm_rope_kernel(
     QKV,  # [S, 3 * inner]
     NORM_Q,

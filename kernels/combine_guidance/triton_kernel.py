@@ -18,7 +18,8 @@ def combined(cond, uncond, scale):
     return start + scale * (cond.to(tl.float32) - start)
 
 
-@triton.jit
+# Not specialised: it changes with the block, and full thread blocks need no mask.
+@triton.jit(do_not_specialize=["size"])
 def combine_guidance_kernel(COND, UNCOND, OUT, size, scale, BLOCK: tl.constexpr):
     """Elements program_id(0) * BLOCK and on, of ``size``."""
     first = tl.program_id(0).to(tl.int64) * BLOCK

@@ -48,7 +48,11 @@ def lend(STORE, slot, first, tokens, row, at, x, DIM: tl.constexpr, FULL: tl.con
 
 
 # Not specialised: they change with the block, and knowing them to be 1 or a multiple of 16 aligns no address better.
-@triton.jit(do_not_specialize=["first_0", "tokens_0", "first_1", "tokens_1"])
+# A slot is one of many numbers side by side, so every second one begins at a multiple of 16 bytes.
+@triton.jit(
+    do_not_specialize=["first_0", "tokens_0", "first_1", "tokens_1"],
+    do_not_specialize_on_alignment=["SLOT_0", "SLOT_1"],
+)
 def qk_norm_rope_kernel(
     QKV, NORM_Q, NORM_K, COS, SIN, Q, K, V, k_stride, v_stride, eps,
     KEYS_0, VALUES_0, SLOT_0, first_0, tokens_0, KEYS_1, VALUES_1, SLOT_1, first_1, tokens_1,

@@ -503,6 +503,11 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "depth": (["--depth", "0"], ["depth=0", "at least one"]),
     "8-bit mode": (["--attention-8bit", "int4"], ["mode='int4'", "int8"]),
     "8 bits beside 32": (["--attention-8bit", "fp8"], ["attention_8bit='fp8'", "dtype=float32", "bfloat16"]),
+    "8-bit linears": (["--linear-8bit", "fp8", "--dtype", "float16"], ["linear_8bit='fp8'", "float16", "bfloat16"]),
+    "8-bit linears' layers": (
+        ["--linear-8bit", "fp8", "--linear-8bit-keep-layers", "x"],
+        ["--linear-8bit-keep-layers 'x'", "0,29"],
+    ),
     "8-bit layers": (
         [*EIGHT_BIT, "--attention-8bit-keep-layers", "0,x"],
         ["--attention-8bit-keep-layers '0,x'", "0,29"],

@@ -33,7 +33,7 @@ def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: A
     second = video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2
     return reference.generate(
         spec,
-        engine.source.load_slices(range(spec.num_layers), engine.dtype, torch.device("cpu")),
+        engine.source.load_slices(range(spec.num_layers), engine.dtype, torch.device("cpu"), engine.config.linear_8bit),
         request.sampler,
         request.layout,
         request.grid,
@@ -41,4 +41,5 @@ def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: A
         lambda block: rows,
         [video.guidance_scale, second],
         engine.config.attention_8bit,
+        engine.config.features_8bit,
     )

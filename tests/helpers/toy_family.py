@@ -25,6 +25,7 @@ from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, Time
 from dualparal.models.json_files import read_config
 from dualparal.models.keys_values import Context8, KeysValues
 from dualparal.models.registry import Component, Family
+from dualparal.models.sizes import LinearSizes
 from dualparal.models.wan.tiny import make_tokenizer
 
 CHANNELS, TEXT_DIM, TOKENS = 3, 6, 512
@@ -78,6 +79,9 @@ class ToySpec:
 
     def tensor_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         return dtype
+
+    def linear_layer(self, name: str) -> int | None:
+        return None
 
     def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> ToySlice:
         return ToySlice(self, tensors, layers)
@@ -258,6 +262,8 @@ class ToySizes:
     @property
     def linear_flops(self) -> int:
         return 2 * self.inner**2
+
+    linears = LinearSizes(0, 0, 0, 0)
 
     @property
     def layer_activations(self) -> int:

@@ -11,6 +11,7 @@ from harness.shapes import Shape
 
 from dualparal.kernels import backend
 from dualparal.kernels.accuracy import assert_no_worse
+from dualparal.models.linear import Linear
 from dualparal.models.wan.feed_forward import linear_gelu
 
 SHAPE = Shape("tiny", heads=2, head_dim=24, ffn_dim=96, height=32, width=48, frames=3, context=0, text_tokens=5)
@@ -57,7 +58,7 @@ def test_a_stage_calls_no_convolution_and_no_gelu_on_a_card(monkeypatch: pytest.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gelu_on_the_cpu_is_the_definition(dtype: torch.dtype) -> None:
     x, weight, bias = tensors(dtype)
-    assert torch.equal(linear_gelu(x, weight, bias), F.gelu(F.linear(x, weight, bias), approximate="tanh"))
+    assert torch.equal(linear_gelu(x, Linear(weight, bias)), F.gelu(F.linear(x, weight, bias), approximate="tanh"))
 
 
 class OnACard(torch.Tensor):
@@ -70,9 +71,9 @@ class OnACard(torch.Tensor):
 def test_a_card_is_given_the_same_product(dtype: torch.dtype) -> None:
     """The op that a card runs, run by the CPU: there its GELU is the exact one, and the product before it the same."""
     x, weight, bias = tensors(dtype)
-    made = linear_gelu(x.as_subclass(OnACard), weight, bias).as_subclass(torch.Tensor)
+    made = linear_gelu(x.as_subclass(OnACard), Linear(weight, bias)).as_subclass(torch.Tensor)
     assert torch.equal(made, F.gelu(F.linear(x, weight, bias)))
-    assert not torch.equal(made, linear_gelu(x, weight, bias))
+    assert not torch.equal(made, linear_gelu(x, Linear(weight, bias)))
 
 
 def tensors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from dualparal.models.linear import Linear
 
-def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+
+def linear_gelu(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     """``gelu(x weight^T + bias)`` with the tanh approximation, as diffusers' FeedForward has it for Wan.
 
     On a card in the product's own epilogue: no pass over [tokens, ffn_dim], and the sum is not rounded to x's dtype
@@ -15,12 +17,11 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
 
     Args:
         x: [tokens, in].
-        weight: [out, in].
-        bias: [out].
+        linear: weight [out, in], bias [out]; in 8 bits the GELU is a pass of its own.
 
     Returns:
         [tokens, out], like x.
     """
-    if x.device.type == "cpu":
-        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    if x.device.type == "cpu" or linear.scale is not None:
+        return F.gelu(linear(x), approximate="tanh")
+    return torch._addmm_activation(linear.bias, x, linear.weight.t(), use_gelu=True)

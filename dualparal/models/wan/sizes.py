@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualparal.models.json_files import ModelError, read_config
+from dualparal.models.sizes import LinearSizes
 
 
 class Conv(NamedTuple):
@@ -179,6 +180,12 @@ class WanSizes:
         Counted: Q, K, V and the way out, the same for text less K and V, and the feed-forward.
         """
         return 2 * self.inner * (6 * self.inner + 2 * self.ffn_dim)
+
+    @property
+    def linears(self) -> LinearSizes:
+        """Sizes of Q, K and V and the way out, the same for text less K and V, and the feed-forward."""
+        h, f = self.inner, self.ffn_dim
+        return LinearSizes(6 * h * h + 2 * h * f, 7 * h + f, 5 * h + f, f)
 
     @property
     def layer_activations(self) -> int:

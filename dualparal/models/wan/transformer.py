@@ -21,12 +21,16 @@ from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
 from dualparal.kernels.residual_norm import residual, residual_norm
 from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, TimeCondition, attend_here, component_config
 from dualparal.models.keys_values import Context8, KeysValues
+from dualparal.models.linear import Linear
 from dualparal.models.wan.feed_forward import linear_gelu
 
 ROPE_THETA = 10000.0
 # diffusers: WanTransformer3DModel._keep_in_fp32_modules
 _KEEP_FP32 = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
 _EMBED = ("patch_embedding.weight", "patch_embedding.bias")
+# The linears that see every token of a unit. Time, text, patches and the head are small, or all depends on them.
+_LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0",
+            "ffn.net.0.proj", "ffn.net.2")  # fmt: skip
 _HEAD = ("proj_out.weight", "proj_out.bias", "scale_shift_table")
 
 
@@ -167,6 +171,11 @@ class WanSpec:
     def tensor_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if _KEEP_FP32 & set(name.split(".")) else dtype
 
+    def linear_layer(self, name: str) -> int | None:
+        blocks, _, rest = name.partition(".")
+        index, _, part = rest.partition(".")
+        return int(index) if blocks == "blocks" and part.removesuffix(".weight") in _LINEARS else None
+
     def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> WanSlice:
         return WanSlice(self, tensors, layers)
 
@@ -178,13 +187,10 @@ class _Layer:
         def get(name: str) -> torch.Tensor:
             return tensors[f"blocks.{index}.{name}"]
 
-        def linear(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-            return get(f"{name}.weight"), get(f"{name}.bias")
+        def linear(*names: str) -> Linear:
+            return Linear.of(tensors, *(f"blocks.{index}.{name}" for name in names))
 
-        self.qkv = (
-            torch.cat([get(f"attn1.to_{p}.weight") for p in "qkv"]),
-            torch.cat([get(f"attn1.to_{p}.bias") for p in "qkv"]),
-        )
+        self.qkv = linear("attn1.to_q", "attn1.to_k", "attn1.to_v")
         self.norm_q, self.norm_k = get("attn1.norm_q.weight"), get("attn1.norm_k.weight")
         self.out = linear("attn1.to_out.0")
         self.cross_norm = (get("norm2.weight"), get("norm2.bias")) if cross_norm else None
@@ -218,7 +224,7 @@ class WanSlice:
         }
         self._patch = tuple(tensors[name] for name in _EMBED) if layers.start == 0 else None
         self._head = tuple(tensors[name] for name in _HEAD) if layers.stop == spec.num_layers else None
-        self.dtype = self._layers[0].qkv[0].dtype
+        self.dtype = self._layers[0].qkv.bias.dtype
         self.device = self._tables.device
         self._spatial: dict[Grid, Rotary] = {}
 
@@ -264,8 +270,8 @@ class WanSlice:
             [
                 torch.stack(
                     [
-                        F.rms_norm(F.linear(text, *layer.cross_k), inner, layer.cross_norm_k, self.eps),
-                        F.linear(text, *layer.cross_v),
+                        F.rms_norm(layer.cross_k(text), inner, layer.cross_norm_k, self.eps),
+                        layer.cross_v(text),
                     ]
                 )
                 for layer in self._layers
@@ -318,24 +324,24 @@ class WanSlice:
 
         # Self-attention over [own | neighbours]. Non-causal, so the order of keys only has to be fixed.
         hidden, normed = residual_norm(hidden, y, y_gate, scale, shift, eps=eps)
-        qkv = F.linear(normed, *layer.qkv)
+        qkv = layer.qkv(normed)
         if isinstance(context, Context8):
             attended = self._attend_8bit(layer, qkv, rotary, context, attend)
         else:
             attended = self._attend(layer, qkv, rotary, context, lends, attend)
-        attended = F.linear(attended, *layer.out)
+        attended = layer.out(attended)
 
         # Cross-attention to the text
         if layer.cross_norm is None:
             hidden = normed = residual(hidden, attended, gate)
         else:
             hidden, normed = residual_norm(hidden, attended, gate, *layer.cross_norm, eps=eps)
-        query = F.rms_norm(F.linear(normed, *layer.cross_q), (self.spec.inner_dim,), layer.cross_norm_q, eps)
-        attended = F.linear(attention(query, text.keys, text.values, heads=heads), *layer.cross_out)
+        query = F.rms_norm(layer.cross_q(normed), (self.spec.inner_dim,), layer.cross_norm_q, eps)
+        attended = layer.cross_out(attention(query, text.keys, text.values, heads=heads))
 
         # Feed-forward; its residual is left to the norm of the next layer
         hidden, normed = residual_norm(hidden, attended, None, ffn_scale, ffn_shift, eps=eps)
-        y = F.linear(linear_gelu(normed, *layer.ffn_in), *layer.ffn_out)
+        y = layer.ffn_out(linear_gelu(normed, layer.ffn_in))
         return hidden, (y, ffn_gate)
 
     def _attend(
