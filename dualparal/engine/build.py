@@ -165,6 +165,7 @@ class Builder:
             },
             eight_bit=setup.config.attention_8bit,
             refreshes=schedule.refresh_every is not None,
+            windows=schedule.windows,
         )
 
     def _first_stage(self, experts: Sequence[int], decoder: LocalDecoder, keeper: Checkpointer | None) -> FirstStage:

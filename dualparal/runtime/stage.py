@@ -88,6 +88,7 @@ class StageSpec:
         starts: the first of them among its own outside of refreshes, by side.
         eight_bit: the layers and steps at which self-attention has 8 bits.
         refreshes: True when the run has refreshes.
+        windows: number of windows, of all blocks in flight, whose rotary angles are kept.
     """
 
     layers: range
@@ -102,6 +103,7 @@ class StageSpec:
     starts: Mapping[str, int]
     eight_bit: EightBitPolicy = OFF
     refreshes: bool = False
+    windows: int = 1
 
     @property
     def first(self) -> bool:
@@ -159,7 +161,7 @@ class Stage:
         self._time: dict[int, TimeCondition] = {}
         self._prompts: dict[int, torch.Tensor] = {}
         self._text: dict[tuple[int, int, int], torch.Tensor] = {}
-        self._rotary: tuple[tuple[int, int], Rotary] | None = None
+        self._rotary: dict[tuple[int, int], Rotary] = {}  # by window, the one used last at the end
 
     def add_prompt(self, prompt: int, embeds: torch.Tensor) -> None:
         """Makes a prompt known by its id, with embeddings [branches, sequence, text_dim]."""
@@ -317,6 +319,9 @@ class Stage:
         return self._text[key]
 
     def _angles(self, start: int, frames: int) -> Rotary:
-        if self._rotary is None or self._rotary[0] != (start, frames):
-            self._rotary = (start, frames), self.experts[0].rotary(start, frames, self.spec.grid)
-        return self._rotary[1]
+        window = start, frames
+        found = self._rotary.pop(window, None) or self.experts[0].rotary(start, frames, self.spec.grid)
+        self._rotary[window] = found
+        if len(self._rotary) > self.spec.windows:
+            del self._rotary[next(iter(self._rotary))]
+        return found

@@ -97,7 +97,8 @@ class Moves(TorchFunctionMode):
 
     def _move(self, tensor: torch.Tensor, device: Any, dtype: Any, non_blocking: bool, copy: bool) -> torch.Tensor:
         late, device, dtype = isinstance(tensor, Late), device or tensor.device, dtype or tensor.dtype
-        if late == (device.type == "cuda") and dtype == tensor.dtype and not copy and device.index in (None, tensor.device.index):
+        there = late == (device.type == "cuda") and device.index in (None, tensor.device.index)
+        if there and dtype == tensor.dtype and not copy:
             return tensor
         options = {"dtype": dtype, "device": device, "non_blocking": non_blocking}
         made: torch.Tensor = self._call(aten._to_copy.default, (tensor,), options)
@@ -249,10 +250,11 @@ class Dispatch(TorchDispatchMode):
         if func in _TRANSFERS or not lates:
             return
         for leaf in _leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Late):
-                if leaf.ndim or torch.Tag.pointwise not in func.tags or "where" in str(func):
-                    clock = self.device.current_stream(lates[0].device).clock
-                    self.device.host_waits(f"{func} of a tensor on the host", clock)
+            if not isinstance(leaf, torch.Tensor) or isinstance(leaf, Late):
+                continue
+            if leaf.ndim or torch.Tag.pointwise not in func.tags or "where" in str(func):
+                clock = self.device.current_stream(lates[0].device).clock
+                self.device.host_waits(f"{func} of a tensor on the host", clock)
 
     def _wrapped(self, made: Any, stream: Any, lates: list[Late], written: list[Any]) -> Any:
         def wrap(tensor: torch.Tensor) -> torch.Tensor:
