@@ -22,7 +22,13 @@ class Program:
         self._blocks = [torch.empty(size, dtype=torch.uint8) for size in device.sizes]
         self._tensors: dict[Ref, torch.Tensor] = {}
         self._queues: dict[int, list[tuple[Op, Any, Any, list[torch.Tensor]]]] = defaultdict(list)
+        self._waits: dict[int, dict[int, list[tuple[int, int]]]] = defaultdict(dict)  # by stream and place in it
+        known: dict[int, Clock] = defaultdict(dict)
         for op in device.ops:
+            new = [(s, n) for s, n in op.after.items() if s != op.stream and known[op.stream].get(s, 0) < n]
+            if new:
+                self._waits[op.stream][op.number - 1] = new
+                known[op.stream].update(new)
             prepared = self._real(op.args), self._real(op.kwargs), [self._tensor(out) for out in op.outs]
             self._queues[op.stream].append((op, *prepared))
 
@@ -51,17 +57,22 @@ class Program:
         at = dict.fromkeys(self._queues, 0)
         eagerness = {stream: chance.choice((1e-3, 0.1, 1.0, 10.0)) for stream in self._queues}
         while True:
-            ready = [s for s, queue in self._queues.items() if at[s] < len(queue) and _is_due(queue[at[s]][0], at)]
+            ready = [stream for stream in self._queues if self._is_due(stream, at)]
             if not ready:
                 break
             [stream] = chance.choices(ready, [eagerness[s] for s in ready])
             for _ in range(chance.choice((1, 3, 30))):
-                queue = self._queues[stream]
-                if at[stream] == len(queue) or not _is_due(queue[at[stream]][0], at):
+                if not self._is_due(stream, at):
                     break
-                self._do(*queue[at[stream]])
+                self._do(*self._queues[stream][at[stream]])
                 at[stream] += 1
         assert all(at[stream] == len(queue) for stream, queue in self._queues.items()), "a wait for itself"
+
+    def _is_due(self, stream: int, at: Clock) -> bool:
+        """True when a stream has another operation, and all that it waits for has happened."""
+        place = at[stream]
+        waits = self._waits[stream].get(place, ())
+        return place < len(self._queues[stream]) and all(at.get(other, 0) >= number for other, number in waits)
 
     def _do(self, op: Op, args: Any, kwargs: Any, outs: list[torch.Tensor]) -> None:
         if op.function is None:
@@ -77,10 +88,6 @@ class Program:
                 out.copy_(result)
         if op.seen is not None and not _same(op.seen, made):
             raise Different(f"{op.function} in {op.phase!r} reads {made}, not {op.seen}")
-
-
-def _is_due(op: Op, at: Clock) -> bool:
-    return all(at.get(stream, 0) >= number for stream, number in op.after.items())
 
 
 def _same(one: Any, other: Any) -> bool:

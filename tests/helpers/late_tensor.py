@@ -123,6 +123,9 @@ class Dispatch(TorchDispatchMode):
         to_card = wanted is not None and wanted.type == "cuda"
         if not lates and not to_card:
             return self._on_host(func, args, kwargs)
+        if wanted is not None and wanted.type == "meta":
+            plain_args, plain_kwargs = _map((args, kwargs), lambda late: late.inner)
+            return func(*plain_args, **plain_kwargs)
         if func in _TRANSFERS:
             source = args[1] if func is aten.copy_.default else args[0]
             target_is_late = isinstance(args[0], Late) if func is aten.copy_.default else to_card or wanted is None
