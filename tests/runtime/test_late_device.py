@@ -35,17 +35,17 @@ def whole(model: Path, case: Case, folder: Path) -> dict[tuple[int, str], torch.
 CASES = {
     "pt": PT,
     "uint8, guidance, two stages": Case("uint8", guidance=True, options={"stages": 2}),
-    "graphs, depth 4": GRAPHS._replace(guidance=True, options={"stages": 2, "graphs": True, "depth": 4}),
+    "graphs, depth 4": GRAPHS._replace(options={"stages": 2, "graphs": True, "depth": 4}),
     "resumed": RESUMED,
     "resumed, refreshes, graphs": Case("pt", break_after=3, options={"stages": 2, "refresh_every": 2, "graphs": True}),
     "prior": Case("pt", options={"stages": 2, "context": "prior"}),
 }
 
 
-@pytest.mark.parametrize("eagerness", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("eagerness", [1.0, 0.0])
 @pytest.mark.parametrize("name", CASES)
 def test_hundreds_of_orders_give_the_bits_of_eager(toy: Path, tmp_path: Path, name: str, eagerness: float) -> None:
-    """Host threads run early, late, or somewhere between."""
+    """The host's other threads run at once, or as late as somebody waits for them."""
     case = CASES[name]
     assert findings(toy, case, tmp_path, whole(toy, case, tmp_path), orders=20, eagerness=eagerness) == {}
 
