@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 import toy_family
 from dualparal.models.registry import FAMILIES
+from dualparal.sampling.sampler import Sampler
+from late_device import LateDevice, recording
 from late_mutants import GRAPHS, MUTANTS, PT, RESUMED, Mutant
-from late_runs import Case, findings, make, mutated
+from late_runs import UNITS, Case, findings, make, mutated
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,33 @@ def test_the_second_card_of_a_process(toy: Path, tmp_path: Path, name: str) -> N
     case = CASES[name]
     expected = whole(toy, case, tmp_path)
     assert findings(toy, case, tmp_path, expected, orders=20, device="cuda:1", cards=2, before=_capture_here) == {}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=3
+        ),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_no_sampler_waits_for_the_device(scheduler: Any) -> None:
+    """Also where UniPC solves for three coefficients."""
+    velocities = torch.randn(7, 1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    late = LateDevice()
+    with recording(late, ()):
+        made = []
+        for device in ("cpu", "cuda"):
+            state, latents, *rest = Sampler(scheduler, 6).start(), *velocities.to(device)
+            late.phase, late.strict = "run", UNITS
+            for step, velocity in enumerate(rest):
+                latents = state.step(velocity, step, latents)
+            late.phase = ""
+            made.append(latents.cpu())
+    assert torch.equal(*made) and late.ops
 
 
 def _capture_here() -> None:
