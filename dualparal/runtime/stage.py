@@ -161,7 +161,7 @@ class Stage:
         self._time: dict[int, TimeCondition] = {}
         self._prompts: dict[int, torch.Tensor] = {}
         self._text: dict[tuple[int, int, int], torch.Tensor] = {}
-        self._rotary: dict[tuple[int, int], Rotary] = {}  # by window, the one used last at the end
+        self._rotary: dict[tuple[int, int], Rotary] = {}  # by window
 
     def add_prompt(self, prompt: int, embeds: torch.Tensor) -> None:
         """Makes a prompt known by its id, with embeddings [branches, sequence, text_dim]."""
@@ -320,8 +320,9 @@ class Stage:
 
     def _angles(self, start: int, frames: int) -> Rotary:
         window = start, frames
-        found = self._rotary.pop(window, None) or self.experts[0].rotary(start, frames, self.spec.grid)
-        self._rotary[window] = found
-        if len(self._rotary) > self.spec.windows:
-            del self._rotary[next(iter(self._rotary))]
+        found = self._rotary.get(window)
+        if found is None:
+            found = self._rotary[window] = self.experts[0].rotary(start, frames, self.spec.grid)
+            if len(self._rotary) > self.spec.windows:
+                del self._rotary[min(self._rotary)]  # its block has left before the others
         return found

@@ -16,8 +16,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 import toy_family
+from dualparal.config.video import VideoConfig
+from dualparal.engine.engine import Engine
+from dualparal.engine.request import VideoInputs, check_request
 from dualparal.models.registry import FAMILIES
 from dualparal.sampling.sampler import Sampler
+from engine_calls import embeds
 from late_device import LateDevice, recording
 from late_mutants import GRAPHS, MUTANTS, PT, RESUMED, Mutant
 from late_runs import UNITS, Case, findings, make, mutated
@@ -67,6 +71,19 @@ def test_the_second_card_of_a_process(toy: Path, tmp_path: Path, name: str) -> N
     case = CASES[name]
     expected = whole(toy, case, tmp_path)
     assert findings(toy, case, tmp_path, expected, orders=20, device="cuda:1", cards=2, before=_capture_here) == {}
+
+
+def test_prompts_are_kept_on_the_host(toy: Path) -> None:
+    """Else each would be copied from the device, in the middle of a run, when its first block enters."""
+    late = LateDevice()
+    with recording(late, ()):
+        engine = Engine.from_pretrained(toy, device="cuda")
+        video = VideoConfig(height=8, width=12, num_frames=15, num_inference_steps=3)
+        given = {name: rows.to("cuda") for name, rows in embeds(engine).items()}
+        request = check_request(engine.setup, engine.scheduler, video, VideoInputs(**given))
+        encoded = engine.parts.encode_text(request, "a cat", None)
+        assert request.embeds is not None and given["prompt_embeds"].is_cuda
+        assert not request.embeds.is_cuda and not encoded.is_cuda
 
 
 @pytest.mark.parametrize(
