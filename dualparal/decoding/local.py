@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -82,9 +83,9 @@ class LocalDecoder:
         """
         for video, latents in enumerate(videos):
             self._frames_of[video] = self._made(0, self.layout.start(block)) if block else 0
-            if self._decoders is not None:
+            if self._pool is not None:  # on the thread too: what a decoder keeps is its stream's memory
                 for part in latents:
-                    self._decoders[video].push(part)
+                    self._submit(self._push, video, part).result()
         self.before = replace(self.progress, blocks=block * len(videos), frames=sum(self._frames_of))
         self.progress = self.before
 
@@ -109,34 +110,52 @@ class LocalDecoder:
         while len(self._pending) >= DECODE_BOUND:
             self._take()
         latents = self._latents.pop((video, block))
+        self._pending.append((video, block, latents, self._submit(self._decode, video, latents, block)))
+
+    def _submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Calls a function on the thread, with an event behind all that the current stream has been given so far."""
+        assert self._pool is not None
         ready = None
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record()
-        self._pending.append((video, block, latents, self._pool.submit(self._decode, video, block, latents, ready)))
+        return self._pool.submit(function, ready, *args)
 
-    def _decode(self, video: int, block: int, latents: torch.Tensor, ready: torch.cuda.Event | None) -> Any:
+    @contextmanager
+    def _beside(self, ready: torch.cuda.Event | None) -> Iterator[None]:
+        """The thread's stream from ``ready`` on; at the end all that it was given is done."""
+        if self._stream is None or ready is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            try:
+                yield
+            finally:
+                self._stream.synchronize()  # who waits for the thread may let go of what it was working on
+
+    def _push(self, ready: torch.cuda.Event | None, video: int, latents: torch.Tensor) -> None:
+        assert self._decoders is not None
+        with self._beside(ready):
+            self._decoders[video].push(latents)
+
+    def _decode(self, ready: torch.cuda.Event | None, video: int, latents: torch.Tensor, block: int) -> Any:
+        assert self._decoders is not None and self.output_type != "latent"
         begin = time.perf_counter()
-        if self._stream is None:
-            frames = self._frames(video, latents)
-        else:
-            with torch.cuda.stream(self._stream):
-                assert ready is not None
-                self._stream.wait_event(ready)
-                frames = self._frames(video, latents)
-                self._stream.synchronize()
+        with self._beside(ready):
+            made = self._decoders[video].push(latents)
+            frames = to_uint8(made) if self.output_type == "uint8" else to_output(made, self.output_type)
         if self.track is not None:
             self.track.decode(video, block, begin, time.perf_counter())
         return frames
 
-    def _frames(self, video: int, latents: torch.Tensor) -> Any:
-        assert self._decoders is not None and self.output_type != "latent"
-        frames = self._decoders[video].push(latents)
-        return to_uint8(frames) if self.output_type == "uint8" else to_output(frames, self.output_type)
-
     def _take(self) -> None:
         video, block, latents, future = self._pending.popleft()
-        self._done.append((video, block, latents, future.result()))
+        frames = future.result()
+        if self._stream is not None and isinstance(frames, torch.Tensor):
+            # Made on the thread's stream, whose next frames may take their place as soon as they are let go.
+            frames.record_stream(torch.cuda.current_stream(frames.device))
+        self._done.append((video, block, latents, frames))
 
     def ready(self) -> Iterator[Chunk]:
         """Yields the chunks that are finished, without waiting. Raises what decoding has raised."""

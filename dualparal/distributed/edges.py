@@ -117,8 +117,8 @@ def fill(edge: str, buffer: torch.Tensor, tensor: torch.Tensor, mark: torch.Tens
 class LocalEdge:
     """Both ends in one process: a ring of buffers that the sender fills and the receiver reads.
 
-    On CUDA the copies run on a stream of the edge's own, ordered by events, so that they overlap with the compute of
-    other stages as a transfer between cards would; nothing here waits on the host.
+    The stages of a process share one card and its current stream, so the copies are made there, in the order of the
+    calls: on a stream of the edge's own a captured step's output would have to be kept from its next replay.
 
     Args:
         name: for error messages.
@@ -133,8 +133,6 @@ class LocalEdge:
         self._free = deque(range(depth))
         self._full: deque[tuple[Header, int]] = deque()
         self._reading: int | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._events = [torch.cuda.Event() for _ in range(depth)] if self._stream else []
 
     def can_send(self) -> bool:
         return bool(self._free)
@@ -143,30 +141,17 @@ class LocalEdge:
         return bool(self._full)
 
     def send(self, header: Header, tensor: torch.Tensor | None, mark: torch.Tensor | None = None) -> None:
-        slot, stream = self._free.popleft(), self._stream
-        if tensor is not None and stream is None:
+        slot = self._free.popleft()
+        if tensor is not None:
             fill(self.name, self._buffers[slot], tensor, mark)
-        elif tensor is not None and stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(tensor.device))
-            with torch.cuda.stream(stream):
-                stream.wait_event(self._events[slot])  # its reader of the last round is done
-                fill(self.name, self._buffers[slot], tensor, mark)
-                self._events[slot].record(stream)
-            for each in (tensor, mark):
-                if each is not None:
-                    each.record_stream(stream)
         self._full.append((header, slot))
 
     def receive(self) -> tuple[Header, torch.Tensor]:
         header, self._reading = self._full.popleft()
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(self._events[self._reading])
         return header, self._buffers[self._reading]
 
     def release(self) -> None:
         assert self._reading is not None, "nothing to release"
-        if self._stream is not None:
-            self._events[self._reading].record(torch.cuda.current_stream(self._stream.device))
         self._free.append(self._reading)
         self._reading = None
 

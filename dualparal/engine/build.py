@@ -177,6 +177,7 @@ class Builder:
             eight_bit=setup.config.attention_8bit,
             features_8bit=setup.config.features_8bit,
             refreshes=schedule.refresh_every is not None,
+            windows=schedule.windows,
         )
 
     def _first_stage(self, experts: Sequence[int], decoder: LocalDecoder, keeper: Checkpointer | None) -> FirstStage:

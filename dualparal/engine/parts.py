@@ -67,9 +67,12 @@ class Parts:
         return found
 
     def encode_text(self, request: Request, prompt: str, negative_prompt: str | None) -> torch.Tensor:
-        """Encodes a prompt for a video as [1 or 2 (guidance), tokens, text_dim]. The text encoder stays loaded."""
+        """Encodes a prompt for a video as [1 or 2 (guidance), tokens, text_dim]. The text encoder stays loaded.
+
+        Embeddings are kept on the CPU, whence other ranks and snapshots take them without waiting for the device.
+        """
         video = request.video
-        return self.encoder.encode(prompt, negative_prompt, video.guidance, video.max_sequence_length)
+        return self.encoder.encode(prompt, negative_prompt, video.guidance, video.max_sequence_length).cpu()
 
     @property
     def edge_groups(self) -> list[EdgeGroups]:

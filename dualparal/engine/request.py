@@ -142,7 +142,7 @@ def check_request(
         video=video,
         layout=layout,
         grid=grid,
-        sampler=Sampler(scheduler, video.num_inference_steps, setup.mesh.device),
+        sampler=Sampler(scheduler, video.num_inference_steps),
         prompts={} if inputs.prompt is None else _prompts(inputs.prompt, layout, temporal),
         negative_prompt=inputs.negative_prompt,
         embeds=_embeds(inputs.prompt_embeds, inputs.negative_prompt_embeds, video.guidance, spec.text_dim),
@@ -194,7 +194,10 @@ def _prompts(prompt: Prompt, layout: Layout, temporal_factor: int) -> dict[int, 
 def _embeds(
     positive: torch.Tensor | None, negative: torch.Tensor | None, guidance: bool, text_dim: int
 ) -> torch.Tensor | None:
-    """The given embeddings as [1 or 2 (guidance), tokens, text_dim]; None: none were given. Raises ValueError."""
+    """The given embeddings as [1 or 2 (guidance), tokens, text_dim] on the CPU; None: none were given.
+
+    Raises ValueError.
+    """
     if positive is None:
         if negative is not None:
             raise ValueError("negative_prompt_embeds were given without prompt_embeds")
@@ -210,7 +213,7 @@ def _embeds(
     if len({row.shape[1] for row in rows.values()}) != 1:
         lengths = " and ".join(str(row.shape[1]) for row in rows.values())
         raise ValueError(f"prompt_embeds and negative_prompt_embeds have {lengths} tokens; pad them to one length")
-    return torch.cat(list(rows.values()))
+    return torch.cat(list(rows.values())).cpu()
 
 
 def _latents(latents: torch.Tensor, layout: Layout, grid: Grid, channels: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -20,6 +20,7 @@ from dualparal.engine.identity import run_info
 from dualparal.engine.parts import Parts
 from dualparal.engine.resume import restore
 from dualparal.engine.setup import Setup
+from dualparal.kernels.backend import current
 from dualparal.runtime.executor import NonFiniteError, StageExecutor, run_together
 from dualparal.sampling.prompts import Prompts
 from dualparal.schedule.schedule import Schedule
@@ -75,12 +76,28 @@ class Run:
     def chunks(self) -> Iterator[Chunk]:
         """Yields finished blocks, as soon as they are finished; none on ranks that do not lead.
 
+        While it works the run's card is the current one: events, streams and captures are made on that. Between two
+        chunks it is the consumer's own.
+
         Raises:
             ValueError: ranks disagree on the run; ``ModelError`` for weights that cannot be used.
             NonFiniteError: NaN or infinity in latents; blocks finished before are given out first.
             PeerLost, TransportError, TimeoutError: another rank is gone, sends something else, or did not come.
             OSError: a file cannot be read or written.
         """
+        chunks = self._chunks()
+        try:
+            while True:
+                with current(self._mesh.device):
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+        finally:
+            with current(self._mesh.device):
+                chunks.close()
+
+    def _chunks(self) -> Generator[Chunk, None, None]:
         recorder: Recorder | None = None
         clocks: list[BusyClock] = []
         finished = False

@@ -102,7 +102,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         conditions=(
             videos * experts * branches * layers * 2 * work.text_tokens * h * size
             + 4 * steps * (6 * layers + 2 * last) * h
-            + 2 * 4 * window * model.head_dim
+            + (schedule.windows + 1) * 4 * window * model.head_dim  # and one being made
             + videos * branches * work.text_tokens * model.text_dim * size
         ),
         latents=(latents * SAMPLER_COPIES * (blocks + videos) + noise) if first else 0,

@@ -25,14 +25,15 @@ def cuda_capture(pool: list[Any]) -> Capture:
     """Makes a capture with torch.cuda.graph. Graphs of one stage share a memory pool: they never run at once.
 
     Args:
-        pool: empty at first; gets the handle of the pool at the first capture.
+        pool: empty at first; gets the handle of the pool, and the stream of the captures, at the first one.
     """
 
     def capture(function: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
         if not pool:
-            pool.append(torch.cuda.graph_pool_handle())
-        with torch.cuda.graph(graph, pool=pool[0], capture_error_mode="thread_local"):
+            # Without a stream of its own it would be that of the process's first capture, on whichever card.
+            pool.extend((torch.cuda.graph_pool_handle(), torch.cuda.Stream()))
+        with torch.cuda.graph(graph, pool=pool[0], stream=pool[1], capture_error_mode="thread_local"):
             result = function()
         return graph.replay, result
 

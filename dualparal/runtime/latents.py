@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from dualparal.device import to_device
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.sampling.sampler import BlockSampler, Sampler
 from dualparal.sampling.state import BlockState
@@ -80,7 +81,7 @@ class LatentQueue:
         """Id of the prompt of the unit's block. The first unit of a block makes it enter."""
         if unit.block not in self._prompts:
             self._prompts[unit.block] = self.prompt_of(unit.block)
-            self._latents[unit.block] = self.noise(unit.block).to(self.device)
+            self._latents[unit.block] = to_device(self.noise(unit.block), self.device)
             self._states[unit.block] = self.sampler.start()
         return self._prompts[unit.block]
 

@@ -89,6 +89,7 @@ class StageSpec:
         eight_bit: the layers and steps at which self-attention has 8 bits.
         refreshes: True when the run has refreshes.
         features_8bit: features of attention in 16 bits are kept in 8.
+        windows: number of windows, of all blocks in flight, whose rotary angles are kept.
     """
 
     layers: range
@@ -104,6 +105,7 @@ class StageSpec:
     eight_bit: EightBitPolicy = OFF
     refreshes: bool = False
     features_8bit: bool = False
+    windows: int = 1
 
     @property
     def first(self) -> bool:
@@ -161,7 +163,7 @@ class Stage:
         self._time: dict[int, TimeCondition] = {}
         self._prompts: dict[int, torch.Tensor] = {}
         self._text: dict[tuple[int, int, int], torch.Tensor] = {}
-        self._rotary: tuple[tuple[int, int], Rotary] | None = None
+        self._rotary: dict[tuple[int, int], Rotary] = {}  # by window
 
     def add_prompt(self, prompt: int, embeds: torch.Tensor) -> None:
         """Makes a prompt known by its id, with embeddings [branches, sequence, text_dim]."""
@@ -173,6 +175,11 @@ class Stage:
             del self._text[key]
         for prompt in [p for p in self._prompts if p not in used]:
             del self._prompts[prompt]
+
+    def forget(self) -> None:
+        """Forgets all prompts and windows, as before the first unit."""
+        self.keep_prompts(())
+        self._rotary.clear()
 
     def knows_prompt(self, prompt: int) -> bool:
         """True when the prompt was added and not forgotten since."""
@@ -337,6 +344,10 @@ class Stage:
         return self._text[key]
 
     def _angles(self, start: int, frames: int) -> Rotary:
-        if self._rotary is None or self._rotary[0] != (start, frames):
-            self._rotary = (start, frames), self.experts[0].rotary(start, frames, self.spec.grid)
-        return self._rotary[1]
+        window = start, frames
+        found = self._rotary.get(window)
+        if found is None:
+            found = self._rotary[window] = self.experts[0].rotary(start, frames, self.spec.grid)
+            if len(self._rotary) > self.spec.windows:
+                del self._rotary[min(self._rotary)]  # its block has left before the others
+        return found

@@ -52,7 +52,7 @@ def warm_up(executor: StageExecutor, embeds: torch.Tensor, times: int) -> int:
         for _ in range(times):
             result = stage.run(given, plan)
         mark(result, mark(given, None, None).to(result.dtype), executor.index)
-    stage.keep_prompts(())
+    stage.forget()
     if leading is not None:
         _sample(leading.queues[0], dtype)
     return len(plans)

@@ -7,10 +7,14 @@ in-place copy of the result corrupts UniPC's ``last_sample`` (0.12 off stock Wan
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+from dualparal.device import to_device
 
 # Deterministic multistep and single-step samplers whose step() is a function of its arguments and its own history.
 # What each remembers from one step to the next; nothing else of it changes.
@@ -35,17 +39,16 @@ class Sampler:
     Args:
         scheduler: a diffusers scheduler of one of ``SUPPORTED``; it is copied, never changed.
         num_inference_steps: T.
-        device: of the timesteps.
 
     Attributes:
-        timesteps: [T], in the sampler's dtype.
+        timesteps: [T], in the sampler's dtype, on the CPU.
         num_train_timesteps: the timestep of pure noise.
 
     Raises:
         ValueError: a class that is not supported, or one that draws noise in its steps.
     """
 
-    def __init__(self, scheduler: Any, num_inference_steps: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, scheduler: Any, num_inference_steps: int) -> None:
         name = type(scheduler).__name__
         if name not in SUPPORTED:
             raise ValueError(f"sampler {name} is not supported; use one of {', '.join(SUPPORTED)}")
@@ -53,7 +56,7 @@ class Sampler:
         if config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type", "")):
             raise ValueError(f"sampler {name} draws fresh noise in every step; use its deterministic form")
         self._fresh = copy.deepcopy(scheduler)
-        self._fresh.set_timesteps(num_inference_steps, device=device)
+        self._fresh.set_timesteps(num_inference_steps, device="cpu")
         self._fresh.set_begin_index(0)
         self.timesteps: torch.Tensor = self._fresh.timesteps
         self.num_train_timesteps: int = config.num_train_timesteps
@@ -89,7 +92,8 @@ class BlockSampler:
             A new tensor like ``latents``.
         """
         timestep = self.scheduler.timesteps[step]
-        result: torch.Tensor = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        with nullcontext() if latents.device.type == "cpu" else _ScalarsOnHost():
+            result: torch.Tensor = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         return result
 
     def state(self) -> dict[str, Any]:
@@ -111,6 +115,26 @@ class BlockSampler:
         for name, value in state.items():
             several = [_moved(item, device) for item in value] if isinstance(value, list) else _moved(value, device)
             setattr(self.scheduler, name, several)
+
+
+class _ScalarsOnHost(TorchFunctionMode):
+    """Keeps a sampler's coefficients on the CPU while it steps latents on a GPU.
+
+    diffusers moves them to the latents one by one, and solves for some of them there: each waits for the device.
+    Numbers without a dimension go along with a kernel's arguments instead; the few with one are copied when they are
+    used, and nobody waits.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to and len(args) == 2 and isinstance(args[1], torch.device):
+            tensor, device = args
+            return tensor if tensor.ndim == 0 else to_device(tensor, device)
+        if func is torch.ones and args == ((),):
+            kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+        return func(*args, **kwargs)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -205,6 +205,11 @@ class Schedule:
         return most if self.num_blocks is None else min(most, self.num_blocks)
 
     @property
+    def windows(self) -> int:
+        """Windows of a video's blocks that are on their way at once: a refresh feeds more than the other steps."""
+        return self.max_in_flight * (1 if self.refresh_every is None else 2)
+
+    @property
     def places(self) -> int:
         """Blocks of all videos that are on their way at once."""
         return self.max_in_flight * self.num_videos

@@ -45,7 +45,7 @@ def generate(model: Path, **options: Any) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
 def test_same_bits_for_any_number_of_stages_eager_and_captured(wan21: Path, policy: str, dtype: str) -> None:
-    """Also with transfers on their own streams, buffers used again, and on every repeat."""
+    """Also with buffers used again, and on every repeat."""
     expected = generate(wan21, context=policy, dtype=dtype)
     assert expected.isfinite().all() and expected.std() > 0.1
     for stages in (1, 2, 4):

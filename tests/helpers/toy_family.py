@@ -19,6 +19,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dualparal.device import to_device
 from dualparal.kernels.qk_norm_rope import Lend
 from dualparal.kernels.qk_norm_rope.reference import rotate
 from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, TimeCondition, attend_here
@@ -98,16 +99,16 @@ class ToySlice:
         return F.linear(latents[0].flatten(1).T.to(self.dtype), self._tensors["embed"])
 
     def time(self, timestep: torch.Tensor) -> TimeCondition:
-        row = self._tensors["time"].float() * timestep.to(self.device, torch.float32) / 1000
+        row = self._tensors["time"].float() * timestep.float() / 1000
         return TimeCondition(row.expand(self.num_layers, 1, -1).clone(), row.expand(2, -1).clone())
 
     def text(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        row = F.linear(prompt_embeds.to(self.device, self.dtype), self._tensors["text"])
+        row = F.linear(to_device(prompt_embeds.to(self.dtype), self.device), self._tensors["text"])
         return row.expand(self.num_layers, 2, -1, -1).clone()
 
     def rotary(self, start: int, frames: int, grid: Grid) -> Rotary:
         angles = torch.outer(torch.arange(start, start + frames), 1.0 / (1 + torch.arange(self.inner_dim // 2)))
-        angles = angles.repeat_interleave(grid.tokens, 0).to(self.device)
+        angles = to_device(angles.repeat_interleave(grid.tokens, 0), self.device)
         return Rotary(angles.cos(), angles.sin())
 
     def layer(

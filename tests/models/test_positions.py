@@ -18,6 +18,7 @@ from dualparal.models.wan.transformer import WanSlice
 from dualparal.sampling.noise import BlockNoise
 from dualparal.sampling.sampler import Sampler
 from dualparal.schedule.layout import Layout
+from engine_calls import embeds
 
 GRID = Grid(4, 6, 2, 3)
 
@@ -124,3 +125,24 @@ def test_frame_100000_works(engine: Callable[..., Engine]) -> None:
 
     with torch.inference_mode():
         assert (velocity(0) - velocity(100_000)).abs().max() < 1e-5
+
+
+def test_angles_are_made_once_for_every_window(engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks take turns; of those that are gone nothing is kept."""
+    made: list[int] = []
+    original = WanSlice.rotary
+
+    def rotary(self: WanSlice, start: int, frames: int, grid: Grid) -> Rotary:
+        made.append(start)
+        return original(self, start, frames, grid)
+
+    monkeypatch.setattr(WanSlice, "rotary", rotary)
+    built = engine(frames_per_block=2, context_frames=1)
+    chunks = built.stream(
+        **embeds(built), height=32, width=32, num_frames=45, num_inference_steps=3, output_type="latent"
+    )
+    for _ in chunks:
+        assert built._run is not None
+        for executor in built._run._executors:
+            assert len(executor.stage._rotary) <= 3, "as many as blocks are in flight"
+    assert len(made) == len(set(made)) == 6

@@ -34,7 +34,7 @@ LEVELS = [
     {"kernels"},
     {"schedule"},
     {"launch"},
-    {"config", "io", "version", "_C"},
+    {"config", "device", "io", "version", "_C"},
 ]
 TORCH = ("torch", "diffusers", "transformers", "dualparal.kernels")  # what makes a start slow
 FAMILY = r"models\.\w+(?=\.)"  # a folder inside models/

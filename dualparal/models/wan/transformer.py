@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dualparal.device import to_device
 from dualparal.kernels.attention import attention
 from dualparal.kernels.attention_8bit import attention_8bit, key_mean, qk_norm_rope_8bit
 from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
@@ -245,7 +246,7 @@ class WanSlice:
         from diffusers.models.embeddings import get_timestep_embedding
 
         frequencies = get_timestep_embedding(
-            timestep.reshape(1).to(self.device),
+            torch.full((1,), timestep.item(), dtype=timestep.dtype, device=self.device),
             self.spec.config["freq_dim"],
             flip_sin_to_cos=True,
             downscale_freq_shift=0,
@@ -254,7 +255,8 @@ class WanSlice:
         embedded = self._linear("time_embedder.linear_1", frequencies)
         embedded = self._linear("time_embedder.linear_2", F.silu(embedded)).to(self.dtype)
         layers = self._tables + self._linear("time_proj", F.silu(embedded)).float().unflatten(1, (6, -1))
-        layers[:, [1, 4]] += 1  # the norms multiply by 1 + scale
+        for scale in (1, 4):  # one by one: a list of indices would be copied to the device, and waited for
+            layers[:, scale] += 1  # the norms multiply by 1 + scale
         head = None
         if self._head is not None:
             head = (self._head[2].float() + embedded.unsqueeze(1)).squeeze(0).float()  # shift, scale
@@ -263,7 +265,7 @@ class WanSlice:
 
     def text(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Text embedder, then K (normed) and V of each layer's ``attn2``."""
-        text = self._linear("text_embedder.linear_1", prompt_embeds.to(self.device, self.dtype))
+        text = self._linear("text_embedder.linear_1", to_device(prompt_embeds.to(self.dtype), self.device))
         text = self._linear("text_embedder.linear_2", F.gelu(text, approximate="tanh"))
         inner = (self.spec.inner_dim,)
         return torch.stack(
@@ -290,13 +292,13 @@ class WanSlice:
                 ],
                 dim=1,
             )
-            self._spatial[grid] = Rotary(*(f.float().to(self.device) for f in (angles.cos(), angles.sin())))
+            self._spatial[grid] = Rotary(*(to_device(f.float(), self.device) for f in (angles.cos(), angles.sin())))
         angles = _angles(torch.arange(start, start + frames), self.spec.head_dim - 4 * (self.spec.head_dim // 6))
         return Rotary(
             *(
                 torch.cat(
                     [
-                        temporal.float().to(self.device).repeat_interleave(grid.tokens, 0),
+                        to_device(temporal.float(), self.device).repeat_interleave(grid.tokens, 0),
                         spatial.repeat(frames, 1),
                     ],
                     dim=1,

@@ -29,6 +29,7 @@ class StreamingDecoder:
         """Raises ValueError when ``vae`` is not a causal Wan VAE, tiles its frames, or is under CPU offload."""
         _check_vae(vae)
         self._vae = vae
+        self._scale: tuple[torch.Tensor, torch.Tensor] | None = None  # see ``latent_scale``; made at the first push
         self._size: torch.Size | None = None  # latent [H, W] of the video being decoded
         self.reset()
 
@@ -80,6 +81,8 @@ class StreamingDecoder:
         """
         self._check(latents)
         self._size = latents.shape[3:]
+        if self._scale is None or self._scale[0].device != self._vae.device or self._scale[0].dtype != self._vae.dtype:
+            self._scale = latent_scale(self._vae)
         self._torn = True
         with STEADY:
             frames = [self._decode_one(latent) for latent in latents.split(1, dim=2)]
@@ -89,12 +92,18 @@ class StreamingDecoder:
     def _decode_one(self, latent: torch.Tensor) -> torch.Tensor:
         # One latent at a time and in one memory layout, whatever came in together: a convolution may pick its
         # algorithm by shape and stride, and the frames must not depend on how the latents were cut.
-        hidden = self._vae.post_quant_conv(denormalize(latent, self._vae).contiguous())
+        hidden = self._vae.post_quant_conv(self._denormalize(latent).contiguous())
         pixels = self._vae.decoder(hidden, feat_cache=self._caches, feat_idx=[0], first_chunk=self._first)
         self._first = False
         if self._vae.config.patch_size is not None:
             pixels = _unpatchify(pixels, self._vae.config.patch_size)
         return pixels.clamp(min=-1.0, max=1.0)[0].transpose(0, 1)  # [3, F, H, W] -> [F, 3, H, W]
+
+    def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """The transformer's latents as the VAE's: [1, C, f, H, W] in and out; device and dtype of the VAE."""
+        assert self._scale is not None, "made by push"
+        mean, reciprocal_std = self._scale
+        return latents.to(mean) / reciprocal_std + mean
 
     def _check(self, latents: torch.Tensor) -> None:
         _check_vae(self._vae)  # again: tiling may have been switched on since
@@ -116,16 +125,18 @@ class StreamingDecoder:
             )
 
 
-def denormalize(latents: torch.Tensor, vae: Any) -> torch.Tensor:
-    """Turns the transformer's latents into the VAE's: [1, C, f, H, W] in and out; device and dtype of the VAE.
+def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and reciprocal standard deviation of a VAE's latents, [1, C, 1, 1, 1] each, in its dtype on its device.
 
-    The arithmetic, double reciprocal and all, is ``WanPipeline``'s: anything tidier rounds differently.
+    The VAE's latents are the transformer's / reciprocal + mean. The arithmetic, double reciprocal and all, is
+    ``WanPipeline``'s: anything tidier rounds differently.
     """
-    latents = latents.to(vae.device, vae.dtype)
     shape = (1, vae.config.z_dim, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
-    reciprocal_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
-    return latents / reciprocal_std + mean
+    mean, std = (
+        torch.tensor(values).view(shape).to(vae.device, vae.dtype)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, 1.0 / std
 
 
 def _unpatchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:

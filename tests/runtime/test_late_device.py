@@ -1,0 +1,130 @@
+"""The engine on the late device: the bits of eager in every order that streams and events permit, and no host syncs.
+
+Then mutants of the engine, in each of which one thing that keeps accesses apart is missing: each is found.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+import toy_family
+from dualparal.config.video import VideoConfig
+from dualparal.engine.engine import Engine
+from dualparal.engine.request import VideoInputs, check_request
+from dualparal.models.registry import FAMILIES
+from dualparal.sampling.sampler import Sampler
+from engine_calls import embeds
+from late_device import LateDevice, recording
+from late_mutants import GRAPHS, MUTANTS, PT, RESUMED, Mutant
+from late_runs import UNITS, Case, findings, make, mutated
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "toy", toy_family.FAMILY)
+        yield toy_family.write(tmp_path_factory.mktemp("models") / "toy", layers=2)
+
+
+def whole(model: Path, case: Case, folder: Path) -> dict[tuple[int, str], torch.Tensor]:
+    """The unbroken video on the CPU."""
+    return dict(make(model, case._replace(break_after=0), "cpu", folder))
+
+
+CASES = {
+    "pt": PT,
+    "uint8, guidance, two stages": Case("uint8", guidance=True, options={"stages": 2}),
+    "graphs, depth 4": GRAPHS._replace(options={"stages": 2, "graphs": True, "depth": 4}),
+    "resumed": RESUMED,
+    "resumed, refreshes, graphs": Case("pt", break_after=3, options={"stages": 2, "refresh_every": 2, "graphs": True}),
+    "prior": Case("pt", options={"stages": 2, "context": "prior"}),
+}
+
+
+@pytest.mark.parametrize("eagerness", [1.0, 0.0])
+@pytest.mark.parametrize("name", CASES)
+def test_hundreds_of_orders_give_the_bits_of_eager(toy: Path, tmp_path: Path, name: str, eagerness: float) -> None:
+    """The host's other threads run at once, or as late as somebody waits for them."""
+    case = CASES[name]
+    assert findings(toy, case, tmp_path, whole(toy, case, tmp_path), orders=20, eagerness=eagerness) == {}
+
+
+@pytest.mark.parametrize("model", ["wan21", "wan22"])
+def test_a_wan_model(request: pytest.FixtureRequest, tmp_path: Path, model: str) -> None:
+    path: Path = request.getfixturevalue(model)
+    call = {"height": 32, "width": 32, "num_frames": 21, "num_inference_steps": 3}
+    case = Case("uint8", options={"stages": 2, "graphs": True}, call=call)
+    assert findings(path, case, tmp_path, whole(path, case, tmp_path), orders=2) == {}
+
+
+@pytest.mark.parametrize("name", ["pt", "graphs, depth 4", "resumed"])
+def test_the_second_card_of_a_process(toy: Path, tmp_path: Path, name: str) -> None:
+    """Its events, streams and captures are its own, and the consumer's current card stays the first."""
+    case = CASES[name]
+    expected = whole(toy, case, tmp_path)
+    assert findings(toy, case, tmp_path, expected, orders=20, device="cuda:1", cards=2, before=_capture_here) == {}
+
+
+def test_prompts_are_kept_on_the_host(toy: Path) -> None:
+    """Else each would be copied from the device, in the middle of a run, when its first block enters."""
+    late = LateDevice()
+    with recording(late, ()):
+        engine = Engine.from_pretrained(toy, device="cuda")
+        video = VideoConfig(height=8, width=12, num_frames=15, num_inference_steps=3)
+        given = {name: rows.to("cuda") for name, rows in embeds(engine).items()}
+        request = check_request(engine.setup, engine.scheduler, video, VideoInputs(**given))
+        encoded = engine.parts.encode_text(request, "a cat", None)
+        assert request.embeds is not None and given["prompt_embeds"].is_cuda
+        assert not request.embeds.is_cuda and not encoded.is_cuda
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=3
+        ),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_no_sampler_waits_for_the_device(scheduler: Any) -> None:
+    """Also where UniPC solves for three coefficients."""
+    velocities = torch.randn(7, 1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    late = LateDevice()
+    with recording(late, ()):
+        made = []
+        for device in ("cpu", "cuda"):
+            state, latents, *rest = Sampler(scheduler, 6).start(), *velocities.to(device)
+            late.phase, late.strict = "run", UNITS
+            for step, velocity in enumerate(rest):
+                latents = state.step(velocity, step, latents)
+            late.phase = ""
+            made.append(latents.cpu())
+    assert torch.equal(*made) and late.ops
+
+
+def _capture_here() -> None:
+    """A capture on the first card: torch's own stream for captures is from then on there."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        pass
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_is_found(toy: Path, wan21: Path, tmp_path: Path, mutant: Mutant) -> None:
+    model = wan21 if mutant.wan else toy
+    expected = whole(model, mutant.case, tmp_path)
+    options: dict[str, Any] = {"device": "cuda:1", "cards": 2, "before": _capture_here} if mutant.second_card else {}
+    importlib.import_module(mutant.function.partition(":")[0])
+    with mutated(mutant.function, mutant.old, mutant.new), mutated(*mutant.also) if mutant.also else nullcontext():
+        found = findings(model, mutant.case, tmp_path, expected, orders=40, eagerness=mutant.eagerness, **options)
+    assert set(found) == set(mutant.found_by.split()), found
