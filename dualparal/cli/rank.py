@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dualparal.cli.job import Job, call_arguments, checkpoint_of, display_of, error_file, make_engine, resume_command
+from dualparal.cli.place import leads
 from dualparal.launch.exit_codes import BAD_INPUT, NUMERICS, RANK_FAILED, STORAGE
 from dualparal.launch.heartbeat import Heartbeat
 
@@ -46,7 +47,8 @@ def work(job: Job, heartbeat: Heartbeat) -> int:
     from dualparal.runtime.executor import NonFiniteError
 
     torch.set_num_threads(job.threads)
-    _quiet_libraries()
+    if leads():  # the others load nothing by them, and are spared the import
+        _quiet_libraries()
     try:
         interrupted = _stream(job, heartbeat)
     except (PeerLost, TimeoutError) as error:  # another rank is gone, or did not come

@@ -21,6 +21,8 @@ from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
 from dualparal.kernels.residual_norm import residual, residual_norm
 from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, TimeCondition, attend_here, component_config
 from dualparal.models.keys_values import Context8, KeysValues
+from dualparal.models.wan.shapes import KEYS, tensor_shapes
+from dualparal.models.wan.timesteps import timestep_frequencies
 
 ROPE_THETA = 10000.0
 # diffusers: WanTransformer3DModel._keep_in_fp32_modules
@@ -56,6 +58,12 @@ class WanSpec:
                 "and Wan2.2-A14B type models are supported"
             )
         for config in configs:
+            unknown = sorted(set(config) - KEYS)
+            if unknown:
+                raise ValueError(
+                    f"this Wan transformer has {unknown[0]}={config[unknown[0]]!r}, which is no option of diffusers' "
+                    "WanTransformer3DModel"
+                )
             for key, plain in (("image_dim", None), ("added_kv_proj_dim", None), ("pos_embed_seq_len", None)):
                 if config.get(key) is not plain:
                     raise ValueError(
@@ -72,6 +80,7 @@ class WanSpec:
                     f"this Wan transformer has patch_size={config['patch_size']}: a temporal patch "
                     "of 1 is needed to cut a video into blocks of latent frames"
                 )
+            tensor_shapes(config)  # a key that is missing or malformed shows here
         if len(configs) == 2:
             if boundary_ratio is None:
                 raise ValueError("the pipeline has transformer_2 but no boundary_ratio in model_index.json")
@@ -138,11 +147,7 @@ class WanSpec:
         return Grid(h, w, h // self.patch_size[1], w // self.patch_size[2])
 
     def shapes(self, expert: int) -> dict[str, tuple[int, ...]]:
-        from diffusers import WanTransformer3DModel  # slow to import, and only needed to check files
-
-        with torch.device("meta"):
-            model: Any = WanTransformer3DModel(**self.configs[expert])
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return tensor_shapes(self.configs[expert])
 
     def is_unused(self, name: str) -> bool:
         return "norm_added_q" in name  # diffusers: WanTransformer3DModel._keys_to_ignore_on_load_unexpected
@@ -233,14 +238,7 @@ class WanSlice:
 
     def time(self, timestep: torch.Tensor) -> TimeCondition:
         """The ``scale_shift_table`` of each layer and of the head plus the embedded timestep, 1 added to the scales."""
-        from diffusers.models.embeddings import get_timestep_embedding
-
-        frequencies = get_timestep_embedding(
-            timestep.reshape(1).to(self.device),
-            self.spec.config["freq_dim"],
-            flip_sin_to_cos=True,
-            downscale_freq_shift=0,
-        )
+        frequencies = timestep_frequencies(timestep.reshape(1).to(self.device), self.spec.config["freq_dim"])
         frequencies = frequencies.to(self._condition["time_embedder.linear_1.weight"].dtype)
         embedded = self._linear("time_embedder.linear_1", frequencies)
         embedded = self._linear("time_embedder.linear_2", F.silu(embedded)).to(self.dtype)
