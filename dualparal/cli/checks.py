@@ -47,17 +47,15 @@ def check_job(job: Job) -> None:
     files = resolve_model(job.model)
     job.video.num_latents(files.spec.temporal_factor)
     split_layers(files.spec.num_layers, job.stages, job.engine.layers_per_stage)
-    if "RANK" in os.environ or job.stages == 1:
-        files.check_weights()
-        return
-    # The ranks check again, each for itself; here the user hears of it once, before any of them starts. VAE and text
-    # encoder are left to the rank that loads them: their libraries take longer to import than all the rest.
-    engine = make_engine(job, starts=False)
-    if job.resume:
-        engine.resume(checkpoint_of(job))
-        return
-    latents = None if job.latents_in is None else read_latents(job.latents_in)
-    engine.stream(latents=latents, **call_arguments(job))
+    files.check_weights()
+    if "RANK" not in os.environ and job.stages > 1:
+        # The ranks check again, each for itself; here the user hears of it once, before any of them starts.
+        engine = make_engine(job)
+        if job.resume:
+            engine.resume(checkpoint_of(job))
+            return
+        latents = None if job.latents_in is None else read_latents(job.latents_in)
+        engine.stream(latents=latents, **call_arguments(job))
 
 
 def _check_timeline(path: Path, overwrite: bool) -> None:

@@ -101,20 +101,18 @@ class Job:
         return cls(**{**found, **paths, **rest})
 
 
-def make_engine(job: Job, report: Callable[..., None] | None = None, starts: bool = True) -> Engine:
+def make_engine(job: Job, report: Callable[..., None] | None = None) -> Engine:
     """The engine of a job, with its sampler. In a rank of several processes it owns one stage.
 
     Args:
         report: called before every action, see ``Engine.from_pretrained``.
-        starts: see ``Setup.of``.
 
     Raises:
         ValueError: options, model or sampler that cannot be used.
     """
     from dualparal.engine.engine import Engine
-    from dualparal.engine.setup import Setup
 
-    engine = Engine(Setup.of(job.model, job.engine, starts), report)
+    engine = Engine.from_pretrained(job.model, job.engine, report=report)
     if job.sampler is not None or job.flow_shift is not None:
         engine.scheduler = _sampler(engine.scheduler, job)
     return engine

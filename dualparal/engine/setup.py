@@ -33,13 +33,12 @@ class Setup:
     mesh: Mesh
 
     @classmethod
-    def of(cls, model: str | Path | Any, config: EngineConfig, starts: bool = True) -> Setup:
+    def of(cls, model: str | Path | Any, config: EngineConfig) -> Setup:
         """Joins the ranks of a distributed run, and fills in what ``config`` leaves open.
 
         Args:
             model: a directory in diffusers format, a hub id, the model of the package, or a loaded pipeline.
             config: the options, some of them open.
-            starts: this process may run the model; False: it only asks whether others could.
 
         Raises:
             ValueError: options that this machine or this model does not have; ``ModelError`` for a model that is not
@@ -64,7 +63,7 @@ class Setup:
         if config.attention_8bit.on:
             found.check_8bit()
         if isinstance(source, ModelFiles):
-            source.check_weights(parts=starts and mesh.is_leader)
+            source.check_weights(parts=mesh.is_leader)
         return found
 
     @property
