@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualparal.models.base import Grid
-from dualparal.models.wan.transformer import WanSpec
+from dualparal.models.wan.spec import WanSpec
 
 
 def wan_config(heads: int, head_dim: int, ffn_dim: int, layers: int, text_dim: int = 4096) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Setup:
         if config.features_8bit and (reason := linear_8bit.absent(mesh.device)):
             raise ValueError(f"features_8bit=True cannot run: {reason}; leave it out")
         if isinstance(source, ModelFiles):
-            source.check_weights()
+            source.check_weights(parts=mesh.is_leader)
         return found
 
     @property

@@ -109,14 +109,20 @@ class ModelFiles:
             parts.append(f"{len(found.shapes)} tensors, {elements} elements, {size} bytes")
         return "; ".join(parts)
 
-    def check_weights(self) -> None:
+    def check_weights(self, parts: bool = True) -> None:
         """Compares names and shapes of all weight files with the configs, from the headers alone.
+
+        Args:
+            parts: VAE, text encoder and tokenizer too, for which their libraries are imported; False: whoever loads
+                them, the leading rank, checks them.
 
         Raises:
             ModelError: tensors are missing, too many, or of another shape; lists them.
         """
         for expert, folder in enumerate(EXPERTS[: self.spec.num_experts]):
             check_tensors(self.path / folder, self.spec.shapes(expert), self.spec.is_unused)
+        if not parts:
+            return
         for name, component in self.family.components.items():
             if not component.empty:
                 continue

@@ -130,7 +130,7 @@ FAMILIES: dict[str, Family] = {
             ),
             "tokenizer": Component("transformers", ("T5Tokenizer", "T5TokenizerFast")),
         },
-        spec_class="dualparal.models.wan.transformer:WanSpec",
+        spec_class="dualparal.models.wan.spec:WanSpec",
         decoder_class="dualparal.models.wan.vae:StreamingDecoder",
         prompt_encoder_class="dualparal.models.wan.text:PromptEncoder",
         known_sizes="dualparal.models.wan.sizes:MODELS",

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -73,6 +74,14 @@ def closing(text: str) -> Closing:
     return Closing(int(frames), int(blocks), [float(part) for part in memory.split(",")])
 
 
+HEAVY = {"libtriton.so", "tokenizers.abi3.so"}
+
+
+def _libraries(process: psutil.Process) -> set[str]:
+    """Those of ``HEAVY`` that a process has loaded."""
+    return HEAVY & {Path(part.path).name for part in process.memory_maps()}
+
+
 def test_two_processes_make_a_long_video_that_plays_while_it_grows(
     start: Callable[..., Run], dualparal: Callable[..., Outcome], wan21: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +93,8 @@ def test_two_processes_make_a_long_video_that_plays_while_it_grows(
     assert decode(first) == 29  # 8 latents, the first of which is one frame
     assert not video.exists() and run.process.poll() is None
     assert sorted(run.ranks) == [0, 1]
+    # Only the rank that encodes the prompt pays for transformers, and for what compiles models (which brings Triton).
+    assert _libraries(run.ranks[0]) == HEAVY and not _libraries(run.ranks[1])
 
     assert run.end() == 0, run.stderr
     assert decode(video) == 513
@@ -331,6 +342,14 @@ def _edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(data))
 
 
+def _forget(component: str, key: str) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        path = model / component / "config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+    return change
+
+
 def _weights(model: Path, component: str = "transformer") -> Path:
     return next((model / component).glob("*.safetensors"))
 
@@ -399,6 +418,8 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         _index(transformer=["diffusers", "WanVACETransformer3DModel"]),
         ["WanVACETransformer3DModel", "WanTransformer3DModel"],
     ),
+    "unknown option": (_part("transformer", window=3), ["transformer", "window=3", "WanTransformer3DModel"]),
+    "missing option": (_forget("transformer", "ffn_dim"), ["config.json", "ffn_dim", "missing or malformed"]),
     "class of remote code": (_index(text_encoder=["evil", "Evil"]), ["Evil", "UMT5EncoderModel"]),
     "sampler class": (_index(scheduler=["diffusers", "DDPMScheduler"]), ["DDPMScheduler", "UniPC"]),
     "no model_index.json": (lambda m: (m / "model_index.json").unlink(), ["model_index.json", "diffusers format"]),

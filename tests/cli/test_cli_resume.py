@@ -21,7 +21,7 @@ KEPT = ["--checkpoint", "kept", "--checkpoint-every", 1]
 def test_a_killed_run_goes_on_with_another_number_of_processes(
     start: Callable[..., Run], dualparal: Callable[..., Outcome], wan21: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    video = [*VIDEO, "--model", wan21, "--num-frames", 641]
+    video = [*VIDEO, "--model", wan21, "--num-frames", 321]
     outputs = ["--out", "a.mp4", "--latents-out", "a.safetensors"]
     run = start(*video, *outputs, *KEPT, "--stages", 2)
     assert dualparal("generate", *video, "--out", "b.mp4", "--latents-out", "b.safetensors").code == 0

@@ -32,7 +32,7 @@ def full_slice(engine: Engine) -> WanSlice:
 
 def test_angles_are_diffusers_angles(engine: Callable[..., Engine]) -> None:
     expert = full_slice(engine())
-    theirs = WanRotaryPosEmbed(expert.spec.head_dim, (1, 2, 2), 1024)(torch.zeros(1, 16, 40, 4, 6))
+    theirs = WanRotaryPosEmbed(expert.head_dim, (1, 2, 2), 1024)(torch.zeros(1, 16, 40, 4, 6))
     ours = expert.rotary(0, 40, GRID)
     for mine, other, first in zip(ours, theirs, (0, 1), strict=True):
         assert torch.equal(mine, other[0, :, 0, first::2])
@@ -59,7 +59,7 @@ class WindowLocal:
         return self.inner.rotary(0, frames, grid)
 
     def turn(self, keys: torch.Tensor, frames: int) -> torch.Tensor:
-        spec = self.inner.spec
+        spec = self.inner
         temporal = spec.head_dim - 4 * (spec.head_dim // 6)
         frequencies = 10000.0 ** (-torch.arange(0, temporal, 2, dtype=torch.float64) / temporal)
         angles = frames * frequencies
@@ -92,11 +92,11 @@ def test_window_local_positions_give_the_same_video(engine: Callable[..., Engine
     built = engine()
     expert = full_slice(built)
     layout = Layout(BlockConfig(3, 2, policy), 14)  # type: ignore[arg-type]
-    text = torch.randn(2, 16, expert.spec.text_dim, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(2, 16, expert.config["text_dim"], generator=torch.Generator().manual_seed(0))
 
     def generate(slice_: Any) -> torch.Tensor:
         return dualparal.reference.generate(
-            expert.spec, [slice_], Sampler(built.scheduler, 4), layout, GRID,
+            built.source.spec, [slice_], Sampler(built.scheduler, 4), layout, GRID,
             BlockNoise(layout, (16, 4, 6), 1), lambda block: text, [3.0],
         )  # fmt: skip
 
@@ -112,7 +112,7 @@ def test_frame_100000_works(engine: Callable[..., Engine]) -> None:
     far = expert.rotary(100_000, 4, GRID)
     assert far.cos.isfinite().all() and (far.cos**2 + far.sin**2 - 1).abs().max() < 1e-6
     latents = torch.randn(1, 16, 4, 4, 6, generator=torch.Generator().manual_seed(0))
-    time, text = expert.time(torch.tensor(500)), expert.text(torch.zeros(16, expert.spec.text_dim))
+    time, text = expert.time(torch.tensor(500)), expert.text(torch.zeros(16, expert.config["text_dim"]))
 
     def velocity(start: int) -> torch.Tensor:
         hidden, pending = expert.embed(latents), None

@@ -22,8 +22,8 @@ from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import supervise
 from dualparal.models.registry import model_sizes
 from dualparal.models.wan.sizes import MODELS, WanVaeSizes
+from dualparal.models.wan.spec import WanSpec
 from dualparal.models.wan.tiny import build_tiny_pipeline
-from dualparal.models.wan.transformer import WanSpec
 from dualparal.models.wan.vae import StreamingDecoder
 from dualparal.planning.cost import Costing, balance, closed_form, layer_arithmetic, unit_arithmetic
 from dualparal.planning.devices import DEVICES, LINKS

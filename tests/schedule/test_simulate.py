@@ -213,7 +213,10 @@ REPEATS = 3
 
 @pytest.fixture(scope="module", params=[2, 4])
 def outcomes(request: pytest.FixtureRequest) -> list[list[Outcome]]:
-    """Per case, its repetitions. Context and steps change the order, which costs no time: few cases are timed."""
+    """Per case, its repetitions, which end with the first that is in time.
+
+    Context and steps change the order, which costs no time: few cases are timed.
+    """
     stages = request.param
     cases = [
         case(Schedule(stages, 4, 5, context, 1, guidance=False, decode=False), [0.03] * stages)
@@ -221,8 +224,30 @@ def outcomes(request: pytest.FixtureRequest) -> list[list[Outcome]]:
     ]
     cases.append(case(Schedule(stages, 4, 5, "cached", 1, guidance=False, decode=False, num_videos=2), [0.03] * stages))
     cases.append(case(Schedule(stages, 4, 5, "cached", 1, decode=False), [0.03 + 0.01 * k for k in range(stages)]))
-    found = run_cases(cases * REPEATS)  # in turn, so that what disturbs for a while disturbs all alike
-    return [found[number :: len(cases)] for number in range(len(cases))]
+    found = [[outcome] for outcome in run_cases(cases)]
+    for _ in range(REPEATS - 1):
+        late = [number for number, repeats in enumerate(found) if not _in_time(_best(repeats))]
+        for number, outcome in zip(late, run_cases([cases[number] for number in late]) if late else []):
+            found[number].append(outcome)
+    return found
+
+
+def _best(repeats: list[Outcome]) -> Outcome:
+    return min(repeats, key=lambda outcome: outcome.makespan)
+
+
+def _calm(outcome: Outcome) -> bool:
+    """Nothing else had the processors meanwhile."""
+    return outcome.jitter < 0.02 and outcome.timed.seconds < 1.03 * outcome.nominal.seconds
+
+
+def _in_time(outcome: Outcome) -> bool:
+    nominal = outcome.nominal
+    return (
+        _calm(outcome)
+        and nominal.seconds == pytest.approx(outcome.makespan, rel=0.05)
+        and nominal.bubble == pytest.approx(outcome.bubble, abs=0.02)
+    )
 
 
 @pytest.mark.alone
@@ -239,11 +264,10 @@ def test_processes_take_the_time(outcomes: list[list[Outcome]]) -> None:
     claim is asked, which no load excuses: who waits for whom, with sleeps and messages as long as they were.
     """
     for repeats in outcomes:
-        best = min(repeats, key=lambda outcome: outcome.makespan)
+        best = _best(repeats)
         assert best.makespan > 0.99 * best.nominal.seconds, best.row  # a sleep is never too short
-        if best.jitter < 0.02 and best.timed.seconds < 1.03 * best.nominal.seconds:
-            assert best.nominal.seconds == pytest.approx(best.makespan, rel=0.05), best.row
-            assert best.nominal.bubble == pytest.approx(best.bubble, abs=0.02), best.row
+        if _calm(best):
+            assert _in_time(best), best.row
         else:
             found = [outcome.timed.seconds / outcome.makespan for outcome in repeats]
             assert min(abs(ratio - 1) for ratio in found) < 0.05, found

@@ -8,7 +8,6 @@ follows it (``dualparal.kernels``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,165 +19,14 @@ from dualparal.kernels.attention import attention
 from dualparal.kernels.attention_8bit import attention_8bit, key_mean, qk_norm_rope_8bit
 from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
 from dualparal.kernels.residual_norm import residual, residual_norm
-from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, TimeCondition, attend_here, component_config
+from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, TimeCondition, attend_here
 from dualparal.models.keys_values import Context8, KeysValues
 from dualparal.models.linear import Linear
 from dualparal.models.wan.feed_forward import linear_gelu
+from dualparal.models.wan.shapes import EMBED, HEAD
+from dualparal.models.wan.timesteps import timestep_frequencies
 
 ROPE_THETA = 10000.0
-# diffusers: WanTransformer3DModel._keep_in_fp32_modules
-_KEEP_FP32 = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
-_EMBED = ("patch_embedding.weight", "patch_embedding.bias")
-# The linears that see every token of a unit. Time, text, patches and the head are small, or all depends on them.
-_LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0",
-            "ffn.net.0.proj", "ffn.net.2")  # fmt: skip
-_HEAD = ("proj_out.weight", "proj_out.bias", "scale_shift_table")
-
-
-@dataclass(frozen=True)
-class WanSpec:
-    """Facts of a Wan text-to-video model from its config files.
-
-    Attributes:
-        configs: the config of ``transformer``, and of ``transformer_2`` where there is one (Wan2.2).
-        boundary_ratio: Wan2.2: timesteps at or above boundary_ratio * num_train_timesteps go to ``transformer``.
-        vae: its config; without one, that of Wan2.1.
-    """
-
-    configs: tuple[dict[str, Any], ...]
-    boundary_ratio: float | None = None
-    vae: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_configs(
-        cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
-    ) -> WanSpec:
-        """Makes a spec; raises ValueError for Wan variants that this adapter does not run, naming the difference."""
-        configs = tuple(component_config(config) for config in transformers)
-        boundary_ratio = pipeline.get("boundary_ratio")
-        if pipeline.get("expand_timesteps"):
-            raise ValueError(
-                "this Wan pipeline has expand_timesteps=True (Wan2.2 TI2V): only text-to-video Wan2.1 "
-                "and Wan2.2-A14B type models are supported"
-            )
-        for config in configs:
-            for key, plain in (("image_dim", None), ("added_kv_proj_dim", None), ("pos_embed_seq_len", None)):
-                if config.get(key) is not plain:
-                    raise ValueError(
-                        f"this Wan transformer has {key}={config[key]} (image-to-video): only "
-                        "text-to-video models are supported"
-                    )
-            if config.get("qk_norm") != "rms_norm_across_heads":
-                raise ValueError(
-                    f"this Wan transformer has qk_norm={config.get('qk_norm')!r}: only "
-                    "'rms_norm_across_heads' is supported"
-                )
-            if config["patch_size"][0] != 1:
-                raise ValueError(
-                    f"this Wan transformer has patch_size={config['patch_size']}: a temporal patch "
-                    "of 1 is needed to cut a video into blocks of latent frames"
-                )
-        if len(configs) == 2:
-            if boundary_ratio is None:
-                raise ValueError("the pipeline has transformer_2 but no boundary_ratio in model_index.json")
-            differing = sorted(k for k in configs[0] if configs[0][k] != configs[1].get(k))
-            if differing:
-                raise ValueError(
-                    f"transformer and transformer_2 differ in {', '.join(differing)}: experts of one shape are needed"
-                )
-        return cls(configs, boundary_ratio if len(configs) == 2 else None, component_config(vae))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.configs[0]
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.configs)
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config["num_layers"])
-
-    @property
-    def in_channels(self) -> int:
-        return int(self.config["in_channels"])
-
-    @property
-    def heads(self) -> int:
-        return int(self.config["num_attention_heads"])
-
-    @property
-    def head_dim(self) -> int:
-        return int(self.config["attention_head_dim"])
-
-    @property
-    def inner_dim(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def text_dim(self) -> int:
-        return int(self.config["text_dim"])
-
-    @property
-    def patch_size(self) -> tuple[int, int, int]:
-        t, h, w = self.config["patch_size"]
-        return t, h, w
-
-    @property
-    def spatial_factor(self) -> int:
-        return int(self.vae.get("scale_factor_spatial", 8))
-
-    @property
-    def temporal_factor(self) -> int:
-        return int(self.vae.get("scale_factor_temporal", 4))
-
-    def expert(self, timestep: float, num_train_timesteps: int) -> int:
-        """Index of the transformer that handles a timestep: 0: ``transformer``, 1: ``transformer_2``."""
-        if self.boundary_ratio is None:
-            return 0
-        return int(timestep < self.boundary_ratio * num_train_timesteps)
-
-    def grid(self, height: int, width: int) -> Grid:
-        h, w = height // self.spatial_factor, width // self.spatial_factor
-        return Grid(h, w, h // self.patch_size[1], w // self.patch_size[2])
-
-    def shapes(self, expert: int) -> dict[str, tuple[int, ...]]:
-        from diffusers import WanTransformer3DModel  # slow to import, and only needed to check files
-
-        with torch.device("meta"):
-            model: Any = WanTransformer3DModel(**self.configs[expert])
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-    def is_unused(self, name: str) -> bool:
-        return "norm_added_q" in name  # diffusers: WanTransformer3DModel._keys_to_ignore_on_load_unexpected
-
-    def names(self, expert: int, layers: range) -> list[str]:
-        """Names of a slice's tensors. First and last layer bring embedding and head; all slices embed time and text."""
-        found = []
-        for name in self.shapes(expert):
-            if name.startswith("blocks."):
-                wanted = int(name.split(".")[1]) in layers
-            elif name in _EMBED:
-                wanted = layers.start == 0
-            elif name in _HEAD:
-                wanted = layers.stop == self.num_layers
-            else:
-                wanted = name.startswith("condition_embedder.")
-            if wanted:
-                found.append(name)
-        return found
-
-    def tensor_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if _KEEP_FP32 & set(name.split(".")) else dtype
-
-    def linear_layer(self, name: str) -> int | None:
-        blocks, _, rest = name.partition(".")
-        index, _, part = rest.partition(".")
-        return int(index) if blocks == "blocks" and part.removesuffix(".weight") in _LINEARS else None
-
-    def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> WanSlice:
-        return WanSlice(self, tensors, layers)
 
 
 class _Layer:
@@ -205,16 +53,17 @@ class WanSlice:
     """Consecutive layers of one Wan transformer (``models.base.Slice``).
 
     Args:
-        tensors: at least those of ``spec.names(expert, layers)``, on one device.
+        config: of diffusers' class.
+        tensors: at least those of ``WanSpec.names(expert, layers)``, on one device.
         layers: indices of its layers in the model.
     """
 
-    def __init__(self, spec: WanSpec, tensors: Mapping[str, torch.Tensor], layers: range) -> None:
-        config = spec.config
-        self.spec = spec
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], layers: range) -> None:
+        self.config = config
         self.eps = float(config["eps"])
         self.num_layers = len(layers)
-        self.inner_dim, self.heads = spec.inner_dim, spec.heads
+        self.heads, self.head_dim = int(config["num_attention_heads"]), int(config["attention_head_dim"])
+        self.inner_dim = self.heads * self.head_dim
         cross_norm = bool(config["cross_attn_norm"])
         self._layers = [_Layer(tensors, index, cross_norm) for index in layers]
         self._tables = torch.cat([tensors[f"blocks.{i}.scale_shift_table"] for i in layers]).float()
@@ -223,8 +72,8 @@ class WanSlice:
             for name, tensor in tensors.items()
             if name.startswith("condition_embedder.")
         }
-        self._patch = tuple(tensors[name] for name in _EMBED) if layers.start == 0 else None
-        self._head = tuple(tensors[name] for name in _HEAD) if layers.stop == spec.num_layers else None
+        self._patch = tuple(tensors[name] for name in EMBED) if layers.start == 0 else None
+        self._head = tuple(tensors[name] for name in HEAD) if layers.stop == config["num_layers"] else None
         self.dtype = self._layers[0].qkv.bias.dtype
         self.device = self._tables.device
         self._spatial: dict[Grid, Rotary] = {}
@@ -237,20 +86,14 @@ class WanSlice:
         assert self._patch is not None, "only the first slice embeds"
         # Not as a convolution: in 16 bits cuDNN's is 10 to 20 times slower in some versions, and wrong in others.
         weight, bias = self._patch  # [inner, C, 1, p_h, p_w]
-        _, p_h, p_w = self.spec.patch_size
+        _, p_h, p_w = self.config["patch_size"]
         patches = latents.to(self.dtype)[0].unflatten(3, (-1, p_w)).unflatten(2, (-1, p_h))  # [C, F, h, p_h, w, p_w]
         return F.linear(patches.permute(1, 2, 4, 0, 3, 5).flatten(3).flatten(0, 2), weight.flatten(1), bias)
 
     def time(self, timestep: torch.Tensor) -> TimeCondition:
         """The ``scale_shift_table`` of each layer and of the head plus the embedded timestep, 1 added to the scales."""
-        from diffusers.models.embeddings import get_timestep_embedding
-
-        frequencies = get_timestep_embedding(
-            torch.full((1,), timestep.item(), dtype=timestep.dtype, device=self.device),
-            self.spec.config["freq_dim"],
-            flip_sin_to_cos=True,
-            downscale_freq_shift=0,
-        )
+        moment = torch.full((1,), timestep.item(), dtype=timestep.dtype, device=self.device)
+        frequencies = timestep_frequencies(moment, self.config["freq_dim"])
         frequencies = frequencies.to(self._condition["time_embedder.linear_1.weight"].dtype)
         embedded = self._linear("time_embedder.linear_1", frequencies)
         embedded = self._linear("time_embedder.linear_2", F.silu(embedded)).to(self.dtype)
@@ -267,7 +110,7 @@ class WanSlice:
         """Text embedder, then K (normed) and V of each layer's ``attn2``."""
         text = self._linear("text_embedder.linear_1", to_device(prompt_embeds.to(self.dtype), self.device))
         text = self._linear("text_embedder.linear_2", F.gelu(text, approximate="tanh"))
-        inner = (self.spec.inner_dim,)
+        inner = (self.inner_dim,)
         return torch.stack(
             [
                 torch.stack(
@@ -284,7 +127,7 @@ class WanSlice:
         """Angles in float64 from absolute indices: no table, no largest index (diffusers' ends at 1,024)."""
         if grid not in self._spatial:
             rows, cols = grid.tokens_height, grid.tokens_width
-            size = 2 * (self.spec.head_dim // 6)
+            size = 2 * (self.head_dim // 6)
             angles = torch.cat(
                 [
                     _angles(torch.arange(rows), size).repeat_interleave(cols, 0),
@@ -293,7 +136,7 @@ class WanSlice:
                 dim=1,
             )
             self._spatial[grid] = Rotary(*(to_device(f.float(), self.device) for f in (angles.cos(), angles.sin())))
-        angles = _angles(torch.arange(start, start + frames), self.spec.head_dim - 4 * (self.spec.head_dim // 6))
+        angles = _angles(torch.arange(start, start + frames), self.head_dim - 4 * (self.head_dim // 6))
         return Rotary(
             *(
                 torch.cat(
@@ -338,7 +181,7 @@ class WanSlice:
             hidden = normed = residual(hidden, attended, gate)
         else:
             hidden, normed = residual_norm(hidden, attended, gate, *layer.cross_norm, eps=eps)
-        query = F.rms_norm(layer.cross_q(normed), (self.spec.inner_dim,), layer.cross_norm_q, eps)
+        query = F.rms_norm(layer.cross_q(normed), (self.inner_dim,), layer.cross_norm_q, eps)
         attended = layer.cross_out(attention(query, text.keys, text.values, heads=heads))
 
         # Feed-forward; its residual is left to the norm of the next layer
@@ -380,7 +223,7 @@ class WanSlice:
         weight, bias, _ = self._head
         y, gate = pending or (None, None)
         _, normed = residual_norm(hidden, y, gate, time.head[1], time.head[0], eps=self.eps)
-        _, p_h, p_w = self.spec.patch_size
+        _, p_h, p_w = self.config["patch_size"]
         frames = len(hidden) // grid.tokens
         patches = F.linear(normed, weight, bias).reshape(frames, grid.tokens_height, grid.tokens_width, p_h, p_w, -1)
         return patches.permute(5, 0, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).unsqueeze(0).contiguous()

@@ -1,0 +1,76 @@
+"""Names and shapes of a Wan transformer's tensors, from its config alone.
+
+They are those of diffusers' WanTransformer3DModel, in its order; tests compare them. Building that class costs every
+process of a run the import of all of diffusers' models, and of transformers with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# Tensors of the first slice, and of the last
+EMBED = ("patch_embedding.weight", "patch_embedding.bias")
+HEAD = ("proj_out.weight", "proj_out.bias", "scale_shift_table")
+# diffusers: the arguments of WanTransformer3DModel
+KEYS = {
+    "patch_size",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "text_dim",
+    "freq_dim",
+    "ffn_dim",
+    "num_layers",
+    "cross_attn_norm",
+    "qk_norm",
+    "eps",
+    "image_dim",
+    "added_kv_proj_dim",
+    "rope_max_seq_len",
+    "pos_embed_seq_len",
+}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The shape of each tensor by name, for a text-to-video model (``WanSpec.from_configs`` refuses others).
+
+    Args:
+        config: of the transformer, with all of its keys.
+    """
+    inner = config["num_attention_heads"] * config["attention_head_dim"]
+    inputs, patch = config["in_channels"], tuple(config["patch_size"])
+    found: Shapes = {
+        "scale_shift_table": (1, 2, inner),
+        "patch_embedding.weight": (inner, inputs, *patch),
+        "patch_embedding.bias": (inner,),
+        **_linear("condition_embedder.time_embedder.linear_1", config["freq_dim"], inner),
+        **_linear("condition_embedder.time_embedder.linear_2", inner, inner),
+        **_linear("condition_embedder.time_proj", inner, 6 * inner),
+        **_linear("condition_embedder.text_embedder.linear_1", config["text_dim"], inner),
+        **_linear("condition_embedder.text_embedder.linear_2", inner, inner),
+    }
+    layer = _layer(inner, config["ffn_dim"], config["cross_attn_norm"])
+    for index in range(config["num_layers"]):
+        found.update({f"blocks.{index}.{name}": shape for name, shape in layer.items()})
+    outputs = (config["out_channels"] or inputs) * math.prod(patch)
+    return {**found, **_linear("proj_out", inner, outputs)}
+
+
+def _layer(inner: int, ffn: int, cross_norm: bool) -> Shapes:
+    """The tensors of one layer, of width ``inner``."""
+    found: Shapes = {"scale_shift_table": (1, 6, inner)}
+    for attention in ("attn1", "attn2"):
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            found.update(_linear(f"{attention}.{name}", inner, inner))
+        found.update({f"{attention}.norm_q.weight": (inner,), f"{attention}.norm_k.weight": (inner,)})
+    if cross_norm:
+        found.update({"norm2.weight": (inner,), "norm2.bias": (inner,)})
+    return {**found, **_linear("ffn.net.0.proj", inner, ffn), **_linear("ffn.net.2", ffn, inner)}
+
+
+def _linear(name: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
