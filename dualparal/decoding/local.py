@@ -89,6 +89,14 @@ class LocalDecoder:
         self.before = replace(self.progress, blocks=block * len(videos), frames=sum(self._frames_of))
         self.progress = self.before
 
+    def warm_up(self, latents: torch.Tensor) -> None:
+        """Decodes latents [1, C, f, h, w] of a video of their own: nothing is loaded when the first block comes.
+
+        Raises what decoding has raised.
+        """
+        if self._pool is not None:
+            self._submit(self._try, latents).result()
+
     def _made(self, block: int, latents: int) -> int:
         """Frames that so many latent frames become, from ``block`` on; the first of a video becomes one frame."""
         return self.temporal_factor * latents - (self.temporal_factor - 1 if block == 0 else 0)
@@ -139,12 +147,21 @@ class LocalDecoder:
         with self._beside(ready):
             self._decoders[video].push(latents)
 
-    def _decode(self, ready: torch.cuda.Event | None, video: int, latents: torch.Tensor, block: int) -> Any:
+    def _try(self, ready: torch.cuda.Event | None, latents: torch.Tensor) -> None:
+        assert self._decoders is not None
+        with self._beside(ready):
+            self._frames(0, latents)
+            self._decoders[0].reset()
+
+    def _frames(self, video: int, latents: torch.Tensor) -> Any:
         assert self._decoders is not None and self.output_type != "latent"
+        made = self._decoders[video].push(latents)
+        return to_uint8(made) if self.output_type == "uint8" else to_output(made, self.output_type)
+
+    def _decode(self, ready: torch.cuda.Event | None, video: int, latents: torch.Tensor, block: int) -> Any:
         begin = time.perf_counter()
         with self._beside(ready):
-            made = self._decoders[video].push(latents)
-            frames = to_uint8(made) if self.output_type == "uint8" else to_output(made, self.output_type)
+            frames = self._frames(video, latents)
         if self.track is not None:
             self.track.decode(video, block, begin, time.perf_counter())
         return frames

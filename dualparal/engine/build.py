@@ -141,12 +141,17 @@ class Builder:
             found.append(StageExecutor(self.schedule, self.layout, index, stage, links, clock, leading, report))
         return found
 
-    def warm_up(self, executors: Sequence[StageExecutor]) -> None:
-        """Does once all that these executors will do, so that nothing is loaded or captured in the middle of a run."""
-        if self.setup.mesh.device.type in _WARMED:
-            embeds = torch.zeros(self._prompt_shape(), dtype=self.setup.dtype)
-            for executor in executors:
-                warm_up(executor, embeds, times=2 if self.setup.config.graphs else 1)
+    def warm_up(self, executors: Sequence[StageExecutor], decoder: LocalDecoder | None) -> None:
+        """Does once all that these will do, so that nothing is loaded or captured in the middle of a run."""
+        device, grid = self.setup.mesh.device, self.request.grid
+        if device.type not in _WARMED:
+            return
+        embeds = torch.zeros(self._prompt_shape(), dtype=self.setup.dtype)
+        for executor in executors:
+            warm_up(executor, embeds, times=2 if self.setup.config.graphs else 1)
+        if decoder is not None:  # the first latent frame of a video, and another one
+            channels = self.setup.source.spec.in_channels
+            decoder.warm_up(torch.zeros(1, channels, 2, grid.height, grid.width, device=device))
 
     def _expert_of_step(self) -> list[int]:
         """The index of the transformer that runs each denoising step (Wan2.2 has two)."""

@@ -187,7 +187,7 @@ class Run:
             self._decoder = builder.decoder(clocks[0])
             self._keeper = builder.checkpointer(self._decoder)
         self._executors = builder.executors(clocks, self._decoder, self._keeper)
-        builder.warm_up(self._executors)
+        builder.warm_up(self._executors, self._decoder)
         leading = self._executors[0].leading
         if spec.resumed is not None and spec.checkpoint is not None and leading is not None:
             assert self._decoder is not None

@@ -152,7 +152,10 @@ def test_cards_without_fp8_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_as_a_torch_op() -> None:
     x, weight, bias = inputs(SOME)
     torch.library.opcheck(torch.ops.dualparal.quantise_rows, (x, "auto"))
-    torch.library.opcheck(torch.ops.dualparal.restore_rows, (*quantise_rows(x), torch.empty_like(x), "auto"))
+    # Not `test_schema`, which multiplies its arguments: torch does not multiply fp8.
+    some = ("test_autograd_registration", "test_faketensor")
+    given = (*quantise_rows(x), torch.empty_like(x), "auto")
+    torch.library.opcheck(torch.ops.dualparal.restore_rows, given, test_utils=some)
     made = quantise_rows(weight)
     exported = torch.export.export(Module(made, bias), (x,))
     assert torch.equal(exported.module()(x), linear_8bit(x, made, bias))
