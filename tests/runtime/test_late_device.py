@@ -16,9 +16,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 import toy_family
+from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.config.video import VideoConfig
 from dualparal.engine.engine import Engine
 from dualparal.engine.request import VideoInputs, check_request
+from dualparal.engine.setup import Setup
+from dualparal.kernels import attention_8bit as kernel
 from dualparal.models.registry import FAMILIES
 from dualparal.sampling.sampler import Sampler
 from engine_calls import embeds
@@ -63,6 +66,22 @@ def test_a_wan_model(request: pytest.FixtureRequest, tmp_path: Path, model: str)
     call = {"height": 32, "width": 32, "num_frames": 21, "num_inference_steps": 3}
     case = Case("uint8", options={"stages": 2, "graphs": True}, call=call)
     assert findings(path, case, tmp_path, whole(path, case, tmp_path), orders=2) == {}
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"), [("int8", {"stages": 2, "graphs": True, "refresh_every": 2}), ("fp8", {"context": "prior"})]
+)
+def test_8_bits(
+    wan21: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, options: dict[str, Any]
+) -> None:
+    """Also where 16 and 8 bits meet. Triton's kernels do not run here; their definitions take their places."""
+    monkeypatch.setattr(Setup, "check_8bit", lambda self: None)
+    monkeypatch.setattr(kernel, "_choose", lambda *_: "torch")
+    policy = EightBitPolicy(mode, keep_layers=(1,), first_steps=1, last_steps=1)  # type: ignore[arg-type]
+    options = {"dtype": "bfloat16", "attention_8bit": policy, **options}
+    call = {"height": 32, "width": 32, "num_frames": 21, "num_inference_steps": 4}
+    case = Case(options=options, call=call)
+    assert findings(wan21, case, tmp_path, whole(wan21, case, tmp_path), orders=2) == {}
 
 
 @pytest.mark.parametrize("name", ["pt", "graphs, depth 4", "resumed"])
