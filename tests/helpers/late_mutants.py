@@ -38,7 +38,6 @@ class Mutant(NamedTuple):
         function, old, new: see ``late_runs.mutated``.
         case: the run in which it shows.
         found_by: "sync", "bits", "race" and "order" as ``late_runs.findings`` has them, separated by blanks.
-        eagerness: of the host's other threads.
         second_card: the run is on the second card of the process.
         wan: the run is of a Wan model, not of the toy.
         also: another change: of what would protect the same accesses.
@@ -50,7 +49,6 @@ class Mutant(NamedTuple):
     new: str
     case: Case
     found_by: str
-    eagerness: float = 1.0
     second_card: bool = False
     wan: bool = False
     also: tuple[str, str, str] | None = None

@@ -145,5 +145,5 @@ def test_every_mutant_is_found(toy: Path, wan21: Path, tmp_path: Path, mutant: M
     options: dict[str, Any] = {"device": "cuda:1", "cards": 2, "before": _capture_here} if mutant.second_card else {}
     importlib.import_module(mutant.function.partition(":")[0])
     with mutated(mutant.function, mutant.old, mutant.new), mutated(*mutant.also) if mutant.also else nullcontext():
-        found = findings(model, mutant.case, tmp_path, expected, orders=40, eagerness=mutant.eagerness, **options)
+        found = findings(model, mutant.case, tmp_path, expected, orders=40, **options)
     assert set(found) == set(mutant.found_by.split()), found
