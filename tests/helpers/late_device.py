@@ -311,8 +311,8 @@ class LateDevice:
     @contextmanager
     def capture(self, graph: Graph, pool: Any = None, stream: Stream | None = None, **_: Any) -> Iterator[None]:
         """torch.cuda.graph: without a stream, all captures share the first one's, on whichever card that was."""
-        for each in self.streams:  # a wait for the device; that it may not happen in a run is checked elsewhere
-            join(self.host.known, each.clock)
+        for each in self.streams:
+            self.host_waits("a capture", each.clock)
         if stream is None:
             stream = self._capture_stream = getattr(self, "_capture_stream", None) or Stream(self, self.host.card)
         stream.graph = graph

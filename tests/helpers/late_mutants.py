@@ -18,7 +18,7 @@ _GRAPHED = "dualparal.runtime.graphs:Graphed"
 _OWN_STREAM = """self.side = torch.cuda.Stream()
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
-            _fill(self.name, self._buffers[slot], tensor, mark)
+            fill(self.name, self._buffers[slot], tensor, mark)
             tensor.record_stream(self.side), mark.record_stream(self.side)
             self.done = getattr(self, "done", {}) | {slot: torch.cuda.Event()}
             self.done[slot].record()"""
@@ -38,10 +38,10 @@ class Mutant(NamedTuple):
         function, old, new: see ``late_runs.mutated``.
         case: the run in which it shows.
         found_by: "sync", "bits", "race" and "order" as ``late_runs.findings`` has them, separated by blanks.
-        eagerness: of the host's other threads.
         second_card: the run is on the second card of the process.
         wan: the run is of a Wan model, not of the toy.
         also: another change: of what would protect the same accesses.
+        warmed: the run has its warm-up, after which some of this is done and does no harm.
     """
 
     name: str
@@ -50,10 +50,10 @@ class Mutant(NamedTuple):
     new: str
     case: Case
     found_by: str
-    eagerness: float = 1.0
     second_card: bool = False
     wan: bool = False
     also: tuple[str, str, str] | None = None
+    warmed: bool = True
 
 
 MUTANTS = [
@@ -93,7 +93,7 @@ MUTANTS = [
     Mutant(
         "an edge copies on the stages' stream",
         "dualparal.distributed.edges:LocalEdge.send",
-        "_fill(self.name, self._buffers[slot], tensor, mark)",
+        "fill(self.name, self._buffers[slot], tensor, mark)",
         _OWN_STREAM,
         GRAPHS,
         "race order",
@@ -111,7 +111,6 @@ MUTANTS = [
         GRAPHS,
         "bits",
     ),
-    Mutant("a graph's input is a copy", f"{_GRAPHED}._make", "inputs.hidden.clone()", "inputs.hidden", GRAPHS, "bits"),
     Mutant(
         "a velocity is a copy",
         "dualparal.runtime.latents:LatentQueue.take",
@@ -137,6 +136,14 @@ MUTANTS = [
         GRAPHS,
         "bits",
         second_card=True,
+    ),
+    Mutant(
+        "all is captured before the first unit",
+        "dualparal.engine.build:Builder.warm_up",
+        "if device.type not in _WARMED:",
+        "if True:",
+        GRAPHS,
+        "sync",
     ),
     Mutant(
         "copies to the device go on without the host",
@@ -172,6 +179,7 @@ MUTANTS = [
         WAN,
         "sync",
         wan=True,
+        warmed=False,
     ),
     Mutant(
         "a timestep is filled in",
@@ -181,5 +189,6 @@ MUTANTS = [
         WAN,
         "sync",
         wan=True,
+        warmed=False,
     ),
 ]

@@ -17,9 +17,13 @@ import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 import toy_family
+from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.config.video import VideoConfig
+from dualparal.engine import build
 from dualparal.engine.engine import Engine
 from dualparal.engine.request import VideoInputs, check_request
+from dualparal.engine.setup import Setup
+from dualparal.kernels import attention_8bit as kernel
 from dualparal.models.registry import FAMILIES
 from dualparal.sampling.sampler import Sampler
 from engine_calls import embeds
@@ -33,6 +37,17 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "toy", toy_family.FAMILY)
         yield toy_family.write(tmp_path_factory.mktemp("models") / "toy", layers=2)
+
+
+@pytest.fixture(autouse=True)
+def _gelu_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The approximation, as on a card: on the CPU this function has the exact one."""
+
+    def linear_gelu(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, use_gelu: bool) -> torch.Tensor:
+        assert use_gelu
+        return F.gelu(F.linear(x, weight.t(), bias), approximate="tanh")
+
+    monkeypatch.setattr(torch, "_addmm_activation", linear_gelu)
 
 
 def whole(model: Path, case: Case, folder: Path) -> dict[tuple[int, str], torch.Tensor]:
@@ -59,15 +74,27 @@ def test_hundreds_of_orders_give_the_bits_of_eager(toy: Path, tmp_path: Path, na
 
 
 @pytest.mark.parametrize("model", ["wan21", "wan22"])
-def test_a_wan_model(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str
-) -> None:
-    # On a card its GELU is the approximation, on the CPU the exact one.
-    monkeypatch.setattr(torch, "_addmm_activation", _gelu_of_a_card)
+def test_a_wan_model(request: pytest.FixtureRequest, tmp_path: Path, model: str) -> None:
     path: Path = request.getfixturevalue(model)
     call = {"height": 32, "width": 32, "num_frames": 21, "num_inference_steps": 3}
     case = Case("uint8", options={"stages": 2, "graphs": True}, call=call)
     assert findings(path, case, tmp_path, whole(path, case, tmp_path), orders=2) == {}
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"), [("int8", {"stages": 2, "graphs": True, "refresh_every": 2}), ("fp8", {"context": "prior"})]
+)
+def test_8_bits(
+    wan21: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, options: dict[str, Any]
+) -> None:
+    """Also where 16 and 8 bits meet. Triton's kernels do not run here; their definitions take their places."""
+    monkeypatch.setattr(Setup, "check_8bit", lambda self: None)
+    monkeypatch.setattr(kernel, "_choose", lambda *_: "torch")
+    policy = EightBitPolicy(mode, keep_layers=(1,), first_steps=1, last_steps=1)  # type: ignore[arg-type]
+    options = {"dtype": "bfloat16", "attention_8bit": policy, **options}
+    call = {"height": 32, "width": 32, "num_frames": 21, "num_inference_steps": 4}
+    case = Case(options=options, call=call)
+    assert findings(wan21, case, tmp_path, whole(wan21, case, tmp_path), orders=2) == {}
 
 
 @pytest.mark.parametrize("name", ["pt", "graphs, depth 4", "resumed"])
@@ -76,11 +103,6 @@ def test_the_second_card_of_a_process(toy: Path, tmp_path: Path, name: str) -> N
     case = CASES[name]
     expected = whole(toy, case, tmp_path)
     assert findings(toy, case, tmp_path, expected, orders=20, device="cuda:1", cards=2, before=_capture_here) == {}
-
-
-def _gelu_of_a_card(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, use_gelu: bool) -> torch.Tensor:
-    assert use_gelu
-    return F.gelu(F.linear(x, weight.t(), bias), approximate="tanh")
 
 
 def test_prompts_are_kept_on_the_host(toy: Path) -> None:
@@ -130,11 +152,15 @@ def _capture_here() -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_every_mutant_is_found(toy: Path, wan21: Path, tmp_path: Path, mutant: Mutant) -> None:
+def test_every_mutant_is_found(
+    monkeypatch: pytest.MonkeyPatch, toy: Path, wan21: Path, tmp_path: Path, mutant: Mutant
+) -> None:
     model = wan21 if mutant.wan else toy
+    if not mutant.warmed:
+        monkeypatch.setattr(build, "_WARMED", ())
     expected = whole(model, mutant.case, tmp_path)
     options: dict[str, Any] = {"device": "cuda:1", "cards": 2, "before": _capture_here} if mutant.second_card else {}
     importlib.import_module(mutant.function.partition(":")[0])
     with mutated(mutant.function, mutant.old, mutant.new), mutated(*mutant.also) if mutant.also else nullcontext():
-        found = findings(model, mutant.case, tmp_path, expected, orders=40, eagerness=mutant.eagerness, **options)
+        found = findings(model, mutant.case, tmp_path, expected, orders=40, **options)
     assert set(found) == set(mutant.found_by.split()), found
