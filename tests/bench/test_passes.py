@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import count_passes
 import pytest
 import torch
 from count_passes import SHAPES, Layer, Traffic, count, diffusers, ours
+from harness.predictions import PREDICTIONS, verdicts
 from harness.shapes import GPU_SHAPES
 
 from dualparal.kernels import backend
@@ -84,3 +87,36 @@ def test_the_count_does_not_depend_on_the_length() -> None:
 def test_the_documented_tables_are_the_commands(layers: list[Layer], table: str) -> None:
     made = getattr(count_passes, table)(layers)
     assert made in Path(DOCS, "gpu.md").read_text(), f"docs/gpu.md lacks what bench/count_passes.py prints:\n{made}"
+
+
+def test_predictions_are_the_documents() -> None:
+    """Every figure that the suite compares a card with is one of docs/gpu.md."""
+    text = (DOCS / "gpu.md").read_text()
+    for each in PREDICTIONS:
+        for figure in {each.low, each.high, each.target}:
+            forms = f"{figure:g}", f"{figure:.2f}", f"{100 * figure:g}"
+            assert any(re.search(rf"(?<![\d.]){re.escape(form)}(?![\d.]*\d)", text) for form in forms), each
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ("2.36", "found 2.36 (confirmed)"),
+        ("2.2", "found 2.2 (confirmed, target missed)"),
+        ("2.1", "found 2.1 (refuted: worse, target missed)"),
+        ("2.7", "found 2.7 (refuted: better)"),
+        (None, "not measured"),
+    ],
+)
+def test_a_figure_stands_beside_its_prediction(tmp_path: Path, found: str | None, words: str) -> None:
+    wanted = PREDICTIONS[0]
+    columns = {**wanted.where, wanted.column: found, "device": "cuda", "commit": "abc"}
+    others = [{"commit": "old", wanted.column: "9"}, {"device": "cpu", wanted.column: "9"}, {"rival": "x"}]
+    if found is not None:
+        with open(tmp_path / f"{wanted.file}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows([{**columns, **other} for other in [{}, *others]])
+    line, *rest = verdicts(tmp_path, "abc")
+    assert line == f"{wanted.name}: predicted 2.36, wanted 2.3, {words}"
+    assert len(rest) == len(PREDICTIONS) - 1 and all(each.endswith("not measured") for each in rest)
