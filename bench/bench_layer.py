@@ -93,14 +93,14 @@ def bench(
 
         functions["layer compiled"] = compiled
     with torch.inference_mode():
-        if shape.layer_flops(own.hidden.shape[0], own.hidden.shape[0]) < 1e12:  # a float32 truth in reasonable time
-            exact = Weights(shape, torch.float32, device)
-            truth = diffusers_step(exact, Inputs(exact, shape.frames))
-            ours, theirs = (error(f(), truth) for f in (functions["layer ours"], functions["layer diffusers"]))  # type: ignore[arg-type]
-            assert ours <= 2 * theirs + 1e-5, f"{shape.name}: error {ours:.2e} against diffusers' own {theirs:.2e}"
-            for mode in modes:  # attention alone: up to 4 (int8) and 15 (fp8) times (docs/attention-8bit.md)
-                ours = error(functions[f"layer {mode}"](), truth)  # type: ignore[arg-type]
-                assert ours <= 5 * theirs, f"{shape.name}: error {ours:.2e} in {mode}, diffusers' own {theirs:.2e}"
+        exact, few = Weights(shape, torch.float32, device), Inputs(weights, 1)  # one frame: float32 takes its time
+        truth = diffusers_step(exact, Inputs(exact, 1))
+        ours, theirs = (error(made, truth) for made in (ours_step(weights, few, nobody), diffusers_step(weights, few)))
+        assert ours <= 2 * theirs + 1e-5, f"{shape.name}: error {ours:.2e} against diffusers' own {theirs:.2e}"
+        for mode in modes:  # attention alone: up to 4 (int8) and 15 (fp8) times (docs/attention-8bit.md)
+            ours = error(OursStep8(weights, few, nobody, mode == "fp8")(), truth)
+            assert ours <= 5 * theirs, f"{shape.name}: error {ours:.2e} in {mode}, diffusers' own {theirs:.2e}"
+        del exact
         times = measure(functions, device, seconds)
     rows = []
     pairs = [("layer", "ours", "diffusers"), ("layer", "ours", "compiled"), ("step", "ours", "authors")]
@@ -135,15 +135,14 @@ def main() -> None:
     device, dtype = torch.device("cpu" if cpu else "cuda"), torch.float32 if cpu else torch.bfloat16
     if cpu:
         torch.set_num_threads(1)
-    rows = []
     for shape in CPU_SHAPES if cpu else GPU_SHAPES:
         if arguments.only not in shape.name:
             continue
-        rows += bench(shape, device, dtype, arguments.seconds, compile_=not cpu and not arguments.no_compile)
+        rows = bench(shape, device, dtype, arguments.seconds, compile_=not cpu and not arguments.no_compile)
         if not cpu:
             torch.cuda.empty_cache()
-    if not arguments.no_record:
-        record("layer_cpu" if cpu else "layer", rows, device.type)
+        if not arguments.no_record:
+            record("layer_cpu" if cpu else "layer", rows, device.type)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ the authors have their own counted passes in place of ours.
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -302,6 +303,7 @@ def layer_table(layers: Sequence[Layer]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     layers = [Layer.of(model) for model in SHAPES]
     print("\n\n".join([passes_table(layers), step_table(layers), layer_table(layers)]))
 

@@ -36,14 +36,15 @@ ENGINE = "tests/engine/test_gpu.py"
 # name, share of the time, command. In order of worth: what is cut off at the end is missed least.
 PARTS = [
     ("doctor", 0.04, ["-m", "dualparal.cli.doctor"]),
-    ("engine", 0.22, [*PYTEST, "gpu and not multi_gpu", ENGINE]),
+    ("engine", 0.22, [*PYTEST, "gpu and not multi_gpu and not sanitizer", ENGINE]),
     ("two cards", 0.08, [*PYTEST, "multi_gpu", ENGINE]),
     ("ops", 0.14, [*PYTEST, "gpu", *TESTS]),
-    ("layer and block-step", 0.18, ["bench/bench_layer.py"]),
+    ("layer and block-step", 0.18, ["bench/bench_layer.py", "--no-compile", "--seconds", "2"]),
     ("passes beside attention", 0.05, ["bench/bench_ops.py"]),
     ("attention for Hopper", 0.09, [*PYTEST, "gpu", HOPPER]),
     ("attention", 0.10, ["bench/bench_attention.py"]),
-    ("graphs", 0.10, ["bench/bench_graphs.py", "--timeline", str(TIMELINE)]),
+    ("graphs", 0.10, ["bench/bench_graphs.py", "--repeats", "2", "--timeline", str(TIMELINE)]),
+    ("sanitizer", 0.0, [*PYTEST, "sanitizer", ENGINE]),  # in the time that is left
 ]
 
 

@@ -59,7 +59,7 @@ def _family(context: int) -> list[Shape]:
     ]
 
 
-GPU_SHAPES = _family(4) + _family(8)
+GPU_SHAPES = _family(8) + _family(4)  # the predicted ones first
 CPU_SHAPES = [
     Shape("cpu-small-c4", 4, 64, 1024, 128, 128, context=4, text_tokens=64),
     Shape("cpu-small-c8", 4, 64, 1024, 128, 128, context=8, text_tokens=64),

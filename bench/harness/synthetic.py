@@ -43,7 +43,7 @@ class SleepingLayers:
 
     def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition, grid: Grid) -> torch.Tensor:
         frames = len(hidden) // grid.tokens
-        return self._zeros("velocity", frames, (1, self._inner.spec.in_channels, frames, grid.height, grid.width))
+        return self._zeros("velocity", frames, (1, self._inner.config["in_channels"], frames, grid.height, grid.width))
 
 
 def synthetic_engine(model: str, seconds: float, stages: int | None = None, **options: Any) -> Engine:

@@ -79,7 +79,7 @@ def lead(job: Job, planned: bool = False) -> int:
             [sys.executable, "-c", RANK_PROGRAM],
             job.stages,
             on_message=hear,
-            env={"OMP_NUM_THREADS": str(job.threads), **pack_arguments(arguments)},
+            env={"OMP_NUM_THREADS": str(job.threads), **_loading(), **pack_arguments(arguments)},
             error_path=error_file(job),
             kept=lambda: replace(kept, resume_command=resume_command(job)),
         )
@@ -98,6 +98,11 @@ def lead(job: Job, planned: bool = False) -> int:
     if result.exit_code and result.failure is None:  # which says it
         say_how_to_resume(job)
     return result.exit_code
+
+
+def _loading() -> dict[str, str]:
+    """Code that CUDA loads at its first use makes the host wait for the device, in the middle of a run."""
+    return {"CUDA_MODULE_LOADING": os.environ.get("CUDA_MODULE_LOADING", "EAGER")}
 
 
 def pack_arguments(arguments: list[str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -35,23 +34,6 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _import_samplers() -> None:
-    """Imports diffusers' samplers, and not what compiles models: 0.3 s instead of 1.7.
-
-    For ranks that load neither VAE nor text encoder. diffusers does without ``torch._dynamo`` where torch has none, and
-    here torch has none while diffusers is imported.
-    """
-    if "torch._dynamo" in sys.modules:
-        return
-    sys.modules["torch._dynamo"] = None  # type: ignore[assignment]
-    try:
-        import diffusers  # noqa: F401
-    except ImportError:
-        pass  # a diffusers that needs it is imported with it, by whoever asks for a sampler
-    finally:
-        del sys.modules["torch._dynamo"]
-
-
 def work(job: Job, heartbeat: Heartbeat) -> int:
     """Performs the work of one rank of several, or of the only process. Errors are told, not raised.
 
@@ -67,8 +49,6 @@ def work(job: Job, heartbeat: Heartbeat) -> int:
     torch.set_num_threads(job.threads)
     if leads():
         _quiet_libraries()
-    else:
-        _import_samplers()
     try:
         interrupted = _stream(job, heartbeat)
     except (PeerLost, TimeoutError) as error:  # another rank is gone, or did not come

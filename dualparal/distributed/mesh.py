@@ -78,7 +78,7 @@ class Mesh:
             device_type: "cuda" (the card is the local rank's) or "cpu".
 
         Raises:
-            RuntimeError: CUDA asked for and this rank has no card.
+            RuntimeError: CUDA asked for and this rank has no card, or a process group is there that has no CPU.
             TimeoutError: another rank did not come.
         """
         if device_type == "cuda":
@@ -88,14 +88,17 @@ class Mesh:
                     f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; "
                     "start as many ranks as there are cards"
                 )
-            # Code that is loaded at its first use makes the host wait for the device, in the middle of a run.
-            os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
             torch.cuda.set_device(local_rank)
             device = torch.device("cuda", local_rank)
         else:
             device = torch.device(device_type)
         if not dist.is_initialized():
             cls._init()
+        elif "cpu" not in {device.type for device in dist.distributed_c10d._get_default_group()._device_types}:
+            raise RuntimeError(
+                f"the process group that is there ({dist.get_backend()}) sends nothing from the CPU: make it with "
+                "init_process_group('cpu:gloo,cuda:nccl'), or leave it to dualparal"
+            )
         ranks = dist.get_world_size()
         return cls(dist.get_rank(), ranks, ranks, device, distributed=ranks > 1)
 

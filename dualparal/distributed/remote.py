@@ -4,7 +4,10 @@ A transfer that NCCL was told of holds the device until the other end is told of
 whole device (a capture, a module that is loaded, memory that is given back) waits for that. Hence one rule, which
 ``schedule.drains`` proves to be enough: **a transfer is posted only when both of its ends will be, whatever the host
 threads of the two ranks do.** A sender posts when it has a credit, that is when the receiver has a free buffer; a
-receiver posts when the header says that the sender has, on a thread of its own, which never waits for the device.
+receiver posts when the header says that the sender has, on a thread of its own.
+
+A transfer that waits for its data or its buffer would hold multiprocessors as well, and the host is a unit or more
+ahead of the device. So posts and credits are themselves made when the device is there: by threads that wait for events.
 
 gloo needs care (measured, not guessed): a dropped send handle loses the message, a dtype mismatch and a too large
 receive buffer are silent, a too small one aborts the process. Hence retained handles, fixed message sizes, and a
@@ -20,11 +23,13 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from dualparal.distributed.after_device import AfterDevice, event_on
 from dualparal.distributed.edges import fill
 from dualparal.distributed.messages import FIELDS, Header, Kind, TransportError, guard, pack_header, unpack_header
 from dualparal.schedule.actions import Unit
@@ -85,7 +90,8 @@ class SendEdge:
     ) -> None:
         self.name, self.waited, self.remaining = name, 0.0, messages
         self._peer, self._groups = peer, groups
-        self._elements, self._dtype = elements, dtype
+        self._elements, self._dtype, self._device = elements, dtype, device
+        self._later = AfterDevice(name, device)
         self._slots = deque(
             _Transfer(torch.empty(FIELDS, dtype=torch.int64), torch.empty(elements, dtype=dtype, device=device), [])
             for _ in range(depth)
@@ -111,8 +117,7 @@ class SendEdge:
         slot.header.copy_(pack_header(header, self._elements, self._dtype))
         if tensor is not None:
             fill(self.name, slot.tensor, tensor, mark)
-        for sent, group in ((slot.header, self._groups.control), (slot.tensor, self._groups.data)):
-            slot.works.append(guard(self.name, dist.isend, sent, self._peer, group=group))
+        self._later.call(event_on(self._device), partial(self._post, slot))
         self._slots.rotate(-1)
         if self.remaining is not None:
             self.remaining -= 1
@@ -123,15 +128,27 @@ class SendEdge:
         header = pack_header(Header(Kind.STOP, Unit(0, 0, 0), 0), self._elements, self._dtype)
         self._credits_to_come = None
         self._ask()
-        self._stopping = [header, guard(self.name, dist.isend, header, self._peer, group=self._groups.control)]
+        self._stopping = [header]
+        self._later.call(None, partial(self._isend, header, self._groups.control, self._stopping))
 
     def finish(self) -> None:
+        self._later.finish()
         if self._stopping:
             while self._take_credit() != _LAST_CREDIT:
                 pass
             self._wait(self._stopping[1:])
         for slot in self._slots:
             self._wait(slot.works)
+
+    def _post(self, slot: _Transfer) -> None:
+        """Posts a message. The tensor first, so that it is under way when the header says so; over one group that of
+        the header must be the first."""
+        parts = [(slot.tensor, self._groups.data), (slot.header, self._groups.control)]
+        for tensor, group in parts if self._groups.data is not self._groups.control else reversed(parts):
+            self._isend(tensor, group, slot.works)
+
+    def _isend(self, tensor: torch.Tensor, group: Any, works: list[Any]) -> None:
+        works.append(guard(self.name, dist.isend, tensor, self._peer, group=group))
 
     def _ask(self) -> None:
         """Posts the receive of the next credit, if there will be one."""
@@ -183,10 +200,11 @@ class ReceiveEdge:
         self._elements, self._dtype, self._device = elements, dtype, device
         self._messages, self._taken = messages, 0
         self._buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(depth)]
-        cuda = device.type == "cuda"
         # A receive waits for the last reader of its buffer alone, not for all that the layers have been given to do.
-        self._stream = torch.cuda.Stream(device) if cuda else None
-        self._read = [torch.cuda.Event() if cuda else None for _ in range(depth)]
+        # The first reader is whoever had this memory before.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._read = [event_on(device) for _ in range(depth)]
+        self._later = AfterDevice(f"{name}, credits", device)
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(depth):
             self._free.put(slot)
@@ -220,25 +238,24 @@ class ReceiveEdge:
 
     def release(self) -> None:
         assert self._reading is not None, "nothing to release"
-        event = self._read[self._reading]
-        if event is not None:
-            event.record(torch.cuda.current_stream(self._device))
+        event = self._read[self._reading] = event_on(self._device)
         self._free.put(self._reading)
         self._reading = None
-        if self._credits_to_send is None:
-            self._say(_CREDIT)
-        elif self._credits_to_send > 0:
+        if self._credits_to_send is not None:
+            if not self._credits_to_send:
+                return
             self._credits_to_send -= 1
-            self._say(_CREDIT)
+        self._later.call(event, partial(self._say, _CREDIT))
 
     def stop(self) -> None:
         while not self._stopped and self._taken != self._messages:
             if self.receive()[0].kind is not Kind.STOP:
                 self.release()
         if self._stopped:
-            self._say(_LAST_CREDIT)
+            self._later.call(None, partial(self._say, _LAST_CREDIT))
 
     def finish(self) -> None:
+        self._later.finish()
         for _, work in self._credits:
             guard(self.name, work.wait, _PATIENCE)
         self._credits.clear()
@@ -281,9 +298,8 @@ class ReceiveEdge:
         except queue.Empty:
             raise TransportError(f"{self.name}: {header} arrives where no buffer is free") from None
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            event = self._read[slot]
-            if self._stream is not None and event is not None:
-                self._stream.wait_event(event)
+            if self._stream is not None:
+                self._stream.wait_event(self._read[slot])
             work = guard(self.name, dist.irecv, self._buffers[slot], self._peer, group=self._groups.data)
         return _Message(header, slot, work)
 
@@ -307,6 +323,7 @@ def make_groups(world_size: int, device: torch.device) -> list[EdgeGroups]:
 def _nccl_options() -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options.config.max_ctas = _MAX_CTAS
+    options.is_high_priority_stream = True  # else a transfer waits for the thread blocks of the layer's kernel
     return options
 
 

@@ -148,8 +148,10 @@ class Builder:
             return
         embeds = torch.zeros(self._prompt_shape(), dtype=self.setup.dtype)
         for executor in executors:
-            warm_up(executor, embeds, times=2 if self.setup.config.graphs else 1)
-        if decoder is not None:  # the first latent frame of a video, and another one
+            warm_up(executor, embeds, self.setup.config.graphs, self.parts.warmed)
+        name = "decoder", grid, self.request.video.output_type
+        if decoder is not None and name not in self.parts.warmed:  # the first latent frame of a video, and another one
+            self.parts.warmed.add(name)
             channels = self.setup.source.spec.in_channels
             decoder.warm_up(torch.zeros(1, channels, 2, grid.height, grid.width, device=device))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class Parts:
     Attributes:
         encoder: the prompt encoder of the model's family.
         slices: by stage, its layers, one slice per transformer of the model.
+        warmed: names of what earlier runs have done before their first unit, see ``runtime.warm_up``.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -28,6 +29,7 @@ class Parts:
         source, device, dtype = setup.source, setup.mesh.device, setup.dtype
         self.encoder = source.family.prompt_encoder(lambda: source.load_text_encoder(device, dtype), device)
         self.slices: dict[int, list[Slice]] = {}  # by stage: one per expert
+        self.warmed: set[Hashable] = set()
         self._vae: Any = None
         self._groups: list[EdgeGroups] | None = None
 

@@ -44,12 +44,14 @@ class FeatureStore:
         self._branches = branches
         self._buffers: list[torch.Tensor] = []
         self._views: list[dict[tuple[str, bool], list[torch.Tensor]]] = []
+        self._moved: list[dict[tuple[str, bool], list[torch.Tensor]]] = []  # the same memory, as it is copied
         for layer in formats:
             views = {}
             for side, by_format in layer.items():
                 for eight_bit, tensors in self._allocate(slots[side] * branches, by_format, device).items():
                     views[side, eight_bit] = tensors
             self._views.append(views)
+            self._moved.append({key: [_as(view, _movable(view)) for view in each] for key, each in views.items()})
         numbers = torch.arange(max(slots.values(), default=0) * branches, device=device)
         self._numbers = list(numbers.split(1))  # made once: a view per unit would cost more than its use
 
@@ -67,14 +69,13 @@ class FeatureStore:
                 [(eight_bit, tensor)] = sharing.items()
                 whole = torch.empty(count, *tensor.shape, dtype=tensor.dtype, device=device)
                 self._buffers.append(whole)
-                found[eight_bit].append(_as(whole, _movable(whole)))
+                found[eight_bit].append(whole)
                 continue
             width = max(tensor.nbytes for tensor in sharing.values())
             buffer = torch.empty(count, -(-width // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8, device=device)
             self._buffers.append(buffer)
             for eight_bit, tensor in sharing.items():
-                view = buffer[:, : tensor.nbytes].view(tensor.dtype).unflatten(1, tensor.shape)
-                found[eight_bit].append(_as(view, _movable(view)))
+                found[eight_bit].append(buffer[:, : tensor.nbytes].view(tensor.dtype).unflatten(1, tensor.shape))
         return found
 
     @property
@@ -88,12 +89,12 @@ class FeatureStore:
 
     def load(self, layer: int, side: str, eight_bit: bool, row: torch.Tensor, out: Sequence[torch.Tensor]) -> None:
         """Copies the content of a row into the tensors ``out``, which have its format."""
-        for view, target in zip(self._views[layer][side, eight_bit], out, strict=True):
+        for view, target in zip(self._moved[layer][side, eight_bit], out, strict=True):
             torch.index_select(view, 0, row, out=_as(target, view.dtype).unsqueeze(0))
 
     def save(self, layer: int, side: str, eight_bit: bool, row: torch.Tensor, made: Sequence[torch.Tensor]) -> None:
         """Copies the tensors ``made``, which have the format, into a row."""
-        for view, source in zip(self._views[layer][side, eight_bit], made, strict=True):
+        for view, source in zip(self._moved[layer][side, eight_bit], made, strict=True):
             view.index_copy_(0, row, _as(source, view.dtype).unsqueeze(0))
 
     def lend(self, layer: int, side: str, row: torch.Tensor, first: int) -> Lend | None:
@@ -109,13 +110,15 @@ class FeatureStore:
 
 
 def _movable(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which a tensor is moved: 8-bit numbers go as integers, eight at a time where they divide by 8.
+    """The dtype in which a tensor is moved: as wide as its rows allow, up to 16 bytes.
 
-    Torch does not index fp8 everywhere, and copies by the element.
+    Torch's indexing copies by the element, a thread each, and does not take fp8 everywhere.
     """
-    if tensor.dtype.itemsize > 1:
-        return tensor.dtype
-    return torch.int64 if tensor.shape[-1] % 8 == 0 else torch.uint8
+    row = tensor.shape[-1] * tensor.dtype.itemsize
+    for wide in (torch.complex128, torch.int64):
+        if row % wide.itemsize == 0:
+            return wide
+    return tensor.dtype if tensor.dtype.itemsize > 1 else torch.uint8
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

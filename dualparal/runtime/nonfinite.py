@@ -42,7 +42,7 @@ def mark(tensor: torch.Tensor, before: torch.Tensor | None, stage: int | None) -
     own = _UPDATE if stage is None else min(stage, _UPDATE - 1)
     # One pass without a copy: a sum is finite where all elements are (and in float32 does not overflow).
     finite = torch.isfinite(tensor.sum(dtype=torch.float32))
-    # Multiplied, not chosen by torch.where, which would copy two numbers to the device and wait for it.
+    # Multiplied, not chosen by torch.where, which makes tensors of its numbers first.
     bad = (~finite).to(tensor.dtype) * (1 + own)
     return bad.view(1) if before is None else torch.where(before > 0, before, bad)
 

@@ -6,10 +6,11 @@ second one captures. All of that can wait for the whole device, and none of it b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 
+from dualparal.device import to_device
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.runtime.executor import StageExecutor
 from dualparal.runtime.latents import LatentQueue
@@ -22,7 +23,7 @@ _PROMPT = -1  # no prompt of a run has it
 
 
 @torch.inference_mode()
-def warm_up(executor: StageExecutor, embeds: torch.Tensor, times: int) -> int:
+def warm_up(executor: StageExecutor, embeds: torch.Tensor, captures: bool, known: set[Hashable]) -> None:
     """Runs a unit of every shape that the schedule has, on zeros. Nothing of it is read afterwards.
 
     Features that it leaves behind lie where the run's own will be before anybody reads them: the schedule is proven to
@@ -31,10 +32,8 @@ def warm_up(executor: StageExecutor, embeds: torch.Tensor, times: int) -> int:
     Args:
         executor: of a run that has not begun.
         embeds: prompt embeddings of the run's shape, [branches, tokens, text_dim].
-        times: runs of each shape; 2 where the second one captures.
-
-    Returns:
-        The number of shapes.
+        captures: the second unit of a shape is captured, so each is run twice, and in every run anew.
+        known: what earlier runs of this process have warmed up, which is left out; gets what this one does.
     """
     stage, leading = executor.stage, executor.leading
     dtype = stage.experts[0].dtype
@@ -43,24 +42,31 @@ def warm_up(executor: StageExecutor, embeds: torch.Tensor, times: int) -> int:
     for unit in _units(executor.schedule):
         plan = executor.plan(unit)._replace(prompt=_PROMPT)
         plans.setdefault(stage.shape(plan), plan)
-    for plan in plans.values():
+    for shape, plan in plans.items():
+        name = executor.index, stage.spec.grid, shape
+        if name in known and not captures:
+            continue
+        known.add(name)
         tokens = len(plan.window) * stage.spec.grid.tokens
         if leading is not None:
             given = _latents(leading.queues[0], len(plan.window))
         else:
             given = torch.zeros(tokens, stage.inner_dim, dtype=dtype, device=stage.experts[0].device)
-        for _ in range(times):
+        for _ in range(1 + captures):
             result = stage.run(given, plan)
         mark(result, mark(given, None, None).to(result.dtype), executor.index)
     stage.forget()
     if leading is not None:
         _sample(leading.queues[0], dtype)
-    return len(plans)
+    if captures:  # which gave back pinned memory, and to ask for that anew may wait for the device
+        stage.add_prompt(_PROMPT, embeds)
+        stage.run(given, plan)
+        stage.forget()
 
 
 def _units(schedule: Schedule) -> Iterator[Unit]:
-    """Units of blocks from the beginning and from the end, among which all shapes are but rare ones of refreshes."""
-    count, first = schedule.max_in_flight + 2, schedule.first_block
+    """Units of blocks from the beginning, for a period of refreshes, and from the end: all shapes are among them."""
+    count, first = schedule.max_in_flight + 2 + (schedule.refresh_every or 0), schedule.first_block
     blocks = set(range(first, first + count))
     if schedule.num_blocks is not None:
         last = range(schedule.num_blocks - count, schedule.num_blocks)
@@ -78,7 +84,7 @@ def _latents(queue: LatentQueue, frames: int) -> torch.Tensor:
 
 def _sample(queue: LatentQueue, dtype: torch.dtype) -> None:
     """Takes all steps of a sampler, from zeros."""
-    latents = _latents(queue, queue.layout.blocks.frames_per_block)
+    latents = to_device(queue.noise(queue.schedule.first_block), queue.device)
     velocity, state = latents.to(dtype), queue.sampler.start()
     for step in range(len(queue.sampler)):
         guided = combine_guidance(velocity, velocity, 1.0) if queue.schedule.branches == 2 else velocity

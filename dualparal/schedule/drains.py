@@ -60,8 +60,10 @@ def wait_for(schedule: Schedule, actions: list[list[Action]], *, ahead: bool) ->
             graph["transfer", edge, j] |= {("device", edge, at)} | ({("transfer", edge, j - 1)} if j else set())
             if ahead:  # else, when one end is posted the other will be, whatever the hosts do
                 graph["transfer", edge, j].add(("host", edge, at))
-            if free is not None:
-                graph["transfer" if ahead else "host", edge, j if ahead else at].add(free)
+            if free is not None and ahead:
+                graph["transfer", edge, j].add(free)
+            elif free is not None:  # a credit, which is said when the device has read
+                graph["host", edge, at] |= {free, ("device", *free[1:])}
     for stage, own in enumerate(actions):
         before, sent, received, released = (stage - 1) % n, 0, 0, 0
         for i, action in enumerate(own):

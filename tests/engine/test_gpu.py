@@ -123,7 +123,7 @@ def test_units_wait_for_nothing_on_the_host(wan21: Path, stages: int, graphs: bo
         made = generate(wan21, stages=stages, graphs=graphs, report=report)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(made, expected) and seen.count("run") > 100 * stages
+    assert torch.equal(made, expected) and seen.count("run") == 60 * stages
 
 
 def test_no_stream_reads_what_another_still_writes(wan21: Path) -> None:
@@ -156,6 +156,7 @@ def test_two_cards_give_the_bits_of_one(wan21: Path, tmp_path: Path, policy: str
         assert torch.equal(made, expected[:, :, : made.shape[2]]), case
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_no_op_reads_or_writes_where_it_may_not(tool: str) -> None:
     """The attention for Hopper has a test of its own (test_kernels_attention_hopper.py)."""

@@ -1,14 +1,14 @@
 """A backend of torch.distributed that holds the device as NCCL does, over gloo, on the CPU.
 
-A transfer that was launched is work of the device until its other end is launched too; each communicator does one after
-the other, and each holds thread blocks meanwhile. ``drain`` waits for all of it, as a capture, a module that is loaded
-or memory that is given back would.
+A transfer that was launched is work of the device until its other end is launched too, and each communicator does one
+after the other. ``drain`` waits for all of it, as a capture, code that is loaded or memory that is given back would.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -27,24 +27,28 @@ class Device:
 
     Attributes:
         busy: transfers that are under way.
-        most: the most that were at once.
         launched: transfers so far.
+        drains: calls of ``drain``.
+        free: the longest time in which no transfer held the device, in seconds.
     """
 
     def __init__(self) -> None:
         self.busy: set[_Work] = set()
-        self.most = self.launched = self.drains = 0
+        self.launched = self.drains = 0
+        self.free, self._free_since = 0.0, time.monotonic()
         self._lock = threading.Lock()
 
     def launch(self, work: _Work) -> None:
         with self._lock:
+            if not self.busy:
+                self.free = max(self.free, time.monotonic() - self._free_since)
             self.busy.add(work)
             self.launched += 1
-            self.most = max(self.most, len(self.busy))
 
     def done(self, work: _Work) -> None:
         with self._lock:
             self.busy.remove(work)
+            self._free_since = time.monotonic()
 
     def drain(self, seconds: float) -> None:
         """Waits for everything launched so far. Raises Hang."""

@@ -9,6 +9,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from torch.cuda import _sanitizer
 
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.engine.engine import Engine
@@ -23,6 +29,29 @@ def recorded(*tensors: object) -> bool:
 
 
 backend.recorded = recorded  # type: ignore[assignment]
+
+
+# A mode of the dispatcher is its thread's own: the threads that decode and write snapshots need it as well.
+submit, lock = ThreadPoolExecutor.submit, threading.RLock()
+dispatch = _sanitizer.cuda_sanitizer.dispatch
+see = type(dispatch).__torch_dispatch__
+
+
+def seen(*arguments: Any, **more: Any) -> Any:
+    with lock:
+        return see(*arguments, **more)
+
+
+def submitted(pool: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+    def watched() -> Any:
+        with dispatch:
+            return function(*arguments)
+
+    return submit(pool, watched)
+
+
+type(dispatch).__torch_dispatch__ = seen
+ThreadPoolExecutor.submit = submitted  # type: ignore[method-assign,assignment]
 CALL = {"height": 64, "width": 96, "num_frames": 45, "num_inference_steps": 2, "output_type": "pt"}
 OPTIONS = {"frames_per_block": 4, "context_frames": 2, "device": "cuda", "refresh_every": 2}
 

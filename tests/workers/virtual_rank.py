@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from dualparal.launch.heartbeat import Heartbeat
 from virtual_nccl import DEVICE, NAME, Hang, register
 
 SECONDS = 3.0  # after which a drain counts as one for ever
+PAUSE = 2.0  # of the consumer
 
 
 def post_ahead() -> None:
@@ -39,10 +41,21 @@ def post_ahead() -> None:
     ReceiveEdge._post = lambda self, header: posted[self].pop(0)._replace(header=header)  # type: ignore[method-assign]
 
 
+class Late:
+    """An event that happens a moment later, as a device is behind its host."""
+
+    def __init__(self, _: torch.device) -> None:
+        self.at = time.monotonic() + 0.002
+
+    def synchronize(self) -> None:
+        time.sleep(max(0.0, self.at - time.monotonic()))
+
+
 def main(folder: Path, ahead: bool) -> None:
     torch.set_num_threads(1)
     register()
     remote._DATA_BACKENDS["cpu"] = NAME
+    remote.event_on = Late  # type: ignore[assignment]
     if ahead:
         post_ahead()
     heartbeat = Heartbeat.from_env()
@@ -59,6 +72,8 @@ def main(folder: Path, ahead: bool) -> None:
             made = []
             for chunk in chunks:
                 made.append(chunk.latents)
+                if chunk.block == case.get("pause_after"):
+                    time.sleep(PAUSE)
                 if chunk.block == case.get("leave_after"):
                     break
             chunks.close()  # type: ignore[attr-defined]
@@ -67,8 +82,8 @@ def main(folder: Path, ahead: bool) -> None:
             os._exit(3)
         if made:
             save_file({"latents": torch.cat(made, dim=2).contiguous()}, folder / f"{index}.safetensors")
-        stats.append({"drains": DEVICE.drains, "launched": DEVICE.launched, "most": DEVICE.most})
-        DEVICE.most = 0
+        stats.append({"drains": DEVICE.drains, "launched": DEVICE.launched, "free": DEVICE.free})
+        DEVICE.free = 0.0
     (folder / f"stats-{rank}.json").write_text(json.dumps(stats))
     heartbeat.done()
 
