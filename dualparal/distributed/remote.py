@@ -92,6 +92,8 @@ class SendEdge:
         self._peer, self._groups = peer, groups
         self._elements, self._dtype, self._device = elements, dtype, device
         self._later = AfterDevice(name, device)
+        # Posted there: a transfer waits for the current stream, and the layers' has work of the next unit by then.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._slots = deque(
             _Transfer(torch.empty(FIELDS, dtype=torch.int64), torch.empty(elements, dtype=dtype, device=device), [])
             for _ in range(depth)
@@ -144,8 +146,9 @@ class SendEdge:
         """Posts a message. The tensor first, so that it is under way when the header says so; over one group that of
         the header must be the first."""
         parts = [(slot.tensor, self._groups.data), (slot.header, self._groups.control)]
-        for tensor, group in parts if self._groups.data is not self._groups.control else reversed(parts):
-            self._isend(tensor, group, slot.works)
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            for tensor, group in parts if self._groups.data is not self._groups.control else reversed(parts):
+                self._isend(tensor, group, slot.works)
 
     def _isend(self, tensor: torch.Tensor, group: Any, works: list[Any]) -> None:
         works.append(guard(self.name, dist.isend, tensor, self._peer, group=group))
