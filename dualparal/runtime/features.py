@@ -44,14 +44,12 @@ class FeatureStore:
         self._branches = branches
         self._buffers: list[torch.Tensor] = []
         self._views: list[dict[tuple[str, bool], list[torch.Tensor]]] = []
-        self._moved: list[dict[tuple[str, bool], list[torch.Tensor]]] = []  # the same memory, as it is copied
         for layer in formats:
             views = {}
             for side, by_format in layer.items():
                 for eight_bit, tensors in self._allocate(slots[side] * branches, by_format, device).items():
                     views[side, eight_bit] = tensors
             self._views.append(views)
-            self._moved.append({key: [_as(view, _movable(view)) for view in each] for key, each in views.items()})
         numbers = torch.arange(max(slots.values(), default=0) * branches, device=device)
         self._numbers = list(numbers.split(1))  # made once: a view per unit would cost more than its use
 
@@ -89,13 +87,15 @@ class FeatureStore:
 
     def load(self, layer: int, side: str, eight_bit: bool, row: torch.Tensor, out: Sequence[torch.Tensor]) -> None:
         """Copies the content of a row into the tensors ``out``, which have its format."""
-        for view, target in zip(self._moved[layer][side, eight_bit], out, strict=True):
-            torch.index_select(view, 0, row, out=_as(target, view.dtype).unsqueeze(0))
+        for view, target in zip(self._views[layer][side, eight_bit], out, strict=True):
+            wide = _movable(view, target)
+            torch.index_select(_as(view, wide), 0, row, out=_as(target, wide).unsqueeze(0))
 
     def save(self, layer: int, side: str, eight_bit: bool, row: torch.Tensor, made: Sequence[torch.Tensor]) -> None:
         """Copies the tensors ``made``, which have the format, into a row."""
-        for view, source in zip(self._moved[layer][side, eight_bit], made, strict=True):
-            view.index_copy_(0, row, _as(source, view.dtype).unsqueeze(0))
+        for view, source in zip(self._views[layer][side, eight_bit], made, strict=True):
+            wide = _movable(view, source)
+            _as(view, wide).index_copy_(0, row, _as(source, wide).unsqueeze(0))
 
     def lend(self, layer: int, side: str, row: torch.Tensor, first: int) -> Lend | None:
         """The place into which a layer itself puts the keys and values of a row's tokens, from token ``first`` on.
@@ -109,16 +109,17 @@ class FeatureStore:
         return Lend(keys, values, row, first)
 
 
-def _movable(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which a tensor is moved: as wide as its rows allow, up to 16 bytes.
+def _movable(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype in which numbers are moved between tensors of one dtype: as wide as rows and strides allow.
 
     Torch's indexing copies by the element, a thread each, and does not take fp8 everywhere.
     """
-    row = tensor.shape[-1] * tensor.dtype.itemsize
+    size = tensors[0].dtype.itemsize
     for wide in (torch.complex128, torch.int64):
-        if row % wide.itemsize == 0:
+        steps = [step * size for x in tensors for step in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])]
+        if all(step % wide.itemsize == 0 for step in steps):
             return wide
-    return tensor.dtype if tensor.dtype.itemsize > 1 else torch.uint8
+    return tensors[0].dtype if size > 1 else torch.uint8
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
