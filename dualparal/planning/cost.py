@@ -38,9 +38,13 @@ class Arithmetic(NamedTuple):
     linear_8bit: float = 0.0
 
     def seconds(self, device: Device) -> float:
-        """Seconds of the work on a card, one kind after the other."""
+        """Seconds of the work on a card, one kind after the other, at the rates of kernels on their own."""
         linear = self.linear / device.linear + self.linear_8bit / device.linear_8bit
         return self.attention / device.attention + linear + self.moved / device.copy
+
+    def in_a_run(self, device: Device) -> float:
+        """Seconds of the work on a card within a whole run, where kernels are slower than on their own."""
+        return self.seconds(device) / device.efficiency.fused
 
 
 def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0, lent: int = 0) -> Arithmetic:
@@ -122,7 +126,7 @@ class Costing:
 
     def _run(self, stage: int, unit: Unit) -> float:
         device = self.devices[stage]
-        seconds = self.split[stage] * unit_arithmetic(self.work, self.schedule, unit).seconds(device)
+        seconds = self.split[stage] * unit_arithmetic(self.work, self.schedule, unit).in_a_run(device)
         frames = len(self.work.layout.window(unit.block, self.schedule.refreshes(unit)))
         return seconds + self.ends(stage, frames, device)
 
@@ -138,7 +142,7 @@ class Costing:
         first, last = stage == 0, stage == len(self.split) - 1
         flops = 2.0 * tokens * model.inner * model.patch**2 * (first * model.in_channels + last * model.out_channels)
         moved = self.work.itemsize * tokens * model.inner * (2 * first + 3 * last)
-        return Arithmetic(0.0, flops, moved).seconds(device)
+        return Arithmetic(0.0, flops, moved).in_a_run(device)
 
     def transfer(self, edge: int, unit: Unit) -> float:
         """Seconds of a message on an edge, without latency.
@@ -225,7 +229,8 @@ def closed_form(
             clock.pass_iteration(iteration)
             iteration += 1
             continue
-        more, block = clock.pass_periods(iteration, (ramp_down - iteration) // gap)
+        left = math.inf if blocks is None else (ramp_down - iteration) // gap
+        more, block = clock.pass_periods(iteration, left)
         if more == math.inf:
             return Estimate(math.inf, clock.first, block)
         iteration += int(more) * gap
