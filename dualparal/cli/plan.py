@@ -102,8 +102,8 @@ def _remarks(found: Plan) -> Iterator[str]:
     error, cards = found.error, found.cards.devices
     untimed = ", ".join(dict.fromkeys(card.name for card in cards if not card.efficiency.timings))
     yield (
-        f"Error: {found.seconds * error.low:.0f} to {found.seconds * error.high:.0f} s, since {error.timings} published "
-        f"runs of other engines took {error.low:.2f} to {error.high:.2f} of what is predicted for them"
+        f"Error: {found.seconds * error.low:.0f} to {found.seconds * error.high:.0f} s, since {error.timings} "
+        f"published runs of other engines took {error.low:.2f} to {error.high:.2f} of what is predicted for them"
         + (f"; none of them ran on {untimed}" if untimed else "")
         + ". The VAE was timed on one card only, and is less certain."
     )
@@ -114,8 +114,8 @@ def _remarks(found: Plan) -> Iterator[str]:
         )
     if (early := found.earlier) is not None:
         yield (
-            f"With --max-blocks-in-flight {early.work.blocks.max_blocks_in_flight}: {early.seconds:.0f} s, first frames "
-            f"after {early.first_frame:.0f} s (closed form; {early.note}: docs/quality.md)"
+            f"With --max-blocks-in-flight {early.work.blocks.max_blocks_in_flight}: {early.seconds:.0f} s, first "
+            f"frames after {early.first_frame:.0f} s (closed form; {early.note}: docs/quality.md)"
         )
     if found.work.decode:
         yield (

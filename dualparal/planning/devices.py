@@ -301,12 +301,12 @@ def device(name: str, extra: Mapping[str, Device] | None = None) -> Device:
     Raises:
         ValueError: unknown; names those that are known.
     """
-    plain = name.lower().replace("_", "-").replace("nvidia-", "").replace("rtx-", "rtx")
+    plain = re.sub(r"[\s_]+", "-", name.lower()).replace("nvidia-", "").replace("rtx-", "rtx")
     known = {**DEVICES, **(extra or {})}
     plain = _ALIASES.get(plain, plain)
     if plain in known:
         return known[plain]
-    size = re.fullmatch(r"(\d+)\s*gi?b", plain)
+    size = re.fullmatch(r"(\d+)-?gi?b", plain)
     if size and int(size[1]) in BY_MEMORY:
         return replace(known[BY_MEMORY[int(size[1])][0]], stands_for=f"{size[1]}gb")
     sizes = ", ".join(f"{size}gb" for size in BY_MEMORY)

@@ -53,9 +53,10 @@ def plan(
         memory_limit: GiB per card that may be used. first_frame_limit: seconds.
         extra_devices: cards besides the built-in ones, by name.
         options: fields of ``VideoConfig`` (num_frames, by default 1025, None for an endless video, height, width,
-            num_inference_steps ...), and of ``EngineConfig`` and ``BlockConfig`` (frames_per_block, context, dtype ...). Blocks and context are
-            kept, unless nothing fits; without ``max_blocks_in_flight`` there is no limit, or where that does not fit
-            the largest that does (for memory with "newest" features, which take fewer slots).
+            num_inference_steps ...), and of ``EngineConfig`` and ``BlockConfig`` (frames_per_block, context, dtype
+            ...). Blocks and context are kept, unless nothing fits; without ``max_blocks_in_flight`` there is no limit,
+            or where that does not fit the largest that does (for memory with "newest" features, which take fewer
+            slots).
 
     Raises:
         NoPlan: it cannot be done; says why, and what can.
@@ -131,7 +132,9 @@ class _Search:
         fitting: list[Plan] = []
         for each in self._caps(work):
             found = self._cut(each, decode)
-            if found is None or (self.first_frame_limit is not None and found.estimate.first_frame > self.first_frame_limit):
+            if found is None or (
+                self.first_frame_limit is not None and found.estimate.first_frame > self.first_frame_limit
+            ):
                 continue
             gap = found.schedule.gap
             why = f"neighbours {gap} steps apart, {each.blocks.context_version}" if gap > 1 else ""
