@@ -3,13 +3,17 @@
     python bench/predict_rivals.py                       # the tables of docs/plan.md
 
 All rows use the same rates of the card and the same fused kernels, so that ratios speak of the method alone. Rivals
-attend over the whole video at once, as stock Wan does. For them:
+over the whole video attend to all of it at once, as stock Wan does. For them:
 
-* Ulysses: four all-to-alls per layer, none overlapped; heads are padded to a multiple of the cards.
+* Ulysses: four all-to-alls per layer, none overlapped; heads are padded to a multiple of the cards, or, so that nothing
+  is padded, half of the cards take each guidance branch, or pairs of cards form rings (without guidance).
 * Ring: keys and values go round N - 1 times per layer, and what attention takes longer hides them.
 * Every card holds the whole transformer; activations and keys of 1/N of the tokens.
 * The VAE decodes on one card, after everything (ours: beside the units of stage 0).
 * Links run at full speed although all cards use them at once, which favours the rivals.
+
+Clips: every card makes clips of 81 frames on its own, one after the other, as the model was trained and as few-step
+engines do. Their seconds are those of a supply without end, 1,025 frames of it; no clip goes on from another.
 """
 
 from __future__ import annotations
@@ -28,10 +32,20 @@ from dualparal.planning.cost import layer_arithmetic
 from dualparal.planning.devices import LINKS, device, parse_gpus
 from dualparal.planning.memory import decode_bytes
 from dualparal.planning.plan import NoPlan
-from dualparal.planning.planner import plan_for
+from dualparal.planning.planner import EARLY_BLOCKS, plan_for
 from dualparal.planning.workload import Workload
 
 CARDS = 8
+FRAMES, CLIP = 1025, 81
+GUIDANCE = {50: 5.0, 4: 1.0}  # by steps: few-step weights run without
+
+
+class Split(NamedTuple):
+    """Cards over which a rival spreads the heads, rings of keys, and the branches of guidance."""
+
+    heads: int = 1
+    ring: int = 1
+    guidance: int = 1
 
 
 class Row(NamedTuple):
@@ -46,37 +60,54 @@ class Row(NamedTuple):
     note: str
 
 
-def whole_video(work: Workload, cards: int, kind: str, link: str, card: str) -> Row:
-    """Sequence parallelism over the whole video (cards = 1: none)."""
+def whole_video(work: Workload, name: str, over: Split, link: str, card: str) -> Row:
+    """Sequence parallelism over the whole video."""
     model, rates, wire = work.model, device(card), LINKS[link]
     frames = work.layout.num_latents or 0
     tokens, h = frames * work.tokens, model.inner
-    own = tokens / cards
+    own = tokens / (over.heads * over.ring)
     layer = layer_arithmetic(work, tokens, tokens)
-    padded = 1.0
-    if kind == "Ulysses":
-        padded = -(-model.heads // cards) * cards / model.heads
-    attention = layer.attention * padded / cards / rates.attention
-    rest = layer.linear / cards / rates.linear + layer.moved / cards / rates.copy
-    shipped = {
-        "Ulysses": 4 * own * h * work.itemsize * padded * (cards - 1) / cards,
-        "Ring": 2 * own * h * work.itemsize * (cards - 1),
-        "one card": 0.0,
-    }[kind] / wire.bandwidth
-    busy = max(attention, shipped) + rest if kind == "Ring" else attention + rest + shipped
-    branches = 2 if work.video.guidance else 1
+    padded = -(-model.heads // over.heads) * over.heads / model.heads
+    shares = over.heads * over.ring * rates.efficiency.fused
+    attention = layer.attention * padded / shares / rates.attention
+    rest = (layer.linear / rates.linear + layer.moved / rates.copy) / shares
+    exchanged = 4 * own * h * work.itemsize * padded * (over.heads - 1) / over.heads / wire.bandwidth
+    rounds = 2 * own * h * work.itemsize * padded * (over.ring - 1) / wire.bandwidth
+    busy = max(attention, rounds) + rest + exchanged
+    branches = (2 if work.video.guidance else 1) // over.guidance
     denoise = busy * model.num_layers * work.video.num_inference_steps * branches
     decode = frames * model.vae.flops(work.pixels) / rates.conv
+    buffers = (8 * padded if over.heads > 1 else 0) + (4 if over.ring > 1 else 0)
+    memory = _memory(work, own, int(own * h * work.itemsize * buffers))
+    note = "" if memory[1] <= rates.usable else f"does not fit {rates.usable / GIB:.0f} GiB"
+    return Row(name, denoise + decode, denoise + decode, memory, None, note)
+
+
+def _memory(work: Workload, own: float, exchanged: int) -> tuple[int, int]:
+    """Bytes of the first and of another card that hold the whole transformer and ``own`` tokens."""
+    model, frames = work.model, work.layout.num_latents or 0
     weights = model.parameters * work.itemsize * model.experts
-    activations = int(own * (9 * h + 2 * model.ffn_dim) * work.itemsize)
-    exchanged = int(own * h * work.itemsize * {"Ulysses": 8 * padded, "Ring": 4, "one card": 0}[kind])
+    activations = int(own * (9 * model.inner + 2 * model.ffn_dim) * work.itemsize)
     latents = 4 * 4 * frames * model.in_channels * work.pixels
     running = weights + activations + exchanged + latents
-    vae = decode_bytes(work)
-    fits = running <= rates.usable
-    note = "" if fits else f"does not fit {rates.usable / GIB:.0f} GiB"
-    name = f"{kind}, whole video" if cards == 1 else f"{kind} over {cards} cards, whole video"
-    return Row(name, denoise + decode, denoise + decode, (max(running, weights + latents + vae), running), None, note)
+    return max(running, weights + latents + decode_bytes(work)), running
+
+
+def clips(work: Workload, cards: int, card: str) -> Row:
+    """Independent clips of 81 frames on every card, each with the VAE beside it."""
+    one, rates = replace(work, video=replace(work.video, num_frames=CLIP)), device(card)
+    frames = one.layout.num_latents or 0
+    tokens, branches = frames * one.tokens, 2 if one.video.guidance else 1
+    layer = layer_arithmetic(one, tokens, tokens).in_a_run(rates)
+    denoise = layer * one.model.num_layers * one.video.num_inference_steps * branches
+    seconds = denoise + frames * one.model.vae.flops(one.pixels) / rates.conv
+    memory = _memory(one, tokens, 0)
+    count = -(-FRAMES // CLIP)
+    note = f"no continuity: {count} clips take {-(-count // cards) * seconds:,.0f} s"
+    if memory[0] > rates.usable:
+        note = f"does not fit {rates.usable / GIB:.0f} GiB"
+    name = f"clips of {CLIP} frames, " + ("one card" if cards == 1 else f"one on each of {cards} cards")
+    return Row(name, FRAMES / CLIP * seconds / cards, seconds, memory, None, note)
 
 
 def in_blocks(work: Workload, gpus: str, name: str) -> Row:
@@ -97,38 +128,51 @@ def in_blocks(work: Workload, gpus: str, name: str) -> Row:
     )
 
 
-def rows(model: str, context_frames: int, card: str, link: str) -> Iterator[Row]:
-    work = Workload(MODELS[model], VideoConfig(num_frames=1025), EngineConfig(BlockConfig(8, context_frames)))
-    yield whole_video(work, 1, "one card", link, card)
-    yield whole_video(work, CARDS, "Ring", link, card)
-    yield whole_video(work, CARDS, "Ulysses", link, card)
+def rows(model: str, context_frames: int, steps: int, card: str, link: str) -> Iterator[Row]:
+    video = VideoConfig(num_frames=FRAMES, num_inference_steps=steps, guidance_scale=GUIDANCE[steps])
+    work = Workload(MODELS[model], video, EngineConfig(BlockConfig(8, context_frames)))
+    yield whole_video(work, "one card, whole video", Split(), link, card)
+    yield whole_video(work, f"Ring over {CARDS} cards, whole video", Split(ring=CARDS), link, card)
+    yield whole_video(work, f"Ulysses over {CARDS} cards, whole video", Split(heads=CARDS), link, card)
+    if video.guidance:
+        fair = Split(heads=CARDS // 2, guidance=2)
+        yield whole_video(
+            work, f"Ulysses over {CARDS // 2} cards for each guidance branch, whole video", fair, link, card
+        )
+    else:
+        fair = Split(heads=CARDS // 2, ring=2)
+        yield whole_video(work, f"Ulysses over {CARDS // 2} cards x Ring over 2, whole video", fair, link, card)
+    yield clips(work, 1, card)
+    yield clips(work, CARDS, card)
     prior = replace(work, engine=EngineConfig(BlockConfig(8, context_frames, "prior")))
     yield in_blocks(prior, f"1x{card}", "`prior`, one card")
     for context in ("paper", "cached", "prior"):
         policy = replace(work, engine=EngineConfig(BlockConfig(8, context_frames, context)))  # type: ignore[arg-type]
         yield in_blocks(policy, f"{CARDS}x{card}", f"`{context}`, {CARDS} cards")
-    early = replace(work, engine=EngineConfig(BlockConfig(8, context_frames, "cached", 6, "newest")))
-    yield in_blocks(early, f"{CARDS}x{card}", f"`cached`, {CARDS} cards, K = 6")
+    if steps > EARLY_BLOCKS:
+        early = replace(work, engine=EngineConfig(BlockConfig(8, context_frames, "cached", EARLY_BLOCKS, "newest")))
+        yield in_blocks(early, f"{CARDS}x{card}", f"`cached`, {CARDS} cards, K = {EARLY_BLOCKS}")
 
 
-def table(model: str, context_frames: int, card: str, link: str) -> str:
-    found = list(rows(model, context_frames, card, link))
+def table(model: str, context_frames: int, steps: int, card: str, link: str) -> str:
+    found = list(rows(model, context_frames, steps, card, link))
     ring = next(row for row in found if row.name.startswith("Ring"))
+    guidance = "guidance" if GUIDANCE[steps] > 1 else "no guidance"
     lines = [
-        f"{model}, 480p, 50 steps, guidance, B = 8, C = {context_frames}, {CARDS} x {card}, {link}: predictions",
+        f"{model}, 480p, {steps} steps, {guidance}, B = 8, C = {context_frames}, {CARDS} x {card}, {link}: predictions",
         "",
-        "| | seconds | against ring | first frame, s | bubble | GiB, first card | GiB, other cards | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | seconds | frames/s | against ring | first frame, s | bubble | GiB, first card | GiB, other cards | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
         if row.seconds != row.seconds:
-            lines.append(f"| {row.name} | | | | | | | {row.note} |")
+            lines.append(f"| {row.name} | | | | | | | | {row.note} |")
             continue
         bubble = "" if row.bubble is None else f"{100 * row.bubble:.0f} %"
         first, other = (f"{size / GIB:.1f}" for size in row.memory)
         lines.append(
-            f"| {row.name} | {row.seconds:,.0f} | {ring.seconds / row.seconds:.2f}x | {row.first:,.0f} | {bubble} | "
-            f"{first} | {other} | {row.note} |"
+            f"| {row.name} | {row.seconds:,.0f} | {FRAMES / row.seconds:.2f} | {ring.seconds / row.seconds:.2f}x | "
+            f"{row.first:,.0f} | {bubble} | {first} | {other} | {row.note} |"
         )
     return "\n".join(lines)
 
@@ -139,9 +183,10 @@ def main() -> None:
     parser.add_argument("--link", default="pcie4-host")
     options = parser.parse_args()
     tables = [
-        table(model, context_frames, options.card, options.link)
+        table(model, context_frames, steps, options.card, options.link)
+        for steps, contexts in ((50, (8, 4)), (4, (4,)))
         for model in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b")
-        for context_frames in (8, 4)
+        for context_frames in contexts
     ]
     print("\n\n".join(tables))
 

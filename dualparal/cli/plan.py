@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from dualparal.cli.flags import BlockFlags
 from dualparal.config.units import GIB
 from dualparal.planning import planner
+from dualparal.planning.devices import BY_MEMORY, Device
 from dualparal.planning.plan import NoPlan, Plan
 
 
@@ -83,13 +85,55 @@ def show(found: Plan, console: Console) -> None:
         "[italic]A prediction: nothing here was measured on these cards.[/]",
         highlight=False,
     )
+    for line in _remarks(found):
+        console.print(line, highlight=False)
     console.print(_stages(found))
     if found.alternatives:
         console.print(_alternatives(found))
-    for origin in dict.fromkeys(f"{card.name}: {card.efficiency.origin}" for card in found.cards.devices):
+    for origin in dict.fromkeys(map(_rates, found.cards.devices)):
         console.print(f"[dim]rests on: {origin}[/]", highlight=False)
     for origin in dict.fromkeys(f"{link.name}: {link.origin}" for link in found.cards.links):
         console.print(f"[dim]rests on: {origin}[/]", highlight=False)
+
+
+def _remarks(found: Plan) -> Iterator[str]:
+    """Yields the error of the prediction, what stands for a size of memory, fewer blocks in flight, and the share of
+    decoding, a line each."""
+    error, cards = found.error, found.cards.devices
+    untimed = ", ".join(dict.fromkeys(card.name for card in cards if not card.efficiency.timings))
+    yield (
+        f"Error: {found.seconds * error.low:.0f} to {found.seconds * error.high:.0f} s, since {error.timings} "
+        f"published runs of other engines took {error.low:.2f} to {error.high:.2f} of what is predicted for them"
+        + (f"; none of them ran on {untimed}" if untimed else "")
+        + ". The VAE was timed on one card only, and is less certain."
+    )
+    for card in {card.stands_for: card for card in cards if card.stands_for}.values():
+        others = [name for name in BY_MEMORY[int(card.stands_for[:-2])] if name != card.name]
+        yield f"{card.stands_for} stands for {card.name}" + (
+            f"; if yours is {' or '.join(others)}, name it" if others else ""
+        )
+    if (early := found.earlier) is not None:
+        yield (
+            f"With --max-blocks-in-flight {early.work.blocks.max_blocks_in_flight}: {early.seconds:.0f} s, first "
+            f"frames after {early.first_frame:.0f} s (closed form; {early.note}: docs/quality.md)"
+        )
+    if found.work.decode:
+        yield (
+            f"Decoding is {100 * found.decode_rule / len(cards):.1f} % of the work: {found.decode_rule:.2f} of "
+            f"{len(cards)} cards by PipeDiT's rule, N T_dec / (T_dec + T_den). For information; the VAE is on "
+            f"{found.decode}."
+        )
+
+
+def _rates(card: Device) -> str:
+    """The rates that a card's predictions rest on."""
+    shares = card.efficiency
+    fused, eager = (1e-12 * card.linear * share for share in (shares.fused, shares.eager))
+    timed = f"by {shares.timings} published runs" if shares.timings else "no published run"
+    return (
+        f"{card.name}: matrix products at {fused:.0f} TFLOP/s in runs of fused engines, as this one is, at {eager:.0f} "
+        f"in eager ones ({timed}); {shares.origin}"
+    )
 
 
 def _stages(found: Plan) -> Table:

@@ -3,6 +3,7 @@ times assumed shares of them (``devices``)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,9 +38,13 @@ class Arithmetic(NamedTuple):
     linear_8bit: float = 0.0
 
     def seconds(self, device: Device) -> float:
-        """Seconds of the work on a card, one kind after the other."""
+        """Seconds of the work on a card, one kind after the other, at the rates of kernels on their own."""
         linear = self.linear / device.linear + self.linear_8bit / device.linear_8bit
         return self.attention / device.attention + linear + self.moved / device.copy
+
+    def in_a_run(self, device: Device) -> float:
+        """Seconds of the work on a card within a whole run, where kernels are slower than on their own."""
+        return self.seconds(device) / device.efficiency.fused
 
 
 def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0, lent: int = 0) -> Arithmetic:
@@ -121,7 +126,7 @@ class Costing:
 
     def _run(self, stage: int, unit: Unit) -> float:
         device = self.devices[stage]
-        seconds = self.split[stage] * unit_arithmetic(self.work, self.schedule, unit).seconds(device)
+        seconds = self.split[stage] * unit_arithmetic(self.work, self.schedule, unit).in_a_run(device)
         frames = len(self.work.layout.window(unit.block, self.schedule.refreshes(unit)))
         return seconds + self.ends(stage, frames, device)
 
@@ -137,7 +142,7 @@ class Costing:
         first, last = stage == 0, stage == len(self.split) - 1
         flops = 2.0 * tokens * model.inner * model.patch**2 * (first * model.in_channels + last * model.out_channels)
         moved = self.work.itemsize * tokens * model.inner * (2 * first + 3 * last)
-        return Arithmetic(0.0, flops, moved).seconds(device)
+        return Arithmetic(0.0, flops, moved).in_a_run(device)
 
     def transfer(self, edge: int, unit: Unit) -> float:
         """Seconds of a message on an edge, without latency.
@@ -177,18 +182,35 @@ def balance(costs: Sequence[float], extra: Sequence[float], most: Sequence[int],
     return split
 
 
+class Estimate(NamedTuple):
+    """A run in closed form.
+
+    Attributes:
+        seconds: to the last frame; infinite for an endless video.
+        first_frame: seconds to the first block's frames.
+        block: seconds from one finished block to the next, once the pipe is full.
+    """
+
+    seconds: float
+    first_frame: float
+    block: float
+
+
 def closed_form(
     schedule: Schedule, stages: Sequence[float], hop: float, decode: float = 0.0, decode_shares: bool = True
-) -> tuple[float, float]:
-    """Returns (seconds, seconds to the first frame) without a replay, for units that all cost the same.
+) -> Estimate:
+    """Times of a run without a replay, for units that all cost the same.
 
     An iteration takes the slowest stage's time for all of its units, or a whole round of the pipe when there are too
     few of them: a block's next step needs its last one, and with ``paper`` that of the block before, which comes later
     in an iteration. From the T-th on blocks are decoded, in the time that stage 0 has to spare (``decode_shares``) or
     beside it, and when ``DECODE_BOUND`` of them wait, everything waits.
 
+    While the pipe is full all periods of ``gap`` iterations are alike. Those that change nothing but the clock, or add
+    the same to what waits for the decoder, are not walked one by one: the work does not grow with the video.
+
     Args:
-        schedule: a finite one.
+        schedule: the order of work.
         stages: seconds of a unit on each stage.
         hop: seconds of all edges together.
         decode: seconds of a block.
@@ -196,24 +218,76 @@ def closed_form(
     """
     slowest, around = max(stages), sum(stages) + hop
     least = around + (schedule.branches * schedule.policy.blocks_awaited - 1) * slowest
-    now = backlog = first = 0.0
-    for iteration, count in enumerate(_in_flight_counts(schedule)):
-        units = count * schedule.branches
-        duration = max(units * slowest, least)
-        backlog = max(0.0, backlog - (duration - units * stages[0] if decode_shares else duration))
-        now += duration
-        if iteration >= schedule.num_steps - 1 and (iteration - schedule.num_steps + 1) % schedule.gap == 0:
-            first = first or now + decode
-            backlog += decode
-            wait = max(0.0, backlog - DECODE_BOUND * decode)
-            now, backlog = now + wait, backlog - wait
-    return now + backlog, first
+    clock = _Clock(schedule, (slowest, stages[0], least), decode, decode_shares)
+    gap, blocks = schedule.gap, schedule.num_blocks
+    full = -(-schedule.num_steps // gap) * gap  # from here on periods are alike, up to where no new block enters
+    iteration, ramp_down = 0, math.inf if blocks is None else blocks * gap
+    block = math.nan
+    while blocks is None or iteration < (blocks - 1) * gap + schedule.num_steps:
+        alike = iteration >= full and iteration % gap == 0 and iteration + gap <= ramp_down
+        if not alike:
+            clock.pass_iteration(iteration)
+            iteration += 1
+            continue
+        left = math.inf if blocks is None else (ramp_down - iteration) // gap
+        more, block = clock.pass_periods(iteration, left)
+        if more == math.inf:
+            return Estimate(math.inf, clock.first, block)
+        iteration += int(more) * gap
+    if math.isnan(block):  # a video too short to fill the pipe
+        block = max(schedule.num_steps * schedule.branches * slowest, decode)
+    return Estimate(clock.now + clock.backlog, clock.first, block)
 
 
-def _in_flight_counts(schedule: Schedule) -> list[int]:
-    counts = []
-    iteration = 0
-    while blocks := schedule.in_flight(iteration):
-        counts.append(len(blocks))
-        iteration += 1
-    return counts
+class _Clock:
+    """Time and the decoder's backlog, both in seconds, as iterations pass.
+
+    Args:
+        schedule: the order of work.
+        units: seconds of a unit on the slowest stage and on stage 0, and the least that an iteration takes.
+        decode, decode_shares: as in ``closed_form``.
+    """
+
+    def __init__(
+        self, schedule: Schedule, units: tuple[float, float, float], decode: float, decode_shares: bool
+    ) -> None:
+        self.schedule, self.decode, self.decode_shares = schedule, decode, decode_shares
+        self.slowest, self.own, self.least = units
+        self.now = self.backlog = self.first = 0.0
+        self._room = (math.inf, math.inf)  # how far the backlog stayed from 0 and from its bound
+
+    def pass_iteration(self, iteration: int) -> None:
+        """Passes an iteration of the schedule."""
+        units = len(self.schedule.in_flight(iteration)) * self.schedule.branches
+        duration = max(units * self.slowest, self.least)
+        left = self.backlog - (duration - units * self.own if self.decode_shares else duration)
+        self.now, self.backlog = self.now + duration, max(0.0, left)
+        low, high = min(self._room[0], left), self._room[1]
+        done = iteration - self.schedule.num_steps + 1
+        if done >= 0 and done % self.schedule.gap == 0:
+            self.first = self.first or self.now + self.decode
+            self.backlog += self.decode
+            room = DECODE_BOUND * self.decode - self.backlog
+            high = min(high, room)
+            self.now, self.backlog = self.now + max(0.0, -room), self.backlog + min(0.0, room)
+        self._room = low, high
+
+    def pass_periods(self, iteration: int, left: float) -> tuple[float, float]:
+        """Passes a period and as many of the ``left`` ones as are known to be like it.
+
+        Returns (periods passed, seconds of the last one).
+        """
+        now, backlog = self.now, self.backlog
+        self._room = math.inf, math.inf
+        for each in range(iteration, iteration + self.schedule.gap):
+            self.pass_iteration(each)
+        spent, change = self.now - now, self.backlog - backlog
+        left -= 1
+        if abs(change) <= 1e-9 * self.decode:
+            alike = left
+        else:  # the same again, until the backlog comes to one of its ends
+            room = self._room[1] if change > 0 else self._room[0]
+            alike = min(left, max(0.0, room) // abs(change))
+        if alike != math.inf:
+            self.now, self.backlog = self.now + alike * spent, self.backlog + alike * change
+        return 1 + alike, spent

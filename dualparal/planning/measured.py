@@ -15,17 +15,23 @@ from dualparal.planning.devices import DEVICES, Device, Efficiency
 
 # What the names of the driver contain, the more special first.
 _NAMES = {
+    "RTX 3090": "rtx3090",
+    "RTX 4090 D": "rtx4090d",
     "RTX 4090": "rtx4090",
     "RTX 5090": "rtx5090",
+    "RTX A6000": "a6000",
+    "RTX PRO 6000": "rtxpro6000",
+    "L20": "l20",
     "L40S": "l40s",
     "A100-SXM4-40GB": "a100-40gb",
     "A100-PCIE-40GB": "a100-40gb",
     "A100": "a100-80gb",
     "H100": "h100",
     "H200": "h200",
+    "H20": "h20",
     "B200": "b200",
 }
-_MEASURED = Efficiency(1.0, 1.0, 1.0, 1.0, "measured on this machine")
+_MEASURED = Efficiency(1.0, 1.0, 1.0, "kernels measured on this machine", conv=1.0)
 
 
 def cards(kind: str, count: int) -> list[Device]:
@@ -103,7 +109,9 @@ def measure(device: torch.device) -> Device:
     if cuda:
         facts = torch.cuda.get_device_properties(device)
         name, memory = facts.name.lower().replace(" ", "-"), facts.total_memory
+        fp8 = 2 * rate["linear"] if (facts.major, facts.minor) >= (8, 9) else 0.0
     else:
+        fp8 = 0.0
         name, memory = "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shares = replace(_MEASURED, attention=rate["attention"] / rate["linear"])
-    return Device(name, memory, rate["linear"], rate["conv"], rate["copy"], "pcie4-host", shares)
+    return Device(name, memory, rate["linear"], rate["conv"], rate["copy"], "pcie4-host", shares, fp8)

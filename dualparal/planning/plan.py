@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from dualparal.config.units import GIB
-from dualparal.planning.cost import UPDATE_SECONDS, Costing, layer_arithmetic
-from dualparal.planning.devices import Device, Link
+from dualparal.planning.cost import UPDATE_SECONDS, Costing, Estimate, layer_arithmetic
+from dualparal.planning.devices import Band, Device, Link
 from dualparal.planning.memory import Memory, stage_memory
 from dualparal.planning.workload import Workload
 from dualparal.schedule.schedule import Schedule
@@ -48,27 +49,40 @@ class Plan:
         cards: one per stage.
         split: layers of every stage.
         decode: "stage 0" or "own card" (behind the stages').
-        estimate: (seconds, seconds to the first frame) in closed form.
+        estimate: times in closed form.
         note: the difference from the request, for people.
         decode_on: the card of its own that decodes; None: stage 0's.
         replay: ``seconds`` and others come from a replay instead of the closed form.
         alternatives: plans with other choices, fastest first.
+        earlier: the plan with ``EARLY_BLOCKS`` in flight, where its first frames come earlier; None: they do not.
     """
 
     work: Workload
     cards: Cards
     split: tuple[int, ...]
     decode: str
-    estimate: tuple[float, float]
+    estimate: Estimate
     note: str = ""
     decode_on: Device | None = None
     replay: bool = False
     alternatives: tuple[Plan, ...] = ()
+    earlier: Plan | None = None
 
     @property
-    def runs(self) -> int:
+    def runs(self) -> float:
         """Runs of a unit on a stage in the whole video; the cost of a replay grows with them."""
-        return (self.schedule.num_units or 0) * len(self.split)
+        units = self.schedule.num_units
+        return math.inf if units is None else units * len(self.split)
+
+    @property
+    def pace(self) -> float:
+        """Seconds in closed form: of the video, or, where it is endless, of each of its frames."""
+        return 1 / self.frames_per_second if self.is_endless else self.estimate.seconds
+
+    @property
+    def is_endless(self) -> bool:
+        """True when the video has no last frame."""
+        return self.work.video.num_frames is None
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -88,28 +102,59 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Seconds from the first unit to the last frame."""
-        return self.simulation.seconds if self.simulation else self.estimate[0]
+        """Seconds from the first unit to the last frame; infinite for an endless video."""
+        return self.simulation.seconds if self.simulation else self.estimate.seconds
 
     @property
     def first_frame(self) -> float:
         """Seconds until the first block can be watched."""
-        return self.simulation.first_frame if self.simulation else self.estimate[1]
+        return self.simulation.first_frame if self.simulation else self.estimate.first_frame
 
     @property
     def bubble(self) -> float:
         """Share of the time in which a card computes no unit, averaged over stages."""
         if self.simulation:
             return self.simulation.bubble
+        units = self.schedule.num_units
+        if units is None:
+            return 1 - self._stage_seconds * self._units_per_block / (self.estimate.block * len(self.split))
+        return 1 - self._stage_seconds * units / (self.seconds * len(self.split))
+
+    @cached_property
+    def _stage_seconds(self) -> float:
+        """Seconds of a unit in the middle of the video, summed over stages."""
         one, extra = costs_per_layer(self.work, self.schedule, self.cards)
-        unit = sum(layers * seconds + more for layers, seconds, more in zip(self.split, one, extra))
-        return 1 - unit * (self.schedule.num_units or 0) / (self.seconds * len(self.split))
+        return sum(layers * seconds + more for layers, seconds, more in zip(self.split, one, extra))
+
+    @property
+    def _units_per_block(self) -> int:
+        return self.schedule.num_steps * self.schedule.branches
 
     @property
     def frames_per_second(self) -> float:
-        """Frames of the finished video per second of the run."""
-        assert self.work.video.num_frames is not None
-        return self.work.video.num_frames / self.seconds
+        """Frames of the finished video per second of the run; of an endless one, once the pipe is full."""
+        video, work = self.work.video, self.work
+        if video.num_frames is None:
+            return work.blocks.frames_per_block * work.model.vae.temporal_factor / self.estimate.block
+        return video.num_frames / self.seconds
+
+    @property
+    def decode_rule(self) -> float:
+        """Cards that PipeDiT's rule would give to decoding, N T_dec / (T_dec + T_den), unrounded; for people.
+
+        T is the time of a block on one of the N cards: the decoder on the card that decodes, units as the stages'
+        cards share them. Source: PipeDiT (2025), the balance of its denoising and decoding groups.
+        """
+        if not self.work.decode:
+            return 0.0
+        decode, denoise = self.costing.decode(1), self._stage_seconds * self._units_per_block
+        return len(self.cards.devices) * decode / (decode + denoise)
+
+    @property
+    def error(self) -> Band:
+        """The error of predictions for these cards, the widest of all of them."""
+        bands = [card.band for card in self.cards.devices]
+        return Band(min(b.low for b in bands), max(b.high for b in bands), bands[0].timings)
 
     @cached_property
     def memory(self) -> tuple[Memory, ...]:
@@ -140,9 +185,10 @@ class Plan:
         cap = "" if blocks.max_blocks_in_flight is None else f", K={blocks.max_blocks_in_flight}"
         cards = count_names(self.cards.devices)
         most = max(memory.peak for memory in self.memory) / GIB
+        seconds = f"{self.frames_per_second:.2f} frames/s" if self.is_endless else f"{self.seconds:.0f} s"
         return (
             f"{blocks.context}, B={blocks.frames_per_block}, C={blocks.context_frames}{cap}, layers "
-            f"{'+'.join(map(str, self.split))} on {cards}: {self.seconds:.0f} s, first frames after "
+            f"{'+'.join(map(str, self.split))} on {cards}: {seconds}, first frames after "
             f"{self.first_frame:.0f} s, {most:.1f} GiB on the fullest card (prediction)"
         )
 
@@ -157,10 +203,10 @@ def costs_per_layer(work: Workload, schedule: Schedule, cards: Cards) -> tuple[l
     costing = Costing(work, schedule, [1] * count, cards.devices, cards.links)
     extra = [costing.ends(stage, len(work.layout.window(block)), card) for stage, card in enumerate(cards.devices)]
     extra[0] += UPDATE_SECONDS / schedule.branches
-    return [layer.seconds(card) for card in cards.devices], extra
+    return [layer.in_a_run(card) for card in cards.devices], extra
 
 
 def count_names(devices: Sequence[Device]) -> str:
-    """Names of cards with their numbers, such as "4 x rtx4090, 2 x l40s"."""
-    names = [device.name for device in devices]
+    """Names of cards with their numbers, such as "4 x rtx4090, 2 x l40s (for 48gb)"."""
+    names = [device.name + (f" (for {device.stands_for})" if device.stands_for else "") for device in devices]
     return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))

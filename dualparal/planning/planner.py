@@ -26,6 +26,7 @@ from dualparal.schedule.schedule import Schedule
 BLOCK_SIZES = (4, 6, 8, 12, 16)
 REPLAY_LIMIT = 60_000  # runs of a unit on a stage; a replay of more would take longer than half a second
 ALTERNATIVES = 6
+EARLY_BLOCKS = 6  # in flight, shown beside the choice; not a default: what it does to the picture is not judged yet
 WORTH = 0.05  # of the time: neighbours that many steps further apart must be worth it
 
 
@@ -51,10 +52,11 @@ def plan(
         link, between: of cards in a group and between groups of ``gpus``, by name ("pcie4", "nvlink4", "25gbe").
         memory_limit: GiB per card that may be used. first_frame_limit: seconds.
         extra_devices: cards besides the built-in ones, by name.
-        options: fields of ``VideoConfig`` (num_frames, by default 1025, height, width, num_inference_steps ...), and
-            of ``EngineConfig`` and ``BlockConfig`` (frames_per_block, context, dtype ...). Blocks and context are
-            kept, unless nothing fits; without ``max_blocks_in_flight`` there is no limit, or where that does not fit
-            the largest that does (for memory with "newest" features, which take fewer slots).
+        options: fields of ``VideoConfig`` (num_frames, by default 1025, None for an endless video, height, width,
+            num_inference_steps ...), and of ``EngineConfig`` and ``BlockConfig`` (frames_per_block, context, dtype
+            ...). Blocks and context are kept, unless nothing fits; without ``max_blocks_in_flight`` there is no limit,
+            or where that does not fit the largest that does (for memory with "newest" features, which take fewer
+            slots).
 
     Raises:
         NoPlan: it cannot be done; says why, and what can.
@@ -113,7 +115,7 @@ def plan_for(
     if best is None:
         raise search.refusal(work, decode)
     best = replace(best, replay=best.runs <= REPLAY_LIMIT)
-    return replace(best, alternatives=tuple(search.alternatives(best)))
+    return replace(best, alternatives=tuple(search.alternatives(best)), earlier=search.earlier(best))
 
 
 class _Search:
@@ -130,15 +132,17 @@ class _Search:
         fitting: list[Plan] = []
         for each in self._caps(work):
             found = self._cut(each, decode)
-            if found is None or (self.first_frame_limit is not None and found.estimate[1] > self.first_frame_limit):
+            if found is None or (
+                self.first_frame_limit is not None and found.estimate.first_frame > self.first_frame_limit
+            ):
                 continue
             gap = found.schedule.gap
             why = f"neighbours {gap} steps apart, {each.blocks.context_version}" if gap > 1 else ""
             fitting.append(replace(found, note=", ".join(filter(None, (note, why)))))
             if gap == 1 or len(fitting) == 4:
                 break
-        best = min(fitting, key=lambda plan: plan.estimate[0], default=None)
-        return next((p for p in fitting if best and p.estimate[0] * (1 - WORTH) <= best.estimate[0]), None)
+        best = min(fitting, key=lambda plan: plan.pace, default=None)
+        return next((p for p in fitting if best and p.pace * (1 - WORTH) <= best.pace), None)
 
     @staticmethod
     def _caps(work: Workload) -> Iterator[Workload]:
@@ -182,7 +186,7 @@ class _Search:
             decoding = pieces.decode(1) if work.decode else 0.0
             estimate = closed_form(schedule, stages, hop, decoding, decode_on is None)
             found.append(Plan(work, cards, tuple(split), decode, estimate, decode_on=decode_on))
-        return min(found, key=lambda each: each.estimate[0], default=None)
+        return min(found, key=lambda each: each.pace, default=None)
 
     # What else there is -------------------------------------------------------------------------------------
 
@@ -193,8 +197,22 @@ class _Search:
             other = self.best(work, decode, note)
             if other is not None:
                 found.append(other)
-        found.sort(key=lambda each: each.estimate[0])
+        found.sort(key=lambda each: each.pace)
         return found[:ALTERNATIVES]
+
+    def earlier(self, best: Plan) -> Plan | None:
+        """The plan with ``EARLY_BLOCKS`` in flight, where it fits and its first frames come earlier; else None.
+
+        With the features that the choice has or, where these do not fit, with "newest" ones.
+        """
+        if best.schedule.max_in_flight <= EARLY_BLOCKS:
+            return None
+        for version in dict.fromkeys([best.work.blocks.context_version, *POLICIES[best.work.blocks.context].versions]):
+            work = with_blocks(best.work, max_blocks_in_flight=EARLY_BLOCKS, context_version=version)
+            found = _Search(self.cards, None).best(work, best.decode)
+            if found is not None:
+                return found if found.estimate.first_frame < best.estimate.first_frame else None
+        return None
 
     def _variations(self, best: Plan) -> Iterator[tuple[Workload, str, str]]:
         work, blocks, count = best.work, best.work.blocks, len(self.cards.devices)
@@ -251,7 +269,7 @@ class _Search:
     def _soonest(self, work: Workload, decode: str) -> Plan:
         free = _Search(self.cards, None)
         found = [each for each in (free._cut(capped, decode) for capped in self._caps(work)) if each is not None]
-        return min(found, key=lambda each: each.estimate[1])
+        return min(found, key=lambda each: each.estimate.first_frame)
 
     def _shortage(self, work: Workload, decode: str) -> tuple[int, int, int]:
         """Returns (bytes needed, bytes there, stage) of the worst stage when layers are spread by memory alone."""

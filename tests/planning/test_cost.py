@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from count_passes import count, diffusers
 from harness.shapes import GPU_SHAPES, wan_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualparal.config.blocks import BlockConfig
@@ -29,7 +29,7 @@ from dualparal.planning.cost import Costing, balance, closed_form, layer_arithme
 from dualparal.planning.devices import DEVICES, LINKS
 from dualparal.planning.memory import decode_bytes, slice_bytes, stage_memory
 from dualparal.planning.workload import Workload
-from dualparal.schedule.actions import Unit
+from dualparal.schedule.actions import DECODE_BOUND, Unit
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import simulate
 from pairwise import pairwise
@@ -94,16 +94,6 @@ def test_neighbours_and_first_blocks_are_counted() -> None:
     )
 
 
-def test_published_times_of_whole_models() -> None:
-    """Plain diffusers, 81 frames of 480p, 50 steps: the passes of its eager block in place of ours."""
-    work = Workload(MODELS["wan2.1-t2v-1.3b"], VideoConfig(num_frames=81), EngineConfig(BlockConfig(21, 0)))
-    tokens = 21 * work.tokens
-    passes = count(replace(GPU_SHAPES[0], frames=21), diffusers, tokens).total
-    eager = layer_arithmetic(work, tokens, tokens)._replace(moved=passes * tokens * work.model.inner * 2)
-    seconds = 2 * 50 * work.model.num_layers * eager.seconds(DEVICES["rtx5090"])
-    assert seconds == pytest.approx(184, rel=0.03)  # TurboDiffusion's README: 184 s on an RTX 5090
-
-
 def test_balance() -> None:
     assert balance([1, 1, 1], [0, 0, 0], [9, 9, 9], 10) == [4, 3, 3]
     assert balance([1, 2, 1], [0, 0, 0], [99, 99, 99], 10) == [4, 2, 4]
@@ -123,9 +113,66 @@ def test_the_closed_form_is_near_the_replay(context: str, steps: int, blocks_in_
     costing = Costing(work, schedule, [5] * 8, cards, links)
     replayed = simulate(schedule, costing.costs)
     unit = [costing.run(stage, Unit(2, min(schedule.gap, steps - 1), 0)) for stage in range(8)]
-    seconds, first = closed_form(schedule, unit, 8 * costing.transfer(0, Unit(0, 0, 0)), costing.decode(1))
-    assert seconds == pytest.approx(replayed.seconds, rel=0.11)
-    assert first == pytest.approx(replayed.first_frame, rel=0.15)
+    found = closed_form(schedule, unit, 8 * costing.transfer(0, Unit(0, 0, 0)), costing.decode(1))
+    assert found.seconds == pytest.approx(replayed.seconds, rel=0.11)
+    assert found.first_frame == pytest.approx(replayed.first_frame, rel=0.15)
+
+
+def walked(schedule: Schedule, stages: list[float], decode: float, decode_shares: bool) -> tuple[float, float]:
+    """(seconds, seconds to the first frame) of a closed form that walks every iteration."""
+    slowest, around = max(stages), sum(stages) + 1.0
+    least = around + (schedule.branches * schedule.policy.blocks_awaited - 1) * slowest
+    now = backlog = first = 0.0
+    for iteration in range((schedule.num_blocks or 0) * schedule.gap + schedule.num_steps - schedule.gap):
+        units = len(schedule.in_flight(iteration)) * schedule.branches
+        duration = max(units * slowest, least)
+        backlog = max(0.0, backlog - (duration - units * stages[0] if decode_shares else duration))
+        now += duration
+        done = iteration - schedule.num_steps + 1
+        if done >= 0 and done % schedule.gap == 0:
+            first = first or now + decode
+            backlog += decode
+            wait = max(0.0, backlog - DECODE_BOUND * decode)
+            now, backlog = now + wait, backlog - wait
+    return now + backlog, first
+
+
+@settings(max_examples=300)
+@given(
+    steps=st.integers(1, 20), blocks=st.integers(1, 90), in_flight=st.sampled_from([None, 1, 2, 3, 6]),
+    context=st.sampled_from(["cached", "prior", "paper"]), stages=st.lists(st.floats(0.5, 1.5), min_size=1, max_size=6),
+    decode=st.one_of(st.just(0.0), st.floats(0.01, 3), st.floats(3, 90)), guidance=st.booleans(), shares=st.booleans(),
+)  # fmt: skip
+def test_periods_that_are_alike_need_not_be_walked(
+    steps: int, blocks: int, in_flight: int | None, context: str, stages: list[float], decode: float, guidance: bool,
+    shares: bool,
+) -> None:  # fmt: skip
+    version = "newest" if in_flight else "matching"
+    schedule = Schedule(
+        len(stages), steps, blocks, context, 4, guidance, max_blocks_in_flight=in_flight, context_version=version
+    )
+    found = closed_form(schedule, stages, 1.0, decode, shares)
+    assert found[:2] == pytest.approx(walked(schedule, stages, decode, shares), rel=1e-9)
+
+
+@pytest.mark.parametrize("decode", [0.0, 20.0, 99.99, 100.0, 100.01, 103.0, 300.0])
+def test_the_closed_form_does_not_grow_with_the_video(decode: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backlog that is empty, that grows a little with every block, or that is full: never many iterations."""
+    asked = 0
+    real = Schedule.in_flight
+
+    def counted(schedule: Schedule, iteration: int) -> range:
+        nonlocal asked
+        asked += 1
+        assert asked < 1000, "it walks the video"
+        return real(schedule, iteration)
+
+    monkeypatch.setattr(Schedule, "in_flight", counted)
+    stages = [1.0, 2.0]  # an iteration has 100 units; stage 0 is idle for 100 of its 200 s
+    long, endless = (closed_form(Schedule(2, 50, m), stages, 0.1, decode) for m in (312_501, None))
+    assert endless.seconds == math.inf and endless[1:] == pytest.approx(long[1:])
+    assert long.seconds == pytest.approx(312_501 * long.block, rel=1e-3)
+    assert long.block == pytest.approx(200 + max(0.0, decode - 100))
 
 
 # Measured on ranks -------------------------------------------------------------------------------------------

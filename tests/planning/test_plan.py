@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -13,9 +14,9 @@ from typer.testing import CliRunner
 
 from dualparal.cli.main import app
 from dualparal.models.registry import model_sizes
-from dualparal.planning.devices import DEVICES, links, parse_gpus
+from dualparal.planning.devices import BY_MEMORY, DEVICES, TIMED, device, links, parse_gpus
 from dualparal.planning.plan import NoPlan
-from dualparal.planning.planner import plan
+from dualparal.planning.planner import EARLY_BLOCKS, plan
 from dualparal.schedule.validate import validate
 from pairwise import pairwise
 from places import BENCH, DOCS
@@ -104,8 +105,8 @@ def test_limits_on_blocks_in_flight() -> None:
     ("options", "words"),
     [
         (
-            {"gpus": "8xrtx3090"},
-            r"card 'rtx3090' is not known; use one of rtx4090.*24gb.*the nearest name is rtx[45]090",
+            {"gpus": "8xrtx3080"},
+            r"card 'rtx3080' is not known; use one of rtx3090.*24gb.*the nearest name is rtx[345]090",
         ),
         ({"gpus": "8 cards"}, "is not known"),
         ({"gpus": "0xrtx4090"}, "use COUNTxCARD"),
@@ -170,11 +171,29 @@ def test_a_directory_is_as_good_as_a_name(wan21: Path, tmp_path: Path) -> None:
 
 def test_the_command() -> None:
     run = CliRunner().invoke
-    done = run(app, ["plan", "--model", BIG, "--gpus", "8x24GB", "--size", "832x480", "--context", "prior"])
+    done = run(
+        app,
+        ["plan", "--model", BIG, "--gpus", "8x24GB", "--size", "832x480", "--context", "prior", "--num-frames", "257"],
+    )
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
     for words in ("A prediction", "frames/s", "first frames after", "bubble", "rtx4090", "GiB per card", "rests on"):
         assert words in text
+    found = plan(BIG, "8x24GB", context="prior", num_frames=257)
+    assert found.error == TIMED and found.earlier is not None
+    for words in (
+        f"Error: {found.seconds * TIMED.low:.0f} to {found.seconds * TIMED.high:.0f} s",
+        "24gb stands for rtx4090; if yours is rtx4090d or rtx3090, name it",
+        f"With --max-blocks-in-flight 6: {found.earlier.seconds:.0f} s, first frames after "
+        f"{found.earlier.first_frame:.0f} s",
+        f"{found.decode_rule:.2f} of 8 cards by PipeDiT's rule",
+        "at 140 TFLOP/s in runs of fused engines",
+    ):
+        assert words in text
+    named = " ".join(run(app, ["plan", "--gpus", "2xh100,1xl40s", "--steps", "4"]).output.split())
+    assert "stands for" not in named and "--max-blocks-in-flight 6" not in named
+    assert "none of them ran on l40s" in named and "0.83 to 1.72" in named
+    assert "matrix products at 568 TFLOP/s in runs of fused engines, as this one is, at 471 in eager ones" in named
     bad = run(app, ["plan", "--gpus", "8x24GB", "--size", "big"])
     assert isinstance(bad.exception, ValueError) and "--size 'big'" in str(bad.exception)
 
@@ -186,6 +205,68 @@ def test_the_documented_table_is_the_commands(request: pytest.FixtureRequest) ->
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     assert done.stdout.strip() in (DOCS / "plan.md").read_text()
+
+
+def test_a_size_of_memory_says_which_card_it_stands_for() -> None:
+    for size, names in BY_MEMORY.items():
+        card = device(f"{size}GB")
+        assert (card.name, card.stands_for) == (names[0], f"{size}gb") and all(name in DEVICES for name in names)
+        assert all(0.88 * size < DEVICES[name].memory / 1e9 < 1.12 * size for name in names)
+    assert not any(card.stands_for for card in DEVICES.values())
+    assert "layers 15+15 on 2 x l40s (for 48gb): " in plan("wan2.1-t2v-1.3b", "2x48GB", output_type="latent").describe()
+
+
+@pytest.mark.parametrize("name", ["RTX 3090", "A6000", "L20", "H20", "4090D", "RTX PRO 6000", "rtx-4090-d"])
+def test_cards_by_their_usual_names(name: str) -> None:
+    assert name.lower().replace(" ", "").replace("-", "").endswith(device(name).name.removeprefix("rtx"))
+
+
+def test_products_in_fp8_need_a_card_that_has_them() -> None:
+    for card in DEVICES.values():
+        assert card.fp8 == 0 or card.fp8 == pytest.approx(2 * card.tensor, rel=0.02)
+    assert DEVICES["a6000"].linear_8bit == DEVICES["a6000"].linear
+    assert DEVICES["h100"].linear_8bit == 1.6 * DEVICES["h100"].linear
+
+
+def test_an_endless_video_has_a_rate() -> None:
+    """It is that of a long one. Blocks in flight, memory and alternatives are chosen by it, too."""
+    for model, gpus, context in (
+        ("wan2.1-t2v-1.3b", "8x24GB", "cached"),
+        (BIG, "8x24GB", "cached"),
+        (BIG, "3xh100", "paper"),
+    ):
+        endless = plan(model, gpus, context=context, num_frames=None)
+        long = plan(model, gpus, context=context, num_frames=10_000_001)
+        assert endless.seconds == math.inf and f"{endless.frames_per_second:.2f} frames/s, first" in endless.describe()
+        assert endless.frames_per_second == pytest.approx(long.frames_per_second, rel=1e-3)
+        assert endless.split == long.split and endless.work.blocks == long.work.blocks
+        assert endless.first_frame == pytest.approx(long.first_frame)
+        assert endless.bubble == pytest.approx(long.bubble, abs=1e-3) and endless.memory == long.memory
+        assert [other.work.blocks for other in endless.alternatives] == [
+            other.work.blocks for other in long.alternatives
+        ]
+
+
+def test_the_share_of_decoding_is_said() -> None:
+    """PipeDiT's rule by hand, on equal cards: N T_dec / (T_dec + T_den) with the times of one card."""
+    for steps, scale, rule in ((50, 5.0, 0.45), (4, 1.0, 4.8)):
+        found = plan("wan2.1-t2v-1.3b", "8xrtx4090", num_inference_steps=steps, guidance_scale=scale)
+        assert found.decode_rule == pytest.approx(rule, rel=0.02)
+        one = plan("wan2.1-t2v-1.3b", "1xh200", num_inference_steps=steps, guidance_scale=scale)
+        costing = one.costing
+        units = sum(costing.run(0, unit) for unit in one.schedule.units()) / 33
+        assert one.decode_rule == pytest.approx(costing.decode(1) / (costing.decode(1) + units), rel=0.05)
+    assert plan("wan2.1-t2v-1.3b", "2xh200", output_type="latent").decode_rule == 0
+
+
+def test_six_blocks_in_flight_are_shown_where_they_are_earlier() -> None:
+    found = plan("wan2.1-t2v-1.3b", "8xrtx4090")
+    assert found.work.blocks.max_blocks_in_flight is None  # no default
+    early = found.earlier
+    assert early is not None and early.work.blocks.max_blocks_in_flight == EARLY_BLOCKS == 6
+    assert early.first_frame < 0.3 * found.first_frame and "neighbours 9 steps apart" in early.note
+    for few in ({"max_blocks_in_flight": 5}, {"num_inference_steps": 6}, {"num_frames": 81}):
+        assert plan("wan2.1-t2v-1.3b", "8xrtx4090", **few).earlier is None
 
 
 def test_long_videos_take_no_longer_to_plan() -> None:
