@@ -88,6 +88,7 @@ def _job(
             layers_per_stage=split,
             device=choose_device(place.device, place.gpus),
             dtype=model.dtype,
+            text_encoder_device=place.text_encoder_device,
             depth=place.depth,
             graphs=place.graphs,
             attention_8bit=_eight_bit(model),

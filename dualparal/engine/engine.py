@@ -266,6 +266,8 @@ class Engine:
     def set_prompt(self, prompt: str, negative_prompt: str | None = None, *, video: int = 0) -> int:
         """Changes a video's prompt while it runs: blocks in flight keep theirs, new ones take this. Leading rank only.
 
+        A new text is encoded on the CPU, beside the stages, whatever their device.
+
         Args:
             prompt: a text.
             negative_prompt: a text; None: that of the request.
@@ -276,7 +278,7 @@ class Engine:
 
         Raises:
             RuntimeError: no video is running.
-            ValueError: no such video.
+            ValueError: no such video; ``TooLarge`` when the host has no room for the text encoder beside the run.
         """
         if self._run is None:
             raise RuntimeError("set_prompt: no video is running; give the prompt to stream()")
