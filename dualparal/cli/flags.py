@@ -147,7 +147,12 @@ class PlaceFlags:
     ] = None
     depth: Annotated[int, typer.Option(help="Messages that fit between two stages.")] = 2
     graphs: Annotated[bool, typer.Option(help="Run every stage step as a CUDA graph (cuda only).")] = False
-    threads: Annotated[int, typer.Option(help="CPU threads per stage; 0: the cores divided by the stages.")] = 0
+    threads: Annotated[
+        int,
+        typer.Option(
+            help="CPU threads per stage; 0: OMP_NUM_THREADS, or the cores divided by the stages, few for a small model."
+        ),
+    ] = 0
     plan: Annotated[
         str | None,
         typer.Option(help="auto: layers per stage and blocks in flight as 'dualparal plan' would have them here."),

@@ -99,7 +99,7 @@ def _job(
         model=model.model,
         sampler=model.sampler,
         flow_shift=model.flow_shift,
-        threads=choose_threads(place.threads, stages),
+        threads=choose_threads(place.threads, stages, model.model),
         outs=_outs(out, len(texts)),
         fps=output.fps,
         keep_blocks=output.keep_blocks,

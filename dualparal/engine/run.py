@@ -27,7 +27,7 @@ from dualparal.runtime.executor import NonFiniteError, StageExecutor, run_togeth
 from dualparal.sampling.prompts import Prompts
 from dualparal.schedule.schedule import Schedule
 from dualparal.trace.clock import BusyClock
-from dualparal.trace.stats import RankStats, RunStats, schedule_bubble
+from dualparal.trace.stats import RankStats, RunStats, Waits, schedule_bubble
 from dualparal.trace.timeline import Recorder, merge_left, prepare
 
 HANDSHAKE_SECONDS = 60.0
@@ -207,7 +207,9 @@ class Run:
     def _finish(self, clocks: Sequence[BusyClock]) -> None:
         """Collects what the run cost on every rank. Collective in a distributed run."""
         mesh, seconds = self._mesh, time.perf_counter() - self._started
-        own = RankStats.of(clocks, mesh.device)
+        waited = sum(executor.waited() for executor in self._executors)
+        beside = () if self._decoder is None else (self._decoder.waited, self._decoder.consumed)
+        own = RankStats.of(clocks, mesh.device, Waits(waited, *beside))
         ranks = [own]
         if mesh.distributed:
             rows = gather(
