@@ -153,7 +153,7 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
 
 
 def _report(heartbeat: Heartbeat, display: Display | None) -> Callable[..., None]:
-    """What the engine calls before every action: it tells the parent, or moves the bar."""
+    """The engine's report of every action: it goes to the parent, and moves the bar."""
     if display is None:
         return heartbeat.phase
 

@@ -125,7 +125,7 @@ class RunStats:
         )
 
     def _shares(self) -> str:
-        """What each rank did with the time, and what bound the run; empty when there was no time."""
+        """Shares of the time of each rank, and the verdict on them; empty when there was no time."""
         if not self.ranks or self.seconds <= 0:
             return ""
         rows = "; ".join(
@@ -134,7 +134,7 @@ class RunStats:
         return f". Computing/waiting for stages/decoder/consumer in %, by rank: {rows}. {self.verdict()}"
 
     def verdict(self) -> str:
-        """What bound the run, and the way out, as a sentence."""
+        """A sentence that names the limit of the run, and the way out."""
         shares = [rank.busy / self.seconds for rank in self.ranks]
         waits, mean = self.ranks[0].waits, sum(shares) / len(shares)
         busiest = max(range(len(shares)), key=lambda rank: shares[rank])
