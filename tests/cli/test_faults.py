@@ -208,7 +208,7 @@ def test_slow_is_half_as_long_again_in_a_row(
     assert len(caplog.records) == (named is not None)
 
 
-@pytest.mark.parametrize(("decoding", "named"), [(0.0, 0), (0.3, 0), (2.0, None)])
+@pytest.mark.parametrize(("decoding", "named"), [(0.0, 0), (0.3, 0), (2.0, None), (2.9, None)])
 def test_a_stage_beside_its_decoder_is_not_blamed(decoding: float, named: int | None) -> None:
     """Nor is another one, which is as quick as it ever was."""
     slow = SlowStages(2)
