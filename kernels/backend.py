@@ -9,7 +9,8 @@ import functools
 import importlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch  # before _C: both then share one OpenMP runtime, and one pool of threads
 
@@ -107,6 +108,50 @@ def check(
         raise ValueError(f"{name} {list(tensor.shape)} has strides {tensor.stride()}; expected it contiguous")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient and these ops have none; use torch.inference_mode()")
+
+
+Checked = TypeVar("Checked")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # of others, such as torch's fake ones, a layout may be symbolic
+_MOST_LAYOUTS = 1024  # of one check: a run has some dozens
+
+
+def once_per_layout(check: Callable[..., Checked]) -> Callable[..., Checked]:
+    """A check that is made once for arguments of the same layout, and then remembered with its result.
+
+    It may look at shapes, strides, dtypes and devices of tensors, and at whole numbers, not at where a tensor lies or
+    what it holds. One that raises is not remembered. While gradients are recorded, or for other kinds of arguments,
+    every call is checked.
+
+    Args:
+        check: its arguments are tensors, whole numbers, None, and sequences of these.
+    """
+    passed: dict[tuple[Any, ...], Checked] = {}
+
+    @functools.wraps(check)
+    def remembered(*values: Any) -> Checked:
+        if torch.is_grad_enabled():
+            return check(*values)
+        layout: list[Any] = []
+        pending = list(values)
+        for value in pending:
+            kind = type(value)
+            if kind in _PLAIN:
+                layout += value.shape, value.stride(), value.dtype, value.device
+            elif value is None or kind is int:
+                layout.append(value)
+            elif isinstance(value, (tuple, list)):
+                layout.append(len(value))
+                pending += value  # the loop comes to these after all that are here
+            else:
+                return check(*values)
+        key = tuple(layout)
+        if key not in passed:
+            if len(passed) >= _MOST_LAYOUTS:
+                passed.clear()
+            passed[key] = check(*values)
+        return passed[key]
+
+    return remembered
 
 
 def check_dtype(name: str, tensor: torch.Tensor) -> None:

@@ -138,9 +138,21 @@ class PlaceFlags:
         typer.Option(help="Layers of each stage, such as 9,11,10. Default: an even split.", show_default=False),
     ] = None
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None
+    text_encoder_device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu: encode prompts there, where the card has no room for the text encoder. Default: --device.",
+            show_default=False,
+        ),
+    ] = None
     depth: Annotated[int, typer.Option(help="Messages that fit between two stages.")] = 2
     graphs: Annotated[bool, typer.Option(help="Run every stage step as a CUDA graph (cuda only).")] = False
-    threads: Annotated[int, typer.Option(help="CPU threads per stage; 0: the cores divided by the stages.")] = 0
+    threads: Annotated[
+        int,
+        typer.Option(
+            help="CPU threads per stage; 0: OMP_NUM_THREADS, or the cores divided by the stages, few for a small model."
+        ),
+    ] = 0
     plan: Annotated[
         str | None,
         typer.Option(help="auto: layers per stage and blocks in flight as 'dualparal plan' would have them here."),

@@ -67,10 +67,12 @@ def lead(job: Job, planned: bool = False) -> int:
         nonlocal kept
         if "progress" in message:
             display.update(message["progress"])
+        if "units" in message:
+            display.units(message["units"], message["total_units"])
         if "committed" in message:
             kept = replace(kept, last_committed_block=message["committed"])
         if "busy" in message:
-            slow.note(rank, message["iteration"], message["busy"])
+            slow.note(rank, message["iteration"], message["busy"], message.get("decoding", 0.0))
         if "summary" in message:
             summary.append(message["summary"])  # shown when the bar is gone
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER, model_sizes
+
+_COLUMNS = 128  # of hidden states that a thread has to have
+
 
 def leads() -> bool:
     """True in the parent of ranks, in the only process, and in the rank that will lead, before there is a mesh."""
@@ -67,8 +71,34 @@ def choose_device(name: str | None, gpus: int | None) -> str:
     return "cpu"
 
 
-def choose_threads(asked: int, stages: int) -> int:
-    """CPU threads of each stage: the number asked for, or, for 0, a share of the cores. Raises ValueError."""
+def choose_threads(asked: int, stages: int, model: str | None = None) -> int:
+    """CPU threads of each stage: the number asked for, or, for 0, ``OMP_NUM_THREADS``, or a share of the cores.
+
+    Of the cores that this process may use, one for each ``_COLUMNS`` of the model's hidden states at most: the threads
+    of small products wait for each other longer than they work, and on a busy machine very much longer.
+
+    Args:
+        asked: the flag's value.
+        stages: of the run.
+        model: as the flag has it; None, or one whose sizes are not known here: taken for a large one.
+
+    Raises:
+        ValueError: a number that is none of threads.
+    """
     if not 0 <= asked <= 4096:
         raise ValueError(f"--threads {asked}: use a number from 1, or 0 for the cores divided by the stages")
-    return asked or max(1, (os.cpu_count() or 1) // stages)
+    if asked:
+        return asked
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is one number per level of nesting
+    if given.isdecimal() and 1 <= int(given) <= 4096:
+        return int(given)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        most = (
+            cores
+            if model is None
+            else model_sizes(str(BUILT_IN_FOLDER) if model == BUILT_IN else model).inner // _COLUMNS
+        )
+    except (ValueError, OSError):
+        most = cores
+    return max(1, min(cores // stages, most))

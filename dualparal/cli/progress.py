@@ -12,11 +12,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 class Display:
     """Blocks and frames done, frames per second, time to first frame, and the bubble of stage 0 so far.
 
+    The bar counts units, whose number the schedule knows: the first blocks take most of a short video's time.
+
     Args:
         total_frames: frames of all videos; None: endless.
     """
 
     def __init__(self, total_frames: int | None) -> None:
+        self._total_frames = total_frames
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._task: Any = None
@@ -27,7 +30,7 @@ class Display:
                 TimeRemainingColumn(compact=True),
                 console=self._console,
             )
-            self._task = self._bar.add_task("starting", total=total_frames)
+            self._task = self._bar.add_task("starting", total=None)
 
     def start(self) -> None:
         """Shows the bar, on a terminal."""
@@ -48,6 +51,16 @@ class Display:
     ) -> None:
         self.stop()
 
+    def units(self, done: int, total: int | None) -> None:
+        """Moves the bar, on a terminal.
+
+        Args:
+            done: units that stage 0 has run.
+            total: units of the run; None: endless.
+        """
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
+
     def update(self, state: dict[str, Any]) -> None:
         """Shows a new state, the fields of ``decoding.chunks.Progress`` by name."""
         rate = state["frames"] / state["seconds"] if state["seconds"] else 0.0
@@ -56,6 +69,8 @@ class Display:
             f"first {state['first']:.1f} s, bubble {100 * state['bubble']:.0f} %"
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=state["frames"], description=text)
+            self._bar.update(self._task, description=text)
+            if state["frames"] == self._total_frames:  # the last unit has gone by too
+                self._bar.update(self._task, completed=self._bar.tasks[0].total)
         else:
             self._console.print(text, highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from dualparal.launch.exit_codes import BAD_INPUT, NUMERICS, RANK_FAILED, STORAG
 from dualparal.launch.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
+    from dualparal.cli.progress import Display
     from dualparal.cli.results import Results
     from dualparal.decoding.chunks import Chunk
 
@@ -97,7 +98,8 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
     from dualparal.io.latents import read_latents
 
     heartbeat.phase("start", stage=int(os.environ.get("RANK", "0")))
-    engine = make_engine(job, heartbeat.phase)
+    display = display_of(job) if leads() and not heartbeat.supervised else None
+    engine = make_engine(job, _report(heartbeat, display))
     leading = engine.mesh.is_leader
     checkpoint = checkpoint_of(job)
     if job.resume:
@@ -112,7 +114,7 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
         return 0
     results = Results(job)
     try:
-        _take(chunks, results, job, heartbeat)
+        _take(chunks, results, display, heartbeat)
     except BaseException:
         # The parent of supervised ranks wants to hear of it at once, and ends them then: blocks stay as they are.
         if not heartbeat.supervised:
@@ -130,9 +132,22 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
     return stopped[0] if stopped else 0
 
 
-def _take(chunks: Iterator[Chunk], results: Results, job: Job, heartbeat: Heartbeat) -> None:
+def _report(heartbeat: Heartbeat, display: Display | None) -> Callable[..., None]:
+    """The engine's report of every action: it goes to the parent, and moves the bar."""
+    if display is None:
+        return heartbeat.phase
+
+    def report(name: str, **where: Any) -> None:
+        heartbeat.phase(name, **where)
+        if "units" in where:
+            display.units(where["units"], where["total_units"])
+
+    return report
+
+
+def _take(chunks: Iterator[Chunk], results: Results, display: Display | None, heartbeat: Heartbeat) -> None:
     """Takes all chunks into the results, and tells how far the run is."""
-    with nullcontext() if heartbeat.supervised else display_of(job) as display:
+    with nullcontext() if display is None else display:
         for chunk in chunks:
             results.take(chunk)
             report = asdict(chunk.progress)

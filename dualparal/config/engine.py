@@ -24,6 +24,8 @@ class EngineConfig:
         device: "cuda", "cuda:1" or "cpu". Default: "cuda" where there is one, else "cpu".
         dtype: of the transformer, a key of ``DTYPE_BYTES``. Default: "bfloat16" on CUDA, "float32" on the CPU. The
             VAE runs in float32.
+        text_encoder_device: "cpu": prompts are encoded on the CPU, where the card has no room for the text encoder.
+            Default: on ``device`` before a run, and on the CPU while one goes on.
         depth: messages that fit between two stages.
         graphs: run each stage step as a CUDA graph; the same bits, less work for the host.
         attention_8bit: self-attention in 8 bits, in all layers and steps or in some; with a dtype of 16 bits. Another
@@ -43,6 +45,7 @@ class EngineConfig:
     layers_per_stage: tuple[int, ...] | None = None
     device: str | None = None
     dtype: str | None = None
+    text_encoder_device: str | None = None
     depth: int = 2
     graphs: bool = False
     attention_8bit: EightBitPolicy = OFF
@@ -58,6 +61,10 @@ class EngineConfig:
             )
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPE_BYTES)}")
+        if self.text_encoder_device not in (None, "cpu"):
+            raise ValueError(
+                f"text_encoder_device={self.text_encoder_device!r}: use 'cpu', or leave it out for the engine's device"
+            )
         if self.attention_8bit.on and self.dtype == "float32":
             raise ValueError(
                 f"attention_8bit={self.attention_8bit.mode!r} with dtype=float32: values and weights beside 8-bit "
@@ -68,6 +75,11 @@ class EngineConfig:
                 f"linear_8bit={self.linear_8bit.mode!r} with dtype={self.dtype}: products of fp8 rows come in "
                 "bfloat16; use dtype='bfloat16'"
             )
+
+    @property
+    def encodes_elsewhere(self) -> bool:
+        """True when prompts are encoded on the CPU and stages are not there."""
+        return self.text_encoder_device == "cpu" and self.device != "cpu"
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:

@@ -39,6 +39,8 @@ class LocalDecoder:
     Attributes:
         progress: the run's, with the chunk that was given out last.
         before: the progress with which a resumed run began.
+        waited: seconds that stage 0 was blocked by decoding, so far.
+        consumed: seconds that the consumer had a chunk in its hands while stage 0 waited, so far.
     """
 
     def __init__(
@@ -58,6 +60,9 @@ class LocalDecoder:
         self.busy = busy
         self.track = track
         self.started = time.perf_counter()
+        self.waited = self.consumed = 0.0
+        self._decoded = 0.0  # seconds, of blocks that are done
+        self._decoding_since: float | None = None
         blocks = None if layout.num_blocks is None else num_videos * layout.num_blocks
         frames = None if video.num_frames is None else num_videos * video.num_frames
         self.progress = self.before = Progress(0, 0, blocks, frames, 0.0, 0.0, 0.0)
@@ -159,16 +164,25 @@ class LocalDecoder:
         return to_uint8(made) if self.output_type == "uint8" else to_output(made, self.output_type)
 
     def _decode(self, ready: torch.cuda.Event | None, video: int, latents: torch.Tensor, block: int) -> Any:
-        begin = time.perf_counter()
+        begin = self._decoding_since = time.perf_counter()
         with self._beside(ready):
             frames = self._frames(video, latents)
+        end = time.perf_counter()
+        self._decoding_since, self._decoded = None, self._decoded + end - begin
         if self.track is not None:
-            self.track.decode(video, block, begin, time.perf_counter())
+            self.track.decode(video, block, begin, end)
         return frames
+
+    def decoding(self) -> float:
+        """Seconds that the thread has spent decoding blocks so far, beside stage 0."""
+        since = self._decoding_since
+        return self._decoded + (0.0 if since is None else time.perf_counter() - since)
 
     def _take(self) -> None:
         video, block, latents, future = self._pending.popleft()
+        begin = time.perf_counter()
         frames = future.result()
+        self.waited += time.perf_counter() - begin
         if self._stream is not None and isinstance(frames, torch.Tensor):
             # Made on the thread's stream, whose next frames may take their place as soon as they are let go.
             frames.record_stream(torch.cuda.current_stream(frames.device))
@@ -184,8 +198,10 @@ class LocalDecoder:
             try:
                 yield chunk
             finally:
+                end = time.perf_counter()
+                self.consumed += end - begin
                 if self.track is not None:
-                    self.track.consumer(chunk.video, chunk.block, begin, time.perf_counter())
+                    self.track.consumer(chunk.video, chunk.block, begin, end)
 
     def drain(self) -> Iterator[Chunk]:
         """Yields all chunks that are still to come. Raises what decoding has raised."""

@@ -137,7 +137,7 @@ class Builder:
             )
             leading = self._first_stage(experts, decoder, keeper) if index == 0 and decoder is not None else None
             links = Links(channel, inbound.get(index), outbound.get(index))
-            report = self._reporter(index, clock)
+            report = self._reporter(index, clock, decoder)
             found.append(StageExecutor(self.schedule, self.layout, index, stage, links, clock, leading, report))
         return found
 
@@ -260,19 +260,24 @@ class Builder:
         inbound = ReceiveEdge(names[before], before, groups[before], sizes[before], *common)
         return {rank: inbound}, {rank: SendEdge(names[rank], after, groups[rank], sizes[rank], *common)}
 
-    def _reporter(self, index: int, clock: BusyClock) -> Report | None:
+    def _reporter(self, index: int, clock: BusyClock, decoder: LocalDecoder | None) -> Report | None:
         """The function that tells the caller's ``report`` of the actions of stage ``index``; None: nobody listens."""
         report, schedule, layers = self.spec.report, self.schedule, len(self.setup.layers[index])
         if report is None:
             return None
-        iteration = -1
+        iteration, units = -1, 0
 
         def tell(phase: str, unit: Unit) -> None:
-            nonlocal iteration
-            more = {}
+            nonlocal iteration, units
+            more: dict[str, Any] = {}
             if phase == "run" and (now := schedule.iteration(unit)) > iteration:
                 iteration = now
                 more = {"iteration": iteration, "busy": clock.seconds / layers}
+                if index == 0 and decoder is not None:
+                    more["decoding"] = decoder.decoding() / layers
+            if phase == "run" and index == 0:
+                more |= {"units": units, "total_units": schedule.num_units}
+                units += 1
             name = {"recv": "wait_recv", "send": "wait_send"}.get(phase, phase)
             report(name, stage=index, block=unit.block, step=unit.step, **more)
 

@@ -6,16 +6,18 @@ import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import psutil
 import torch
 
+from dualparal.config.engine import DTYPE_BYTES
 from dualparal.config.units import GIB
 from dualparal.config.video import OutputType
 from dualparal.engine.parts import Parts
 from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
+from dualparal.engine.texts import texts_of
 from dualparal.models.files import ModelFiles
 from dualparal.planning.memory import slice_bytes, stage_memory
 from dualparal.planning.workload import Workload
@@ -28,24 +30,14 @@ class TooLarge(ValueError):
     """A request whose estimate exceeds the memory there is; names both."""
 
 
-class Loaded(NamedTuple):
-    """Bytes of the parts of the model that are in memory already, by the numbers of the cost model.
+def loaded_bytes(work: Workload, split: Sequence[int], parts: Parts) -> int:
+    """Bytes of layers and VAE that earlier runs have left in ``parts``, as far as a run of ``work`` needs them.
 
-    Attributes:
-        weights: of layers and VAE.
-        encoder: of the text encoder, which a run drops before it builds anything else.
+    By the numbers of the cost model.
     """
-
-    weights: int = 0
-    encoder: int = 0
-
-    @classmethod
-    def of(cls, work: Workload, split: Sequence[int], parts: Parts) -> Loaded:
-        """Counts what earlier runs have left in ``parts``, as far as this one needs it."""
-        model = work.model
-        slices = sum(model.experts * slice_bytes(work, split, stage) for stage in parts.slices)
-        vae = 4 * model.vae.parameters if parts.has_vae and work.decode else 0
-        return cls(slices + vae, model.text_encoder * work.itemsize if parts.encoder.loaded else 0)
+    model = work.model
+    slices = sum(model.experts * slice_bytes(work, split, stage) for stage in parts.slices)
+    return slices + (4 * model.vae.parameters if parts.has_vae and work.decode else 0)
 
 
 def check(
@@ -55,7 +47,7 @@ def check(
     device: torch.device,
     encodes: bool = True,
     held: int = 0,
-    loaded: Loaded | None = None,
+    loaded: int = 0,
 ) -> None:
     """Compares the need of the stages of this process with the memory there is.
 
@@ -70,7 +62,7 @@ def check(
         device: this process's.
         encodes: the text encoder is needed; it is gone before the weights are loaded.
         held: bytes of the result besides, where it is kept whole; they count on the CPU.
-        loaded: what is on the card from earlier runs; it is part of the need, and counts there.
+        loaded: bytes on the card from earlier runs (``loaded_bytes``), which are part of the need and count there.
 
     Raises:
         TooLarge: it cannot fit.
@@ -80,13 +72,14 @@ def check(
     together = range(len(split)) if on_host and _on_one_machine() else owned
     memory = [stage_memory(work, schedule, split, stage) for stage in together]
     need = sum(stage.running for stage in memory) + held * on_host
-    here = Loaded() if on_host or loaded is None else loaded
-    if encodes:
-        need = max(need, *(stage.before + here.weights for stage in memory))
-    have = host_memory() if on_host else card_memory(device) + sum(here)
+    here = 0 if on_host else loaded
+    encoding = max(stage.before + here for stage in memory) if encodes else 0
+    encoder = "text_encoder_device='cpu', " if encoding > need and not on_host else ""
+    need = max(need, encoding)
+    have = host_memory() if on_host else card_memory(device) + here
     if need > have and not on_host:
         gc.collect()  # an earlier run's tensors may hang in circles of references
-        have = card_memory(device) + sum(here)
+        have = card_memory(device) + here
     if need > have:
         video, blocks = work.video, work.blocks
         kept = f", {held / GIB:.1f} GiB of them for the result, which is kept whole" if held and on_host else ""
@@ -99,8 +92,8 @@ def check(
         raise TooLarge(
             f"{count}{video.num_frames} frames of {video.width}x{video.height} in blocks of "
             f"{blocks.frames_per_block} need about {need / GIB:.1f} GiB ({need} bytes{kept}), and {where} has "
-            f"{have / GIB:.1f}{of}: use {fewer}a smaller picture, smaller blocks, fewer blocks in flight or more GPUs; "
-            "'dualparal plan' says what fits"
+            f"{have / GIB:.1f}{of}: use {encoder}{fewer}a smaller picture, smaller blocks, fewer blocks in flight or "
+            "more GPUs; 'dualparal plan' says what fits"
         )
 
 
@@ -121,8 +114,28 @@ def check_requests(setup: Setup, parts: Parts, requests: Sequence[Request], resu
     work = Workload(setup.source.sizes, video, setup.config, len(requests))
     held = len(requests) * whole_bytes(work, video.output_type, result_kind) if mesh.is_leader else 0
     split = [len(layers) for layers in setup.layers]
-    loaded = Loaded.of(work, split, parts)
-    check(work, split, mesh.stages, mesh.device, requests[0].embeds is None, held, loaded)
+    encodes = parts.texts.new(texts_of(requests))
+    if encodes and mesh.is_leader and setup.config.encodes_elsewhere:
+        check_text_encoder(setup)
+    check(work, split, mesh.stages, mesh.device, encodes, held, loaded_bytes(work, split, parts))
+
+
+def check_text_encoder(setup: Setup) -> None:
+    """Checks that the text encoder fits into the host's memory beside all that is there. Loaded pipelines pass.
+
+    Raises:
+        TooLarge: it does not.
+    """
+    if not isinstance(setup.source, ModelFiles) or setup.config.dtype is None:
+        return
+    need = setup.source.sizes.text_encoder * DTYPE_BYTES[setup.config.dtype]
+    have = min(psutil.virtual_memory().available, host_memory() - psutil.Process().memory_info().rss)
+    if need > have:
+        raise TooLarge(
+            f"the text encoder needs about {need / GIB:.1f} GiB on the CPU ({need} bytes), where "
+            f"{max(0, have) / GIB:.1f} are free: give all prompts when the video begins, "
+            "{first frame: text}, or their embeddings"
+        )
 
 
 def card_memory(device: torch.device) -> int:

@@ -73,7 +73,9 @@ class Engine:
             model: a directory in diffusers format, a hub id, or a loaded WanPipeline.
             config: options as one value; or give its fields as ``options``.
             report: called with (phase, block=, step=, stage=) before every action; for supervisors. At the first unit
-                of an iteration besides with iteration= and busy=, seconds per layer spent in units so far.
+                of an iteration besides with iteration= and busy=, seconds per layer spent in units so far, stage 0
+                with decoding= too, the same of the decoder beside it; and stage 0 at every unit with units=, those
+                that it has run, and total_units= (None: endless).
             options: fields of ``EngineConfig`` and of ``BlockConfig``: frames_per_block, context_frames, context,
                 stages, device, dtype, attention_8bit ... . A torch.dtype or torch.device will do.
 
@@ -266,6 +268,8 @@ class Engine:
     def set_prompt(self, prompt: str, negative_prompt: str | None = None, *, video: int = 0) -> int:
         """Changes a video's prompt while it runs: blocks in flight keep theirs, new ones take this. Leading rank only.
 
+        A new text is encoded on the CPU, beside the stages, whatever their device.
+
         Args:
             prompt: a text.
             negative_prompt: a text; None: that of the request.
@@ -276,7 +280,7 @@ class Engine:
 
         Raises:
             RuntimeError: no video is running.
-            ValueError: no such video.
+            ValueError: no such video; ``TooLarge`` when the host has no room for the text encoder beside the run.
         """
         if self._run is None:
             raise RuntimeError("set_prompt: no video is running; give the prompt to stream()")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-import torch
-
 from dualparal.distributed.mesh import drop_at_exit
 from dualparal.distributed.remote import EdgeGroups, make_groups, warm_up
 from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
+from dualparal.engine.texts import Texts, texts_of
 from dualparal.models.base import Decoder, Slice
 from dualparal.sampling.prompts import Prompts
 
@@ -19,15 +18,14 @@ class Parts:
     """Loads each part of the model at its first use, and opens the edges between ranks once.
 
     Attributes:
-        encoder: the prompt encoder of the model's family.
+        texts: embeddings of prompts.
         slices: by stage, its layers, one slice per transformer of the model.
         warmed: names of what earlier runs have done before their first unit, see ``runtime.warm_up``.
     """
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        source, device, dtype = setup.source, setup.mesh.device, setup.dtype
-        self.encoder = source.family.prompt_encoder(lambda: source.load_text_encoder(device, dtype), device)
+        self.texts = Texts(setup)
         self.slices: dict[int, list[Slice]] = {}  # by stage: one per expert
         self.warmed: set[Hashable] = set()
         self._vae: Any = None
@@ -58,23 +56,13 @@ class Parts:
         return [self._setup.source.family.decoder(self.vae) for _ in range(count)]
 
     def encode(self, requests: Sequence[Request]) -> list[Prompts]:
-        """Encodes the prompts of each video. The text encoder is loaded if it is needed, and dropped."""
+        """The prompts of each video, encoded. The text encoder is loaded if it is needed, and dropped."""
+        made = iter(self.texts.encode(texts_of(requests)))
         found = []
         for request in requests:
             embeds = {} if request.embeds is None else {0: request.embeds}
-            for block, text in request.prompts.items():
-                embeds[block] = self.encode_text(request, text, request.negative_prompt)
-            found.append(Prompts(embeds))
-        self.encoder.free()
+            found.append(Prompts(embeds | {block: next(made) for block in request.prompts}))
         return found
-
-    def encode_text(self, request: Request, prompt: str, negative_prompt: str | None) -> torch.Tensor:
-        """Encodes a prompt for a video as [1 or 2 (guidance), tokens, text_dim]. The text encoder stays loaded.
-
-        Embeddings are kept on the CPU, whence other ranks and snapshots take them without waiting for the device.
-        """
-        video = request.video
-        return self.encoder.encode(prompt, negative_prompt, video.guidance, video.max_sequence_length).cpu()
 
     @property
     def edge_groups(self) -> list[EdgeGroups]:

@@ -16,16 +16,18 @@ from dualparal.decoding.local import LocalDecoder
 from dualparal.distributed.handshake import gather, handshake
 from dualparal.distributed.mesh import TIMEOUT
 from dualparal.engine.build import Builder, RunSpec
+from dualparal.engine.capacity import check_text_encoder
 from dualparal.engine.identity import run_info
 from dualparal.engine.parts import Parts
 from dualparal.engine.resume import restore
 from dualparal.engine.setup import Setup
+from dualparal.engine.texts import Text
 from dualparal.kernels.backend import current
 from dualparal.runtime.executor import NonFiniteError, StageExecutor, run_together
 from dualparal.sampling.prompts import Prompts
 from dualparal.schedule.schedule import Schedule
 from dualparal.trace.clock import BusyClock
-from dualparal.trace.stats import RankStats, RunStats, schedule_bubble
+from dualparal.trace.stats import RankStats, RunStats, Waits, schedule_bubble
 from dualparal.trace.timeline import Recorder, merge_left, prepare
 
 HANDSHAKE_SECONDS = 60.0
@@ -63,15 +65,17 @@ class Run:
 
         Raises:
             RuntimeError: nothing runs here.
-            ValueError: no such video.
+            ValueError: no such video; ``TooLarge`` when the host has no room for the text encoder beside the run.
         """
         if not self._prompts:
             raise RuntimeError("set_prompt: no video is running; give the prompt to stream()")
         if not 0 <= video < len(self._prompts):
             raise ValueError(f"video={video}: {len(self._prompts)} are running, counted from 0")
         request = self.spec.requests[video]
-        embeds = self._parts.encode_text(request, prompt, negative_prompt or request.negative_prompt)
-        return self._prompts[video].change(embeds)
+        texts = [Text.of(request, prompt, negative_prompt or request.negative_prompt)]
+        if self._parts.texts.new(texts, beside=True):
+            check_text_encoder(self._setup)
+        return self._prompts[video].change(*self._parts.texts.encode(texts, beside=True))
 
     def chunks(self) -> Iterator[Chunk]:
         """Yields finished blocks, as soon as they are finished; none on ranks that do not lead.
@@ -203,7 +207,9 @@ class Run:
     def _finish(self, clocks: Sequence[BusyClock]) -> None:
         """Collects what the run cost on every rank. Collective in a distributed run."""
         mesh, seconds = self._mesh, time.perf_counter() - self._started
-        own = RankStats.of(clocks, mesh.device)
+        waited = sum(executor.waited() for executor in self._executors)
+        beside = () if self._decoder is None else (self._decoder.waited, self._decoder.consumed)
+        own = RankStats.of(clocks, mesh.device, Waits(waited, *beside))
         ranks = [own]
         if mesh.distributed:
             rows = gather(

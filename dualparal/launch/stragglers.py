@@ -17,32 +17,40 @@ class SlowStages:
     """Hears the busy time of stages, iteration by iteration, and warns once of the first that falls behind.
 
     A stage is slow when its busy time per layer is more than `FACTOR` times the median of all stages in `ITERATIONS`
-    iterations in a row. Of an even number of stages the lower middle is the median: of two, the quicker.
+    iterations in a row. Of an even number of stages the lower middle is the median: of two, the quicker. The time in
+    which a decoder works beside a stage is not held against it.
 
     Attributes:
         warned: the stage that was warned of; None: none so far.
     """
 
     def __init__(self, num_stages: int) -> None:
-        self._totals: list[dict[int, float]] = [{} for _ in range(num_stages)]  # by iteration, not yet compared
-        self._last = [0.0] * num_stages
+        self._totals: list[dict[int, tuple[float, float]]] = [
+            {} for _ in range(num_stages)
+        ]  # by iteration, not yet compared
+        self._last = [(0.0, 0.0)] * num_stages
         self._streak = [0] * num_stages
         self.warned: int | None = None
 
-    def note(self, stage: int, iteration: int, busy: float) -> None:
-        """Notes ``busy``, the seconds per layer that a stage had spent in units when the iteration began."""
+    def note(self, stage: int, iteration: int, busy: float, decoding: float = 0.0) -> None:
+        """Notes ``busy``, the seconds per layer that a stage had spent in units when the iteration began.
+
+        Args:
+            decoding: the same of the decoder beside it, which slows units by as much at the worst.
+        """
         if self.warned is not None:
             return
-        self._totals[stage][iteration] = busy
+        self._totals[stage][iteration] = busy, decoding
         if all(iteration in totals for totals in self._totals):
             self._compare([totals[iteration] for totals in self._totals])
             # A message may be lost: what is older will not be completed any more.
             self._totals = [{i: b for i, b in totals.items() if i > iteration} for totals in self._totals]
 
-    def _compare(self, totals: list[float]) -> None:
-        spent = [now - before for now, before in zip(totals, self._last, strict=True)]
+    def _compare(self, totals: list[tuple[float, float]]) -> None:
+        pairs = list(zip(totals, self._last, strict=True))
+        usual = median_low([now[0] - before[0] for now, before in pairs])
+        spent = [now[0] - before[0] - (now[1] - before[1]) for now, before in pairs]
         self._last = totals
-        usual = median_low(spent)
         for stage, seconds in enumerate(spent):
             slow = seconds > FACTOR * usual and seconds - usual > _LEAST_SECONDS
             self._streak[stage] = self._streak[stage] + 1 if slow else 0

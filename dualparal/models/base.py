@@ -281,14 +281,7 @@ class Decoder(Protocol):
 
 
 class PromptEncoder(Protocol):
-    """Prompts to embeddings. The encoder behind it is loaded at the first prompt.
-
-    Attributes:
-        loaded: the encoder is in memory.
-    """
-
-    @property
-    def loaded(self) -> bool: ...
+    """Prompts to embeddings. The encoder behind it is loaded at the first prompt."""
 
     def encode(
         self, prompt: str, negative_prompt: str | None, guidance: bool, max_sequence_length: int

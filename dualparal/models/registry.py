@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dualparal.models.sizes import ModelSizes
 
 BUILT_IN = "moving-shapes"  # the trained model that ships with the package
+BUILT_IN_FOLDER = Path(__file__).parents[1] / "moving_shapes"
 BUILT_IN_SIZE = (64, 64)  # height and width of its videos, pixels
 
 

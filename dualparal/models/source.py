@@ -11,7 +11,7 @@ from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.files import ModelFiles
 from dualparal.models.json_files import ModelError, shorten
-from dualparal.models.registry import BUILT_IN, Family
+from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER, Family
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
@@ -73,7 +73,7 @@ def resolve_model(model: str | Path) -> ModelFiles:
     except OSError as error:  # a name that is too long, a loop of links
         raise ModelError(f"model {shorten(name)}: {error.strerror}") from None
     if name == BUILT_IN:
-        return ModelFiles(Path(__file__).parents[1] / "moving_shapes")
+        return ModelFiles(BUILT_IN_FOLDER)
     if exists or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(
             f"model {shorten(name)} is not a directory in diffusers format, nor a hub id such as "

@@ -34,7 +34,7 @@ class Memory:
         features: of neighbours, in all slots.
         decode: VAE, its history and working set, and frames on their way out.
         load: bytes besides the weights while they are read.
-        before: the text encoder, before the weights are loaded (rank 0).
+        before: the text encoder, before the weights are loaded (rank 0); 0 when it goes to the CPU instead.
     """
 
     weights: int
@@ -110,7 +110,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         # A matrix to be quantised is there in float32 at the worst.
         load=((layers - in_8bit) * size + in_8bit) * model.joined_parameters
         + (4 * linears.widest * h if in_8bit else 0),
-        before=model.text_encoder * size if first else 0,
+        before=model.text_encoder * size if first and not work.engine.encodes_elsewhere else 0,
     )
 
 

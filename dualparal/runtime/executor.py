@@ -129,7 +129,7 @@ class StageExecutor:
                 yield False
             self.report(action.op.value, action.unit)
             try:
-                with self.clock.on(action, self._waited):
+                with self.clock.on(action, self.waited):
                     self._handlers[action.op](action.unit)
             except Stopped:
                 return
@@ -153,7 +153,8 @@ class StageExecutor:
                 edge.finish()
         self.prompts.finish()
 
-    def _waited(self) -> float:
+    def waited(self) -> float:
+        """Seconds that the host was blocked by other stages, so far."""
         return sum(edge.waited for edge in (self.inbound, self.outbound) if edge is not None)
 
     def _ready(self, action: Action) -> bool:

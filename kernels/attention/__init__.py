@@ -134,10 +134,7 @@ def attention_segments(
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, backend: str, return_lse: bool
 ) -> implementations.Result:
-    _check_queries(q, heads)
-    if k.ndim != 2 or k.shape[0] == 0:
-        raise ValueError(f"k is {list(k.shape)}; expected [S_k, {q.shape[1]}] with S_k of 1 or more")
-    _check_pair(q, k, v, "")
+    _check_once(q, k, v, heads)
     chosen = choice.choose(q.device, q.dtype, q.shape[1] // heads, k.shape[0], backend)
     if q.shape[0] == 0:
         return _nothing(q, heads, return_lse)
@@ -152,23 +149,7 @@ def _attention_segments(
     return_lse: bool,
     workspace: Pair | None = None,
 ) -> implementations.Result:
-    _check_queries(q, heads)
-    if not 1 <= len(segments) <= MAX_SEGMENTS:
-        raise ValueError(f"there are {len(segments)} segments; use 1 to {MAX_SEGMENTS}")
-    for index, (k, v) in enumerate(segments):
-        if k.ndim != 2:
-            raise ValueError(f"k of segment {index} is {list(k.shape)}; expected [S, {q.shape[1]}]")
-        _check_pair(q, k, v, f" of segment {index}")
-    total = sum(k.shape[0] for k, _ in segments)
-    if total == 0:
-        raise ValueError("all segments are empty; expected 1 key or more")
-    if workspace is not None:
-        for name, tensor in zip(("keys", "values"), workspace):
-            rows = tensor.shape[0] if tensor.ndim else 0
-            if rows < total:
-                raise ValueError(f"{name} of the workspace have {rows} rows; expected {total} or more")
-            shape = (rows, q.shape[1])
-            backends.check(f"{name} of the workspace", tensor, shape, q.dtype, q.device, row_stride=True)
+    total = _check_segments_once(q, segments, heads, workspace)
     chosen = choice.choose(q.device, q.dtype, q.shape[1] // heads, total, backend)
     if q.shape[0] == 0:
         return _nothing(q, heads, return_lse)
@@ -208,6 +189,40 @@ def _check_pair(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, which: str) -
     shape = (k.shape[0], q.shape[1])
     backends.check(f"k{which}", k, shape, q.dtype, q.device, row_stride=True)
     backends.check(f"v{which}", v, shape, q.dtype, q.device, row_stride=True)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> None:
+    """Raises ValueError unless everything fits ``q``."""
+    _check_queries(q, heads)
+    if k.ndim != 2 or k.shape[0] == 0:
+        raise ValueError(f"k is {list(k.shape)}; expected [S_k, {q.shape[1]}] with S_k of 1 or more")
+    _check_pair(q, k, v, "")
+
+
+def _check_segments(q: torch.Tensor, segments: Sequence[Pair], heads: int, workspace: Pair | None) -> int:
+    """The number of keys, when everything fits ``q``. Raises ValueError."""
+    _check_queries(q, heads)
+    if not 1 <= len(segments) <= MAX_SEGMENTS:
+        raise ValueError(f"there are {len(segments)} segments; use 1 to {MAX_SEGMENTS}")
+    for index, (k, v) in enumerate(segments):
+        if k.ndim != 2:
+            raise ValueError(f"k of segment {index} is {list(k.shape)}; expected [S, {q.shape[1]}]")
+        _check_pair(q, k, v, f" of segment {index}")
+    total = sum(k.shape[0] for k, _ in segments)
+    if total == 0:
+        raise ValueError("all segments are empty; expected 1 key or more")
+    if workspace is not None:
+        for name, tensor in zip(("keys", "values"), workspace):
+            rows = tensor.shape[0] if tensor.ndim else 0
+            if rows < total:
+                raise ValueError(f"{name} of the workspace have {rows} rows; expected {total} or more")
+            shape = (rows, q.shape[1])
+            backends.check(f"{name} of the workspace", tensor, shape, q.dtype, q.device, row_stride=True)
+    return total
+
+
+_check_once = backends.once_per_layout(_check)
+_check_segments_once = backends.once_per_layout(_check_segments)
 
 
 def _nothing(q: torch.Tensor, heads: int, return_lse: bool) -> implementations.Result:

@@ -34,7 +34,7 @@ def combine_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: float, *, 
 
 
 def _combine_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
-    _check(cond, uncond)
+    _check_once(cond, uncond)
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: expected a finite number")
     chosen = backends.choose("combine_guidance", cond.device, backend)
@@ -62,6 +62,9 @@ def _check(cond: torch.Tensor, uncond: torch.Tensor) -> None:
     backends.check_dtype("cond", cond)
     backends.check("cond", cond, cond.shape, cond.dtype, cond.device)
     backends.check("uncond", uncond, cond.shape, cond.dtype, cond.device)
+
+
+_check_once = backends.once_per_layout(_check)
 
 
 # What torch.compile and torch.export record.

@@ -82,7 +82,7 @@ class _Inputs(NamedTuple):
 
 
 def _qk_norm_rope(inputs: _Inputs, eps: float, backend: str) -> torch.Tensor:
-    rows, inner, head_dim = _check(inputs)
+    rows, inner, head_dim = _check_once(inputs)
     qkv, norm_q, norm_k, cos, sin, k_out, v_out, lends, heads = inputs
     if qkv.device.type == "cpu":
         for side, lend in enumerate(lends):
@@ -157,6 +157,9 @@ def _check(inputs: _Inputs) -> tuple[int, int, int]:
                 "lend rows that are there, or make the store's slots smaller"
             )
     return rows, inner, head_dim
+
+
+_check_once = backends.once_per_layout(_check)
 
 
 # What torch.compile and torch.export record: lends by column, since a schema has lists of tensors, not of tuples.

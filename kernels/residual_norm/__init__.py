@@ -71,7 +71,8 @@ def residual(
 
 
 def _residual_norm(inputs: _Inputs, eps: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    x, y = _check(inputs), inputs.y
+    _check_once(inputs)
+    x, y = inputs.x, inputs.y
     chosen = backends.choose("residual_norm", x.device, backend)
     if chosen == "torch":
         return reference.residual_norm(*inputs, eps=eps)
@@ -83,7 +84,7 @@ def _residual_norm(inputs: _Inputs, eps: float, backend: str) -> tuple[torch.Ten
 
 def _residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, backend: str) -> torch.Tensor:
     inputs = _Inputs(x, y, gate)
-    _check(inputs)
+    _check_once(inputs)
     chosen = backends.choose("residual_norm", x.device, backend)
     if chosen == "torch":
         return reference.residual(x, y, gate)
@@ -154,8 +155,8 @@ def _check_gate(y: torch.Tensor | None, gate: torch.Tensor | None) -> None:
         raise ValueError("gate is given without y: there is nothing to gate")
 
 
-def _check(inputs: _Inputs) -> torch.Tensor:
-    """``x``, when everything fits it. Raises ValueError."""
+def _check(inputs: _Inputs) -> None:
+    """Raises ValueError unless everything fits ``x``."""
     x, y, gate, weight, bias = inputs
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"x is {list(x.shape)}; expected [S, D] with D of 1 or more and no batch dimension")
@@ -167,7 +168,9 @@ def _check(inputs: _Inputs) -> torch.Tensor:
     for name, vector in (("gate", gate), ("weight", weight), ("bias", bias)):
         if vector is not None:
             backends.check(name, vector, x.shape[1:], torch.float32, x.device)
-    return x
+
+
+_check_once = backends.once_per_layout(_check)
 
 
 def _launch(backend: str, inputs: _Inputs, x_new: torch.Tensor | None, h: torch.Tensor | None, eps: float) -> None:

@@ -67,7 +67,7 @@ class Run:
         def hear(rank: int, message: dict[str, Any]) -> None:
             self.messages.append((time.monotonic(), rank, message))
             if "busy" in message:
-                slow.note(rank, message["iteration"], message["busy"])
+                slow.note(rank, message["iteration"], message["busy"], message.get("decoding", 0.0))
             if "committed" in message:
                 committed.append(message["committed"])
 
@@ -206,6 +206,16 @@ def test_slow_is_half_as_long_again_in_a_row(
 ) -> None:
     assert feed(SlowStages(len(row)), [row] * count) == named
     assert len(caplog.records) == (named is not None)
+
+
+@pytest.mark.parametrize(("decoding", "named"), [(0.0, 0), (0.3, 0), (2.0, None), (2.9, None)])
+def test_a_stage_beside_its_decoder_is_not_blamed(decoding: float, named: int | None) -> None:
+    """Nor is another one, which is as quick as it ever was."""
+    slow = SlowStages(2)
+    for iteration in range(1, 9):
+        slow.note(0, iteration, 3.0 * iteration, decoding * iteration)
+        slow.note(1, iteration, 1.0 * iteration)
+    assert slow.warned == named
 
 
 def test_slow_now_and_then_is_not_slow() -> None:

@@ -193,10 +193,6 @@ class ToyPromptEncoder:
         self._load = load
         self._loaded: tuple[Any, Any] | None = None
 
-    @property
-    def loaded(self) -> bool:
-        return self._loaded is not None
-
     @torch.inference_mode()
     def encode(
         self, prompt: str, negative_prompt: str | None, guidance: bool, max_sequence_length: int

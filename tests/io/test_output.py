@@ -212,10 +212,26 @@ def test_progress_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     console = Console(force_terminal=True, width=80, record=True, file=io.StringIO())
     monkeypatch.setattr(progress, "Console", lambda stderr: console)
     with Display(4001) as display:
+        display.units(6200, 6300)
         display.update({**STATE, "blocks": 125, "total_blocks": 126, "frames": 3997})
     text = console.export_text().rstrip()
     assert re.search(r"block 125/126, 3997 frames, 4\.44 frames/s, first 12\.3 s, bubble 5 % +[-\d]+:[-\d]+$", text)
     assert "…" not in text  # nothing is cut
+
+
+def test_the_bar_moves_with_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(force_terminal=True, width=80, file=io.StringIO())
+    monkeypatch.setattr(progress, "Console", lambda stderr: console)
+    with Display(81) as display:
+        assert display._bar is not None
+        (task,) = display._bar.tasks
+        display.units(30, 300)
+        assert task.percentage == 10
+        display.update({**STATE, "blocks": 1, "total_blocks": 3, "frames": 29})
+        assert task.percentage == 10 and "block 1/3" in task.description
+        display.units(299, 300)
+        display.update({**STATE, "blocks": 3, "total_blocks": 3, "frames": 81})
+        assert task.percentage == 100
 
 
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

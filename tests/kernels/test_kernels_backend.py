@@ -6,7 +6,10 @@ import torch
 
 from dualparal.kernels import backend
 from dualparal.kernels.accuracy import assert_no_worse
+from dualparal.kernels.attention import attention, attention_segments
 from dualparal.kernels.combine_guidance import combine_guidance
+from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
+from dualparal.kernels.residual_norm import residual, residual_norm
 from kernel_common import native, random
 
 CPU = torch.device("cpu")
@@ -126,3 +129,69 @@ def test_the_metric_sees_what_it_should():
         with pytest.raises(AssertionError, match=says) as error:
             assert_no_worse(ours, plain, truth, 2.0, "spoiled")
         assert "spoiled" in str(error.value) and "[3, 7]" in str(error.value)
+
+
+def _calls():
+    """By name, a call of each op that a stage runs (x -> None), in which ``x`` [24, 64] may not be transposed."""
+    y, ones, angles = torch.zeros(24, 64), torch.ones(64), torch.zeros(24, 2)
+    qkv, arena = torch.zeros(24, 3 * 64), torch.zeros(48, 64)
+    store, slot = torch.zeros(2, 24, 64), torch.zeros(1, dtype=torch.int64)
+    own, lends = (arena[:24], arena[24:]), [Lend(store, store.clone(), slot, 0)]
+    return {
+        "residual_norm": lambda x: residual_norm(x, y, ones, ones, ones, eps=1e-6),
+        "residual": lambda x: residual(y, x, ones),
+        "qk_norm_rope": lambda x: qk_norm_rope(
+            qkv, ones, ones, angles, angles, x, own[1], heads=16, eps=1e-6, lends=lends
+        ),
+        "combine_guidance": lambda x: combine_guidance(y, x, 2.0),
+        "attention": lambda x: attention(x, y, y, heads=4),
+        "attention_segments": lambda x: attention_segments(y, [own, (y, x)], heads=4, workspace=(arena, arena.clone())),
+    }
+
+
+@pytest.mark.parametrize("name", _calls())
+@torch.inference_mode()
+def test_a_layout_is_checked_once(name, monkeypatch):
+    call, looked_at, check = _calls()[name], [], backend.check
+    call(torch.zeros(24, 64))
+    monkeypatch.setattr(backend, "check", lambda *args, **more: (looked_at.append(args[0]), check(*args, **more)))
+    call(torch.ones(24, 64))  # another tensor, the same layout
+    assert looked_at == []
+    others = (
+        torch.zeros(64, 24).T,
+        torch.zeros(24, 64, dtype=torch.float64),
+        torch.zeros(24, 63),
+        torch.zeros(24, 64, 1),
+    )
+    for other in others:  # the first has the same shape
+        with pytest.raises(ValueError):
+            call(other)
+    with torch.inference_mode(False), torch.enable_grad(), pytest.raises(ValueError, match="requires a gradient"):
+        _calls()[name](torch.zeros(24, 64, requires_grad=True))
+
+
+def test_a_check_that_raises_is_not_remembered_and_numbers_count():
+    seen = []
+
+    @backend.once_per_layout
+    def check(x, pairs, number):
+        seen.append(number)
+        if number < 0:
+            raise ValueError("negative")
+        return len(pairs)
+
+    a, b = torch.zeros(2, 3), torch.zeros(3)
+    with torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(ValueError):
+                check(a, [(a, b)], -1)
+            assert check(a, [(a, b)], 1) == 1
+            assert check(a, [(a, b), (a, b)], 1) == 2
+            assert check(a, [(a, b)], 2) == 1
+            assert check(b, [(a, a)], 2) == 1
+        assert seen == [-1, 1, 1, 2, 2, -1]
+        check(a, [], True)  # of another kind than 1
+        check(a, [], True)
+        assert seen[6:] == [True, True]
+    assert check(a, [(a, b)], 1) == 1
+    assert seen[8:] == [1]  # gradients are recorded

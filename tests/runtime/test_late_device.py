@@ -23,6 +23,7 @@ from dualparal.engine import build
 from dualparal.engine.engine import Engine
 from dualparal.engine.request import VideoInputs, check_request
 from dualparal.engine.setup import Setup
+from dualparal.engine.texts import Text
 from dualparal.kernels import attention_8bit as kernel
 from dualparal.models.registry import FAMILIES
 from dualparal.sampling.sampler import Sampler
@@ -113,7 +114,7 @@ def test_prompts_are_kept_on_the_host(toy: Path) -> None:
         video = VideoConfig(height=8, width=12, num_frames=15, num_inference_steps=3)
         given = {name: rows.to("cuda") for name, rows in embeds(engine).items()}
         request = check_request(engine.setup, engine.scheduler, video, VideoInputs(**given))
-        encoded = engine.parts.encode_text(request, "a cat", None)
+        encoded = engine.parts.texts.encode([Text.of(request, "a cat", None)])[0]
         assert request.embeds is not None and given["prompt_embeds"].is_cuda
         assert not request.embeds.is_cuda and not encoded.is_cuda
 

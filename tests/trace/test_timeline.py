@@ -28,7 +28,7 @@ from dualparal.schedule.replay import bubble
 from dualparal.schedule.schedule import Schedule
 from dualparal.trace import picture
 from dualparal.trace.clock import BusyClock
-from dualparal.trace.stats import RunStats, schedule_bubble
+from dualparal.trace.stats import RankStats, RunStats, Waits, schedule_bubble
 from dualparal.trace.timeline import STAGE, Recorder, TimelineError, merge, merge_left, parts_of, place, prepare, read
 from engine_calls import embeds
 from timeline_checks import check_order, spans
@@ -327,3 +327,78 @@ def test_the_closing_line_has_both_bubbles() -> None:
     assert schedule_bubble(Schedule(8, 50, 10_000)) is None  # hours of video: minutes of replay
     stats = RunStats(4, 29, 2.0, 1.0, (), schedule_bubble=0.125)
     assert "bubble 0.0 % (schedule 12.5 %), peak" in stats.summary()
+
+
+def _stats(*ranks: tuple[float, float, float, float], expected: float | None = None) -> RunStats:
+    """Of a run of 10 s; of each rank the seconds computing, and waiting for stages, decoder and consumer."""
+    rows = tuple(RankStats(busy, 10.0, 0, 0, Waits(*waits)) for busy, *waits in ranks)
+    return RunStats(4, 29, 10.0, 1.0, rows, expected)
+
+
+@pytest.mark.parametrize(
+    ("stats", "bound"),
+    [
+        (_stats((2.0, 0.5, 7.0, 0.2), (2.5, 7.0, 0, 0)), "Bound by the decoder: keep latents"),
+        (_stats((2.0, 0.5, 1.5, 5.0), (2.5, 7.0, 0, 0)), "Bound by the consumer of the chunks: take"),
+        (_stats((3.0, 6.5, 0.2, 0.2), (9.0, 0.7, 0, 0)), "Bound by rank 1, which computes 1.5 times as long as the"),
+        (_stats((9.0, 0.5, 0.2, 0.2), (9.1, 0.7, 0, 0)), "Bound by computing: use more stages"),
+        (_stats((4.0, 5.5, 0.2, 0.2), (4.1, 5.7, 0, 0), expected=0.55), "Bound by the schedule's own bubble: make"),
+        (_stats((4.0, 5.5, 0.2, 0.2), (4.1, 5.7, 0, 0), expected=0.1), "Bound by waits between stages: use"),
+    ],
+)
+def test_the_closing_line_names_what_bound_the_run(stats: RunStats, bound: str) -> None:
+    assert " GiB. Computing/waiting for stages/decoder/consumer in %, by rank: " in stats.summary()
+    assert stats.summary().split("%, by rank: ")[1].split(". ", 1)[1].startswith(bound)
+    rank = stats.ranks[0]
+    shares = "/".join(f"{10 * seconds:.0f}" for seconds in (rank.busy, *rank.waits))
+    assert f"by rank: {shares}; " in stats.summary()
+    assert RankStats.from_list(rank.to_list()) == rank
+
+
+def test_waits_for_the_decoder_and_the_consumer_are_measured(engine: Callable[..., Engine]) -> None:
+    """A decoder that sleeps, then a consumer that does."""
+    built = engine(frames_per_block=2, context_frames=1)
+    call: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 25, "num_inference_steps": 2, **embeds(built)}
+    for chunk in built.stream(**{**call, "output_type": "latent"}):
+        time.sleep(0.1 * (chunk.block < 3))
+    assert built.stats is not None
+    waits = built.stats.ranks[0].waits
+    assert 0.3 <= waits.consumer < built.stats.seconds and waits.decoder == 0.0
+    assert "Bound by the consumer" in built.stats.summary()
+
+    def slow(make: Callable[..., Any]) -> Callable[..., Any]:
+        def push(self: Any, latents: torch.Tensor) -> Any:
+            time.sleep(0.3)
+            return make(self, latents)
+
+        return push
+
+    with pytest.MonkeyPatch.context() as patched:
+        kind = type(built.parts.decoders(1)[0])
+        patched.setattr(kind, "push", slow(kind.push))
+        list(built.stream(**call, output_type="uint8"))
+    waits = built.stats.ranks[0].waits
+    assert 0.3 <= waits.decoder < built.stats.seconds and waits.consumer < 0.1
+    assert "Bound by the decoder" in built.stats.summary()
+
+
+def test_units_are_told_before_the_first_chunk(engine: Callable[..., Engine]) -> None:
+    told: list[tuple[int, int | None]] = []
+    decoded: list[float] = []
+
+    def report(phase: str, **where: Any) -> None:
+        if "units" in where:
+            assert (phase, where["stage"]) == ("run", 0)
+            told.append((where["units"], where["total_units"]))
+        assert ("decoding" in where) == ("busy" in where and where["stage"] == 0)
+        decoded.append(where.get("decoding", 0.0))
+
+    built = engine(stages=2, frames_per_block=2, context_frames=1, report=report)
+    stream = built.stream(**CALL, **embeds(built), output_type="uint8")
+    next(stream)
+    before = len(told)
+    rest = list(stream)
+    (total,) = {total for _, total in told}
+    assert [done for done, _ in told] == list(range(total or 0)) and total and rest
+    assert 3 < before < total
+    assert max(decoded) > 0

@@ -22,11 +22,6 @@ class PromptEncoder:
         self._device = device
         self._pipeline: Any = None
 
-    @property
-    def loaded(self) -> bool:
-        """True while the text encoder is in memory."""
-        return self._pipeline is not None
-
     @torch.inference_mode()
     def encode(
         self, prompt: str, negative_prompt: str | None, guidance: bool, max_sequence_length: int
