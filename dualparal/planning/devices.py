@@ -122,6 +122,7 @@ class Device:
         bandwidth: of its memory, bytes/s.
         link: to its neighbour in the same machine, unless the user says otherwise.
         efficiency: reached shares of these rates.
+        fp8: dense fp8 with float32 sums, FLOP/s; 0: it has none.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Device:
     bandwidth: float
     link: str
     efficiency: Efficiency
+    fp8: float = 0.0
 
     @property
     def usable(self) -> int:
@@ -149,8 +151,8 @@ class Device:
 
     @property
     def linear_8bit(self) -> float:
-        """FLOP/s that matrix products in fp8 reach, on cards that have them."""
-        return FP8_GAIN * self.linear
+        """FLOP/s that matrix products in fp8 reach; as in 16 bits on cards that have no such products."""
+        return FP8_GAIN * self.linear if self.fp8 else self.linear
 
     @property
     def conv(self) -> float:
@@ -164,23 +166,23 @@ class Device:
 
 
 def _device(
-    name: str, mib: int, tensor: float, tf32: float, bandwidth: float, link: str, efficiency: Efficiency
+    name: str, mib: int, tensor: float, tf32: float, bandwidth: float, link: str, efficiency: Efficiency, fp8: float
 ) -> Device:
-    return Device(name, mib << 20, tensor * 1e12, tf32 * 1e12, bandwidth * 1e9, link, efficiency)
+    return Device(name, mib << 20, tensor * 1e12, tf32 * 1e12, bandwidth * 1e9, link, efficiency, fp8 * 1e12)
 
 
 # Rates: NVIDIA's data sheets (Ada and Blackwell architecture papers for the RTX cards), dense.
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
-        _device("rtx4090", 24564, 165.2, 82.6, 1008, "pcie4-host", CONSUMER),
-        _device("rtx5090", 32607, 209.5, 104.8, 1792, "pcie5-host", CONSUMER),
-        _device("l40s", 46068, 362.0, 183.0, 864, "pcie4", LOW_POWER),
-        _device("a100-40gb", 40960, 312.0, 156.0, 1555, "nvlink3", AMPERE),
-        _device("a100-80gb", 81920, 312.0, 156.0, 2039, "nvlink3", AMPERE),
-        _device("h100", 81559, 989.0, 494.0, 3350, "nvlink4", HOPPER),
-        _device("h200", 143771, 989.0, 494.0, 4800, "nvlink4", HOPPER),
-        _device("b200", 183359, 2250.0, 1100.0, 8000, "nvlink5", BLACKWELL),
+        _device("rtx4090", 24564, 165.2, 82.6, 1008, "pcie4-host", CONSUMER, 330.3),
+        _device("rtx5090", 32607, 209.5, 104.8, 1792, "pcie5-host", CONSUMER, 419.0),
+        _device("l40s", 46068, 362.0, 183.0, 864, "pcie4", LOW_POWER, 733.0),
+        _device("a100-40gb", 40960, 312.0, 156.0, 1555, "nvlink3", AMPERE, 0.0),
+        _device("a100-80gb", 81920, 312.0, 156.0, 2039, "nvlink3", AMPERE, 0.0),
+        _device("h100", 81559, 989.0, 494.0, 3350, "nvlink4", HOPPER, 1979.0),
+        _device("h200", 143771, 989.0, 494.0, 4800, "nvlink4", HOPPER, 1979.0),
+        _device("b200", 183359, 2250.0, 1100.0, 8000, "nvlink5", BLACKWELL, 4500.0),
     )
 }
 _ALIASES = {"4090": "rtx4090", "5090": "rtx5090", "a100": "a100-80gb", "h100-80gb": "h100", "h200-141gb": "h200"}

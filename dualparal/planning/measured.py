@@ -103,7 +103,9 @@ def measure(device: torch.device) -> Device:
     if cuda:
         facts = torch.cuda.get_device_properties(device)
         name, memory = facts.name.lower().replace(" ", "-"), facts.total_memory
+        fp8 = 2 * rate["linear"] if (facts.major, facts.minor) >= (8, 9) else 0.0
     else:
+        fp8 = 0.0
         name, memory = "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shares = replace(_MEASURED, attention=rate["attention"] / rate["linear"])
-    return Device(name, memory, rate["linear"], rate["conv"], rate["copy"], "pcie4-host", shares)
+    return Device(name, memory, rate["linear"], rate["conv"], rate["copy"], "pcie4-host", shares, fp8)
