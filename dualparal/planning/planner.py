@@ -299,14 +299,17 @@ class _Search:
 
 def _check_fp8(engine: EngineConfig, devices: Sequence[Device]) -> None:
     """Checks that the cards have fp8 where options need it, as the engine does. Raises NoPlan."""
-    wanted = {"linear_8bit": engine.linear_8bit.on, "features_8bit": engine.features_8bit}
-    wanted["attention_8bit"] = engine.attention_8bit.mode == "fp8"
+    wanted = {
+        "linear_8bit='fp8'": engine.linear_8bit.on,
+        "attention_8bit='fp8'": engine.attention_8bit.mode == "fp8",
+        "features_8bit=True": engine.features_8bit,
+    }
     without = dict.fromkeys(card.name for card in devices if not card.fp8)
     if engine.device == "cpu" or not without:
         return
     for name, on in wanted.items():
         if on:
-            raise NoPlan(f"{name} needs fp8, which {', '.join(without)} does not have; leave it out")
+            raise NoPlan(f"{name} on {', '.join(without)}: it needs fp8, from compute capability 8.9 on; leave it out")
 
 
 def with_blocks(work: Workload, **change: object) -> Workload:
