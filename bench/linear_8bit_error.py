@@ -1,6 +1,6 @@
 """Writes docs/linear-8bit.md: relative errors of fp8 linears and 8-bit features, layer by layer and in videos.
 
-Run from anywhere: ``python bench/linear_8bit_error.py``, three to ten minutes on two cores; it needs no GPU. Everything
+Run from anywhere: ``python bench/linear_8bit_error.py``, ten minutes on two busy cores; it needs no GPU. Everything
 goes through the definitions, which the kernels are tested against. The model is the one of moving shapes that ships
 with the package: trained, but small. ``--rows`` prints without writing.
 """
