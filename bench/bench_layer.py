@@ -6,12 +6,14 @@
 layer: the same queries and keys (B frames, no neighbours) through ours, diffusers eager, and torch.compile of it.
 block-step: one step of one block with guidance and both neighbours: ours ``cached`` (two units of B frames reading
 stored features) against the authors' (a batch of two of B + C frames, raw cache joined, normalised and rotated again).
-"int8" and "fp8" rows: ours with self-attention in 8 bits (GPU only), against the same rivals and against ours in 16.
+"int8" and "fp8" rows: ours with self-attention in 8 bits (GPU only), against the same rivals and against ours in 16;
+"fp8 linears": ours with linears in fp8, "fp8 both": with both.
 Results are checked against float32 before anything is timed.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -19,11 +21,16 @@ from collections.abc import Callable
 import torch
 from harness.options import parser
 from harness.record import record
-from harness.rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, ours_step
+from harness.rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, fp8_linears, ours_step
 from harness.shapes import CPU_SHAPES, GPU_SHAPES, Shape
 
-from dualparal.kernels import attention_8bit
+from dualparal.kernels import attention_8bit, linear_8bit
 from dualparal.models.keys_values import KeysValues
+
+# Modes in 8 bits, and the most that a layer's error may be against that of diffusers in 16. Attention alone: up to 4
+# (int8) and 15 (fp8) times (docs/attention-8bit.md); linears some ten times (docs/linear-8bit.md).
+WORST = {"int8": 5, "fp8": 5, "fp8 linears": 20, "fp8 both": 20}
+Neighbours = dict[str, list[list[KeysValues]]]  # by what: "layer" without, "step" with
 
 
 def measure(functions: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, float]:
@@ -53,6 +60,33 @@ def error(made: torch.Tensor, truth: torch.Tensor) -> float:
     return float((made.float() - truth.float()).norm() / truth.float().norm())
 
 
+def with_8_bits(weights: Weights, own: Inputs, neighbours: Neighbours) -> dict[str, Callable[[], object]]:
+    """A layer and a step in every mode of ``WORST`` that the card has; tells why of others."""
+    device, found = weights.device, {}
+    no_linears = linear_8bit.absent(device)
+    narrow = weights if no_linears else fp8_linears(weights)
+    for mode in WORST:
+        fp8, linears = mode in ("fp8", "fp8 both"), mode in ("fp8 linears", "fp8 both")
+        reason = no_linears if linears else ""
+        if mode != "fp8 linears":
+            reason = reason or attention_8bit.absent(device, weights.shape.head_dim, fp8)
+        if reason:
+            print(f"no {mode} rows: {reason}", flush=True)
+            continue
+        for what, lent in neighbours.items():
+            some = narrow if linears else weights
+            unit: Callable[[], object] = functools.partial(ours_step, some, own, lent)
+            if mode != "fp8 linears":
+                unit = OursStep8(some, own, lent, fp8)
+            found[f"{what} {mode}"] = unit if what == "layer" else functools.partial(twice, unit)
+    return found
+
+
+def twice(unit: Callable[[], object]) -> list[object]:
+    """Both branches of guidance."""
+    return [unit() for _ in range(2)]
+
+
 def bench(
     shape: Shape, device: torch.device, dtype: torch.dtype, seconds: float, compile_: bool
 ) -> list[dict[str, object]]:
@@ -72,16 +106,9 @@ def bench(
         "step ours": lambda: [ours_step(weights, own, neighbours) for _ in range(2)],
         "step authors": lambda: authors(wide, use_cache=True),
     }
-    modes = [] if device.type == "cpu" else ["int8", "fp8"]
-    for mode in list(modes):
-        reason = attention_8bit.absent(device, shape.head_dim, mode == "fp8")
-        if reason:
-            print(f"no {mode} rows: {reason}", flush=True)
-            modes.remove(mode)
-            continue
-        functions[f"layer {mode}"] = OursStep8(weights, own, nobody, mode == "fp8")
-        step = OursStep8(weights, own, neighbours, mode == "fp8")
-        functions[f"step {mode}"] = lambda step=step: [step() for _ in range(2)]  # type: ignore[misc]
+    eight_bit = {} if device.type == "cpu" else with_8_bits(weights, own, {"layer": nobody, "step": neighbours})
+    modes = [mode for mode in WORST if f"layer {mode}" in eight_bit]
+    functions |= eight_bit
     if compile_:
         blocks = [torch.compile(block) for block in weights.blocks]
 
@@ -97,10 +124,11 @@ def bench(
         truth = diffusers_step(exact, Inputs(exact, 1))
         ours, theirs = (error(made, truth) for made in (ours_step(weights, few, nobody), diffusers_step(weights, few)))
         assert ours <= 2 * theirs + 1e-5, f"{shape.name}: error {ours:.2e} against diffusers' own {theirs:.2e}"
-        for mode in modes:  # attention alone: up to 4 (int8) and 15 (fp8) times (docs/attention-8bit.md)
-            ours = error(OursStep8(weights, few, nobody, mode == "fp8")(), truth)
-            assert ours <= 5 * theirs, f"{shape.name}: error {ours:.2e} in {mode}, diffusers' own {theirs:.2e}"
-        del exact
+        made = {} if device.type == "cpu" else with_8_bits(weights, few, {"layer": nobody})
+        for mode in modes:
+            ours = error(made[f"layer {mode}"](), truth)  # type: ignore[arg-type]
+            assert ours <= WORST[mode] * theirs, f"{shape.name}: error {ours:.2e} in {mode}, diffusers' {theirs:.2e}"
+        del exact, made
         times = measure(functions, device, seconds)
     rows = []
     pairs = [("layer", "ours", "diffusers"), ("layer", "ours", "compiled"), ("step", "ours", "authors")]
@@ -122,7 +150,7 @@ def bench(
         rows.append({"what": what, "shape": shape.name, "dtype": ours_dtype, "rival": rival,
                      "ours_ms": round(ours, 3), "rival_ms": round(theirs, 3), "ratio": round(theirs / ours, 3),
                      "tflops": round(flops / ours / 1e9, 1)})  # fmt: skip
-        print(f"{what:6s} {shape.name:16s} {which:4s} {ours:8.3f} ms per layer | {rival} {theirs:8.3f} ms | "
+        print(f"{what:6s} {shape.name:16s} {which:11s} {ours:8.3f} ms per layer | {rival} {theirs:8.3f} ms | "
               f"{theirs / ours:.2f}x | {flops / ours / 1e9:.1f} TFLOP/s", flush=True)  # fmt: skip
     return rows
 

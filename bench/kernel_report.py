@@ -11,7 +11,7 @@ from pathlib import Path
 
 import triton
 
-from dualparal.kernels.offline import ARCHS, hopper_reports, hopper_row, offline_cases, replace_table, row
+from dualparal.kernels.offline import hopper_reports, hopper_row, offline_cases, replace_table, row
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for op, case in offline_cases():
-        for arch in ARCHS:
+        for arch in case.archs:
             rows.append(row(op, case, case.compile(arch)))
             print(*rows[-1].values(), sep=" | ", flush=True)
     text = re.sub(r"Triton [\d.]+\d", f"Triton {triton.__version__}", arguments.out.read_text(), count=1)

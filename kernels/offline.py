@@ -34,6 +34,7 @@ class OfflineCase(NamedTuple):
     num_stages: int = 3
     fp_fusion: bool = True
     maxnreg: int | None = None
+    archs: Sequence[int] = ARCHS  # those that it is for
 
     def compile(self, arch: int) -> "OfflineReport":
         options = (self.num_warps, self.num_stages, self.fp_fusion, self.maxnreg)

@@ -8,13 +8,17 @@ layer at every step.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
+from dualparal.config.eight_bit import LinearPolicy
 from dualparal.kernels.attention_8bit import FP8, key_mean
 from dualparal.models.base import Pending, Rotary, TimeCondition
 from dualparal.models.keys_values import Context8, Features8, KeysValues, to_8bit
+from dualparal.models.linear import placed
 from dualparal.models.wan.transformer import WanSlice
 from dualparal.runtime.workspace import Workspace8
 from harness.shapes import Shape
@@ -87,6 +91,15 @@ class Inputs:
         """Angles as diffusers wants them: [1, tokens, 1, head_dim], every value twice."""
         cos, sin = (t.repeat_interleave(2, dim=1)[None, :, None] for t in self.rotary)
         return cos, sin
+
+
+def fp8_linears(weights: Weights) -> Weights:
+    """The same weights, the linears of ours in fp8; the rivals' stay as they are."""
+    made, spec, tensors = copy.copy(weights), weights.spec, dict[str, torch.Tensor]()
+    for name, tensor in weights.tensors.items():
+        tensors |= placed(spec, name, tensor, weights.dtype, weights.device, LinearPolicy("fp8"))
+    made.ours = WanSlice(spec.config, tensors, range(weights.shape.layers))
+    return made
 
 
 def ours_step(weights: Weights, inputs: Inputs, neighbours: list[list[KeysValues]]) -> torch.Tensor:

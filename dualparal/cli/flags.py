@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from dualparal.config.eight_bit import EightBitPolicy, LinearPolicy
 from dualparal.models.registry import BUILT_IN
 
 
@@ -70,6 +71,15 @@ class ModelFlags:
         str | None,
         typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on cuda, float32 on cpu."),
     ] = None
+    allow_nonfinite: Annotated[
+        bool, typer.Option(help="Go on when a block holds NaN or infinity, instead of stopping before it.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class EightBitFlags:
+    """8 bits"""
+
     attention_8bit: Annotated[
         str | None,
         typer.Option(help="int8 (queries and keys) or fp8 (values besides): self-attention in 8 bits. Default: off."),
@@ -90,9 +100,25 @@ class ModelFlags:
     features_8bit: Annotated[
         bool, typer.Option(help="Keep neighbours' features in fp8, in half the memory; attention stays as it is.")
     ] = False
-    allow_nonfinite: Annotated[
-        bool, typer.Option(help="Go on when a block holds NaN or infinity, instead of stopping before it.")
-    ] = False
+
+    def options(self) -> dict[str, Any]:
+        """The options of ``EngineConfig`` that the flags ask for. Raises ValueError."""
+        kept = _kept_layers("--attention-8bit-keep-layers", self.attention_8bit_keep_layers)
+        first, last = self.attention_8bit_keep_first_steps, self.attention_8bit_keep_last_steps
+        linears = _kept_layers("--linear-8bit-keep-layers", self.linear_8bit_keep_layers)
+        return {
+            "attention_8bit": EightBitPolicy(self.attention_8bit or "off", kept, first, last),  # type: ignore[arg-type]
+            "linear_8bit": LinearPolicy(self.linear_8bit or "off", linears),  # type: ignore[arg-type]
+            "features_8bit": self.features_8bit,
+        }
+
+
+def _kept_layers(flag: str, text: str) -> tuple[int, ...]:
+    """The numbers of a flag such as "0,29". Raises ValueError."""
+    try:
+        return tuple(int(layer) for layer in text.split(",") if text)
+    except ValueError:
+        raise ValueError(f"{flag} {text!r}: use numbers of layers from 0 on, such as 0,29") from None
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,20 @@ from typing import NoReturn
 import typer
 
 from dualparal.cli.checks import check_job
-from dualparal.cli.flags import BlockFlags, ModelFlags, OutputFlags, PlaceFlags, PromptFlags, VideoFlags
+from dualparal.cli.flags import BlockFlags, EightBitFlags, ModelFlags, OutputFlags, PlaceFlags, PromptFlags, VideoFlags
 from dualparal.cli.job import Job, error_file, say_how_to_resume
 from dualparal.cli.leader import draw_timeline, lead
 from dualparal.cli.place import choose_device, choose_threads, count_stages, leads, parse_layers
 from dualparal.cli.rank import work
 from dualparal.cli.resumed import resumed_job
 from dualparal.config.blocks import BlockConfig
-from dualparal.config.eight_bit import EightBitPolicy, LinearPolicy
 from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.launch.heartbeat import Heartbeat
 from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
 from dualparal.schedule.policies import POLICIES
 
-GROUPS = (PromptFlags, VideoFlags, ModelFlags, BlockFlags, PlaceFlags, OutputFlags)
+GROUPS = (PromptFlags, VideoFlags, ModelFlags, EightBitFlags, BlockFlags, PlaceFlags, OutputFlags)
 
 
 def generate(
@@ -36,6 +35,7 @@ def generate(
     prompts: PromptFlags,
     video: VideoFlags,
     model: ModelFlags,
+    eight_bit: EightBitFlags,
     blocks: BlockFlags,
     place: PlaceFlags,
     output: OutputFlags,
@@ -49,7 +49,7 @@ def generate(
         _run_job(resumed_job(call, output.resume, place, output), heartbeat)
     if not prompts.prompt:
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
-    job = _job(prompts, video, model, blocks, place, output)
+    job = _job(prompts, video, model, eight_bit, blocks, place, output)
     if place.plan is not None and not heartbeat.supervised:
         job = _planned(job, place.plan)
     every, note = job.engine.blocks.refresh_every, ""
@@ -65,6 +65,7 @@ def _job(
     prompts: PromptFlags,
     video: VideoFlags,
     model: ModelFlags,
+    eight_bit: EightBitFlags,
     blocks: BlockFlags,
     place: PlaceFlags,
     output: OutputFlags,
@@ -91,10 +92,8 @@ def _job(
             text_encoder_device=place.text_encoder_device,
             depth=place.depth,
             graphs=place.graphs,
-            attention_8bit=_eight_bit(model),
-            linear_8bit=_linear_8bit(model),
-            features_8bit=model.features_8bit,
             allow_nonfinite=model.allow_nonfinite,
+            **eight_bit.options(),
         ),
         model=model.model,
         sampler=model.sampler,
@@ -174,27 +173,6 @@ def _blocks(flags: BlockFlags, checkpoint: Path | None, steps: int) -> BlockConf
     if found.refresh_every is not None or checkpoint is None or stateless:
         return found
     return replace(found, refresh_every=max(1, steps // 2))
-
-
-def _eight_bit(flags: ModelFlags) -> EightBitPolicy:
-    """The 8-bit attention of the flags. Raises ValueError."""
-    layers = _kept_layers("--attention-8bit-keep-layers", flags.attention_8bit_keep_layers)
-    first, last = flags.attention_8bit_keep_first_steps, flags.attention_8bit_keep_last_steps
-    return EightBitPolicy(flags.attention_8bit or "off", layers, first, last)  # type: ignore[arg-type]
-
-
-def _linear_8bit(flags: ModelFlags) -> LinearPolicy:
-    """The 8-bit linears of the flags. Raises ValueError."""
-    layers = _kept_layers("--linear-8bit-keep-layers", flags.linear_8bit_keep_layers)
-    return LinearPolicy(flags.linear_8bit or "off", layers)  # type: ignore[arg-type]
-
-
-def _kept_layers(flag: str, text: str) -> tuple[int, ...]:
-    """The numbers of a flag such as "0,29". Raises ValueError."""
-    try:
-        return tuple(int(layer) for layer in text.split(",") if text)
-    except ValueError:
-        raise ValueError(f"{flag} {text!r}: use numbers of layers from 0 on, such as 0,29") from None
 
 
 def _planned(job: Job, mode: str) -> Job:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualparal.cli.flags import BlockFlags
+from dualparal.cli.flags import BlockFlags, EightBitFlags
 from dualparal.config.units import GIB
 from dualparal.planning import planner
 from dualparal.planning.devices import BY_MEMORY, Device
@@ -51,12 +51,12 @@ class PlanFlags:
     ] = None
 
 
-GROUPS = (PlanFlags, BlockFlags)
+GROUPS = (PlanFlags, BlockFlags, EightBitFlags)
 
 
-def plan(call: typer.Context, flags: PlanFlags, blocks: BlockFlags) -> None:
+def plan(call: typer.Context, flags: PlanFlags, blocks: BlockFlags, eight_bit: EightBitFlags) -> None:
     """Says what a video will cost on some cards, before weights are downloaded. A prediction."""
-    options = {**asdict(flags), **asdict(blocks)}
+    options = {**asdict(flags), **asdict(blocks), **eight_bit.options()}
     height, width = _size(options.pop("size"))
     console = Console()
     try:

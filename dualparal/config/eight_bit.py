@@ -36,7 +36,7 @@ class EightBitPolicy:
     def __post_init__(self) -> None:
         if self.mode not in EIGHT_BIT_MODES:
             raise ValueError(f"mode={self.mode!r} is not a mode of 8-bit attention; use one of {EIGHT_BIT_MODES}")
-        _check_indices(self.keep_layers)
+        _check_indices(self.keep_layers, "8-bit attention")
         for name in ("first_steps", "last_steps"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(
@@ -53,6 +53,11 @@ class EightBitPolicy:
     def on(self) -> bool:
         """True unless the mode is "off"."""
         return self.mode != "off"
+
+    @property
+    def everywhere(self) -> bool:
+        """True when it is on without exceptions."""
+        return self.on and not (self.keep_layers or self.first_steps or self.last_steps)
 
     def covers(self, layer: int) -> bool:
         """True when ``layer`` of the model attends in 8 bits at the steps at which that is on."""
@@ -104,7 +109,7 @@ class LinearPolicy:
     def __post_init__(self) -> None:
         if self.mode not in LINEAR_MODES:
             raise ValueError(f"mode={self.mode!r} is not a mode of 8-bit linears; use one of {LINEAR_MODES}")
-        _check_indices(self.keep_layers)
+        _check_indices(self.keep_layers, "8-bit linears")
         if self.mode == "off" and self.keep_layers:
             raise ValueError(
                 f"keep_layers={self.keep_layers} with 8-bit linears off: they are exceptions from it; choose a mode "
@@ -129,21 +134,23 @@ class LinearPolicy:
         _check_layers(self.keep_layers, num_layers, "8-bit linears")
 
 
-def _check_indices(keep_layers: object) -> None:
-    """Checks that it is a tuple of different indices. Raises ValueError."""
+def _check_indices(keep_layers: object, feature: str) -> None:
+    """Checks that the exceptions from ``feature`` are a tuple of different indices. Raises ValueError."""
     if not isinstance(keep_layers, tuple) or not all(map(_is_count, keep_layers)):
         raise ValueError(
-            f"keep_layers={keep_layers!r}: layers are counted from 0; use a tuple of indices such as (0, 29)"
+            f"keep_layers={keep_layers!r} of {feature}: layers are counted from 0; use a tuple of indices such as "
+            "(0, 29)"
         )
     if len(set(keep_layers)) < len(keep_layers):
-        raise ValueError(f"keep_layers={keep_layers!r} names a layer twice; name each once")
+        raise ValueError(f"keep_layers={keep_layers!r} of {feature} names a layer twice; name each once")
 
 
 def _check_layers(keep_layers: tuple[int, ...], num_layers: int, feature: str) -> None:
     """Checks indices against a model of ``num_layers``, of which ``feature`` must be left one. Raises ValueError."""
     if any(layer >= num_layers for layer in keep_layers):
         raise ValueError(
-            f"keep_layers={keep_layers}: the model has {num_layers} layers; use indices from 0 to {num_layers - 1}"
+            f"keep_layers={keep_layers} of {feature}: the model has {num_layers} layers; use indices from 0 to "
+            f"{num_layers - 1}"
         )
     if len(keep_layers) == num_layers:
         raise ValueError(

@@ -32,8 +32,8 @@ class EngineConfig:
             video, near that of "off"; the same for any number of stages.
         linear_8bit: linears of the layers in 8 bits, in all layers or in some; with dtype bfloat16. Another video,
             near that of "off"; the same for any number of stages.
-        features_8bit: neighbours' features of attention in 16 bits are kept in fp8, in half the memory. Another video,
-            near that of False; the same for any number of stages.
+        features_8bit: neighbours' features of attention in 16 bits are kept in fp8, in half the memory (in a quarter,
+            with float32). Another video, near that of False; the same for any number of stages.
         allow_nonfinite: give out blocks that hold NaN or infinity, with a warning, and do not stop.
 
     Raises:
@@ -75,6 +75,21 @@ class EngineConfig:
                 f"linear_8bit={self.linear_8bit.mode!r} with dtype={self.dtype}: products of fp8 rows come in "
                 "bfloat16; use dtype='bfloat16'"
             )
+        self._check_features_8bit()
+
+    def _check_features_8bit(self) -> None:
+        """Checks that ``features_8bit`` is a bool, and that there is something for it to do. Raises ValueError."""
+        if not isinstance(self.features_8bit, bool):
+            raise ValueError(f"features_8bit={self.features_8bit!r}: it has no modes; use True or False")
+        if not self.features_8bit:
+            return
+        if self.blocks.context_frames == 0:
+            raise ValueError("features_8bit=True with context_frames=0: nobody lends features; leave one of them out")
+        if self.attention_8bit.everywhere and self.blocks.refresh_every is None:
+            raise ValueError(
+                f"features_8bit=True with attention_8bit={self.attention_8bit.mode!r} in all layers and steps: its "
+                "features have 8 bits already; leave features_8bit out"
+            )
 
     @property
     def encodes_elsewhere(self) -> bool:
@@ -88,8 +103,7 @@ class EngineConfig:
         Args:
             options: fields of this class and of ``BlockConfig`` (frames_per_block, context_frames, context, ...).
                 ``dtype`` and ``device`` may be torch's own objects, ``attention_8bit`` and ``linear_8bit`` names of
-                modes,
-                ``layers_per_stage`` any sequence.
+                modes, ``layers_per_stage`` any sequence.
 
         Raises:
             ValueError: as the classes raise it; an option that neither has, with the nearest one; or ``blocks``

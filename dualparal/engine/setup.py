@@ -64,7 +64,7 @@ class Setup:
             found.check_8bit()
         if config.linear_8bit.on:
             found.check_linear_8bit()
-        if config.features_8bit and (reason := linear_8bit.absent(mesh.device)):
+        if config.features_8bit and (reason := linear_8bit.rows_absent(mesh.device)):
             raise ValueError(f"features_8bit=True cannot run: {reason}; leave it out")
         if isinstance(source, ModelFiles):
             source.check_weights(parts=mesh.is_leader)

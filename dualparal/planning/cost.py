@@ -18,6 +18,9 @@ from dualparal.schedule.schedule import Schedule
 PASSES = 20
 # Passes over C frames of keys and values to lend and to borrow them, per neighbour: bench/count_passes.py.
 FEATURE_PASSES = 4
+# The same of features kept in 8 bits, in bytes per number beside one pass in its dtype: a slot's copy reads and writes
+# one byte, and the conversion reads or writes another.
+PACKED_BYTES = 3
 # A sampler step: Python of diffusers' UniPC on the host, ahead of which stage 0 cannot run. Assumption.
 UPDATE_SECONDS = 1.5e-3
 
@@ -59,11 +62,23 @@ def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0,
     """
     h, linear = work.model.inner, float(queries * work.model.linear_flops)
     share = sum(map(work.engine.linear_8bit.covers, range(work.model.num_layers))) / work.model.num_layers
-    moved = work.itemsize * h * (PASSES * queries + FEATURE_PASSES * borrowed + FEATURE_PASSES / 2 * lent)
+    plain = work.itemsize * (FEATURE_PASSES * borrowed + FEATURE_PASSES / 2 * lent)
+    packed = (work.itemsize + PACKED_BYTES) * 2 * (borrowed + lent)  # keys and values
+    kept = _kept_in_fp8(work)
+    moved = h * (work.itemsize * PASSES * queries + (1 - kept) * plain + kept * packed)
     quantised = share * (work.itemsize + 1) * queries * work.model.linears.inputs  # read as they are, written in 8 bits
     return Arithmetic(
         4.0 * queries * (keys + work.text_tokens) * h, (1 - share) * linear, moved + quantised, share * linear
     )
+
+
+def _kept_in_fp8(work: Workload) -> float:
+    """The share of layers and steps whose features ``features_8bit`` keeps: all but those that attend in 8 bits."""
+    if not work.engine.features_8bit:
+        return 0.0
+    policy, steps, layers = work.engine.attention_8bit, work.video.num_inference_steps, work.model.num_layers
+    on = sum(policy.at(step, steps) for step in range(steps)) * sum(map(policy.covers, range(layers)))
+    return 1 - on / (steps * layers)
 
 
 def unit_arithmetic(work: Workload, schedule: Schedule, unit: Unit) -> Arithmetic:

@@ -181,6 +181,7 @@ class Device:
         link: to its neighbour in the same machine, unless the user says otherwise.
         efficiency: reached shares of these rates.
         stands_for: the size of memory by which the user named it, such as "24gb"; empty: its name was given.
+        fp8: dense fp8 with float32 sums, FLOP/s; 0: it has none.
     """
 
     name: str

@@ -104,6 +104,7 @@ def plan_for(
         if limit is not None and not limit > 0:
             raise ValueError(f"{name}={limit}: use a number above 0")
     devices = tuple(card for group in groups for card in group)
+    _check_fp8(work.engine, devices)
     most = None if memory_limit is None else int(memory_limit * GIB)
     cards = Cards(
         devices,
@@ -312,6 +313,21 @@ class _Search:
             if found := _Search(cards, self.first_frame_limit).best(work):
                 return replace(found, note=f"{more} cards more")
         return None
+
+
+def _check_fp8(engine: EngineConfig, devices: Sequence[Device]) -> None:
+    """Checks that the cards have fp8 where options need it, as the engine does. Raises NoPlan."""
+    wanted = {
+        "linear_8bit='fp8'": engine.linear_8bit.on,
+        "attention_8bit='fp8'": engine.attention_8bit.mode == "fp8",
+        "features_8bit=True": engine.features_8bit,
+    }
+    without = dict.fromkeys(card.name for card in devices if not card.fp8)
+    if engine.device == "cpu" or not without:
+        return
+    for name, on in wanted.items():
+        if on:
+            raise NoPlan(f"{name} on {', '.join(without)}: it needs fp8, from compute capability 8.9 on; leave it out")
 
 
 def with_blocks(work: Workload, **change: object) -> Workload:

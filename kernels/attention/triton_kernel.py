@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .. import backend as backends
-from ..offline import OfflineCase, OfflineReport
+from ..offline import ARCHS, OfflineCase, OfflineReport
 
 LN2 = tl.constexpr(math.log(2))
 MAX_SEGMENTS = 3
@@ -253,6 +253,7 @@ class _Offline(NamedTuple):
     head_dim: int
     segments: int
     with_lse: bool
+    archs: Sequence[int] = ARCHS
 
     def compile(self, arch: int) -> OfflineReport:
         tile = tile_for(arch, self.head_dim)

@@ -6,10 +6,12 @@ their own, one read and one write of half the size. Scales by row make a row's r
 however tokens are cut into windows. e4m3 has three bits of mantissa, so a product of two has a relative error of some
 3.7 % per term, independent of the others; docs/linear-8bit.md has what is left of it in sums and in whole videos.
 
-The sums of a Hopper card's fp8 tensor cores keep about 14 bits in the fast mode that we ask for (``use_fast_accum``):
-2^-14 against the 2^-4 that a rounding to e4m3 can cost.
+Sums have float32 on a card, too, as the definition has them (``use_fast_accum=False``). The fast mode of Hopper's
+tensor cores keeps about 14 bits of a running sum and cuts off the rest of every term, so that its error grows with
+their number. Torch takes either value for scales by row: ``ScaledBlas.cpp`` and ``RowwiseScaledMM.cu``.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ import torch
 from .. import backend as backends
 from . import reference
 
-__all__ = ["DIVISOR", "Rows8", "absent", "linear_8bit", "quantise_rows", "restore_rows"]
+__all__ = ["DIVISOR", "Rows8", "absent", "linear_8bit", "quantise_rows", "restore_rows", "rows_absent"]
 
 BACKENDS = ("triton", "torch")
 DIVISOR = 16  # of both sides of a weight: what torch._scaled_mm takes
@@ -31,7 +33,17 @@ class Rows8(NamedTuple):
 
 
 def absent(device: torch.device) -> str:
-    """Why ``device`` cannot run fp8 linears; empty when it can."""
+    """Why ``device`` cannot run fp8 linears; empty when it can. On a GPU a small one is tried, once per device."""
+    reason = rows_absent(device)
+    return reason if reason or device.type != "cuda" else _refused(device)
+
+
+def rows_absent(device: torch.device) -> str:
+    """Why ``device`` cannot turn rows into fp8 and back; empty when it can.
+
+    Triton converts to e4m3 from compute capability 8.9 on; the definition runs everywhere, but nobody wants it on a GPU
+    by accident.
+    """
     if device.type != "cuda":
         return ""  # the definition
     if torch.version.hip is not None:
@@ -43,6 +55,23 @@ def absent(device: torch.device) -> str:
     if torch.cuda.get_device_capability(device) < (8, 9):
         return f"fp8 needs compute capability 8.9, see {device}"
     return ""
+
+
+@functools.cache
+def _refused(device: torch.device) -> str:
+    """Why torch does not make the product on ``device``, from trying; empty when it does.
+
+    Scales by row are refused by some releases on some cards: CUBLAS_STATUS_NOT_SUPPORTED with torch 2.10 on compute
+    capability 12.0 (pytorch issue 192707).
+    """
+    x = torch.ones(2 * DIVISOR, 2 * DIVISOR, dtype=torch.bfloat16, device=device)
+    try:
+        made = quantise_rows(x)
+        right = bool((_product(made, made, x[0]) == 2 * DIVISOR + 1).all())
+    except Exception as error:  # whatever it is: it would come again with the first unit
+        said = str(error).partition("\n")[0]
+        return f"torch {torch.__version__} does not make fp8 products with scales by row on {device} ({said})"
+    return "" if right else f"torch {torch.__version__} makes wrong fp8 products with scales by row on {device}"
 
 
 def quantise_rows(x: torch.Tensor, *, backend: str = "auto") -> Rows8:
@@ -103,14 +132,19 @@ def linear_8bit(x: torch.Tensor, weight: Rows8, bias: torch.Tensor, *, backend: 
     made = quantise_rows(x, backend=backend)
     if backend == "torch" or x.device.type == "cpu" or x.shape[0] == 0:
         return reference.linear_8bit(*made, *weight, bias)
+    return _product(made, weight, bias)
+
+
+def _product(x: Rows8, weight: Rows8, bias: torch.Tensor) -> torch.Tensor:
+    """torch's own product, [S, out] bfloat16."""
     return torch._scaled_mm(
-        made.values,
+        x.values,
         weight.values.T,
-        scale_a=made.scale,
+        scale_a=x.scale,
         scale_b=weight.scale.T,
         bias=bias,
         out_dtype=torch.bfloat16,
-        use_fast_accum=True,
+        use_fast_accum=False,
     )
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .. import backend as backends
 from ..attention_8bit.reference import FP8, LIMITS, SMALLEST
-from ..offline import OfflineCase
+from ..offline import ARCHS, OfflineCase
 from ..rows import load, store, tiles
 
 
@@ -82,12 +82,24 @@ def restore_rows(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -
             restore_rows_kernel[(rows,)](values, scale, out, DIM=dim, HIGH=high, LOW=low, num_warps=num_warps)
 
 
-OFFLINE: list[OfflineCase] = []  # for all architectures: none, fp8 begins with compute capability 8.9
+FP8_ARCHS = tuple(arch for arch in ARCHS if arch >= 89)
 
 
-def offline_case(dim: int) -> OfflineCase:
-    """The variant that a launch on rows of ``dim`` bfloat16 numbers would compile, from sm_89 on."""
+def _quantise(dim: int) -> OfflineCase:
     high, low, num_warps = tiles(dim, 2)
     signature = {"X": "*bf16", "Y": "*fp8e4nv", "SCALE": "*fp32"}
     constexprs = dict(DIM=dim, HIGH=high, LOW=low, LIMIT=LIMITS[FP8], SMALLEST=SMALLEST)
-    return OfflineCase(f"rows of {dim}", quantise_rows_kernel, signature, constexprs, num_warps, fp_fusion=False)
+    return OfflineCase(
+        *(f"quantise: {dim}", quantise_rows_kernel, signature, constexprs, num_warps), fp_fusion=False, archs=FP8_ARCHS
+    )
+
+
+def _restore(dim: int) -> OfflineCase:
+    high, low, num_warps = tiles(dim, 2)
+    signature = {"X": "*fp8e4nv", "SCALE": "*fp32", "Y": "*bf16"}
+    constexprs = dict(DIM=dim, HIGH=high, LOW=low)
+    return OfflineCase(f"restore: {dim}", restore_rows_kernel, signature, constexprs, num_warps, archs=FP8_ARCHS)
+
+
+# Inputs and weights of Wan's linears (hidden, ffn), in bfloat16; features have the widths of hidden states.
+OFFLINE = [*(_quantise(dim) for dim in (1536, 5120, 8960, 13824)), *(_restore(dim) for dim in (1536, 5120))]

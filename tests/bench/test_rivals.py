@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness.rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, ours_step
+from harness.rivals import AuthorsStep, Inputs, OursStep8, Weights, diffusers_step, fp8_linears, ours_step
 from harness.shapes import Shape
 
 from dualparal.models.keys_values import KeysValues
@@ -22,6 +22,16 @@ def test_a_layer_is_diffusers_layer(weights: Weights) -> None:
     inputs = Inputs(weights, SHAPE.frames)
     nobody: list[list[KeysValues]] = [[] for _ in range(SHAPE.layers)]
     assert (ours_step(weights, inputs, nobody) - diffusers_step(weights, inputs)).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+def test_a_step_with_fp8_linears_is_near_ours() -> None:
+    weights = Weights(SHAPE, torch.bfloat16, torch.device("cpu"))
+    inputs = Inputs(weights, SHAPE.frames)
+    nobody: list[list[KeysValues]] = [[] for _ in range(SHAPE.layers)]
+    plain, made = (ours_step(each, inputs, nobody) for each in (weights, fp8_linears(weights)))
+    assert 5e-3 < (made - plain).norm() / plain.norm() < 0.1
+    assert torch.equal(diffusers_step(fp8_linears(weights), inputs), diffusers_step(weights, inputs))
 
 
 @pytest.mark.parametrize("fp8", [False, True])

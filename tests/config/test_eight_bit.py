@@ -1,6 +1,6 @@
 import pytest
 
-from dualparal.config.eight_bit import EightBitPolicy
+from dualparal.config.eight_bit import EightBitPolicy, LinearPolicy
 
 
 def test_off_unless_asked_for():
@@ -44,6 +44,17 @@ def test_everything_left_out():
 def test_bad_values_are_named(options, says):
     with pytest.raises(ValueError, match=says):
         EightBitPolicy(**options)
+
+
+@pytest.mark.parametrize("kind, name", [(EightBitPolicy, "8-bit attention"), (LinearPolicy, "8-bit linears")])
+def test_the_option_is_named(kind, name):
+    """Both have layers of their own."""
+    for mode, layers, says in (("fp8", (1, 1), "twice"), ("fp8", [0], "counted from 0"), ("off", (1,), "off")):
+        with pytest.raises(ValueError, match=f"{name}.*{says}"):
+            kind(mode, layers)
+    for layers, says in (((0, 9), f"{name}: the model has 2 layers"), ((0, 1), f"to {name}")):
+        with pytest.raises(ValueError, match=says):
+            kind("fp8", layers).check(2)
 
 
 def test_layers_of_the_model():

@@ -69,9 +69,31 @@ def test_another_video_and_a_near_one(engine: Build) -> None:
     kept = latents(build(engine, dtype="float32", features_8bit=True))
     distance = (kept - exact).norm() / exact.norm()
     assert 0 < distance < 0.05
-    # Where nobody lends there is nothing to keep.
-    alone = {"context_frames": 0, "dtype": "float32"}
-    assert torch.equal(latents(build(engine, features_8bit=True, **alone)), latents(build(engine, **alone)))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"features_8bit": "no"}, "features_8bit='no': it has no modes; use True or False"),
+        ({"features_8bit": "fp8"}, "features_8bit='fp8': it has no modes; use True or False"),
+        ({"features_8bit": 1}, "features_8bit=1: it has no modes; use True or False"),
+        ({"context_frames": 0}, "with context_frames=0: nobody lends features"),
+        ({"attention_8bit": "fp8"}, "with attention_8bit='fp8' in all layers and steps"),
+        ({"attention_8bit": "int8"}, "with attention_8bit='int8' in all layers and steps"),
+    ],
+    ids=str,
+)
+def test_what_would_do_nothing_is_refused(options: dict[str, Any], says: str) -> None:
+    """It would change the identity of a run, and nothing else."""
+    with pytest.raises(ValueError, match=says) as refused:
+        EngineConfig.of(**{"features_8bit": True, **options})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("options", [{"attention_8bit": SOME}, {"attention_8bit": "fp8", "refresh_every": 3}], ids=str)
+def test_where_attention_has_16_bits_at_times_it_does_something(engine: Build, options: dict[str, Any]) -> None:
+    made, plain = (latents(build(engine, features_8bit=on, **options)) for on in (True, False))
+    assert not torch.equal(made, plain)
 
 
 def test_rows_come_back_near_and_do_not_know_each_other() -> None:
@@ -149,6 +171,6 @@ def test_snapshots_compare_it(engine: Build, tmp_path: Path) -> None:
 
 
 def test_a_card_without_fp8_is_refused(engine: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_8bit, "absent", lambda device: "fp8 needs compute capability 8.9, see cuda:0")
+    monkeypatch.setattr(linear_8bit, "rows_absent", lambda device: "fp8 needs compute capability 8.9, see cuda:0")
     with pytest.raises(ValueError, match=r"features_8bit=True cannot run: fp8 needs .* leave it out"):
         build(engine, features_8bit=True)

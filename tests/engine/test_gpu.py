@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.engine.engine import Engine
+from dualparal.kernels import linear_8bit
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import Result, supervise
 from dualparal.models.wan.tiny import build_tiny_pipeline
@@ -74,6 +75,25 @@ def test_8_bits_for_any_number_of_stages_eager_and_captured(wan64: Path, policy:
         for stages, graphs in ((1, True), (2, False), (4, True)):
             made = generate(wan64, attention_8bit=attention_8bit, stages=stages, graphs=graphs, **options)
             assert torch.equal(made, expected), (stages, graphs, attention_8bit)
+
+
+@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
+@pytest.mark.parametrize(
+    "options",
+    [{"linear_8bit": "fp8"}, {"features_8bit": True}, {"linear_8bit": "fp8", "features_8bit": True}],
+    ids=lambda options: " ".join(options),
+)
+def test_fp8_linears_and_features_for_any_number_of_stages(wan64: Path, policy: str, options: dict[str, Any]) -> None:
+    """Eager and captured; near the video without them."""
+    if reason := linear_8bit.absent(torch.device("cuda", 0)):
+        pytest.skip(reason)
+    common: dict[str, Any] = {"context": policy, "dtype": "bfloat16"}
+    plain, expected = generate(wan64, **common), generate(wan64, **options, **common)
+    assert expected.isfinite().all() and 1e-4 < (expected - plain).norm() / plain.norm() < 0.1
+    for stages in (1, 2, 4):
+        for graphs in (False, True):
+            made = generate(wan64, stages=stages, graphs=graphs, **options, **common)
+            assert torch.equal(made, expected), (stages, graphs)
 
 
 @pytest.mark.parametrize("policy", ["cached", "prior", "paper"])

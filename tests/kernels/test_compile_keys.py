@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "refresh": {"refresh_every": 3},
     "int8": {"attention_8bit": "int8"},
     "fp8": {"attention_8bit": "fp8", "context": "prior"},
+    "linears and features": {"linear_8bit": "fp8", "features_8bit": True},
 }
 
 
@@ -51,6 +52,8 @@ def test_one_key_per_kernel_and_shape_class(engine: Callable[..., Engine], wan64
     for launch in found:
         hints[launch.shape_class].append(dict(launch.hints))
     assert {"residual_norm_kernel", "combine_guidance_kernel", "attention_kernel"} <= {name for name, *_ in hints}
+    if "linear_8bit" in OPTIONS[options]:
+        assert {"quantise_rows_kernel", "restore_rows_kernel"} <= {name for name, *_ in hints}
     differing = [
         (shape_class[0], sorted({name for one in keys for name in one if one[name] != keys[0][name]}))
         for shape_class, keys in hints.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.launch.blame import Limits
@@ -92,6 +94,20 @@ def test_neighbours_and_first_blocks_are_counted() -> None:
     assert unit_arithmetic(paper, paper.schedule(4), Unit(1, 1, 0)).linear == pytest.approx(
         1.5 * unit_arithmetic(work, schedule, Unit(1, 1, 0)).linear
     )
+
+
+@pytest.mark.parametrize(("model", "seconds"), [("wan2.1-t2v-1.3b", 0.36e-3), ("wan2.1-t2v-14b", 1.19e-3)])
+def test_features_in_8_bits_cost_passes(model: str, seconds: float) -> None:
+    """The sums of docs/gpu.md: 5 bytes per number borrowed or lent, for two neighbours, C = 8 and both branches."""
+    work = Workload(MODELS[model], VideoConfig(num_frames=1025), EngineConfig.of(features_8bit=True))
+    plain = replace(work, engine=EngineConfig())
+    own = 8 * work.tokens
+    for each, expected in ((work, seconds), (plain, 3 / 5 * seconds)):
+        busy, alone = (layer_arithmetic(each, own, 3 * own, *lent) for lent in ((2 * own, 2 * own), ()))
+        assert 2 * (busy.moved - alone.moved) / DEVICES["h200"].copy == pytest.approx(expected, rel=0.02)
+    half = replace(work, engine=EngineConfig.of(features_8bit=True, attention_8bit=EightBitPolicy("fp8", (), 25)))
+    moved = [layer_arithmetic(each, own, 3 * own, 2 * own, 2 * own).moved for each in (plain, half, work)]
+    assert moved[1] == pytest.approx((moved[0] + moved[2]) / 2)
 
 
 def test_balance() -> None:

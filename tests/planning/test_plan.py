@@ -146,6 +146,33 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does() -> None:
     assert never.value.nearest is None
 
 
+@pytest.mark.parametrize(
+    ("options", "flags", "says"),
+    [
+        ({"linear_8bit": "fp8"}, ["--linear-8bit", "fp8"], "linear_8bit='fp8'"),
+        ({"attention_8bit": "fp8"}, ["--attention-8bit", "fp8"], "attention_8bit='fp8'"),
+        ({"features_8bit": True}, ["--features-8bit"], "features_8bit=True"),
+    ],
+    ids=str,
+)
+def test_cards_without_fp8_are_refused(options: dict[str, Any], flags: list[str], says: str) -> None:
+    """As the engine refuses them; on others the flags of 8 bits reach the plan."""
+    for gpus in ("2xa100", "1xh100,1xa100-40gb"):
+        with pytest.raises(NoPlan, match=f"{says} on a100-.*: it needs fp8"):
+            plan("wan2.1-t2v-1.3b", gpus, num_frames=81, **options)
+    plain, changed = (plan("wan2.1-t2v-1.3b", "2xh200", num_frames=81, **each) for each in ({}, options))
+    assert (plain.seconds, plain.memory) != (changed.seconds, changed.memory)
+    video = ["plan", "--num-frames", "81", "--gpus"]
+    refused = CliRunner().invoke(app, [*video, "2xa100", *flags])
+    assert isinstance(refused.exception, NoPlan) and says in str(refused.exception)
+    done = CliRunner().invoke(app, [*video, "2xh200", *flags])
+    assert done.exit_code == 0 and f"{changed.seconds:.0f} s" in done.output
+
+
+def test_int8_attention_needs_no_fp8() -> None:
+    assert plan("wan2.1-t2v-1.3b", "2xa100", num_frames=81, attention_8bit="int8").seconds > 0
+
+
 def test_links() -> None:
     groups = parse_gpus("2xh100,2x24GB")
     assert [link.name for link in links(groups)] == ["nvlink4", "pcie4-host", "pcie4-host", "pcie4-host"]

@@ -25,6 +25,7 @@ from dualparal.engine.request import VideoInputs, check_request
 from dualparal.engine.setup import Setup
 from dualparal.engine.texts import Text
 from dualparal.kernels import attention_8bit as kernel
+from dualparal.kernels import linear_8bit as linears
 from dualparal.models.registry import FAMILIES
 from dualparal.sampling.sampler import Sampler
 from engine_calls import embeds
@@ -96,6 +97,23 @@ def test_8_bits(
     call = {"height": 32, "width": 32, "num_frames": 21, "num_inference_steps": 4}
     case = Case(options=options, call=call)
     assert findings(wan21, case, tmp_path, whole(wan21, case, tmp_path), orders=2) == {}
+
+
+@pytest.mark.parametrize("options", [{"stages": 2, "graphs": True}, {"context": "prior"}], ids=str)
+def test_8_bit_linears_and_features(
+    wan21: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Rows go through their definitions, products through torch's own, as on a card."""
+    for name in ("absent", "rows_absent"):
+        monkeypatch.setattr(linears, name, lambda device: "")
+    products = []
+    product = linears._product
+    monkeypatch.setattr(linears, "_product", lambda *args: products.append(args) or product(*args))
+    options = {"dtype": "bfloat16", "linear_8bit": "fp8", "features_8bit": True, **options}
+    call = {"height": 32, "width": 32, "num_frames": 21, "num_inference_steps": 3}
+    case = Case(options=options, call=call)
+    assert findings(wan21, case, tmp_path, whole(wan21, case, tmp_path), orders=2) == {}
+    assert products
 
 
 @pytest.mark.parametrize("name", ["pt", "graphs, depth 4", "resumed"])

@@ -7,6 +7,7 @@ import torch
 from dualparal.kernels import attention_8bit as eight_bit
 from dualparal.kernels.attention import attention, attention_segments
 from dualparal.kernels.combine_guidance import combine_guidance
+from dualparal.kernels.linear_8bit import quantise_rows, restore_rows
 from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
 from dualparal.kernels.residual_norm import residual_norm
 
@@ -48,4 +49,7 @@ for fp8 in (False, True) if torch.cuda.get_device_capability() >= (8, 9) else (F
         qkv, *random(2, INNER), *random(2, ROWS, HEAD_DIM // 2), means, own8, heads=HEADS, eps=1e-6, backend="triton"
     )
     eight_bit.attention_8bit(queries, arena8, [0, ROWS], heads=HEADS, backend="triton")
+    if fp8:
+        rows = quantise_rows(qkv, backend="triton")
+        restore_rows(rows, torch.empty_like(qkv), backend="triton")
 torch.cuda.synchronize()
