@@ -15,6 +15,7 @@ right in the middle by construction; its scatter is the band that ``dualparal pl
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -204,6 +205,7 @@ def _range(rows: Sequence[Timing]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     rows = read()
     print("\n\n".join([table(rows), medians(rows), bands(rows)]))
 
