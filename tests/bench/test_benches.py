@@ -165,7 +165,9 @@ def test_the_report_of_the_kernels_is_written_anew(bench: Callable[..., ModuleTy
     table = tmp_path / "kernels.md"
     table.write_text((DOCS / "kernels.md").read_text())
     no_nvcc = SimpleNamespace(which=lambda name: None)
-    bench("kernel_report", "--out", str(table), offline_cases=lambda: [(op, case._replace(archs=(90,)))], shutil=no_nvcc)
+    bench(
+        "kernel_report", "--out", str(table), offline_cases=lambda: [(op, case._replace(archs=(90,)))], shutil=no_nvcc
+    )
     (line,) = read_table(table.read_text())
     assert (line["op"], line["case"], line["sm"]) == (op, case.name, "90")
 
