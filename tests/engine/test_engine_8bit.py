@@ -254,7 +254,7 @@ def test_bad_values_are_refused_before_files_are_read(
 ) -> None:
     from dualparal.models.files import ModelFiles
 
-    monkeypatch.setattr(ModelFiles, "check_weights", lambda self: pytest.fail("weights were looked at"))
+    monkeypatch.setattr(ModelFiles, "check_weights", lambda *_, **__: pytest.fail("weights were looked at"))
     with pytest.raises(ValueError, match=words):
         build(engine, **options)
 
