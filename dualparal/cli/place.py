@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER, model_sizes
@@ -93,12 +94,8 @@ def choose_threads(asked: int, stages: int, model: str | None = None) -> int:
     if given.isdecimal() and 1 <= int(given) <= 4096:
         return int(given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        most = (
-            cores
-            if model is None
-            else model_sizes(str(BUILT_IN_FOLDER) if model == BUILT_IN else model).inner // _COLUMNS
-        )
-    except (ValueError, OSError):
-        most = cores
+    most = cores
+    if model is not None:
+        with contextlib.suppress(ValueError, OSError):
+            most = model_sizes(str(BUILT_IN_FOLDER) if model == BUILT_IN else model).inner // _COLUMNS
     return max(1, min(cores // stages, most))

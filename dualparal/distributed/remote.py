@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
@@ -64,8 +64,8 @@ class _Transfer(NamedTuple):
     works: list[Any]
 
 
-class SendEdge:
-    """The sending end. It sends when the receiver has a free buffer, which bounds the depth.
+class _End:
+    """The common part of both ends.
 
     Args:
         name: for error messages.
@@ -88,19 +88,29 @@ class SendEdge:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.name, self.waited, self.remaining = name, 0.0, messages
-        self._peer, self._groups = peer, groups
+        self.name, self.waited = name, 0.0
+        self._peer, self._groups, self._messages = peer, groups, messages
         self._elements, self._dtype, self._device = elements, dtype, device
         self._later = AfterDevice(name, device)
-        # Posted there: a transfer waits for the current stream, and the layers' has work of the next unit by then.
+        # Transfers are posted there: they wait for the current stream, and the layers' has the next unit on it.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._slots = deque(
-            _Transfer(torch.empty(FIELDS, dtype=torch.int64), torch.empty(elements, dtype=dtype, device=device), [])
-            for _ in range(depth)
-        )
+        self._buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(depth)]
+        self._credits_left = None if messages is None else max(0, messages - depth)  # still to be said; None: no end
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """The context of the stream on which transfers are posted."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+class SendEdge(_End):
+    """The sending end. It sends when the receiver has a free buffer, which bounds the depth."""
+
+    def __init__(self, *common: Any) -> None:
+        super().__init__(*common)
+        self.remaining = self._messages
+        self._slots = deque(_Transfer(torch.empty(FIELDS, dtype=torch.int64), buffer, []) for buffer in self._buffers)
         self._stopping: list[Any] = []  # header and handle of the last message
-        self._credits = depth
-        self._credits_to_come = None if messages is None else max(0, messages - depth)
+        self._credits = len(self._slots)
         self._credit = torch.zeros(1, dtype=torch.int64)
         self._asked: Any = None  # handle of the credit that comes next
         self._ask()
@@ -128,7 +138,7 @@ class SendEdge:
         if self.remaining == 0:
             return  # the other end listens no more
         header = pack_header(Header(Kind.STOP, Unit(0, 0, 0), 0), self._elements, self._dtype)
-        self._credits_to_come = None
+        self._credits_left = None
         self._ask()
         self._stopping = [header]
         self._later.call(None, partial(self._isend, header, self._groups.control, self._stopping))
@@ -146,7 +156,7 @@ class SendEdge:
         """Posts a message. The tensor first, so that it is under way when the header says so; over one group that of
         the header must be the first."""
         parts = [(slot.tensor, self._groups.data), (slot.header, self._groups.control)]
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+        with self._beside():
             for tensor, group in parts if self._groups.data is not self._groups.control else reversed(parts):
                 self._isend(tensor, group, slot.works)
 
@@ -155,15 +165,15 @@ class SendEdge:
 
     def _ask(self) -> None:
         """Posts the receive of the next credit, if there will be one."""
-        if self._asked is None and self._credits_to_come != 0:
+        if self._asked is None and self._credits_left != 0:
             self._asked = guard(self.name, dist.irecv, self._credit, self._peer, group=self._groups.control)
 
     def _take_credit(self) -> int:
         guard(self.name, self._asked.wait, _PATIENCE)
         found, self._asked = int(self._credit.item()), None
         self._credits += 1
-        if self._credits_to_come is not None:
-            self._credits_to_come -= 1
+        if self._credits_left is not None:
+            self._credits_left -= 1
         if found != _LAST_CREDIT:
             self._ask()
         return found
@@ -180,44 +190,24 @@ class _Message(NamedTuple):
     work: Any
 
 
-class ReceiveEdge:
-    """The receiving end. A thread hears the headers and posts each tensor's receive, so that it overlaps compute.
+class ReceiveEdge(_End):
+    """The receiving end. A thread hears the headers and posts each tensor's receive, so that it overlaps compute."""
 
-    Args:
-        name, peer, groups, elements, depth, messages, dtype, device: as for ``SendEdge``.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        peer: int,
-        groups: EdgeGroups,
-        elements: int,
-        depth: int,
-        messages: int | None,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.name, self.waited = name, 0.0
-        self._peer, self._groups = peer, groups
-        self._elements, self._dtype, self._device = elements, dtype, device
-        self._messages, self._taken = messages, 0
-        self._buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(depth)]
+    def __init__(self, *common: Any) -> None:
+        super().__init__(*common)
+        self._taken = 0
         # A receive waits for the last reader of its buffer alone, not for all that the layers have been given to do.
         # The first reader is whoever had this memory before.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._read = [event_on(device) for _ in range(depth)]
-        self._later = AfterDevice(f"{name}, credits", device)
+        self._read = [event_on(self._device) for _ in self._buffers]
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(depth):
+        for slot in range(len(self._buffers)):
             self._free.put(slot)
         self._arrived: queue.SimpleQueue[_Message | BaseException] = queue.SimpleQueue()
         self._reading: int | None = None
-        self._credits_to_send = None if messages is None else max(0, messages - depth)
         self._credits: deque[tuple[torch.Tensor, Any]] = deque()  # said, with their handles
         self._stopped = False
         # Nobody can wake a thread out of gloo: after an error it ends with the process.
-        self._listener = threading.Thread(target=self._listen, name=f"dualparal {name}", daemon=True)
+        self._listener = threading.Thread(target=self._listen, name=f"dualparal {self.name}", daemon=True)
         self._listener.start()
 
     def can_receive(self) -> bool:
@@ -244,10 +234,10 @@ class ReceiveEdge:
         event = self._read[self._reading] = event_on(self._device)
         self._free.put(self._reading)
         self._reading = None
-        if self._credits_to_send is not None:
-            if not self._credits_to_send:
+        if self._credits_left is not None:
+            if not self._credits_left:
                 return
-            self._credits_to_send -= 1
+            self._credits_left -= 1
         self._later.call(event, partial(self._say, _CREDIT))
 
     def stop(self) -> None:
@@ -300,7 +290,7 @@ class ReceiveEdge:
             slot = self._free.get_nowait()
         except queue.Empty:
             raise TransportError(f"{self.name}: {header} arrives where no buffer is free") from None
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+        with self._beside():
             if self._stream is not None:
                 self._stream.wait_event(self._read[slot])
             work = guard(self.name, dist.irecv, self._buffers[slot], self._peer, group=self._groups.data)

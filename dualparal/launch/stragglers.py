@@ -25,9 +25,8 @@ class SlowStages:
     """
 
     def __init__(self, num_stages: int) -> None:
-        self._totals: list[dict[int, tuple[float, float]]] = [
-            {} for _ in range(num_stages)
-        ]  # by iteration, not yet compared
+        # By iteration, not yet compared.
+        self._totals: list[dict[int, tuple[float, float]]] = [{} for _ in range(num_stages)]
         self._last = [(0.0, 0.0)] * num_stages
         self._streak = [0] * num_stages
         self.warned: int | None = None

@@ -132,7 +132,7 @@ class _ScalarsOnHost(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) == 2 and isinstance(args[1], torch.device):
             tensor, device = args
             return tensor if tensor.ndim == 0 else to_device(tensor, device)
-        if func is torch.ones and args == ((),):
+        if func is torch.ones and args == ((),):  # UniPC's `rks.append(torch.ones((), device=device))`
             kwargs = {name: value for name, value in kwargs.items() if name != "device"}
         return func(*args, **kwargs)
 
