@@ -194,9 +194,7 @@ What it says:
   has {plain_rest} and fp8 without outliers {none}. The rms of the whole, in which large channels count most, does not
   show it. Outliers among tokens cost the other tokens nothing ({by_token}): each has a scale of its own.
 - How far latents move in a video of this model, {seeds} seeds:{moved}.
-- Guidance makes these larger. At scale 5, run once with the same seeds (a draft of the bench, on commit 495d304 with
-  changes), the means were 7.7 % (4.7 to 13) in bfloat16, 33 % (16 to 46) with fp8 linears, 29 % (12 to 40) with those
-  of layers 0 and 7 in 16 bits, and 13 % (8.1 to 23) with features in 8 bits.
+- Guidance multiplies the difference of two branches, and their errors with it: with it these are larger. It is off here.
 - What is left of it elsewhere is for the model to say. This one is small, and trained for moving shapes; how far a
   Wan video moves has to be measured on Wan, with a quality gate, before anything but "off" becomes a default.
 """
