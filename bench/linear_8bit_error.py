@@ -194,7 +194,7 @@ What it says:
   has {plain_rest} and fp8 without outliers {none}. The rms of the whole, in which large channels count most, does not
   show it. Outliers among tokens cost the other tokens nothing ({by_token}): each has a scale of its own.
 - How far latents move in a video of this model, {seeds} seeds:{moved}.
-- Guidance multiplies the difference of two branches, and their errors with it: with it these are larger. It is off here.
+- Guidance multiplies the difference of two branches, and their errors with it: these would be larger. It is off here.
 - What is left of it elsewhere is for the model to say. This one is small, and trained for moving shapes; how far a
   Wan video moves has to be measured on Wan, with a quality gate, before anything but "off" becomes a default.
 """
