@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from dualparal.config.decoding import AUTO
 from dualparal.models.registry import BUILT_IN
 
 
@@ -70,6 +71,13 @@ class ModelFlags:
         str | None,
         typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on cuda, float32 on cpu."),
     ] = None
+    vae_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of what decodes: float32, bfloat16, float16, or auto: float32, and on cuda bfloat16 once its "
+            "measured error allows (docs/vae-dtype.md)."
+        ),
+    ] = AUTO
     attention_8bit: Annotated[
         str | None,
         typer.Option(help="int8 (queries and keys) or fp8 (values besides): self-attention in 8 bits. Default: off."),

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.decoding import AUTO
 from dualparal.config.eight_bit import LINEAR_OFF, OFF, EightBitPolicy, LinearPolicy
 
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # of the transformer, bytes per element
+# Of the transformer, and of the VAE: bytes per element.
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,9 @@ class EngineConfig:
         stages: number of runs of layers into which the model is cut. Default: the number of ranks.
         layers_per_stage: layers of each stage, for cards that are not alike. Default: an even split.
         device: "cuda", "cuda:1" or "cpu". Default: "cuda" where there is one, else "cpu".
-        dtype: of the transformer, a key of ``DTYPE_BYTES``. Default: "bfloat16" on CUDA, "float32" on the CPU. The
-            VAE runs in float32.
+        dtype: of the transformer, a key of ``DTYPE_BYTES``. Default: "bfloat16" on CUDA, "float32" on the CPU.
+        vae_dtype: of what decodes, a key of ``DTYPE_BYTES``, or "auto": ``config.decoding`` has its rule. Latents do
+            not depend on it.
         depth: messages that fit between two stages.
         graphs: run each stage step as a CUDA graph; the same bits, less work for the host.
         attention_8bit: self-attention in 8 bits, in all layers and steps or in some; with a dtype of 16 bits. Another
@@ -43,6 +46,7 @@ class EngineConfig:
     layers_per_stage: tuple[int, ...] | None = None
     device: str | None = None
     dtype: str | None = None
+    vae_dtype: str = AUTO
     depth: int = 2
     graphs: bool = False
     attention_8bit: EightBitPolicy = OFF
@@ -58,6 +62,10 @@ class EngineConfig:
             )
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPE_BYTES)}")
+        if self.vae_dtype not in (AUTO, *DTYPE_BYTES):
+            raise ValueError(
+                f"vae_dtype={self.vae_dtype!r} is not supported; use {AUTO} or one of {', '.join(DTYPE_BYTES)}"
+            )
         if self.attention_8bit.on and self.dtype == "float32":
             raise ValueError(
                 f"attention_8bit={self.attention_8bit.mode!r} with dtype=float32: values and weights beside 8-bit "
@@ -75,9 +83,8 @@ class EngineConfig:
 
         Args:
             options: fields of this class and of ``BlockConfig`` (frames_per_block, context_frames, context, ...).
-                ``dtype`` and ``device`` may be torch's own objects, ``attention_8bit`` and ``linear_8bit`` names of
-                modes,
-                ``layers_per_stage`` any sequence.
+                Dtypes and ``device`` may be torch's own objects, ``attention_8bit`` and ``linear_8bit`` names of
+                modes, ``layers_per_stage`` any sequence.
 
         Raises:
             ValueError: as the classes raise it; an option that neither has, with the nearest one; or ``blocks``
@@ -102,7 +109,7 @@ class EngineConfig:
         found["linear_8bit"] = mode if isinstance(mode, LinearPolicy) else LinearPolicy(mode)
         if found.get("layers_per_stage") is not None:
             found["layers_per_stage"] = tuple(found["layers_per_stage"])
-        for name in ("device", "dtype"):
+        for name in ("device", "dtype", "vae_dtype"):
             if found.get(name) is not None:
                 found[name] = str(found[name]).removeprefix("torch.")
         return cls(**found)

@@ -44,7 +44,7 @@ class Loaded(NamedTuple):
         """Counts what earlier runs have left in ``parts``, as far as this one needs it."""
         model = work.model
         slices = sum(model.experts * slice_bytes(work, split, stage) for stage in parts.slices)
-        vae = 4 * model.vae.parameters if parts.has_vae and work.decode else 0
+        vae = work.decode_itemsize * model.vae.parameters if parts.has_vae and work.decode else 0
         return cls(slices + vae, model.text_encoder * work.itemsize if parts.encoder.loaded else 0)
 
 

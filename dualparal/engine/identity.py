@@ -73,8 +73,13 @@ def snapshot_info(
         "noise": noise,
         "notes": dict(notes),
         "same": _identity(setup, scheduler),
-        "made_with": versions(setup),
+        **maker(setup),
     }
+
+
+def maker(setup: Setup) -> dict[str, Any]:
+    """The entries of a snapshot's description that follow whoever writes it: a resumed run replaces them."""
+    return {"made_with": versions(setup), "vae_dtype": setup.config.vae_dtype}
 
 
 def versions(setup: Setup) -> dict[str, str]:
@@ -122,6 +127,15 @@ def check_same_run(setup: Setup, scheduler: Any, found: Snapshot) -> None:
                 value,
                 found.run["made_with"].get(key),
             )
+    begun, now = found.run["vae_dtype"], setup.config.vae_dtype
+    if begun != now and found.run["videos"][0]["output_type"] != "latent":
+        logger.warning(
+            "resumed with vae_dtype=%s, begun with %s: latents are an unbroken run's, frames differ by some levels of "
+            "255 from here on; give vae_dtype=%r to go on as before",
+            now,
+            begun,
+            begun,
+        )
 
 
 def _identity(setup: Setup, scheduler: Any) -> dict[str, Any]:

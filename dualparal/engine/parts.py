@@ -48,7 +48,7 @@ class Parts:
     def vae(self) -> Any:
         """The VAE (diffusers), loaded at first use. Raises ModelError, OSError."""
         if self._vae is None:
-            self._vae = self._setup.source.load_vae(self._setup.mesh.device)
+            self._vae = self._setup.source.load_vae(self._setup.mesh.device, self._setup.vae_dtype)
         return self._vae
 
     def decoders(self, count: int) -> list[Decoder]:

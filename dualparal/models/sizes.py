@@ -27,11 +27,11 @@ class VaeSizes(Protocol):
         """FLOPs of decoding one latent frame: multiply-adds times two."""
         ...
 
-    def cache_bytes(self, pixels: int) -> int:
-        """Bytes held from one latent frame to the next, for one video."""
+    def cache_bytes(self, pixels: int, itemsize: int) -> int:
+        """Bytes held from one latent frame to the next, for one video, in numbers of ``itemsize`` bytes."""
         ...
 
-    def working_bytes(self, pixels: int) -> int:
+    def working_bytes(self, pixels: int, itemsize: int) -> int:
         """Bytes of the largest set of tensors that live at once while a latent frame is decoded."""
         ...
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import DTYPE_BYTES, EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.models.sizes import ModelSizes
@@ -20,7 +21,8 @@ class Workload:
     Attributes:
         model: its sizes.
         video: size, length, steps and guidance.
-        engine: its dtype decides bytes (default bfloat16); its stages and device are not asked.
+        engine: its dtypes decide bytes (default bfloat16, and for the VAE what "auto" is on a card with units for
+            that); its stages and device are not asked.
         num_videos: independent videos of this kind, made in turns.
 
     Raises:
@@ -45,6 +47,11 @@ class Workload:
     def itemsize(self) -> int:
         """Bytes of a number of the transformer's dtype."""
         return DTYPE_BYTES[self.engine.dtype or "bfloat16"]
+
+    @property
+    def decode_itemsize(self) -> int:
+        """Bytes of a number of the VAE's dtype."""
+        return DTYPE_BYTES[choose_vae_dtype(self.engine.vae_dtype, on_card=True)]
 
     @property
     def decode(self) -> bool:
