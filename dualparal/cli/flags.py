@@ -78,6 +78,12 @@ class ModelFlags:
             "measured error allows (docs/vae-dtype.md)."
         ),
     ] = AUTO
+    decoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="A light decoder (TAEHV, such as taew2_1) as .safetensors, in the VAE's place: quicker, less exact."
+        ),
+    ] = None
     attention_8bit: Annotated[
         str | None,
         typer.Option(help="int8 (queries and keys) or fp8 (values besides): self-attention in 8 bits. Default: off."),

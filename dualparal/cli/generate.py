@@ -47,7 +47,7 @@ def generate(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)  # until there is something to keep
     if output.resume is not None:
-        _run_job(resumed_job(call, output.resume, place, output), heartbeat)
+        _run_job(resumed_job(call, output.resume, model, place, output), heartbeat)
     if not prompts.prompt:
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
     job = _job(prompts, video, model, blocks, place, output)
@@ -90,6 +90,7 @@ def _job(
             device=choose_device(place.device, place.gpus),
             dtype=model.dtype,
             vae_dtype=model.vae_dtype,
+            decoder=None if model.decoder is None else str(model.decoder),
             depth=place.depth,
             graphs=place.graphs,
             attention_8bit=_eight_bit(model),

@@ -42,6 +42,9 @@ class PlanFlags:
     vae_dtype: Annotated[
         str, typer.Option(help="Of the VAE: float32, bfloat16, float16, or auto, as in 'generate'.")
     ] = AUTO
+    decoder: Annotated[
+        str | None, typer.Option(help="A light decoder (.safetensors) in the VAE's place, as in 'generate'.")
+    ] = None
     decode: Annotated[str, typer.Option(help="'stage 0' (beside its units) or 'own card' (the last one).")] = "stage 0"
     link: Annotated[
         str | None, typer.Option(help="Between cards: pcie4, nvlink4, 25gbe ... Default: the cards' own.")

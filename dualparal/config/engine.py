@@ -27,6 +27,7 @@ class EngineConfig:
         dtype: of the transformer, a key of ``DTYPE_BYTES``. Default: "bfloat16" on CUDA, "float32" on the CPU.
         vae_dtype: of what decodes, a key of ``DTYPE_BYTES``, or "auto": ``config.decoding`` has its rule. Latents do
             not depend on it.
+        decoder: a safetensors file with a light decoder, which takes the VAE's place. None: the VAE.
         depth: messages that fit between two stages.
         graphs: run each stage step as a CUDA graph; the same bits, less work for the host.
         attention_8bit: self-attention in 8 bits, in all layers and steps or in some; with a dtype of 16 bits. Another
@@ -47,6 +48,7 @@ class EngineConfig:
     device: str | None = None
     dtype: str | None = None
     vae_dtype: str = AUTO
+    decoder: str | None = None
     depth: int = 2
     graphs: bool = False
     attention_8bit: EightBitPolicy = OFF
@@ -112,6 +114,8 @@ class EngineConfig:
         for name in ("device", "dtype", "vae_dtype"):
             if found.get(name) is not None:
                 found[name] = str(found[name]).removeprefix("torch.")
+        if found.get("decoder") is not None:
+            found["decoder"] = str(found["decoder"])
         return cls(**found)
 
     @classmethod

@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
     """Bytes of the parts of the model that are in memory already, by the numbers of the cost model.
 
     Attributes:
-        weights: of layers and VAE.
+        weights: of layers and of what decodes.
         encoder: of the text encoder, which a run drops before it builds anything else.
     """
 
@@ -44,8 +44,8 @@ class Loaded(NamedTuple):
         """Counts what earlier runs have left in ``parts``, as far as this one needs it."""
         model = work.model
         slices = sum(model.experts * slice_bytes(work, split, stage) for stage in parts.slices)
-        vae = work.decode_itemsize * model.vae.parameters if parts.has_vae and work.decode else 0
-        return cls(slices + vae, model.text_encoder * work.itemsize if parts.encoder.loaded else 0)
+        decoder = work.decode_itemsize * work.decoder.parameters if parts.has_decoder and work.decode else 0
+        return cls(slices + decoder, model.text_encoder * work.itemsize if parts.encoder.loaded else 0)
 
 
 def check(

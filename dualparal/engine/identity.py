@@ -38,7 +38,7 @@ def run_info(
     import diffusers
 
     config = asdict(setup.config)
-    del config["device"]  # ranks have cards of their own
+    del config["device"], config["decoder"]  # ranks have cards and paths of their own
     return {
         "dualparal": __version__,
         "torch": torch.__version__,
@@ -53,6 +53,7 @@ def run_info(
         "seeds": [request.video.seed for request in requests],
         "layers_per_stage": [len(layers) for layers in setup.layers],
         "engine": config,
+        "decoder": setup.light and setup.light.fingerprint,
         "timeline": timeline and str(timeline),
         "snapshot": resumed and resumed.name,
     }
@@ -143,6 +144,7 @@ def _identity(setup: Setup, scheduler: Any) -> dict[str, Any]:
     sampler = scheduler.config
     return {
         "weights": setup.source.fingerprint,
+        "decoder": setup.light and setup.light.fingerprint,
         "blocks": asdict(setup.config.blocks),
         "dtype": str(setup.dtype),
         "attention_8bit": asdict(setup.config.attention_8bit),

@@ -13,6 +13,7 @@ from dualparal.config.decoding import AUTO, choose_vae_dtype
 from dualparal.config.engine import EngineConfig
 from dualparal.distributed.mesh import Mesh, in_distributed_run
 from dualparal.kernels import attention_8bit, linear_8bit
+from dualparal.models.base import LightFile
 from dualparal.models.files import ModelFiles
 from dualparal.models.loaded import LoadedPipeline
 from dualparal.models.source import ModelSource, resolve_model
@@ -62,6 +63,7 @@ class Setup:
         )
         found = cls(source, config, mesh)
         _ = found.layers  # checks the split, before weights are looked at
+        _ = found.light
         if config.attention_8bit.on:
             found.check_8bit()
         if config.linear_8bit.on:
@@ -88,6 +90,12 @@ class Setup:
         assert self.config.dtype is not None, "filled in when a setup is made"
         found: torch.dtype = getattr(torch, self.config.dtype)
         return found
+
+    @cached_property
+    def light(self) -> LightFile | None:
+        """The file of the light decoder; None: the VAE decodes. Raises ModelError."""
+        path, source = self.config.decoder, self.source
+        return None if path is None else source.family.light_file(Path(path), source.spec)
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -121,7 +129,7 @@ class Setup:
 
 def _vae_dtype(config: EngineConfig, source: ModelSource, device: torch.device) -> str:
     """The dtype of what decodes on ``device``; "auto" leaves a loaded pipeline's VAE as it is."""
-    if config.vae_dtype == AUTO and isinstance(source, LoadedPipeline):
+    if config.vae_dtype == AUTO and config.decoder is None and isinstance(source, LoadedPipeline):
         return str(source.pipeline.vae.dtype).removeprefix("torch.")
     on_card = device.type == "cuda"
     has_bfloat16 = on_card and torch.cuda.get_device_capability(device) >= (8, 0)  # below, it is emulated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 
@@ -111,6 +112,10 @@ class ModelSizes(Protocol):
     @property
     def vae(self) -> VaeSizes:
         """Sizes of the VAE."""
+        ...
+
+    def light(self, path: Path) -> VaeSizes:
+        """Sizes of the light decoder in a file, by its header. Raises ModelError."""
         ...
 
     @property

@@ -151,7 +151,7 @@ class Costing:
         """Seconds of decoding a block."""
         device = self.decode_on or self.devices[0]
         rate = device.conv if self.work.decode_itemsize == 4 else device.conv_16bit
-        return self.work.layout.kept_frames(block) * self.work.model.vae.flops(self.work.pixels) / rate
+        return self.work.layout.kept_frames(block) * self.work.decoder.flops(self.work.pixels) / rate
 
 
 def balance(costs: Sequence[float], extra: Sequence[float], most: Sequence[int], num_layers: int) -> list[int] | None:

@@ -191,7 +191,7 @@ def decode_bytes(work: Workload) -> int:
     Counted: the VAE, its history of each video, its working set, and frames of the blocks in its hands, which are
     float32 on their way out.
     """
-    vae, pixels, size = work.model.vae, work.pixels, work.decode_itemsize
+    vae, pixels, size = work.decoder, work.pixels, work.decode_itemsize
     frames = work.layout.first_frames * vae.temporal_factor
     picture = 3 * 4 * frames * pixels * vae.spatial_factor**2
     history = work.num_videos * vae.cache_bytes(pixels, size)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import DTYPE_BYTES, EngineConfig
 from dualparal.config.video import VideoConfig
-from dualparal.models.sizes import ModelSizes
+from dualparal.models.sizes import ModelSizes, VaeSizes
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.schedule import Schedule
 
@@ -52,6 +53,12 @@ class Workload:
     def decode_itemsize(self) -> int:
         """Bytes of a number of the VAE's dtype."""
         return DTYPE_BYTES[choose_vae_dtype(self.engine.vae_dtype, on_card=True)]
+
+    @cached_property
+    def decoder(self) -> VaeSizes:
+        """Sizes of what decodes: the VAE, or the light decoder in its place."""
+        path = self.engine.decoder
+        return self.model.vae if path is None else self.model.light(Path(path))
 
     @property
     def decode(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from dualparal.models.json_files import ModelError, read_config
 from dualparal.models.sizes import LinearSizes
+from dualparal.models.wan.light_sizes import LightSizes, read_light_sizes
 
 
 class Conv(NamedTuple):
@@ -142,6 +143,10 @@ class WanSizes:
     vae: WanVaeSizes = WanVaeSizes()
     text_encoder: int = 5_680_910_336  # UMT5-XXL
     trained_latents: int | None = 21
+
+    def light(self, path: Path) -> LightSizes:
+        """Sizes of the light decoder in a file, by its header. Raises ModelError."""
+        return read_light_sizes(path, self.vae.z_dim, self.vae.spatial_factor)
 
     @property
     def inner(self) -> int:
