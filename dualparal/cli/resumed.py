@@ -12,10 +12,10 @@ from dualparal.cli.flags import ModelFlags, OutputFlags, PlaceFlags
 from dualparal.cli.job import Job
 from dualparal.cli.place import choose_device, choose_threads, count_stages, parse_layers
 
-# All other flags decide frames, or where they go: the snapshot has them, and a decoder's fingerprint.
+# All other flags decide latents, or where frames go: the snapshot has them, and a decoder's fingerprint.
 _MAY_CHANGE = {
     "resume", "timeline", "overwrite", "gpus", "stages", "layers_per_stage", "device", "threads", "depth", "graphs",
-    "checkpoint_every", "decoder",
+    "checkpoint_every", "decoder", "vae_dtype",
 }  # fmt: skip
 
 
@@ -71,6 +71,7 @@ def _elsewhere(
         layers_per_stage=job.engine.layers_per_stage if split is None and same else split,
         device=choose_device(place.device or job.device, place.gpus),
         decoder=job.engine.decoder if model.decoder is None else str(model.decoder),
+        vae_dtype=model.vae_dtype if "vae_dtype" in asked else job.engine.vae_dtype,
         **{name: getattr(place, name) for name in asked & {"depth", "graphs"}},
     )
     return replace(

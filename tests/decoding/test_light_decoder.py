@@ -260,12 +260,15 @@ def test_the_planner_counts_it(tmp_path: Path) -> None:
     assert seconds[0] < seconds[1] / 20
 
 
-def test_the_command_may_say_where_it_lies_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_command_may_say_where_it_lies_now_and_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resumed, "replace", lambda job, **changes: SimpleNamespace(**{**vars(job), **changes}))
-    engine = SimpleNamespace(decoder="old.safetensors", layers_per_stage=None)
+    engine = SimpleNamespace(decoder="old.safetensors", layers_per_stage=None, vae_dtype="float16")
     job = SimpleNamespace(engine=engine, stages=1, device="cpu", threads=1, checkpoint_every=None)
     for said, wanted in ((None, "old.safetensors"), (Path("new.safetensors"), "new.safetensors")):
         flags = ModelFlags(decoder=said), PlaceFlags(), OutputFlags()
         found = resumed._elsewhere(job, set(), Path("kept"), *flags)  # type: ignore[arg-type]
-        assert found.engine.decoder == wanted
-    assert "decoder" in resumed._MAY_CHANGE
+        assert found.engine.decoder == wanted and found.engine.vae_dtype == "float16"
+    flags = ModelFlags(vae_dtype="float32"), PlaceFlags(), OutputFlags()
+    found = resumed._elsewhere(job, {"vae_dtype"}, Path("kept"), *flags)  # type: ignore[arg-type]
+    assert found.engine.vae_dtype == "float32"
+    assert {"decoder", "vae_dtype"} <= resumed._MAY_CHANGE
