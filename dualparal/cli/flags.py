@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from dualparal.config.decoding import AUTO
 from dualparal.config.eight_bit import EightBitPolicy, LinearPolicy
 from dualparal.models.registry import BUILT_IN
 
@@ -70,6 +71,19 @@ class ModelFlags:
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on cuda, float32 on cpu."),
+    ] = None
+    vae_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of what decodes: float32, bfloat16, float16, or auto: float32, and on cuda bfloat16 once its "
+            "measured error allows (docs/vae-dtype.md)."
+        ),
+    ] = AUTO
+    decoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="A light decoder (TAEHV, such as taew2_1) as .safetensors, in the VAE's place: quicker, less exact."
+        ),
     ] = None
     allow_nonfinite: Annotated[
         bool, typer.Option(help="Go on when a block holds NaN or infinity, instead of stopping before it.")

@@ -21,6 +21,7 @@ from dualparal.cli.place import choose_device, choose_threads, count_stages, lea
 from dualparal.cli.rank import work
 from dualparal.cli.resumed import resumed_job
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.launch.heartbeat import Heartbeat
@@ -46,7 +47,7 @@ def generate(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)  # until there is something to keep
     if output.resume is not None:
-        _run_job(resumed_job(call, output.resume, place, output), heartbeat)
+        _run_job(resumed_job(call, output.resume, model, place, output), heartbeat)
     if not prompts.prompt:
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
     job = _job(prompts, video, model, eight_bit, blocks, place, output)
@@ -90,6 +91,8 @@ def _job(
             device=choose_device(place.device, place.gpus),
             dtype=model.dtype,
             text_encoder_device=place.text_encoder_device,
+            vae_dtype=model.vae_dtype,
+            decoder=None if model.decoder is None else str(model.decoder),
             depth=place.depth,
             graphs=place.graphs,
             allow_nonfinite=model.allow_nonfinite,
@@ -196,8 +199,9 @@ def _planned(job: Job, mode: str) -> Job:
     if engine.layers_per_stage is not None or engine.blocks.max_blocks_in_flight is not None:
         raise ValueError("--plan auto with --layers-per-stage or --max-blocks-in-flight: that is what it chooses")
     dtype = engine.dtype or ("float32" if engine.device == "cpu" else "bfloat16")
+    vae_dtype = choose_vae_dtype(engine.vae_dtype, on_card=engine.device != "cpu")
     sizes = resolve_model(job.model).sizes
-    work = Workload(sizes, job.video, replace(engine, dtype=dtype), len(job.prompts))
+    work = Workload(sizes, job.video, replace(engine, dtype=dtype, vae_dtype=vae_dtype), len(job.prompts))
     found = plan_for(work, [cards(job.device, job.stages)])
     typer.echo(f"plan: {found.describe()}", err=True)
     return replace(job, engine=replace(engine, blocks=found.work.blocks, layers_per_stage=tuple(found.split)))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dualparal.cli.flags import BlockFlags, EightBitFlags
+from dualparal.config.decoding import AUTO
 from dualparal.config.units import GIB
 from dualparal.planning import planner
 from dualparal.planning.devices import BY_MEMORY, Device
@@ -40,6 +41,12 @@ class PlanFlags:
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "832x480"
     num_inference_steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")] = 50
     guidance_scale: Annotated[float, typer.Option(help="1: no guidance, half the work.")] = 5.0
+    vae_dtype: Annotated[
+        str, typer.Option(help="Of the VAE: float32, bfloat16, float16, or auto, as in 'generate'.")
+    ] = AUTO
+    decoder: Annotated[
+        str | None, typer.Option(help="A light decoder (.safetensors) in the VAE's place, as in 'generate'.")
+    ] = None
     decode: Annotated[str, typer.Option(help="'stage 0' (beside its units) or 'own card' (the last one).")] = "stage 0"
     link: Annotated[
         str | None, typer.Option(help="Between cards: pcie4, nvlink4, 25gbe ... Default: the cards' own.")

@@ -8,24 +8,24 @@ from pathlib import Path
 
 import typer
 
-from dualparal.cli.flags import OutputFlags, PlaceFlags
+from dualparal.cli.flags import ModelFlags, OutputFlags, PlaceFlags
 from dualparal.cli.job import Job
 from dualparal.cli.place import choose_device, choose_threads, count_stages, parse_layers
 
-# All other flags decide frames, or where they go: the snapshot has them.
+# All other flags decide latents, or where frames go: the snapshot has them, and a decoder's fingerprint.
 _MAY_CHANGE = {
     "resume", "timeline", "overwrite", "gpus", "stages", "layers_per_stage", "device", "threads", "depth", "graphs",
-    "checkpoint_every",
+    "checkpoint_every", "decoder", "vae_dtype",
 }  # fmt: skip
 
 
-def resumed_job(call: typer.Context, folder: Path, place: PlaceFlags, output: OutputFlags) -> Job:
+def resumed_job(call: typer.Context, folder: Path, model: ModelFlags, place: PlaceFlags, output: OutputFlags) -> Job:
     """The job of a folder's last snapshot.
 
     Args:
         call: typer's context, which knows the flags that were typed.
         folder: the snapshots' folder.
-        place, output: of these flags, those in ``_MAY_CHANGE`` are heeded.
+        model, place, output: of these flags, those in ``_MAY_CHANGE`` are heeded.
 
     Raises:
         ValueError: flags that cannot be changed.
@@ -46,12 +46,14 @@ def resumed_job(call: typer.Context, folder: Path, place: PlaceFlags, output: Ou
     if not isinstance(notes, dict) or not notes:
         raise SnapshotError(f"--resume {folder}: the run was not one of 'dualparal generate'; use Engine.resume")
     try:
-        return _elsewhere(Job.of_notes(notes), asked, folder, place, output)
+        return _elsewhere(Job.of_notes(notes), asked, folder, model, place, output)
     except (KeyError, TypeError, AttributeError) as error:
         raise SnapshotError(f"--resume {folder}: the snapshot does not describe a run ({error!r})") from None
 
 
-def _elsewhere(job: Job, asked: set[str], folder: Path, place: PlaceFlags, output: OutputFlags) -> Job:
+def _elsewhere(
+    job: Job, asked: set[str], folder: Path, model: ModelFlags, place: PlaceFlags, output: OutputFlags
+) -> Job:
     """The job of a snapshot, with what the flags say of the machine. Raises ValueError.
 
     Args:
@@ -68,6 +70,8 @@ def _elsewhere(job: Job, asked: set[str], folder: Path, place: PlaceFlags, outpu
         stages=stages,
         layers_per_stage=job.engine.layers_per_stage if split is None and same else split,
         device=choose_device(place.device or job.device, place.gpus),
+        decoder=job.engine.decoder if model.decoder is None else str(model.decoder),
+        vae_dtype=model.vae_dtype if "vae_dtype" in asked else job.engine.vae_dtype,
         **{name: getattr(place, name) for name in asked & {"depth", "graphs"}},
     )
     return replace(

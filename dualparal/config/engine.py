@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.decoding import AUTO
 from dualparal.config.eight_bit import LINEAR_OFF, OFF, EightBitPolicy, LinearPolicy
 
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # of the transformer, bytes per element
+# Of the transformer, and of the VAE: bytes per element.
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,10 @@ class EngineConfig:
         stages: number of runs of layers into which the model is cut. Default: the number of ranks.
         layers_per_stage: layers of each stage, for cards that are not alike. Default: an even split.
         device: "cuda", "cuda:1" or "cpu". Default: "cuda" where there is one, else "cpu".
-        dtype: of the transformer, a key of ``DTYPE_BYTES``. Default: "bfloat16" on CUDA, "float32" on the CPU. The
-            VAE runs in float32.
+        dtype: of the transformer, a key of ``DTYPE_BYTES``. Default: "bfloat16" on CUDA, "float32" on the CPU.
+        vae_dtype: of what decodes, a key of ``DTYPE_BYTES``, or "auto": ``config.decoding`` has its rule. Latents do
+            not depend on it.
+        decoder: a safetensors file with a light decoder, which takes the VAE's place. None: the VAE.
         text_encoder_device: "cpu": prompts are encoded on the CPU, where the card has no room for the text encoder.
             Default: on ``device`` before a run, and on the CPU while one goes on.
         depth: messages that fit between two stages.
@@ -46,6 +50,8 @@ class EngineConfig:
     device: str | None = None
     dtype: str | None = None
     text_encoder_device: str | None = None
+    vae_dtype: str = AUTO
+    decoder: str | None = None
     depth: int = 2
     graphs: bool = False
     attention_8bit: EightBitPolicy = OFF
@@ -64,6 +70,10 @@ class EngineConfig:
         if self.text_encoder_device not in (None, "cpu"):
             raise ValueError(
                 f"text_encoder_device={self.text_encoder_device!r}: use 'cpu', or leave it out for the engine's device"
+            )
+        if self.vae_dtype not in (AUTO, *DTYPE_BYTES):
+            raise ValueError(
+                f"vae_dtype={self.vae_dtype!r} is not supported; use {AUTO} or one of {', '.join(DTYPE_BYTES)}"
             )
         if self.attention_8bit.on and self.dtype == "float32":
             raise ValueError(
@@ -102,7 +112,7 @@ class EngineConfig:
 
         Args:
             options: fields of this class and of ``BlockConfig`` (frames_per_block, context_frames, context, ...).
-                ``dtype`` and ``device`` may be torch's own objects, ``attention_8bit`` and ``linear_8bit`` names of
+                Dtypes and ``device`` may be torch's own objects, ``attention_8bit`` and ``linear_8bit`` names of
                 modes, ``layers_per_stage`` any sequence.
 
         Raises:
@@ -128,9 +138,11 @@ class EngineConfig:
         found["linear_8bit"] = mode if isinstance(mode, LinearPolicy) else LinearPolicy(mode)
         if found.get("layers_per_stage") is not None:
             found["layers_per_stage"] = tuple(found["layers_per_stage"])
-        for name in ("device", "dtype"):
+        for name in ("device", "dtype", "vae_dtype"):
             if found.get(name) is not None:
                 found[name] = str(found[name]).removeprefix("torch.")
+        if found.get("decoder") is not None:
+            found["decoder"] = str(found["decoder"])
         return cls(**found)
 
     @classmethod

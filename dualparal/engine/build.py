@@ -16,7 +16,7 @@ from dualparal.decoding.local import LocalDecoder
 from dualparal.distributed.edges import Inbound, LocalEdge, Outbound
 from dualparal.distributed.prompts import PromptChannel
 from dualparal.distributed.remote import ReceiveEdge, SendEdge
-from dualparal.engine.identity import snapshot_info, versions
+from dualparal.engine.identity import maker, snapshot_info
 from dualparal.engine.parts import Parts
 from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
@@ -95,7 +95,7 @@ class Builder:
         if checkpoint is None:
             return None
         if spec.resumed is not None:
-            run = {**spec.resumed.snapshot.run, "made_with": versions(setup)}
+            run = {**spec.resumed.snapshot.run, **maker(setup)}
         else:
             given = [request.latents for request in spec.requests if request.latents is not None]
             noise = snapshot.write_noise(checkpoint.folder, torch.cat(given)) if given else None

@@ -37,7 +37,8 @@ def loaded_bytes(work: Workload, split: Sequence[int], parts: Parts) -> int:
     """
     model = work.model
     slices = sum(model.experts * slice_bytes(work, split, stage) for stage in parts.slices)
-    return slices + (4 * model.vae.parameters if parts.has_vae and work.decode else 0)
+    decoder = work.decode_itemsize * work.decoder.parameters if parts.has_decoder and work.decode else 0
+    return slices + decoder
 
 
 def check(

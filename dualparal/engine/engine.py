@@ -217,9 +217,9 @@ class Engine:
         """Goes on with a run from its last snapshot, on any number of stages, and keeps on writing snapshots there.
 
         The request is the snapshot's, prompts included; the text encoder is not loaded. The engine must have the
-        model, blocks, dtype, 8-bit attention and sampler of that run. Chunks come from the first block that the
-        snapshot does not count as finished, with the bits of an unbroken run on cards of the same type with the same
-        torch; a block that had been given out already comes again.
+        model, blocks, dtype, 8-bit attention and sampler of that run; with another ``vae_dtype`` it goes on, and warns.
+        Chunks come from the first block that the snapshot does not count as finished, with the bits of an unbroken run
+        on cards of the same type with the same torch; a block that had been given out already comes again.
 
         Args:
             checkpoint: the folder with snapshots. Of a ``Checkpoint``, ``notes`` are replaced by the snapshot's.

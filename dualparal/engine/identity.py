@@ -38,7 +38,7 @@ def run_info(
     import diffusers
 
     config = asdict(setup.config)
-    del config["device"]  # ranks have cards of their own
+    del config["device"], config["decoder"]  # ranks have cards and paths of their own
     return {
         "dualparal": __version__,
         "torch": torch.__version__,
@@ -53,6 +53,7 @@ def run_info(
         "seeds": [request.video.seed for request in requests],
         "layers_per_stage": [len(layers) for layers in setup.layers],
         "engine": config,
+        "decoder": setup.light and setup.light.fingerprint,
         "timeline": timeline and str(timeline),
         "snapshot": resumed and resumed.name,
     }
@@ -73,8 +74,13 @@ def snapshot_info(
         "noise": noise,
         "notes": dict(notes),
         "same": _identity(setup, scheduler),
-        "made_with": versions(setup),
+        **maker(setup),
     }
+
+
+def maker(setup: Setup) -> dict[str, Any]:
+    """The entries of a snapshot's description that follow whoever writes it: a resumed run replaces them."""
+    return {"made_with": versions(setup), "vae_dtype": setup.config.vae_dtype}
 
 
 def versions(setup: Setup) -> dict[str, str]:
@@ -122,6 +128,15 @@ def check_same_run(setup: Setup, scheduler: Any, found: Snapshot) -> None:
                 value,
                 found.run["made_with"].get(key),
             )
+    begun, now = found.run["vae_dtype"], setup.config.vae_dtype
+    if begun != now and found.run["videos"][0]["output_type"] != "latent":
+        logger.warning(
+            "resumed with vae_dtype=%s, begun with %s: latents are an unbroken run's, frames differ by some levels of "
+            "255 from here on; give vae_dtype=%r to go on as before",
+            now,
+            begun,
+            begun,
+        )
 
 
 def _identity(setup: Setup, scheduler: Any) -> dict[str, Any]:
@@ -129,6 +144,7 @@ def _identity(setup: Setup, scheduler: Any) -> dict[str, Any]:
     sampler = scheduler.config
     return {
         "weights": setup.source.fingerprint,
+        "decoder": setup.light and setup.light.fingerprint,
         "blocks": asdict(setup.config.blocks),
         "dtype": str(setup.dtype),
         "attention_8bit": asdict(setup.config.attention_8bit),

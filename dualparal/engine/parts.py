@@ -29,6 +29,7 @@ class Parts:
         self.slices: dict[int, list[Slice]] = {}  # by stage: one per expert
         self.warmed: set[Hashable] = set()
         self._vae: Any = None
+        self._light: Any = None  # what light decoders share
         self._groups: list[EdgeGroups] | None = None
 
     def load(self) -> None:
@@ -40,20 +41,25 @@ class Parts:
                 self.slices[stage] = setup.source.load_slices(layers, setup.dtype, setup.mesh.device, policy)
 
     @property
-    def has_vae(self) -> bool:
-        """True once the VAE is in memory."""
-        return self._vae is not None
+    def has_decoder(self) -> bool:
+        """True once what decodes is in memory."""
+        return (self._vae if self._setup.light is None else self._light) is not None
 
     @property
     def vae(self) -> Any:
         """The VAE (diffusers), loaded at first use. Raises ModelError, OSError."""
         if self._vae is None:
-            self._vae = self._setup.source.load_vae(self._setup.mesh.device)
+            self._vae = self._setup.source.load_vae(self._setup.mesh.device, self._setup.vae_dtype)
         return self._vae
 
     def decoders(self, count: int) -> list[Decoder]:
-        """The decoders of ``count`` videos, one for each; they share the VAE."""
-        return [self._setup.source.family.decoder(self.vae) for _ in range(count)]
+        """The decoders of ``count`` videos, one for each; they share the VAE, or the tensors of a light decoder."""
+        setup, light = self._setup, self._setup.light
+        if light is None:
+            return [setup.source.family.decoder(self.vae) for _ in range(count)]
+        if self._light is None:
+            self._light = light.load(setup.mesh.device, setup.vae_dtype)
+        return [light.decoder(self._light) for _ in range(count)]
 
     def encode(self, requests: Sequence[Request]) -> list[Prompts]:
         """The prompts of each video, encoded. The text encoder is loaded if it is needed, and dropped."""

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from dualparal.config.decoding import AUTO, choose_vae_dtype
 from dualparal.config.engine import EngineConfig
 from dualparal.distributed.mesh import Mesh, in_distributed_run
 from dualparal.kernels import attention_8bit, linear_8bit
+from dualparal.models.base import LightFile
 from dualparal.models.files import ModelFiles
 from dualparal.models.loaded import LoadedPipeline
 from dualparal.models.source import ModelSource, resolve_model
@@ -24,7 +26,7 @@ class Setup:
 
     Attributes:
         source: the model.
-        config: the options; device, dtype and number of stages are filled in.
+        config: the options; device, dtypes and number of stages are filled in.
         mesh: this process among those of the run.
     """
 
@@ -57,9 +59,11 @@ class Setup:
             stages=mesh.num_stages,
             device=str(mesh.device),
             dtype=config.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+            vae_dtype=_vae_dtype(config, source, mesh.device),
         )
         found = cls(source, config, mesh)
         _ = found.layers  # checks the split, before weights are looked at
+        _ = found.light
         if config.attention_8bit.on:
             found.check_8bit()
         if config.linear_8bit.on:
@@ -87,6 +91,18 @@ class Setup:
         found: torch.dtype = getattr(torch, self.config.dtype)
         return found
 
+    @cached_property
+    def light(self) -> LightFile | None:
+        """The file of the light decoder; None: the VAE decodes. Raises ModelError."""
+        path, source = self.config.decoder, self.source
+        return None if path is None else source.family.light_file(Path(path), source.spec)
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The dtype of what decodes."""
+        found: torch.dtype = getattr(torch, self.config.vae_dtype)
+        return found
+
     def check_8bit(self) -> None:
         """Checks that the model and the device have 8-bit attention like this. Raises ValueError when not."""
         eight_bit, spec, device = self.config.attention_8bit, self.source.spec, self.mesh.device
@@ -109,6 +125,15 @@ class Setup:
                 reason = f"{name} is {list(shape)}, and both sides must divide by {divisor}"
         if reason:
             raise ValueError(f"linear_8bit={policy.mode!r} cannot run: {reason}; leave it out")
+
+
+def _vae_dtype(config: EngineConfig, source: ModelSource, device: torch.device) -> str:
+    """The dtype of what decodes on ``device``; "auto" leaves a loaded pipeline's VAE as it is."""
+    if config.vae_dtype == AUTO and config.decoder is None and isinstance(source, LoadedPipeline):
+        return str(source.pipeline.vae.dtype).removeprefix("torch.")
+    on_card = device.type == "cuda"
+    has_bfloat16 = on_card and torch.cuda.get_device_capability(device) >= (8, 0)  # below, it is emulated
+    return choose_vae_dtype(config.vae_dtype, on_card, has_bfloat16)
 
 
 def _mesh(config: EngineConfig, device: torch.device) -> Mesh:

@@ -280,6 +280,25 @@ class Decoder(Protocol):
         ...
 
 
+class LightFile(Protocol):
+    """A file with a light decoder, checked by its header.
+
+    Attributes:
+        fingerprint: of its bytes, for ranks and snapshots to compare.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """Reads what decoders share."""
+        ...
+
+    def decoder(self, shared: Any) -> Decoder:
+        """Makes the decoder of one video."""
+        ...
+
+
 class PromptEncoder(Protocol):
     """Prompts to embeddings. The encoder behind it is loaded at the first prompt."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -73,9 +74,10 @@ class LoadedPipeline:
         """The pipeline's own scheduler."""
         return self.pipeline.scheduler
 
-    def load_vae(self, device: torch.device) -> Any:
-        """The pipeline's own VAE, moved to ``device``."""
-        return self.pipeline.vae.to(device)
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """The pipeline's own VAE, moved to ``device``; where it has another dtype, a copy in ``dtype``."""
+        vae = self.pipeline.vae
+        return vae.to(device) if vae.dtype == dtype else copy.deepcopy(vae).to(device, dtype)
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
         """Returns the pipeline's own (tokenizer, text encoder), the latter moved to ``device``; it keeps its dtype."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dualparal.models.json_files import ModelError, read_json
 
 if TYPE_CHECKING:
-    from dualparal.models.base import Decoder, ModelSpec, PromptEncoder
+    from dualparal.models.base import Decoder, LightFile, ModelSpec, PromptEncoder
     from dualparal.models.sizes import ModelSizes
 
 BUILT_IN = "moving-shapes"  # the trained model that ships with the package
@@ -58,6 +58,7 @@ class Family:
         spec_class, decoder_class, prompt_encoder_class: they implement the protocols of ``models.base``.
         known_sizes: a mapping from lower-case names to ``models.sizes.ModelSizes``.
         read_sizes: (directory) -> ``ModelSizes``, from config files alone. Neither of the two imports torch.
+        light_file_class: implements ``models.base.LightFile``; empty: the family has no light decoder.
         hub_owner: lower-case; hub ids "OWNER/NAME-Diffusers" mean ``known_sizes``, too.
     """
 
@@ -70,6 +71,7 @@ class Family:
     known_sizes: str
     read_sizes: str
     hub_owner: str
+    light_file_class: str = ""
 
     def spec(
         self, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
@@ -81,6 +83,13 @@ class Family:
     def decoder(self, vae: Any) -> Decoder:
         """Makes the decoder of one video; several may share a VAE."""
         found: Decoder = resolve(self.decoder_class)(vae)
+        return found
+
+    def light_file(self, path: Path, spec: ModelSpec) -> LightFile:
+        """Checks a file with a light decoder for the model of ``spec``. Raises ModelError, OSError."""
+        if not self.light_file_class:
+            raise ModelError(f"decoder {path}: {self.name} models have no light decoder; leave it out")
+        found: LightFile = resolve(self.light_file_class)(path, spec.in_channels, spec.spatial_factor)
         return found
 
     def prompt_encoder(self, load: Callable[[], tuple[Any, Any]], device: Any) -> PromptEncoder:
@@ -137,6 +146,7 @@ FAMILIES: dict[str, Family] = {
         known_sizes="dualparal.models.wan.sizes:MODELS",
         read_sizes="dualparal.models.wan.sizes:read_sizes",
         hub_owner="wan-ai",
+        light_file_class="dualparal.models.wan.light_decoder:LightFile",
     ),
 }
 

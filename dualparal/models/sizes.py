@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 
@@ -27,11 +28,11 @@ class VaeSizes(Protocol):
         """FLOPs of decoding one latent frame: multiply-adds times two."""
         ...
 
-    def cache_bytes(self, pixels: int) -> int:
-        """Bytes held from one latent frame to the next, for one video."""
+    def cache_bytes(self, pixels: int, itemsize: int) -> int:
+        """Bytes held from one latent frame to the next, for one video, in numbers of ``itemsize`` bytes."""
         ...
 
-    def working_bytes(self, pixels: int) -> int:
+    def working_bytes(self, pixels: int, itemsize: int) -> int:
         """Bytes of the largest set of tensors that live at once while a latent frame is decoded."""
         ...
 
@@ -111,6 +112,10 @@ class ModelSizes(Protocol):
     @property
     def vae(self) -> VaeSizes:
         """Sizes of the VAE."""
+        ...
+
+    def light(self, path: Path) -> VaeSizes:
+        """Sizes of the light decoder in a file, by its header. Raises ModelError."""
         ...
 
     @property

@@ -47,8 +47,8 @@ class ModelSource(Protocol):
         """The pipeline's diffusers scheduler."""
         ...
 
-    def load_vae(self, device: torch.device) -> Any:
-        """The pipeline's VAE on ``device``."""
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """The pipeline's VAE on ``device`` in ``dtype``."""
         ...
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:

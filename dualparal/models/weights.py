@@ -85,6 +85,15 @@ def _open(path: Path) -> Any:
         raise ModelError(f"{path} is not a whole safetensors file ({error}); download it again") from None
 
 
+def channels_last(module: torch.nn.Module) -> torch.nn.Module:
+    """Lays the weights of a module's convolutions out channels last, in place; what they make lies so, too."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.dim() in layouts:
+            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
+    return module
+
+
 def check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], unused: Callable[[str], bool]) -> None:
     """Checks the files that a slice is built from, by header.
 

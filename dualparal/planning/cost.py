@@ -170,7 +170,8 @@ class Costing:
     def decode(self, block: int) -> float:
         """Seconds of decoding a block."""
         device = self.decode_on or self.devices[0]
-        return self.work.layout.kept_frames(block) * self.work.model.vae.flops(self.work.pixels) / device.conv
+        rate = device.conv if self.work.decode_itemsize == 4 else device.conv_16bit
+        return self.work.layout.kept_frames(block) * self.work.decoder.flops(self.work.pixels) / rate
 
 
 def balance(costs: Sequence[float], extra: Sequence[float], most: Sequence[int], num_layers: int) -> list[int] | None:

@@ -22,6 +22,9 @@ USABLE = 0.95
 # Matrix products in fp8 with scales by row against those in 16 bits: the tensor rate is twice as high, and a smaller
 # share of it is reached. 690 becomes 1,100 TFLOP/s on an H200: docs/gpu.md. Assumption.
 FP8_GAIN = 1.6
+# Convolutions in 16 bits against those in TF32: the tensor rate of every card here is twice as high, and the same share
+# of it is supposed to be reached. Assumption.
+CONV_GAIN = 2.0
 
 
 # Convolutions of the VAE in TF32, as a share of that rate. diffusers' decoder takes 6.57 s in eager bfloat16 for 81
@@ -223,6 +226,11 @@ class Device:
     def conv(self) -> float:
         """FLOP/s that convolutions in TF32 reach."""
         return self.tf32 * self.efficiency.conv
+
+    @property
+    def conv_16bit(self) -> float:
+        """FLOP/s that convolutions in 16 bits reach."""
+        return CONV_GAIN * self.conv
 
     @property
     def copy(self) -> float:

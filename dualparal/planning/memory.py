@@ -188,13 +188,14 @@ def _aligned(size: int) -> int:
 def decode_bytes(work: Workload) -> int:
     """Bytes of decoding.
 
-    Counted: the VAE in float32, its history of each video, its working set, and frames of the blocks in its hands.
+    Counted: the VAE, its history of each video, its working set, and frames of the blocks in its hands, which are
+    float32 on their way out.
     """
-    vae, pixels = work.model.vae, work.pixels
+    vae, pixels, size = work.decoder, work.pixels, work.decode_itemsize
     frames = work.layout.first_frames * vae.temporal_factor
     picture = 3 * 4 * frames * pixels * vae.spatial_factor**2
-    history = work.num_videos * vae.cache_bytes(pixels)
-    return 4 * vae.parameters + history + vae.working_bytes(pixels) + DECODE_BOUND * picture
+    history = work.num_videos * vae.cache_bytes(pixels, size)
+    return size * vae.parameters + history + vae.working_bytes(pixels, size) + DECODE_BOUND * picture
 
 
 def sizes(work: Workload, split: Sequence[int], stage: int, memory: Memory) -> Sizes:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import DTYPE_BYTES, EngineConfig
 from dualparal.config.video import VideoConfig
-from dualparal.models.sizes import ModelSizes
+from dualparal.models.sizes import ModelSizes, VaeSizes
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.schedule import Schedule
 
@@ -20,7 +22,8 @@ class Workload:
     Attributes:
         model: its sizes.
         video: size, length, steps and guidance.
-        engine: its dtype decides bytes (default bfloat16); its stages and device are not asked.
+        engine: its dtypes decide bytes (default bfloat16, and for the VAE what "auto" is on a card with units for
+            that); its stages and device are not asked.
         num_videos: independent videos of this kind, made in turns.
 
     Raises:
@@ -45,6 +48,17 @@ class Workload:
     def itemsize(self) -> int:
         """Bytes of a number of the transformer's dtype."""
         return DTYPE_BYTES[self.engine.dtype or "bfloat16"]
+
+    @property
+    def decode_itemsize(self) -> int:
+        """Bytes of a number of the VAE's dtype."""
+        return DTYPE_BYTES[choose_vae_dtype(self.engine.vae_dtype, on_card=True)]
+
+    @cached_property
+    def decoder(self) -> VaeSizes:
+        """Sizes of what decodes: the VAE, or the light decoder in its place."""
+        path = self.engine.decoder
+        return self.model.vae if path is None else self.model.light(Path(path))
 
     @property
     def decode(self) -> bool:

@@ -82,7 +82,7 @@ def test_weights_of_an_earlier_run_do_not_count_twice(card: Card) -> None:
     """A second run where the first one had just enough: weights are out of the free memory, and part of the need."""
     work = workload()
     memory = stage_memory(work, work.schedule(2), SPLIT, 0)
-    weights = memory.weights + 4 * work.model.vae.parameters
+    weights = memory.weights + work.decode_itemsize * work.model.vae.parameters
     held = weights / GIB
     card(total=24, free=need(work) - held + 0.1, reserved=held, allocated=held)
     check(work, loaded=weights)

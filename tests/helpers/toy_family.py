@@ -217,11 +217,11 @@ class ToyVaeSizes:
     def flops(self, pixels: int) -> int:
         return 2 * self.parameters * pixels
 
-    def cache_bytes(self, pixels: int) -> int:
-        return 4 * 3 * SPATIAL**2 * pixels
+    def cache_bytes(self, pixels: int, itemsize: int) -> int:
+        return itemsize * 3 * SPATIAL**2 * pixels
 
-    def working_bytes(self, pixels: int) -> int:
-        return 3 * self.cache_bytes(pixels)
+    def working_bytes(self, pixels: int, itemsize: int) -> int:
+        return 3 * self.cache_bytes(pixels, itemsize)
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,9 @@ def test_a_loaded_pipeline_shares_its_tensors(pipeline: Any, wan21: Path) -> Non
         assert all(torch.equal(a, b) for a, b in zip(_values(ours), _values(theirs), strict=True))
         copied = [t for t in _values(ours) if t.data_ptr() not in owned]
         assert len(copied) == 2 * len(layers) + 1  # Q, K and V of a layer in one matrix and bias; the tables
-    assert source.load_vae(CPU) is pipeline.vae
+    assert source.load_vae(CPU, torch.float32) is pipeline.vae
+    narrow = source.load_vae(CPU, torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16 and pipeline.vae.dtype == torch.float32  # the user's stays as it is
     assert source.load_text_encoder(CPU, torch.float32) == (pipeline.tokenizer, pipeline.text_encoder)
     assert source.load_scheduler() is pipeline.scheduler
     assert (source.spec.spatial_factor, source.spec.temporal_factor) == (8, 4)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from dualparal.models.json_files import ModelError, read_config
 from dualparal.models.sizes import LinearSizes
+from dualparal.models.wan.light_sizes import LightSizes, read_light_sizes
 
 
 class Conv(NamedTuple):
@@ -92,24 +93,25 @@ class WanVaeSizes:
         decoder = sum((c.kernel * c.inputs + 1) * c.outputs for c in self.convs)
         return round(decoder * (1 + self.num_res_blocks / (self.num_res_blocks + 1)))
 
-    def cache_bytes(self, pixels: int) -> int:
-        """Bytes that the decoder holds from one latent frame to the next, float32."""
-        return sum(4 * c.cached * c.inputs * c.scale**2 * pixels for c in self.convs)
+    def cache_bytes(self, pixels: int, itemsize: int) -> int:
+        """Bytes that the decoder holds from one latent frame to the next, in numbers of ``itemsize`` bytes."""
+        return sum(itemsize * c.cached * c.inputs * c.scale**2 * pixels for c in self.convs)
 
-    def working_bytes(self, pixels: int) -> int:
-        """Bytes of the largest set of tensors that live at once within one latent frame, float32.
+    def working_bytes(self, pixels: int, itemsize: int) -> int:
+        """Bytes of the largest set of tensors that live at once within one latent frame.
 
         In the last level a residual block holds its input, the normed one, that padded and joined with two cached
-        frames, and the result. At its beginning the upsampled frames are held twice and the convolved ones once.
+        frames, and the result. At its beginning the upsampled frames are held twice and the convolved ones once; in 16
+        bits diffusers upsamples in float32, and the larger copy is one of these.
         """
         last = self.convs[-1]
-        frame = 4 * last.scale**2 * pixels
+        frame = last.scale**2 * pixels
         narrow, wide = last.inputs, self.convs[-1].inputs
         for c in self.convs:
             if c.kernel == 9 and c.scale == last.scale:
                 wide = c.inputs
-        block = narrow * (3 * last.frames + last.frames + 2)
-        upsample = wide * 2 * last.frames + narrow * last.frames
+        block = itemsize * narrow * (3 * last.frames + last.frames + 2)
+        upsample = wide * last.frames * (4 + itemsize) + narrow * last.frames * itemsize
         return frame * max(block, upsample)
 
 
@@ -141,6 +143,10 @@ class WanSizes:
     vae: WanVaeSizes = WanVaeSizes()
     text_encoder: int = 5_680_910_336  # UMT5-XXL
     trained_latents: int | None = 21
+
+    def light(self, path: Path) -> LightSizes:
+        """Sizes of the light decoder in a file, by its header. Raises ModelError."""
+        return read_light_sizes(path, self.vae.z_dim, self.vae.spatial_factor)
 
     @property
     def inner(self) -> int:

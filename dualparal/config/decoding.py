@@ -1,0 +1,26 @@
+"""The rule by which the dtype of a VAE is chosen. No torch."""
+
+from __future__ import annotations
+
+AUTO = "auto"
+MOST_LEVELS = 3  # of 255: frames in 16 bits that lie further from those in float32 are nobody's default
+# The most levels of 255 between frames in bfloat16 and in float32, of the package's trained VAE on latents of its
+# model, few steps included, on a CPU: bench/vae_error.py, docs/vae-dtype.md.
+MEASURED_LEVELS = 9
+
+
+def choose_vae_dtype(asked: str, on_card: bool, has_bfloat16: bool = True) -> str:
+    """The dtype that a VAE decodes in.
+
+    Args:
+        asked: a dtype's name, which is taken as it is, or "auto": float32 on the CPU; on a card bfloat16 if the card
+            has units for it and ``MEASURED_LEVELS`` are at most ``MOST_LEVELS``, else float32.
+        on_card: frames are made on a card.
+        has_bfloat16: that card multiplies bfloat16 in hardware.
+
+    Returns:
+        "float32", "bfloat16" or "float16".
+    """
+    if asked != AUTO:
+        return asked
+    return "bfloat16" if on_card and has_bfloat16 and MEASURED_LEVELS <= MOST_LEVELS else "float32"

@@ -1,0 +1,159 @@
+"""A light decoder for Wan's latents: TAEHV's architecture, streaming, from a safetensors file.
+
+For users of few steps, where the VAE takes longer than the transformer. Its frames are near the VAE's and not the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from dualparal.models.wan.convolutions import STEADY
+from dualparal.models.wan.light_sizes import (
+    BLOCKS,
+    FIRST,
+    GROWTH,
+    LAST,
+    LightSizes,
+    block_name,
+    growth_name,
+    read_light_sizes,
+    way_out_name,
+)
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class LightFile:
+    """The file of a light decoder, checked by its header.
+
+    Args:
+        path: a safetensors file.
+        channels, spatial_factor: as ``read_light_sizes`` takes them.
+
+    Attributes:
+        sizes: its sizes.
+        fingerprint: of its bytes (SHA-256), for ranks and snapshots to compare.
+
+    Raises:
+        ModelError: as ``read_light_sizes`` raises it.
+        OSError: a file that cannot be read.
+    """
+
+    def __init__(self, path: Path, channels: int, spatial_factor: int) -> None:
+        self.path = path
+        self.sizes: LightSizes = read_light_sizes(path, channels, spatial_factor)
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Tensors:
+        """Reads the decoder's tensors, to ``device`` and ``dtype``; those of the encoder are left out."""
+        tensors = load_file(self.path)
+        return {name: tensors[name].to(device, dtype) for name in self.sizes.shapes}
+
+    def decoder(self, tensors: Tensors) -> LightDecoder:
+        """Makes the decoder of one video; several may share the tensors."""
+        return LightDecoder(self.sizes, tensors)
+
+
+class LightDecoder:
+    """Decodes one video, latent by latent.
+
+    However the latents are cut, the frames are the same. Every block sees its input's frame before, zeros at first.
+    Of the four frames of the first latent the last one is given out, as Wan's VAE makes one there.
+    """
+
+    def __init__(self, sizes: LightSizes, tensors: Tensors) -> None:
+        self._sizes, self._tensors = sizes, tensors
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the video: the next latent pushed is the first one of another, of any size."""
+        self._last: dict[str, torch.Tensor] = {}  # by block: the frame [1, C, h, w] before the next one
+        self._first = True
+        self._torn = False
+        self._size: torch.Size | None = None
+
+    @property
+    def history(self) -> int:
+        """Number of latents back that a frame can see: 8. A fresh decoder fed so many goes on with the same bits."""
+        latents, frames = 0, 1
+        for growth in GROWTH:
+            latents += -(-BLOCKS // frames)
+            frames *= growth
+        return latents
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes held between two pushes; constant from the first latent on."""
+        return sum(frame.nbytes for frame in self._last.values())
+
+    @torch.no_grad()
+    def push(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes the next latent frames of the video.
+
+        Args:
+            latents: [1, C, f, H, W], normalised as the transformer makes them, any float dtype, any device.
+
+        Returns:
+            Frames [F, 3, H * scale, W * scale] in [-1, 1] in the decoder's dtype on its device.
+
+        Raises:
+            ValueError: a wrong shape.
+            RuntimeError: an earlier push failed half way, and ``reset`` was not called since.
+        """
+        self._check(latents)
+        self._size, self._torn = latents.shape[3:], True
+        with STEADY:
+            frames = [self._decode_one(latent) for latent in latents[0].split(1, dim=1)]
+        self._torn = False
+        return torch.cat(frames)
+
+    def _decode_one(self, latent: torch.Tensor) -> torch.Tensor:
+        hidden = latent.transpose(0, 1).to(self._tensors[f"{FIRST}.weight"]).contiguous()  # [1, C, H, W]
+        hidden = self._conv(FIRST, torch.tanh(hidden / 3) * 3).relu_()
+        for level in range(len(GROWTH)):
+            for block in range(BLOCKS):
+                hidden = self._block(block_name(level, block), hidden)
+            hidden = F.interpolate(hidden, scale_factor=2, mode="nearest")
+            grown = self._conv(growth_name(level), hidden)  # [f, growth * C, h, w]
+            hidden = self._conv(way_out_name(level), grown.unflatten(1, (GROWTH[level], -1)).flatten(0, 1))
+        pixels = F.pixel_shuffle(self._conv(LAST, hidden.relu_()), self._sizes.patch)
+        kept = pixels[-1:] if self._first else pixels
+        self._first = False
+        return kept.clamp(0, 1) * 2 - 1
+
+    def _block(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        """A block over frames [f, C, h, w], each of which sees the one before it."""
+        last = self._last.get(name)
+        before = torch.cat([torch.zeros_like(hidden[:1]) if last is None else last, hidden[:-1]])
+        self._last[name] = hidden[-1:].clone()
+        inner = self._conv(f"{name}.conv.0", torch.cat([hidden, before], dim=1)).relu_()
+        inner = self._conv(f"{name}.conv.2", inner).relu_()
+        return (self._conv(f"{name}.conv.4", inner) + hidden).relu_()
+
+    def _conv(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        weight = self._tensors[f"{name}.weight"]
+        return F.conv2d(hidden, weight, self._tensors.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
+
+    def _check(self, latents: torch.Tensor) -> None:
+        if self._torn:
+            raise RuntimeError(
+                "the last push failed half way and left the decoder between two frames: call reset(), then "
+                f"push again the {self.history} latents before the next one"
+            )
+        shape, channels = tuple(latents.shape), self._sizes.channels
+        if len(shape) != 5 or shape[0] != 1 or shape[1] != channels or 0 in shape:
+            raise ValueError(
+                f"latents of shape {list(shape)}: a decoder takes one video, [1, {channels}, frames, height, "
+                "width] with at least one frame; use one decoder for each video of a batch"
+            )
+        if self._size is not None and latents.shape[3:] != self._size:
+            raise ValueError(
+                f"latents of {list(shape[3:])} after latents of {list(self._size)}: a video keeps its size; "
+                "call reset() to start another video"
+            )
