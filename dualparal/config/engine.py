@@ -28,6 +28,10 @@ class EngineConfig:
         vae_dtype: of what decodes, a key of ``DTYPE_BYTES``, or "auto": ``config.decoding`` has its rule. Latents do
             not depend on it.
         decoder: a safetensors file with a light decoder, which takes the VAE's place. None: the VAE.
+        decode_ranks: ranks that decode and do nothing else, each a part of the picture's rows; they come after the
+            stages' ranks. 0: the rank of stage 0 decodes, beside its units. The same latents for any number, and on
+            the CPU the same frames.
+        decode_in_place: every stage's rank decodes a part of the picture's rows beside its units.
         text_encoder_device: "cpu": prompts are encoded on the CPU, where the card has no room for the text encoder.
             Default: on ``device`` before a run, and on the CPU while one goes on.
         depth: messages that fit between two stages.
@@ -52,6 +56,8 @@ class EngineConfig:
     text_encoder_device: str | None = None
     vae_dtype: str = AUTO
     decoder: str | None = None
+    decode_ranks: int = 0
+    decode_in_place: bool = False
     depth: int = 2
     graphs: bool = False
     attention_8bit: EightBitPolicy = OFF
@@ -75,6 +81,7 @@ class EngineConfig:
             raise ValueError(
                 f"vae_dtype={self.vae_dtype!r} is not supported; use {AUTO} or one of {', '.join(DTYPE_BYTES)}"
             )
+        self._check_decoders()
         if self.attention_8bit.on and self.dtype == "float32":
             raise ValueError(
                 f"attention_8bit={self.attention_8bit.mode!r} with dtype=float32: values and weights beside 8-bit "
@@ -86,6 +93,20 @@ class EngineConfig:
                 "bfloat16; use dtype='bfloat16'"
             )
         self._check_features_8bit()
+
+    def _check_decoders(self) -> None:
+        """Checks who decodes. Raises ValueError."""
+        ranks = self.decode_ranks
+        if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 0:
+            raise ValueError(
+                f"decode_ranks={ranks!r}: use the number of ranks that only decode, 0 for none: stage 0's rank decodes"
+            )
+        if not isinstance(self.decode_in_place, bool):
+            raise ValueError(f"decode_in_place={self.decode_in_place!r}: it has no modes; use True or False")
+        if self.decode_in_place and ranks:
+            raise ValueError(
+                f"decode_in_place=True with decode_ranks={ranks}: the stages' ranks decode, or others do; leave one out"
+            )
 
     def _check_features_8bit(self) -> None:
         """Checks that ``features_8bit`` is a bool, and that there is something for it to do. Raises ValueError."""

@@ -251,6 +251,30 @@ class ModelSpec(Protocol):
         ...
 
 
+class RowExchange(Protocol):
+    """The way from one part of the picture's rows to the others: each is decoded by a decoder of its own, in lockstep.
+
+    Attributes:
+        index: of this part, 0 at the top.
+        count: number of parts.
+    """
+
+    index: int
+    count: int
+
+    def swap(self, sends: Mapping[int, torch.Tensor], wanted: Mapping[int, torch.Tensor]) -> None:
+        """Sends tensors to other parts and takes those that they send here; all parts call it for the same step.
+
+        Args:
+            sends: by part, contiguous.
+            wanted: by part, contiguous tensors that are filled, of shape and dtype of what that part sends.
+
+        Raises:
+            PeerLost: another part is gone.
+        """
+        ...
+
+
 class Decoder(Protocol):
     """Latents to frames, a video at a time, never the whole of it. The VAE is only read: decoders may share one."""
 
