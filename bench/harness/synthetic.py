@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from dualparal.config.decoding import row_ranges
 from dualparal.engine.engine import Engine
-from dualparal.models.base import Grid, Pending, TimeCondition
+from dualparal.models.base import Grid, Pending, RowExchange, TimeCondition
 
 
 class SleepingLayers:
@@ -46,6 +47,27 @@ class SleepingLayers:
         return self._zeros("velocity", frames, (1, self._inner.config["in_channels"], frames, grid.height, grid.width))
 
 
+class SleepingDecoder:
+    """Decodes nothing and takes a known time for each latent frame of its part of the rows."""
+
+    history, state_bytes = 0, 0
+
+    def __init__(self, seconds: float, rows: RowExchange | None) -> None:
+        self._count, self._index = (1, 0) if rows is None else (rows.count, rows.index)
+        self._seconds = seconds / self._count
+        self.reset()
+
+    def reset(self) -> None:
+        self._first = True
+
+    def push(self, latents: torch.Tensor) -> torch.Tensor:
+        _, _, frames, height, width = latents.shape
+        time.sleep(self._seconds * frames)
+        made = 4 * frames - 3 * self._first
+        self._first = False
+        return torch.zeros(made, 3, 8 * len(row_ranges(height, self._count)[self._index]), 8 * width)
+
+
 def synthetic_engine(model: str, seconds: float, stages: int | None = None, **options: Any) -> Engine:
     """An engine on the CPU whose every stage takes so many seconds per unit."""
     engine = Engine.from_pretrained(model, device="cpu", stages=stages, **options)
@@ -55,6 +77,15 @@ def synthetic_engine(model: str, seconds: float, stages: int | None = None, **op
         for stage, slices in engine.parts.slices.items()
     }
     return engine
+
+
+def sleeping_decoders(engine: Engine, seconds: float) -> None:
+    """Makes all decoders take so many seconds for a latent frame, divided by the parts of the rows."""
+
+    def decoders(count: int, rows: RowExchange | None = None) -> list[Any]:
+        return [SleepingDecoder(seconds, rows) for _ in range(count)]
+
+    engine.parts.decoders = decoders  # type: ignore[method-assign]
 
 
 def embeds(engine: Engine) -> dict[str, torch.Tensor]:

@@ -26,6 +26,9 @@ def check_job(job: Job) -> None:
     if job.checkpoint is not None and not job.resume:
         check_file(job.checkpoint, "--checkpoint", overwrite=True, folder=True)
         check_empty(job.checkpoint)
+    if not job.outs and (job.engine.decode_ranks or job.engine.decode_in_place):
+        flag = "--decode-in-place" if job.engine.decode_in_place else f"--decode-gpus {job.engine.decode_ranks}"
+        raise ValueError(f"{flag} without --out: latents are all that is made, and nothing is decoded; leave it out")
     if job.checkpoint is None and job.checkpoint_every is not None:
         raise ValueError("--checkpoint-every without --checkpoint: say in which folder")
     if job.latents_out is not None:
@@ -42,13 +45,13 @@ def check_job(job: Job) -> None:
     if job.device == "cuda":
         import torch
 
-        if job.stages > torch.cuda.device_count():
-            raise ValueError(f"--gpus {job.stages}: torch sees {torch.cuda.device_count()}; every stage needs its own")
+        if job.ranks > torch.cuda.device_count():
+            raise ValueError(f"--gpus {job.ranks}: torch sees {torch.cuda.device_count()}; every rank needs its own")
     files = resolve_model(job.model)
     job.video.num_latents(files.spec.temporal_factor)
     split_layers(files.spec.num_layers, job.stages, job.engine.layers_per_stage)
     files.check_weights()
-    if "RANK" not in os.environ and job.stages > 1:
+    if "RANK" not in os.environ and job.ranks > 1:
         # The ranks check again, each for itself; here the user hears of it once, before any of them starts.
         engine = make_engine(job)
         if job.resume:

@@ -171,8 +171,22 @@ class BlockFlags:
 class PlaceFlags:
     """Place"""
 
-    gpus: Annotated[int | None, typer.Option(help="Number of GPUs, one stage each.", show_default=False)] = None
-    stages: Annotated[int | None, typer.Option(help="Number of stages (processes). Default: --gpus, or 1.")] = None
+    gpus: Annotated[
+        int | None, typer.Option(help="Number of GPUs, one stage each but for --decode-gpus.", show_default=False)
+    ] = None
+    stages: Annotated[
+        int | None, typer.Option(help="Number of stages (processes). Default: --gpus less --decode-gpus, or 1.")
+    ] = None
+    decode_gpus: Annotated[
+        int,
+        typer.Option(
+            help="Of the GPUs, those that only decode frames, each a part of the picture's rows (on the CPU: processes "
+            "besides --stages). 0: stage 0's decodes, too."
+        ),
+    ] = 0
+    decode_in_place: Annotated[
+        bool, typer.Option(help="Every stage's GPU decodes a part of the picture's rows beside its own work.")
+    ] = False
     layers_per_stage: Annotated[
         str | None,
         typer.Option(help="Layers of each stage, such as 9,11,10. Default: an even split.", show_default=False),

@@ -79,7 +79,7 @@ def _job(
     stages = place.stages
     if split and place.gpus is None and stages is None and "RANK" not in os.environ:
         stages = len(split)
-    stages = count_stages(place.gpus, stages, place.device)
+    stages = count_stages(place.gpus, stages, place.device, place.decode_gpus)
     return Job(
         prompts=_prompts(texts, prompts.prompt_at or [], video.num_frames),
         negative_prompt=prompts.negative_prompt,
@@ -93,6 +93,8 @@ def _job(
             text_encoder_device=place.text_encoder_device,
             vae_dtype=model.vae_dtype,
             decoder=None if model.decoder is None else str(model.decoder),
+            decode_ranks=place.decode_gpus,
+            decode_in_place=place.decode_in_place,
             depth=place.depth,
             graphs=place.graphs,
             allow_nonfinite=model.allow_nonfinite,
@@ -101,7 +103,7 @@ def _job(
         model=model.model,
         sampler=model.sampler,
         flow_shift=model.flow_shift,
-        threads=choose_threads(place.threads, stages, model.model),
+        threads=choose_threads(place.threads, stages + place.decode_gpus, model.model),
         outs=_outs(out, len(texts)),
         fps=output.fps,
         keep_blocks=output.keep_blocks,
@@ -214,7 +216,7 @@ def _run_job(job: Job, heartbeat: Heartbeat, planned: bool = False, note: str = 
         planned: layers per stage and blocks in flight are the planner's; the ranks have to be told.
         note: a line for the user, once the job is known to be sound.
     """
-    is_rank, count = "RANK" in os.environ, job.stages
+    is_rank, count = "RANK" in os.environ, job.ranks
     if leads():
         check_job(job)
     if note and not heartbeat.supervised and leads():

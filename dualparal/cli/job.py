@@ -35,7 +35,7 @@ class Job:
         engine: with a device and a number of stages.
         model: a directory in diffusers format, a hub id, or the name of the built-in model.
         sampler, flow_shift: a key of ``_SAMPLERS``, and the shift of noise levels; None: the model's own.
-        threads: CPU threads of each stage.
+        threads: CPU threads of each process.
         outs: a file or folder for each video; empty: no frames are written.
         fps: frames per second of video files.
         keep_blocks: keep a video's segments after they were joined.
@@ -70,6 +70,11 @@ class Job:
         """The number of stages."""
         assert self.engine.stages is not None, "a job says how many"
         return self.engine.stages
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes that do the work: a stage each, and those that decode."""
+        return self.stages + self.engine.decode_ranks
 
     @property
     def device(self) -> str:

@@ -39,7 +39,7 @@ def draw_timeline(path: Path, since: float) -> None:
 
 
 def lead(job: Job, planned: bool = False) -> int:
-    """Starts the ranks of ``--gpus N``, draws their progress, and tells how they ended.
+    """Starts the ranks of a job, draws their progress, and tells how they ended.
 
     Args:
         planned: the ranks are told the layers per stage and blocks in flight of ``job``.
@@ -79,7 +79,7 @@ def lead(job: Job, planned: bool = False) -> int:
     with display:
         result = supervise(
             [sys.executable, "-c", RANK_PROGRAM],
-            job.stages,
+            job.ranks,
             on_message=hear,
             env={"OMP_NUM_THREADS": str(job.threads), **_loading(), **pack_arguments(arguments)},
             error_path=error_file(job),

@@ -27,28 +27,53 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
         ) from None
 
 
-def count_stages(gpus: int | None, stages: int | None, device: str | None) -> int:
+def count_stages(gpus: int | None, stages: int | None, device: str | None, decoders: int = 0) -> int:
     """The number of stages, from the flags or from a launcher's environment, which knows the number of processes.
+
+    Args:
+        gpus: all cards of the run.
+        stages: the processes that have one.
+        device: as the flag has it.
+        decoders: cards or processes that only decode.
 
     Raises:
         ValueError: flags that contradict each other, the device or the environment.
     """
-    if gpus is not None and stages is not None and gpus != stages:
+    if decoders < 0:
+        raise ValueError(f"--decode-gpus {decoders}: use the number of GPUs that only decode, 0 for none")
+    if gpus is not None and stages is not None and gpus != stages + decoders:
+        if decoders:
+            raise ValueError(
+                f"--gpus {gpus} and --stages {stages} with --decode-gpus {decoders}: --gpus counts all of them; leave "
+                "--stages out"
+            )
         raise ValueError(f"--gpus {gpus} and --stages {stages}: one stage runs on one GPU; give one of them")
     if gpus is not None and device not in (None, "cuda"):
         raise ValueError(f"--gpus {gpus} with --device {device}: use --stages for the number of {device} processes")
+    if gpus is not None and 0 < gpus <= decoders:
+        raise ValueError(
+            f"--decode-gpus {decoders} of --gpus {gpus}: the stages need one, too; use {gpus - 1} at most, or more GPUs"
+        )
     flag, count = ("--gpus", gpus) if stages is None else ("--stages", stages)
     if count is not None and count < 1:
         raise ValueError(f"{flag} {count}: every layer needs an owner; use 1 or more")
+    if gpus is not None and count is not None:
+        count = gpus - decoders
     if "RANK" not in os.environ:
         return count or 1
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if count not in (None, world_size):
+    if decoders >= world_size:
         raise ValueError(
-            f"{flag} {count} in a run of {world_size} processes: every process is one stage; leave {flag} out, "
-            f"or start {count} processes"
+            f"--decode-gpus {decoders} in a run of {world_size} processes: the stages need one, too; start more"
         )
-    return world_size
+    if count not in (None, world_size - decoders):
+        given = gpus if stages is None else stages
+        what = f"{decoders} decode and every other process" if decoders else "every process"
+        raise ValueError(
+            f"{flag} {given} in a run of {world_size} processes: {what} is one stage; leave {flag} out, "
+            f"or start {(count or 0) + decoders} processes"
+        )
+    return world_size - decoders
 
 
 def choose_device(name: str | None, gpus: int | None) -> str:
@@ -80,7 +105,7 @@ def choose_threads(asked: int, stages: int, model: str | None = None) -> int:
 
     Args:
         asked: the flag's value.
-        stages: of the run.
+        stages: of the run, and processes that decode.
         model: as the flag has it; None, or one whose sizes are not known here: taken for a large one.
 
     Raises:

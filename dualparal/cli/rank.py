@@ -43,9 +43,9 @@ def work(job: Job, heartbeat: Heartbeat) -> int:
     """
     import torch
 
+    from dualparal.decoding.chunks import NonFiniteError
     from dualparal.distributed.messages import PeerLost
     from dualparal.models.json_files import ModelError
-    from dualparal.runtime.executor import NonFiniteError
 
     torch.set_num_threads(job.threads)
     if leads():
@@ -97,7 +97,8 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
     from dualparal.cli.results import Results
     from dualparal.io.latents import read_latents
 
-    heartbeat.phase("start", stage=int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    heartbeat.phase("start", **({"stage": rank} if rank < job.stages else {"decoder": rank - job.stages}))
     display = display_of(job) if leads() and not heartbeat.supervised else None
     engine = make_engine(job, _report(heartbeat, display))
     leading = engine.mesh.is_leader

@@ -15,7 +15,7 @@ from dualparal.cli.place import choose_device, choose_threads, count_stages, par
 # All other flags decide latents, or where frames go: the snapshot has them, and a decoder's fingerprint.
 _MAY_CHANGE = {
     "resume", "timeline", "overwrite", "gpus", "stages", "layers_per_stage", "device", "threads", "depth", "graphs",
-    "checkpoint_every", "decoder", "vae_dtype",
+    "checkpoint_every", "decoder", "vae_dtype", "decode_gpus", "decode_in_place",
 }  # fmt: skip
 
 
@@ -62,8 +62,13 @@ def _elsewhere(
     """
     split = parse_layers(place.layers_per_stage)
     stages = len(split) if split else job.stages
+    decoders, in_place = job.engine.decode_ranks, job.engine.decode_in_place
+    if asked & {"decode_gpus", "decode_in_place"}:
+        decoders, in_place = place.decode_gpus, place.decode_in_place
+    elif place.gpus is not None:  # which may be fewer than there were: they are all for stages
+        decoders = 0
     if asked & {"gpus", "stages"} or "RANK" in os.environ:
-        stages = count_stages(place.gpus, place.stages, place.device)
+        stages = count_stages(place.gpus, place.stages, place.device, decoders)
     same = stages == job.stages
     engine = replace(
         job.engine,
@@ -72,12 +77,14 @@ def _elsewhere(
         device=choose_device(place.device or job.device, place.gpus),
         decoder=job.engine.decoder if model.decoder is None else str(model.decoder),
         vae_dtype=model.vae_dtype if "vae_dtype" in asked else job.engine.vae_dtype,
+        decode_ranks=decoders,
+        decode_in_place=in_place,
         **{name: getattr(place, name) for name in asked & {"depth", "graphs"}},
     )
     return replace(
         job,
         engine=engine,
-        threads=choose_threads(place.threads or (job.threads if same else 0), stages),
+        threads=choose_threads(place.threads or (job.threads if same else 0), stages + decoders),
         checkpoint=folder,
         checkpoint_every=output.checkpoint_every if "checkpoint_every" in asked else job.checkpoint_every,
         timeline=output.timeline,

@@ -1,4 +1,4 @@
-"""The values that a consumer gets: finished blocks, and the progress of the run."""
+"""The values that a consumer gets: finished blocks and the progress of the run; and an error for broken blocks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+class NonFiniteError(ArithmeticError):
+    """NaN or infinity in latents or frames; names the block, and the place in which it first appeared."""
 
 
 @dataclass(frozen=True)

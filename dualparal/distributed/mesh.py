@@ -29,14 +29,15 @@ _groups: list[list[Any]] = []  # of every engine, also of those that live until 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among those of a run, and the stages that it owns.
+    """This process among those of a run, and its role: a stage, all of them, or decoding alone.
 
     Attributes:
         rank: 0 .. world_size - 1.
         world_size: processes of the run.
         num_stages: stages of the whole run.
         device: this process's.
-        distributed: more than one process; then stage k lies on rank k, else all of them lie here.
+        distributed: more than one process; then stage k lies on rank k, and ranks from ``num_stages`` on decode; else
+            all of it lies here.
     """
 
     rank: int
@@ -47,23 +48,30 @@ class Mesh:
 
     @property
     def is_leader(self) -> bool:
-        """True on the rank that owns stage 0, and with it latents, samplers, decoder, snapshots and the consumer."""
+        """True on the rank that owns stage 0, and with it latents, samplers, snapshots and the consumer."""
         return self.rank == 0
 
     @property
     def stages(self) -> range:
-        """The stages of this process."""
-        return range(self.rank, self.rank + 1) if self.distributed else range(self.num_stages)
+        """The stages of this process; none on a rank that only decodes."""
+        here = range(self.rank, self.rank + 1) if self.distributed else range(self.num_stages)
+        return range(min(here.start, self.num_stages), min(here.stop, self.num_stages))
+
+    @property
+    def role(self) -> dict[str, int]:
+        """The number of this rank among those of its role, by the role's name: "stage" or "decoder"."""
+        decodes = self.rank >= self.num_stages
+        return {"decoder": self.rank - self.num_stages} if decodes else {"stage": self.rank}
 
     @property
     def before(self) -> int:
         """The rank of the stage before this one's, which for stage 0 is the last."""
-        return (self.rank - 1) % self.world_size
+        return (self.rank - 1) % self.num_stages
 
     @property
     def after(self) -> int:
         """The rank of the stage after this one's, which for the last is stage 0."""
-        return (self.rank + 1) % self.world_size
+        return (self.rank + 1) % self.num_stages
 
     @classmethod
     def local(cls, device: torch.device, num_stages: int = 1) -> Mesh:
@@ -71,16 +79,24 @@ class Mesh:
         return cls(0, 1, num_stages, device, distributed=False)
 
     @classmethod
-    def join(cls, device_type: str) -> Mesh:
-        """Joins the process group that the environment describes, or uses the one that is there. A stage per rank.
+    def join(cls, device_type: str, decode_ranks: int = 0) -> Mesh:
+        """Joins the process group that the environment describes, or uses the one that is there.
 
         Args:
             device_type: "cuda" (the card is the local rank's) or "cpu".
+            decode_ranks: the last ranks, which only decode; each of the others has a stage.
 
         Raises:
+            ValueError: no rank is left for a stage.
             RuntimeError: CUDA asked for and this rank has no card, or a process group is there that has no CPU.
             TimeoutError: another rank did not come.
         """
+        world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+        if decode_ranks >= world_size:
+            raise ValueError(
+                f"decode_ranks={decode_ranks} in a run of {world_size} ranks: a stage needs one, too; use "
+                f"{world_size - 1} at most, or start more ranks"
+            )
         if device_type == "cuda":
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
             if local_rank >= torch.cuda.device_count():
@@ -99,8 +115,7 @@ class Mesh:
                 f"the process group that is there ({dist.get_backend()}) sends nothing from the CPU: make it with "
                 "init_process_group('cpu:gloo,cuda:nccl'), or leave it to dualparal"
             )
-        ranks = dist.get_world_size()
-        return cls(dist.get_rank(), ranks, ranks, device, distributed=ranks > 1)
+        return cls(dist.get_rank(), world_size, world_size - decode_ranks, device, distributed=world_size > 1)
 
     def clock_offset(self) -> float:
         """Seconds to add to this rank's ``time.perf_counter`` to have rank 0's. Collective.

@@ -240,6 +240,10 @@ class ReceiveEdge(_End):
             self._credits_left -= 1
         self._later.call(event, partial(self._say, _CREDIT))
 
+    def fail(self, error: BaseException) -> None:
+        """Makes ``receive`` raise an error of this process; from any thread."""
+        self._arrived.put(error)
+
     def stop(self) -> None:
         while not self._stopped and self._taken != self._messages:
             if self.receive()[0].kind is not Kind.STOP:
@@ -297,15 +301,15 @@ class ReceiveEdge(_End):
         return _Message(header, slot, work)
 
 
-def make_groups(world_size: int, device: torch.device) -> list[EdgeGroups]:
-    """The communicators of all edges. Edge k leads from rank k to the next one.
+def make_groups(num_stages: int, device: torch.device) -> list[EdgeGroups]:
+    """The communicators of all edges. Edge k leads from rank k to the next one; a single stage has none.
 
-    Collective: all ranks call it, and then ``warm_up``.
+    Collective: all ranks call it, those without a stage too, and then ``warm_up``.
     """
     found = []
     backend = _DATA_BACKENDS.get(device.type)
-    for edge in range(world_size):
-        ranks = [edge, (edge + 1) % world_size]
+    for edge in range(num_stages if num_stages > 1 else 0):
+        ranks = [edge, (edge + 1) % num_stages]
         control = dist.new_group(ranks, backend="gloo")
         options = _nccl_options() if backend == "nccl" else None
         data = control if backend is None else dist.new_group(ranks, backend=backend, pg_options=options)
@@ -326,9 +330,9 @@ def warm_up(groups: Sequence[EdgeGroups], rank: int, device: torch.device) -> No
     Edge by edge in one order on all ranks: making an NCCL communicator waits for both of its ranks, so two ranks that
     each began with their own sending edge would wait for each other.
     """
-    world_size = len(groups)
+    num_stages = len(groups)
     for edge, (control, data) in enumerate(groups):
-        after = (edge + 1) % world_size
+        after = (edge + 1) % num_stages
         if rank not in (edge, after):
             continue
         for group, place in ((control, torch.device("cpu")), (data, device))[: 1 + (data is not control)]:

@@ -12,7 +12,7 @@ import torch
 from dualparal.checkpoint import snapshot
 from dualparal.checkpoint.checkpointer import Checkpoint, Checkpointer
 from dualparal.checkpoint.snapshot import Resumed
-from dualparal.decoding.local import LocalDecoder
+from dualparal.decoding.delivery import Delivery
 from dualparal.distributed.edges import Inbound, LocalEdge, Outbound
 from dualparal.distributed.prompts import PromptChannel
 from dualparal.distributed.remote import ReceiveEdge, SendEdge
@@ -72,21 +72,7 @@ class Builder:
         self.request = spec.requests[0]  # where it is asked, all requests say the same
         self.schedule, self.layout = spec.schedule, self.request.layout
 
-    def decoder(self, clock: BusyClock) -> LocalDecoder:
-        """The decoder beside stage 0, whose clock is ``clock``."""
-        video, count = self.request.video, len(self.spec.requests)
-        return LocalDecoder(
-            self.layout,
-            video,
-            self.setup.source.spec.temporal_factor,
-            count,
-            None if video.output_type == "latent" else self.parts.decoders(count),
-            self.setup.mesh.device,
-            lambda: clock.seconds,
-            clock.track,
-        )
-
-    def checkpointer(self, decoder: LocalDecoder) -> Checkpointer | None:
+    def checkpointer(self, decoder: Delivery) -> Checkpointer | None:
         """The keeper of snapshots, which writes the first one of a run that begins. None: none are kept.
 
         Raises OSError.
@@ -115,7 +101,11 @@ class Builder:
         return found
 
     def executors(
-        self, clocks: Sequence[BusyClock], decoder: LocalDecoder | None, keeper: Checkpointer | None
+        self,
+        clocks: Sequence[BusyClock],
+        decoder: Delivery | None,
+        keeper: Checkpointer | None,
+        decoding: Callable[[], float] | None,
     ) -> list[StageExecutor]:
         """The executors of this rank's stages, one for each.
 
@@ -123,6 +113,7 @@ class Builder:
             clocks: theirs.
             decoder: on the rank that leads; None elsewhere.
             keeper: on the rank that leads, if snapshots are kept; None elsewhere.
+            decoding: () -> seconds that decoding has taken beside the stage so far; None: nothing is decoded here.
         """
         setup = self.setup
         inbound, outbound = self._edges() if setup.num_stages > 1 else ({}, {})
@@ -137,11 +128,11 @@ class Builder:
             )
             leading = self._first_stage(experts, decoder, keeper) if index == 0 and decoder is not None else None
             links = Links(channel, inbound.get(index), outbound.get(index))
-            report = self._reporter(index, clock, decoder)
+            report = self._reporter(index, clock, decoding if index == setup.mesh.stages.start else None)
             found.append(StageExecutor(self.schedule, self.layout, index, stage, links, clock, leading, report))
         return found
 
-    def warm_up(self, executors: Sequence[StageExecutor], decoder: LocalDecoder | None) -> None:
+    def warm_up(self, executors: Sequence[StageExecutor], decoder: Delivery | None) -> None:
         """Does once all that these will do, so that nothing is loaded or captured in the middle of a run."""
         device, grid = self.setup.mesh.device, self.request.grid
         if device.type not in _WARMED:
@@ -187,7 +178,7 @@ class Builder:
             windows=schedule.windows,
         )
 
-    def _first_stage(self, experts: Sequence[int], decoder: LocalDecoder, keeper: Checkpointer | None) -> FirstStage:
+    def _first_stage(self, experts: Sequence[int], decoder: Delivery, keeper: Checkpointer | None) -> FirstStage:
         queues = [self._queue(video, experts) for video in range(len(self.spec.requests))]
 
         def emit(video: int, block: int, latents: torch.Tensor) -> None:
@@ -239,7 +230,7 @@ class Builder:
             self._prompt_shape(),
             self.setup.dtype,
             mesh.rank,
-            mesh.world_size,
+            mesh.num_stages if mesh.distributed else 1,
             local_readers=self.setup.num_stages - 1,
         )
 
@@ -260,7 +251,7 @@ class Builder:
         inbound = ReceiveEdge(names[before], before, groups[before], sizes[before], *common)
         return {rank: inbound}, {rank: SendEdge(names[rank], after, groups[rank], sizes[rank], *common)}
 
-    def _reporter(self, index: int, clock: BusyClock, decoder: LocalDecoder | None) -> Report | None:
+    def _reporter(self, index: int, clock: BusyClock, decoding: Callable[[], float] | None) -> Report | None:
         """The function that tells the caller's ``report`` of the actions of stage ``index``; None: nobody listens."""
         report, schedule, layers = self.spec.report, self.schedule, len(self.setup.layers[index])
         if report is None:
@@ -273,8 +264,8 @@ class Builder:
             if phase == "run" and (now := schedule.iteration(unit)) > iteration:
                 iteration = now
                 more = {"iteration": iteration, "busy": clock.seconds / layers}
-                if index == 0 and decoder is not None:
-                    more["decoding"] = decoder.decoding() / layers
+                if decoding is not None:
+                    more["decoding"] = decoding() / layers
             if phase == "run" and index == 0:
                 more |= {"units": units, "total_units": schedule.num_units}
                 units += 1

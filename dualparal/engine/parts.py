@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from dualparal.distributed.decoders import DecoderGroups, make_decoder_groups
 from dualparal.distributed.mesh import drop_at_exit
 from dualparal.distributed.remote import EdgeGroups, make_groups, warm_up
 from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
 from dualparal.engine.texts import Texts, texts_of
-from dualparal.models.base import Decoder, Slice
+from dualparal.models.base import Decoder, RowExchange, Slice
 from dualparal.sampling.prompts import Prompts
 
 
@@ -31,6 +32,7 @@ class Parts:
         self._vae: Any = None
         self._light: Any = None  # what light decoders share
         self._groups: list[EdgeGroups] | None = None
+        self._decoder_groups: list[DecoderGroups] = []  # one, once they are made
 
     def load(self) -> None:
         """Reads the layers of this rank's stages, unless they are here. Raises ModelError, OSError."""
@@ -52,14 +54,19 @@ class Parts:
             self._vae = self._setup.source.load_vae(self._setup.mesh.device, self._setup.vae_dtype)
         return self._vae
 
-    def decoders(self, count: int) -> list[Decoder]:
-        """The decoders of ``count`` videos, one for each; they share the VAE, or the tensors of a light decoder."""
+    def decoders(self, count: int, rows: RowExchange | None = None) -> list[Decoder]:
+        """The decoders of ``count`` videos, one for each; they share the VAE, or the tensors of a light decoder.
+
+        Args:
+            count: number of videos.
+            rows: the way to the other parts of the picture's rows; None: they decode all of them.
+        """
         setup, light = self._setup, self._setup.light
         if light is None:
-            return [setup.source.family.decoder(self.vae) for _ in range(count)]
+            return [setup.source.family.decoder(self.vae, rows) for _ in range(count)]
         if self._light is None:
             self._light = light.load(setup.mesh.device, setup.vae_dtype)
-        return [light.decoder(self._light) for _ in range(count)]
+        return [light.decoder(self._light, rows) for _ in range(count)]
 
     def encode(self, requests: Sequence[Request]) -> list[Prompts]:
         """The prompts of each video, encoded. The text encoder is loaded if it is needed, and dropped."""
@@ -75,7 +82,15 @@ class Parts:
         """The communicators of every directed edge, opened and warmed up. The first use is collective."""
         if self._groups is None:
             mesh = self._setup.mesh
-            self._groups = make_groups(mesh.world_size, mesh.device)
+            self._groups = make_groups(mesh.num_stages, mesh.device)
             drop_at_exit(self._groups)
             warm_up(self._groups, mesh.rank, mesh.device)
         return self._groups
+
+    @property
+    def decoder_groups(self) -> DecoderGroups:
+        """The communicators of ranks that decode. The first use is collective."""
+        if not self._decoder_groups:
+            self._decoder_groups.append(make_decoder_groups(self._setup.decoders, self._setup.mesh.device))
+            drop_at_exit(self._decoder_groups)
+        return self._decoder_groups[0]

@@ -11,7 +11,7 @@ from dualparal.checkpoint import snapshot
 from dualparal.checkpoint.checkpointer import blocks_to_restore, check_fits
 from dualparal.checkpoint.snapshot import Snapshot, SnapshotError
 from dualparal.config.video import VideoConfig
-from dualparal.decoding.local import LocalDecoder
+from dualparal.decoding.delivery import Delivery
 from dualparal.engine.identity import check_same_run
 from dualparal.engine.request import Request, UserCallback, VideoInputs, check_request, schedule_of
 from dualparal.engine.setup import Setup
@@ -80,7 +80,7 @@ def check_restartable(setup: Setup, requests: Sequence[Request]) -> None:
 
 
 def restore(
-    queues: Sequence[LatentQueue], decoder: LocalDecoder, folder: Path, found: Snapshot, schedule: Schedule
+    queues: Sequence[LatentQueue], decoder: Delivery, folder: Path, found: Snapshot, schedule: Schedule
 ) -> None:
     """Puts latents and samplers as they are in the snapshot, and the decoders as far as they see back.
 

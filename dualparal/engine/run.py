@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import torch.distributed as dist
 
 from dualparal.checkpoint.checkpointer import Checkpointer
-from dualparal.decoding.chunks import Chunk
-from dualparal.decoding.local import LocalDecoder
+from dualparal.decoding.chunks import Chunk, NonFiniteError
+from dualparal.decoding.delivery import Delivery
+from dualparal.decoding.ranks import Service
 from dualparal.distributed.handshake import gather, handshake
 from dualparal.distributed.mesh import TIMEOUT
+from dualparal.distributed.messages import PeerLost
+from dualparal.distributed.remote import ReceiveEdge
 from dualparal.engine.build import Builder, RunSpec
 from dualparal.engine.capacity import check_text_encoder
+from dualparal.engine.decoders import DecoderBuilder
 from dualparal.engine.identity import run_info
 from dualparal.engine.parts import Parts
 from dualparal.engine.resume import restore
 from dualparal.engine.setup import Setup
 from dualparal.engine.texts import Text
 from dualparal.kernels.backend import current
-from dualparal.runtime.executor import NonFiniteError, StageExecutor, run_together
+from dualparal.runtime.executor import StageExecutor, run_together
 from dualparal.sampling.prompts import Prompts
 from dualparal.schedule.schedule import Schedule
 from dualparal.trace.clock import BusyClock
 from dualparal.trace.stats import RankStats, RunStats, Waits, schedule_bubble
-from dualparal.trace.timeline import Recorder, merge_left, prepare
+from dualparal.trace.timeline import Recorder, Track, merge_left, prepare
 
 HANDSHAKE_SECONDS = 60.0
 _runs = count()  # a store of its own for each
@@ -52,7 +57,9 @@ class Run:
         self._prompts: list[Prompts] = []  # of every video, on the rank that leads, while it runs
         self._store: Any = None  # where the ranks meet
         self._executors: list[StageExecutor] = []
-        self._decoder: LocalDecoder | None = None
+        self._decoders = DecoderBuilder(setup, parts, spec)
+        self._decoder: Delivery | None = None
+        self._service: Service | None = None  # to the leading rank, on another one that decodes
         self._keeper: Checkpointer | None = None
         self._started = 0.0
 
@@ -110,7 +117,7 @@ class Run:
             self._encode()
             self._parts.load()
             recorder, clocks = self._clocks()
-            self._build(clocks)
+            self._build(clocks, recorder)
             self._started = time.perf_counter()
             self.running = True
             yield from self._walk()
@@ -119,15 +126,21 @@ class Run:
                 yield from self._given_out(self._decoder.drain())
             if self._keeper is not None:
                 self._keeper.close()
+            self._end_decoding()
             self._finish(clocks)
             finished = True
         except NonFiniteError:
             assert self._decoder is not None, "stage 0 has found it"
             yield from self._decoder.drain()  # blocks finished before are whole
             raise
+        except PeerLost:
+            if self._service is not None and self._service.error is not None:
+                raise self._service.error from None  # for which others have left
+            raise
         except GeneratorExit:  # the consumer has had enough
             if self.running:
                 self._stop()
+            self._end_decoding()
             self._finish(clocks)
             finished = True
             raise
@@ -135,7 +148,7 @@ class Run:
             self._close(recorder, clocks, finished)
 
     def _walk(self) -> Iterator[Chunk]:
-        """Runs the actions of all stages here; on the rank that leads, yields the chunks finished meanwhile."""
+        """Performs what this rank has to do; on the rank that leads, yields the chunks finished meanwhile."""
         for _ in run_together(self._executors):
             if self._decoder is not None:
                 yield from self._given_out(self._decoder.ready())
@@ -161,6 +174,8 @@ class Run:
         self._store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
         handshake(self._store, mesh.rank, mesh.world_size, info, HANDSHAKE_SECONDS)
         _ = self._parts.edge_groups  # opened while all ranks are here
+        if self._decoders.on_ranks:
+            _ = self._parts.decoder_groups
 
     def _encode(self) -> None:
         """Makes the prompts of all videos on the rank that leads: encoded, or from the snapshot."""
@@ -184,15 +199,22 @@ class Run:
         recorder = Recorder(timeline, mesh.rank, mesh.world_size, offset)
         return recorder, [BusyClock(mesh.device, recorder.track(stage, mesh.num_stages)) for stage in mesh.stages]
 
-    def _build(self, clocks: Sequence[BusyClock]) -> None:
-        """Makes the executors and, on the rank that leads, decoder and keeper; restores a resumed run."""
-        builder, spec = Builder(self._setup, self._parts, self.spec, self._prompts), self.spec
-        if self._mesh.is_leader:
-            self._decoder = builder.decoder(clocks[0])
+    def _build(self, clocks: Sequence[BusyClock], recorder: Recorder | None) -> None:
+        """Makes executors and decoders and, on the rank that leads, the keeper; restores a resumed run."""
+        builder, spec, mesh = Builder(self._setup, self._parts, self.spec, self._prompts), self.spec, self._mesh
+        tracks: dict[int, Track | None] = {stage: clock.track for stage, clock in zip(mesh.stages, clocks, strict=True)}
+        if recorder is not None:
+            tracks |= {p: recorder.track(p, mesh.num_stages) for p in self._decoders.places if p not in tracks}
+        if mesh.is_leader:
+            self._decoder = self._decoders.delivery(clocks[0], tracks)
             self._keeper = builder.checkpointer(self._decoder)
-        self._executors = builder.executors(clocks, self._decoder, self._keeper)
+        elif self._decoders.places:
+            self._service = self._decoders.service(tracks.get(mesh.rank), self._fail)
+        self._executors = builder.executors(clocks, self._decoder, self._keeper, self._decoding())
+        if self._service is not None:
+            self._service.start()
         builder.warm_up(self._executors, self._decoder)
-        leading = self._executors[0].leading
+        leading = self._executors[0].leading if self._executors else None
         if spec.resumed is not None and spec.checkpoint is not None and leading is not None:
             assert self._decoder is not None
             restore(leading.queues, self._decoder, spec.checkpoint.folder, spec.resumed.snapshot, spec.schedule)
@@ -201,8 +223,27 @@ class Run:
 
     def _stop(self) -> None:
         """Ends the run on all ranks."""
-        if self._mesh.distributed and self._mesh.is_leader:
+        if self._mesh.distributed and self._mesh.is_leader and self._mesh.num_stages > 1:
             self._executors[0].stop()
+
+    def _end_decoding(self) -> None:
+        """Ends the decoders here, and those of other ranks. Raises what decoding has raised."""
+        if self._decoder is not None:
+            self._decoder.close()
+        if self._service is not None:
+            self._service.finish()
+
+    def _fail(self, error: BaseException) -> None:
+        """Makes the stages of this rank end with an error of its decoder."""
+        for executor in self._executors:
+            if isinstance(executor.inbound, ReceiveEdge):
+                executor.inbound.fail(error)
+
+    def _decoding(self) -> Callable[[], float] | None:
+        """() -> seconds that decoding has taken from this rank's device so far. None: it does not decode."""
+        if self._service is not None:
+            return self._service.part.decoding
+        return None if self._decoder is None else self._decoder.decoding
 
     def _finish(self, clocks: Sequence[BusyClock]) -> None:
         """Collects what the run cost on every rank. Collective in a distributed run."""
@@ -210,6 +251,8 @@ class Run:
         waited = sum(executor.waited() for executor in self._executors)
         beside = () if self._decoder is None else (self._decoder.waited, self._decoder.consumed)
         own = RankStats.of(clocks, mesh.device, Waits(waited, *beside))
+        if not mesh.stages and self._service is not None:  # its work is decoding
+            own = replace(own, busy=self._service.part.decoding(), elapsed=seconds)
         ranks = [own]
         if mesh.distributed:
             rows = gather(
@@ -219,15 +262,16 @@ class Run:
         if self._decoder is not None:
             done, before = self._decoder.progress, self._decoder.before
             blocks = done.blocks - before.blocks
-            whole = mesh.num_stages == len(ranks) and blocks == _blocks(self.spec.schedule)
+            whole = mesh.num_stages == len(ranks[: mesh.num_stages]) and blocks == _blocks(self.spec.schedule)
             self.stats = RunStats(
                 blocks,
                 done.frames - before.frames,
                 seconds,
                 done.first or None,
-                tuple(ranks),
+                tuple(ranks[: mesh.num_stages]),
                 # That of N stages at once and of the whole video.
                 schedule_bubble(self.spec.schedule) if whole else None,
+                tuple(ranks[mesh.num_stages :]),
             )
 
     def _close(self, recorder: Recorder | None, clocks: Sequence[BusyClock], finished: bool) -> None:
@@ -246,7 +290,7 @@ class Run:
             if self._mesh.is_leader and (finished or not self._mesh.distributed):
                 merge_left(recorder.path)
         self._prompts, self._executors = [], []
-        self._decoder = self._keeper = None
+        self._decoder = self._keeper = self._service = None
         self.running = False
 
 

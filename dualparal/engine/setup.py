@@ -71,13 +71,19 @@ class Setup:
         if config.features_8bit and (reason := linear_8bit.rows_absent(mesh.device)):
             raise ValueError(f"features_8bit=True cannot run: {reason}; leave it out")
         if isinstance(source, ModelFiles):
-            source.check_weights(parts=mesh.is_leader)
+            source.check_weights(parts=mesh.is_leader or mesh.rank in found.decoders)
         return found
 
     @property
     def num_stages(self) -> int:
         """The number of stages of the whole run."""
         return self.mesh.num_stages
+
+    @property
+    def decoders(self) -> range:
+        """The places that decode a part of the rows each: ranks, where there are several, see ``Schedule.decoders``."""
+        stages, ranks = self.num_stages, self.config.decode_ranks
+        return range(stages, stages + ranks) if ranks else range(stages if self.config.decode_in_place else 1)
 
     @cached_property
     def layers(self) -> list[range]:
@@ -143,10 +149,13 @@ def _mesh(config: EngineConfig, device: torch.device) -> Mesh:
         if stages is None:
             stages = 1 if split is None else len(split)
         return Mesh.local(device, stages)
-    mesh = Mesh.join(device.type)
-    if stages not in (None, mesh.world_size):
+    mesh = Mesh.join(device.type, config.decode_ranks)
+    if stages not in (None, mesh.num_stages):
+        rule = "every rank owns one stage"
+        if config.decode_ranks:
+            rule = f"{config.decode_ranks} decode and every other one owns one stage"
         raise ValueError(
-            f"stages={stages} with {mesh.world_size} ranks: in a distributed run every rank owns one stage; leave "
-            f"stages out or start {mesh.world_size if stages is None else stages} ranks"
+            f"stages={stages} with {mesh.world_size} ranks: in a distributed run {rule}; leave stages out or start "
+            f"{(stages or 0) + config.decode_ranks} ranks"
         )
     return mesh

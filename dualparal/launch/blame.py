@@ -39,6 +39,7 @@ class Failure:
 
     Attributes:
         stage, block, step, phase: as the rank said last; None: it did not say.
+        decoder: its number among those that only decode, in place of a stage.
         exit_code: that of the whole run (``launch.exit_codes``).
         last_committed_block, resume_command: see ``launch.supervisor.Kept``.
     """
@@ -53,14 +54,16 @@ class Failure:
     hint: str = ""
     last_committed_block: int | None = None
     resume_command: str | None = None
+    decoder: int | None = None
 
     def __str__(self) -> str:
-        stage = f" (stage {self.stage})" if self.stage is not None else ""
+        roles = (("stage", self.stage), ("decoder", self.decoder))
+        role = "".join(f" ({name} {number})" for name, number in roles if number is not None)
         places = [
             f"{name} {value}" for name, value in (("block", self.block), ("step", self.step)) if value is not None
         ]
         places.append(f"phase '{self.phase}'" if self.phase else "start-up")
-        text = f"rank {self.rank}{stage} failed at {', '.join(places)}: {self.cause}"
+        text = f"rank {self.rank}{role} failed at {', '.join(places)}: {self.cause}"
         more = {
             "hint": self.hint,
             "last block on disk": self.last_committed_block,
@@ -89,6 +92,7 @@ class RankState:
     heard: float  # any line
     moved: float  # any line but a tick, by the rank's own account
     stage: int | None = None
+    decoder: int | None = None
     block: int | None = None
     step: int | None = None
     phase: str | None = None  # None until the first phase: starting up
@@ -139,6 +143,7 @@ class RankState:
         at = message.get("at")
         self.moved = min(now, at) if isinstance(at, float) else now
         self.stage = _int(message.get("stage"), self.stage)
+        self.decoder = _int(message.get("decoder"), self.decoder)
         if "phase" in message:
             self.phase = str(message["phase"])
             self.block, self.step = _int(message.get("block")), _int(message.get("step"))
@@ -255,7 +260,8 @@ def _peer_lost(states: Sequence[RankState], limits: Limits, now: float) -> Failu
 
 
 def _failure(state: RankState, cause: str, exit_code: int, hint: str) -> Failure:
-    return Failure(state.rank, state.stage, state.block, state.step, state.phase, cause, exit_code, hint)
+    where = state.stage, state.block, state.step, state.phase
+    return Failure(state.rank, *where, cause, exit_code, hint, decoder=state.decoder)
 
 
 def _hint_for(text: str) -> str:

@@ -4,8 +4,8 @@ This is the child side; `supervisor` is the parent's. It imports no torch, becau
 before the slow imports begin. It does not know what a phase means, nor who is to blame when something breaks.
 
 Lines are JSON objects over the pipe ``DUALPARAL_STATUS_FD``: ``{"tick": 1}``, a phase (``phase``, and where:
-``stage``, ``block``, ``step``), free messages, ``error``, ``done``. On ``DUALPARAL_LIFE_FD`` the parent may
-write ``stop``; the end of that pipe means that the parent is gone, and then the rank dies too.
+``stage`` or ``decoder``, ``block``, ``step``), free messages, ``error``, ``done``. On ``DUALPARAL_LIFE_FD`` the
+parent may write ``stop``; the end of that pipe means that the parent is gone, and then the rank dies too.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Heartbeat:
         return self._where
 
     def phase(self, name: str, **where: Any) -> None:
-        """Says what the rank does from now on, and where: ``stage``, ``block``, ``step``.
+        """Says what the rank does from now on, and where: ``stage`` or ``decoder``, ``block``, ``step``.
 
         Cheap enough for every unit. A name that starts with "wait" means waiting for another rank: the parent
         does not count that time against this one. A name that starts with "start" means imports and loading, which

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dualparal.decoding.chunks import NonFiniteError
 from dualparal.distributed.edges import Inbound, Outbound
 from dualparal.distributed.messages import Header, Kind, TransportError
 from dualparal.distributed.prompts import PromptChannel
@@ -23,10 +24,6 @@ from dualparal.trace.clock import BusyClock
 logger = logging.getLogger("dualparal")
 
 Report = Callable[[str, Unit], None]
-
-
-class NonFiniteError(ArithmeticError):
-    """NaN or infinity in latents; names the block, and the stage and step at which it first appeared."""
 
 
 class Stopped(Exception):

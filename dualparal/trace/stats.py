@@ -103,6 +103,7 @@ class RunStats:
     first_frame: float | None  # seconds until the first chunk was ready
     ranks: tuple[RankStats, ...]
     schedule_bubble: float | None = None  # what the schedule itself leaves idle, for comparison with ``bubble``
+    decoders: tuple[RankStats, ...] = ()  # of ranks that only decode; the others have stages
 
     @property
     def bubble(self) -> float:
@@ -113,7 +114,7 @@ class RunStats:
 
     def summary(self) -> str:
         """One line for people: what was made, what it cost, and what the time went to."""
-        memory = ", ".join(f"{(rank.peak_device or rank.peak_host) / GIB:.2f}" for rank in self.ranks)
+        memory = ", ".join(f"{(rank.peak_device or rank.peak_host) / GIB:.2f}" for rank in self.ranks + self.decoders)
         first = "-" if self.first_frame is None else f"{self.first_frame:.1f} s"
         rate = self.frames / self.seconds if self.seconds > 0 else 0.0
         blocks = f"{self.blocks} block{'' if self.blocks == 1 else 's'}"
@@ -131,6 +132,8 @@ class RunStats:
         rows = "; ".join(
             "/".join(f"{100 * part / self.seconds:.0f}" for part in (rank.busy, *rank.waits)) for rank in self.ranks
         )
+        if self.decoders:
+            rows += "; decoding " + ", ".join(f"{100 * rank.busy / self.seconds:.0f}" for rank in self.decoders)
         return f". Computing/waiting for stages/decoder/consumer in %, by rank: {rows}. {self.verdict()}"
 
     def verdict(self) -> str:
@@ -140,7 +143,7 @@ class RunStats:
         busiest = max(range(len(shares)), key=lambda rank: shares[rank])
         if max(waits.decoder, waits.consumer) >= _MATTERS * self.seconds:
             if waits.decoder >= waits.consumer:
-                return "Bound by the decoder: keep latents and decode them elsewhere, or make a smaller picture."
+                return "Bound by the decoder: decode on more ranks, in place, or in 16 bits, or make a smaller picture."
             return "Bound by the consumer of the chunks: take them faster, on a thread of its own."
         if shares[busiest] >= _UNEVEN * mean:
             return (

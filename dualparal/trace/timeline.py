@@ -105,8 +105,9 @@ class Recorder:
         os.write(self._file, b"[\n")
 
     def track(self, stage: int, num_stages: int) -> Track:
-        """Makes the rows of one stage."""
-        name = f"stage {stage}" + (f" (rank {self.rank})" if self.world_size > 1 else "")
+        """Makes the rows of one stage, or, from number ``num_stages`` on, of one place that only decodes."""
+        role = f"stage {stage}" if stage < num_stages else f"decoder {stage - num_stages}"
+        name = role + (f" (rank {self.rank})" if self.world_size > 1 else "")
         self._write({"ph": "M", **ids(stage), "name": "process_name", "args": {"name": name}})
         self._write({"ph": "M", **ids(stage), "name": "process_sort_index", "args": {"sort_index": stage}})
         if self.offset:

@@ -266,7 +266,7 @@ def test_without_a_field_of_the_sampler_the_video_is_another(kept: Any, field: s
 
 def test_the_decoder_needs_its_history(kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, whole, build = kept
-    monkeypatch.setattr("dualparal.decoding.local.LocalDecoder.history", 1)
+    monkeypatch.setattr("dualparal.decoding.delivery.Delivery.history", 1)
     made = list(build(1).resume(folder))
     assert all(torch.equal(c.latents, whole[c.block].latents) for c in made)
     assert not all(torch.equal(c.frames, whole[c.block].frames) for c in made)

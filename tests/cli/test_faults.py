@@ -34,7 +34,7 @@ from dualparal.launch.stragglers import ITERATIONS, SlowStages
 from dualparal.launch.supervisor import Kept, Result, supervise
 from dualparal.models.registry import model_sizes
 from dualparal.planning.workload import Workload
-from dualparal.runtime.executor import NonFiniteError
+from dualparal.decoding.chunks import NonFiniteError
 from dualparal.runtime.nonfinite import FirstMark, Origin, mark
 from dualparal.runtime.stage import Stage, UnitPlan
 from dualparal.schedule.actions import Unit

@@ -12,7 +12,8 @@ GRAPHS = Case(options={"stages": 2, "graphs": True}, call=LONG)
 RESUMED = Case("uint8", break_after=3, options={"stages": 2, "context": "paper"})
 WAN = Case(call={"height": 32, "width": 32, "num_frames": 21, "num_inference_steps": 3})
 
-_LOCAL = "dualparal.decoding.local:LocalDecoder"
+_PARTS = "dualparal.decoding.parts"
+_DELIVERY = "dualparal.decoding.delivery:Delivery"
 _KEEPER = "dualparal.checkpoint.checkpointer:Checkpointer"
 _GRAPHED = "dualparal.runtime.graphs:Graphed"
 _OWN_STREAM = """self.side = torch.cuda.Stream()
@@ -59,20 +60,33 @@ class Mutant(NamedTuple):
 MUTANTS = [
     Mutant(
         "decoding waits for the latents",
-        f"{_LOCAL}._beside",
-        "self._stream.wait_event(ready)",
+        f"{_PARTS}:PartDecoder._beside",
+        "self.stream.wait_event(ready)",
         "pass",
         PT,
         "race order",
         also=_NO_LOOK,
     ),
-    Mutant("their event is recorded", f"{_LOCAL}._submit", "ready.record()", "pass", PT, "race order", also=_NO_LOOK),
     Mutant(
-        "the thread waits for its stream", f"{_LOCAL}._beside", "self._stream.synchronize()", "pass", PT, "race order"
+        "their event is recorded",
+        f"{_PARTS}:LocalPart._submit",
+        "ready.record()",
+        "pass",
+        PT,
+        "race order",
+        also=_NO_LOOK,
+    ),
+    Mutant(
+        "the thread waits for its stream",
+        f"{_PARTS}:PartDecoder._beside",
+        "self.stream.synchronize()",
+        "pass",
+        PT,
+        "race order",
     ),
     Mutant(
         "frames are recorded on the consumer's stream",
-        f"{_LOCAL}._take",
+        f"{_DELIVERY}._take",
         "frames.record_stream(torch.cuda.current_stream(frames.device))",
         "pass",
         PT,
@@ -80,9 +94,9 @@ MUTANTS = [
     ),
     Mutant(
         "a resumed decoder stays on its stream",
-        f"{_LOCAL}.resume",
-        "self._submit(self._push, video, part).result()",
-        "self._decoders[video].push(part)",
+        f"{_DELIVERY}.resume",
+        "self._result([part.push(video, seen) for part in self._parts or ()])",
+        "self._parts[0]._decoder._decoders[video].push(seen)",
         RESUMED,
         "race order",
     ),

@@ -15,9 +15,9 @@ import torch
 
 from dualparal.checkpoint import checkpointer
 from dualparal.checkpoint.checkpointer import Checkpoint
-from dualparal.decoding import local
+from dualparal.decoding import parts
 from dualparal.engine.engine import Engine
-from dualparal.runtime.executor import NonFiniteError
+from dualparal.decoding.chunks import NonFiniteError
 from engine_calls import embeds
 from late_device import HostSync, LateDevice, recording
 from late_replay import Different, Program, races
@@ -103,7 +103,7 @@ def record(
     """
     late = LateDevice(**options)
     late.strict = UNITS
-    with recording(late, (local, checkpointer)):
+    with recording(late, (parts, checkpointer)):
         before()
         made = make(model, case, device, folder, late)
     return late, made

@@ -338,7 +338,7 @@ def _stats(*ranks: tuple[float, float, float, float], expected: float | None = N
 @pytest.mark.parametrize(
     ("stats", "bound"),
     [
-        (_stats((2.0, 0.5, 7.0, 0.2), (2.5, 7.0, 0, 0)), "Bound by the decoder: keep latents"),
+        (_stats((2.0, 0.5, 7.0, 0.2), (2.5, 7.0, 0, 0)), "Bound by the decoder: decode on more"),
         (_stats((2.0, 0.5, 1.5, 5.0), (2.5, 7.0, 0, 0)), "Bound by the consumer of the chunks: take"),
         (_stats((3.0, 6.5, 0.2, 0.2), (9.0, 0.7, 0, 0)), "Bound by rank 1, which computes 1.5 times as long as the"),
         (_stats((9.0, 0.5, 0.2, 0.2), (9.1, 0.7, 0, 0)), "Bound by computing: use more stages"),

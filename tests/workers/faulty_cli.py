@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from dualparal.cli import main as cli
-from dualparal.decoding.local import LocalDecoder
+from dualparal.decoding.parts import PartDecoder
 from dualparal.distributed import messages, prompts, remote
 from dualparal.distributed.messages import Header, PeerLost
 from dualparal.distributed.remote import SendEdge
@@ -99,13 +99,13 @@ def change_messages() -> None:
 
 
 def decode_slowly() -> None:
-    decoded = LocalDecoder._frames
+    decoded = PartDecoder._frames
 
-    def frames(self: LocalDecoder, *what: Any) -> Any:
+    def frames(self: PartDecoder, *what: Any) -> Any:
         time.sleep(float(os.environ["FAULT_DECODE_SECONDS"]))
         return decoded(self, *what)
 
-    LocalDecoder._frames = frames  # type: ignore[method-assign]
+    PartDecoder._frames = frames  # type: ignore[method-assign]
 
 
 def read_slowly() -> None:

@@ -1,40 +1,46 @@
-"""Finished blocks on their way out: decoded on a thread beside the stages, and given out as they were finished."""
+"""Finished blocks on their way out: given to whoever decodes them, and given out as they were finished."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from dualparal.config.video import VideoConfig
 from dualparal.decoding.chunks import Chunk, Progress
-from dualparal.decoding.frames import to_output, to_uint8
-from dualparal.models.base import Decoder
+from dualparal.decoding.parts import Part, join_rows
 from dualparal.schedule.actions import DECODE_BOUND
 from dualparal.schedule.layout import Layout
 from dualparal.trace.timeline import Track
 
 
-class LocalDecoder:
-    """Takes final latents from stage 0, decodes at most ``DECODE_BOUND`` blocks at once, and gives out chunks.
+class _Pending(NamedTuple):
+    video: int
+    block: int
+    latents: torch.Tensor
+    rows: list[Future[Any]]  # of each part
 
-    Methods are called from the thread of stage 0; only the decoding itself runs on a thread of its own.
+
+class Delivery:
+    """Takes final latents from stage 0, has at most ``DECODE_BOUND`` blocks decoded at once, and gives out chunks.
+
+    Methods are called from the thread of stage 0; only the decoding itself goes on elsewhere.
 
     Args:
         layout: the places of blocks, the same in all videos.
         video: the request for any of the videos, which have one length and one output type.
         temporal_factor: frames that a latent frame becomes, apart from the first of a video.
         num_videos: videos that are made together.
-        decoders: one for each video; None when latents are wanted.
-        device: the device of latents and decoders.
+        parts: who decodes, the topmost rows first; None when latents are wanted.
         busy: called for the seconds that stage 0 has spent in units.
         track: stage 0's rows in the timeline.
+        waiting: called with a block before the host waits for its frames; None: nobody listens.
 
     Attributes:
         progress: the run's, with the chunk that was given out last.
@@ -49,10 +55,10 @@ class LocalDecoder:
         video: VideoConfig,
         temporal_factor: int,
         num_videos: int,
-        decoders: Sequence[Decoder] | None,
-        device: torch.device,
+        parts: Sequence[Part] | None,
         busy: Callable[[], float],
         track: Track | None = None,
+        waiting: Callable[[int], None] | None = None,
     ) -> None:
         self.layout = layout
         self.output_type = video.output_type
@@ -61,23 +67,21 @@ class LocalDecoder:
         self.track = track
         self.started = time.perf_counter()
         self.waited = self.consumed = 0.0
-        self._decoded = 0.0  # seconds, of blocks that are done
-        self._decoding_since: float | None = None
         blocks = None if layout.num_blocks is None else num_videos * layout.num_blocks
         frames = None if video.num_frames is None else num_videos * video.num_frames
         self.progress = self.before = Progress(0, 0, blocks, frames, 0.0, 0.0, 0.0)
-        self._decoders = decoders
+        self._parts = parts
+        self._waiting = waiting or (lambda block: None)
         self._frames_of = [0] * num_videos  # given out so far
         self._latents: dict[tuple[int, int], torch.Tensor] = {}  # by video and block
-        self._pending: deque[tuple[int, int, torch.Tensor, Future[Any]]] = deque()
+        self._pending: deque[_Pending] = deque()
         self._done: deque[tuple[int, int, torch.Tensor, Any]] = deque()
-        self._pool = None if decoders is None else ThreadPoolExecutor(1, thread_name_prefix="dualparal-decode")
-        self._stream = torch.cuda.Stream(device) if decoders is not None and device.type == "cuda" else None
+        self._failed = False
 
     @property
     def history(self) -> int:
         """Latent frames before a block that its decoding sees; 0 when latents are wanted."""
-        return 0 if self._decoders is None else self._decoders[0].history
+        return 0 if self._parts is None else self._parts[0].history
 
     def resume(self, block: int, videos: Sequence[Sequence[torch.Tensor]]) -> None:
         """Goes on with a block: latents before it go through the decoders again.
@@ -88,9 +92,8 @@ class LocalDecoder:
         """
         for video, latents in enumerate(videos):
             self._frames_of[video] = self._made(0, self.layout.start(block)) if block else 0
-            if self._pool is not None:  # on the thread too: what a decoder keeps is its stream's memory
-                for part in latents:
-                    self._submit(self._push, video, part).result()
+            for seen in latents if self._parts is not None else ():
+                self._result([part.push(video, seen) for part in self._parts or ()])
         self.before = replace(self.progress, blocks=block * len(videos), frames=sum(self._frames_of))
         self.progress = self.before
 
@@ -99,8 +102,8 @@ class LocalDecoder:
 
         Raises what decoding has raised.
         """
-        if self._pool is not None:
-            self._submit(self._try, latents).result()
+        if self._parts is not None:
+            self._result([part.warm_up(latents) for part in self._parts])
 
     def _made(self, block: int, latents: int) -> int:
         """Frames that so many latent frames become, from ``block`` on; the first of a video becomes one frame."""
@@ -109,7 +112,7 @@ class LocalDecoder:
     def emit(self, video: int, block: int, latents: torch.Tensor) -> None:
         """Takes a block's final latents [1, C, f, h, w]; what is beyond the end of the video is cut off."""
         kept = latents[:, :, : self.layout.kept_frames(block)]
-        if self._pool is None:
+        if self._parts is None:
             self._done.append((video, block, kept, None))
         else:
             self._latents[video, block] = kept
@@ -119,78 +122,48 @@ class LocalDecoder:
 
         Raises what decoding has raised.
         """
-        assert self._pool is not None
+        assert self._parts is not None
         while len(self._pending) >= DECODE_BOUND:
             self._take()
         latents = self._latents.pop((video, block))
-        self._pending.append((video, block, latents, self._submit(self._decode, video, latents, block)))
+        rows = [part.decode(video, block, latents) for part in self._parts]
+        self._pending.append(_Pending(video, block, latents, rows))
 
-    def _submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Calls a function on the thread, with an event behind all that the current stream has been given so far."""
-        assert self._pool is not None
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.Event()
-            ready.record()
-        return self._pool.submit(function, ready, *args)
-
-    @contextmanager
-    def _beside(self, ready: torch.cuda.Event | None) -> Iterator[None]:
-        """The thread's stream from ``ready`` on; at the end all that it was given is done."""
-        if self._stream is None or ready is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            try:
-                yield
-            finally:
-                self._stream.synchronize()  # who waits for the thread may let go of what it was working on
-
-    def _push(self, ready: torch.cuda.Event | None, video: int, latents: torch.Tensor) -> None:
-        assert self._decoders is not None
-        with self._beside(ready):
-            self._decoders[video].push(latents)
-
-    def _try(self, ready: torch.cuda.Event | None, latents: torch.Tensor) -> None:
-        assert self._decoders is not None
-        with self._beside(ready):
-            self._frames(0, latents)
-            self._decoders[0].reset()
-
-    def _frames(self, video: int, latents: torch.Tensor) -> Any:
-        assert self._decoders is not None and self.output_type != "latent"
-        made = self._decoders[video].push(latents)
-        return to_uint8(made) if self.output_type == "uint8" else to_output(made, self.output_type)
-
-    def _decode(self, ready: torch.cuda.Event | None, video: int, latents: torch.Tensor, block: int) -> Any:
-        begin = self._decoding_since = time.perf_counter()
-        with self._beside(ready):
-            frames = self._frames(video, latents)
-        end = time.perf_counter()
-        self._decoding_since, self._decoded = None, self._decoded + end - begin
-        if self.track is not None:
-            self.track.decode(video, block, begin, end)
-        return frames
+    def _result(self, futures: Sequence[Future[Any]]) -> list[Any]:
+        """The results of all parts. Raises what the first part that failed has raised, though others still wait."""
+        try:
+            if len(futures) > 1:
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
+            return [future.result() for future in futures]
+        except BaseException:
+            self._failed = True
+            self._pending.clear()  # what comes after a block that is broken is not given out
+            raise
 
     def decoding(self) -> float:
-        """Seconds that the thread has spent decoding blocks so far, beside stage 0."""
-        since = self._decoding_since
-        return self._decoded + (0.0 if since is None else time.perf_counter() - since)
+        """Seconds that decoding beside stage 0 has taken so far."""
+        return sum(part.decoding() for part in self._parts or ())
 
     def _take(self) -> None:
-        video, block, latents, future = self._pending.popleft()
+        pending = self._pending.popleft()
         begin = time.perf_counter()
-        frames = future.result()
+        if not all(future.done() for future in pending.rows):
+            self._waiting(pending.block)
+        frames = join_rows(self._result(pending.rows))
         self.waited += time.perf_counter() - begin
-        if self._stream is not None and isinstance(frames, torch.Tensor):
-            # Made on the thread's stream, whose next frames may take their place as soon as they are let go.
+        if isinstance(frames, torch.Tensor) and frames.is_cuda:
+            # Made on another stream, whose next frames may take their place as soon as they are let go.
             frames.record_stream(torch.cuda.current_stream(frames.device))
-        self._done.append((video, block, latents, frames))
+        if self.output_type == "pil":
+            from PIL import Image
+
+            frames = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+        self._done.append((pending.video, pending.block, pending.latents, frames))
 
     def ready(self) -> Iterator[Chunk]:
         """Yields the chunks that are finished, without waiting. Raises what decoding has raised."""
-        while self._pending and self._pending[0][-1].done():
+        while self._pending and all(future.done() for future in self._pending[0].rows):
             self._take()
         while self._done:
             chunk = self._chunk(*self._done.popleft())
@@ -227,6 +200,9 @@ class LocalDecoder:
         return Chunk(block, start, frames, latents, self.progress, video)
 
     def close(self) -> None:
-        """Ends the thread once it is done with the block in its hands; the others are dropped."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        """Ends the decoders once they are done with the block in their hands.
+
+        After one has failed nobody waits for the others, which may wait for it.
+        """
+        for part in self._parts or ():
+            part.close(failed=self._failed)

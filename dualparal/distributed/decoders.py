@@ -1,0 +1,33 @@
+"""The communicators between stage 0's rank and ranks that decode, and among these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class DecoderGroups(NamedTuple):
+    """The communicators of ranks that decode a part of the rows each.
+
+    Attributes:
+        links: gloo, by rank: between the leading rank and that one. None for the leading rank itself.
+        rows: of all that decode, on the device; None: there is one.
+    """
+
+    links: dict[int, Any]
+    rows: Any
+
+
+def make_decoder_groups(ranks: Sequence[int], device: torch.device) -> DecoderGroups:
+    """Makes the communicators. Collective: all ranks of the run call it.
+
+    Args:
+        ranks: those that decode, the topmost rows first.
+        device: this rank's, whose type is that of all.
+    """
+    links = {rank: dist.new_group([0, rank], backend="gloo") for rank in ranks if rank != 0}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    return DecoderGroups(links, dist.new_group(list(ranks), backend=backend) if len(ranks) > 1 else None)
