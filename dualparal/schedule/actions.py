@@ -5,8 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-# Blocks that the decoder beside stage 0 holds at once, waiting ones and the one in its hands. With that many, stage 0
-# waits for it.
+# Blocks that who decodes holds at once, waiting ones and the one in its hands. With that many, stage 0 waits.
 DECODE_BOUND = 2
 
 
@@ -18,7 +17,7 @@ class Op(Enum):
     SEND = "send"  # to the next stage; the last stage sends velocities to stage 0
     UPDATE = "update"  # one sampler step of a block, from the velocities of its branches
     EMIT = "emit"  # the final latents of a block leave
-    DECODE = "decode"  # the VAE turns them into frames
+    DECODE = "decode"  # the VAE turns them into frames; on stage 0: they are handed to who does that
 
 
 class Unit(NamedTuple):
@@ -63,7 +62,8 @@ class Features(NamedTuple):
 
 
 class Action(NamedTuple):
-    """One piece of work of one stage. For UPDATE, EMIT and DECODE ``unit`` means its block, and its branch is 0."""
+    """One piece of work of one stage, or of a place that decodes. For UPDATE, EMIT and DECODE ``unit`` means its block,
+    and its branch is 0."""
 
     op: Op
     stage: int

@@ -31,12 +31,15 @@ class Schedule:
         context, max_blocks_in_flight, context_version, refresh_every: see ``config.blocks.BlockConfig``.
         context_frames: latent frames that a neighbour lends, C; 0: no reads between blocks.
         guidance: a block has a conditional and an unconditional unit per step, and not the conditional one alone.
-        decode: finished blocks are turned into frames beside stage 0.
+        decode: finished blocks are turned into frames.
         depth: messages that fit between two neighbouring stages (buffers of one directed edge).
         num_videos: independent videos of the same length, V. In each iteration they follow each other, so that one
             keeps the stages busy while the velocities of another travel.
         key_means: 8-bit attention keeps a mean of its keys from one step of a block to the next.
         start: the iteration to begin with, for a run that goes on from latents alone: see ``is_restartable``.
+        decode_ranks: places that decode and do nothing else, D, after those of the stages; each decodes a part of the
+            picture's rows. 0: stage 0's place decodes, beside its units.
+        decode_in_place: the place of every stage decodes a part of the picture's rows beside its units.
 
     Raises:
         ValueError: a number is out of range, or the schedule cannot start at ``start``.
@@ -56,9 +59,14 @@ class Schedule:
     refresh_every: int | None = None  # R
     key_means: bool = False
     start: int = 0
+    decode_ranks: int = 0  # D
+    decode_in_place: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (("num_stages", 1), ("num_steps", 1), ("context_frames", 0), ("depth", 1), ("num_videos", 1)):
+        for name, low in (
+            ("num_stages", 1), ("num_steps", 1), ("context_frames", 0), ("decode_ranks", 0), ("depth", 1),
+            ("num_videos", 1),
+        ):  # fmt: skip
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {low} or more")
         for name, none in (("num_blocks", "endless"), ("max_blocks_in_flight", "no limit"), ("refresh_every", "never")):
@@ -70,6 +78,10 @@ class Schedule:
             raise ValueError(
                 f"context_version={self.context_version!r} is not a version of features; use one of {CONTEXT_VERSIONS}"
             )
+        if self.decode_ranks and self.decode_in_place:
+            raise ValueError(f"decode_ranks={self.decode_ranks} with decode_in_place=True: one of them decodes")
+        if not self.decode and (self.decode_ranks or self.decode_in_place):
+            raise ValueError("decode=False with places that decode; leave out decode_ranks and decode_in_place")
         if self.start < 0 or not self.is_restartable(self.start):
             raise ValueError(f"start={self.start}: needs what an earlier iteration left behind; use a refresh")
         if self.num_blocks is not None and self.start and not self.in_flight(self.start):
@@ -93,7 +105,7 @@ class Schedule:
             engine: how the model is run. video: what is made.
             num_steps: length of the sampler's list of timesteps.
         """
-        blocks = engine.blocks
+        blocks, decode = engine.blocks, video.output_type != "latent"
         return cls(
             num_stages=num_stages,
             num_steps=num_steps,
@@ -101,7 +113,7 @@ class Schedule:
             context=blocks.context,
             context_frames=blocks.context_frames,
             guidance=video.guidance,
-            decode=video.output_type != "latent",
+            decode=decode,
             depth=engine.depth,
             max_blocks_in_flight=blocks.max_blocks_in_flight,
             context_version=blocks.context_version,
@@ -109,6 +121,8 @@ class Schedule:
             refresh_every=blocks.refresh_every,
             key_means=engine.attention_8bit.on,
             start=start,
+            decode_ranks=engine.decode_ranks if decode else 0,
+            decode_in_place=engine.decode_in_place and decode,
         )
 
     @property
@@ -284,11 +298,36 @@ class Schedule:
         slot = self.policy.tail_slot(self._queue, unit)
         return Features("tail", unit.block, unit.step, unit.branch, slot, unit.video, self.refreshes(unit))
 
-    # What every stage does ----------------------------------------------------------------------------------
+    # What every place does ----------------------------------------------------------------------------------
 
-    def actions(self, stage: int) -> Iterator[Action]:
-        """The actions of one stage, in order; of an endless schedule an endless iterator."""
-        return self._first_stage() if stage == 0 else self._later_stage(stage)
+    @property
+    def decoders(self) -> range:
+        """The places that decode, all of them every block, each a part of it; a place is the number of a rank when
+        every stage has its own. Empty when nothing is decoded."""
+        n = self.num_stages
+        if not self.decode:
+            return range(0)
+        return range(n) if self.decode_in_place else range(n, n + self.decode_ranks) if self.decode_ranks else range(1)
+
+    def actions(self, place: int) -> Iterator[Action]:
+        """The actions of one place, in order; of an endless schedule an endless iterator.
+
+        Those of a stage; from ``num_stages`` on those of a place that only decodes. A stage that also decodes does so
+        beside its actions (``decodes``).
+        """
+        if place >= self.num_stages:
+            return self.decodes(place)
+        return self._first_stage() if place == 0 else self._later_stage(place)
+
+    def decodes(self, place: int) -> Iterator[Action]:
+        """The DECODE actions of one of the ``decoders``, in the order in which stage 0 emits the blocks.
+
+        Stage 0 has actions of that name in every case: there they hand over a block that was just emitted, and may wait
+        while ``DECODE_BOUND`` others are not decoded.
+        """
+        for unit in self.units():
+            if unit.step == self.num_steps - 1 and unit.branch == self.branches - 1:
+                yield Action(Op.DECODE, place, unit._replace(branch=0))
 
     def _later_stage(self, stage: int) -> Iterator[Action]:
         for unit in self.units():

@@ -20,7 +20,7 @@ class StageTime(NamedTuple):
     """The time of a stage by its use, seconds.
 
     Attributes:
-        busy: in units.
+        busy: in units; of a place that only decodes: in its parts.
         waiting: for a message, for a buffer, or for the decoder.
         other: sampler updates, and the time before the stage's first action and after its last one.
     """
@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
         fixed: held from start to end (weights, text, workspace, message buffers).
         slot: by side: features in all layers of the stage, for one branch.
         block: latents and sampler state of a block in flight (stage 0).
-        decode: held while a block is decoded.
+        decode: held while a block is decoded here.
     """
 
     fixed: int
@@ -66,14 +66,17 @@ class Simulation:
 
     Attributes:
         schedule, costs: the arguments of ``simulate``.
-        events: every stage's actions in order, with their times in seconds.
+        events: every stage's actions in order, with their times in seconds, and after the stages those of the places
+            that only decode.
         ready: (video, block) -> the second at which its frames are there (without decoding: its latents).
+        decoding: of each of ``Schedule.decoders``: its work on each block, beside the actions of a stage.
     """
 
     schedule: Schedule
     costs: Costs
     events: tuple[tuple[Event, ...], ...]
     ready: Ready
+    decoding: tuple[tuple[Event, ...], ...]
 
     @cached_property
     def seconds(self) -> float:
@@ -90,6 +93,11 @@ class Simulation:
         """The time of each stage by its use."""
         return tuple(self._stage(stage) for stage in range(self.schedule.num_stages))
 
+    @cached_property
+    def decoders(self) -> tuple[StageTime, ...]:
+        """The time of each place that only decodes."""
+        return tuple(self._stage(place) for place in range(self.schedule.num_stages, len(self.events)))
+
     @property
     def bubble(self) -> float:
         """Share of the time in which a stage computes no unit, averaged over stages (``trace.RunStats.bubble``)."""
@@ -100,12 +108,15 @@ class Simulation:
         for start, end, action in self.events[stage]:
             if action.op is Op.RUN:
                 busy += self.costs.run(stage, action.unit)
+            elif stage >= self.schedule.num_stages:
+                part = self.costs.decode(action.unit.block)
+                busy, waiting = busy + part, waiting + end - start - part
             elif action.op is not Op.UPDATE:
                 waiting += end - start
         return StageTime(busy, waiting, self.seconds - busy - waiting)
 
     def memory(self, stage: int, sizes: Sizes) -> list[Usage]:
-        """The bytes in use on a stage's rank over time, a row per change.
+        """The bytes in use on the rank of a stage, or of a place that only decodes, over time: a row per change.
 
         Feature slots count from the unit that fills them to the last one that reads them; the engine allocates all
         of them at the start, so it holds the schedule's number of slots times ``sizes.slot``.
@@ -132,10 +143,9 @@ class Simulation:
                     changes.append((start, 1, sizes.block))
             elif op is Op.EMIT:
                 changes.append((end, 1, -sizes.block))
-            elif op is Op.DECODE:
-                changes.extend(
-                    [(end, 2, sizes.decode), (max(end, self.ready[unit.video, unit.block]), 2, -sizes.decode)]
-                )
+        if stage in self.schedule.decoders:
+            for start, end, _ in self.decoding[self.schedule.decoders.index(stage)]:
+                changes.extend([(start, 2, sizes.decode), (end, 2, -sizes.decode)])
         for slot in list(filled):
             close(slot)
         rows = [Usage(0.0, sizes.fixed, 0, 0, 0)]
@@ -165,8 +175,8 @@ def simulate(schedule: Schedule, costs: Costs, units: int | None = None) -> Simu
         ScheduleError: deadlock; the message has the action at which each stage waits, and the grid in ticks.
         ValueError: an endless schedule and no number of units.
     """
-    events, ready = replay(schedule, costs, units)
-    stages: list[list[Event]] = [[] for _ in range(schedule.num_stages)]
-    for event in events:
-        stages[event.action.stage].append(event)
-    return Simulation(schedule, costs, tuple(map(tuple, stages)), ready)
+    found = replay(schedule, costs, units)
+    places: list[list[Event]] = [[] for _ in range(schedule.num_stages + schedule.decode_ranks)]
+    for event in found.events:
+        places[event.action.stage].append(event)
+    return Simulation(schedule, costs, tuple(map(tuple, places)), found.ready, tuple(map(tuple, found.decoding)))

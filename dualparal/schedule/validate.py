@@ -1,14 +1,17 @@
-"""The proof that a schedule can run: no deadlock, and every read finds the version that it names."""
+"""The proof that a schedule can run: no deadlock, every read finds what it names, and every block is decoded once."""
 
 from __future__ import annotations
 
-from dualparal.schedule.actions import Action, Features, Op
+from itertools import islice
+
+from dualparal.schedule.actions import Action, Features, Op, Unit
 from dualparal.schedule.replay import Event, ScheduleError, format_grid, replay
 from dualparal.schedule.schedule import Schedule
 
 
 def validate(schedule: Schedule, units: int | None = None) -> list[Event]:
-    """Proves that a schedule can run: no deadlock, and every read finds the version that it names.
+    """Proves that a schedule can run: no deadlock, every read finds the version that it names, and every finished block
+    is decoded once by each place that decodes, in the order in which blocks leave.
 
     Args:
         units: number of units after which the replay stops (needed for an endless schedule).
@@ -20,11 +23,13 @@ def validate(schedule: Schedule, units: int | None = None) -> list[Event]:
         ScheduleError: the schedule cannot run; with the action at fault and the grid.
         ValueError: an endless schedule and no number of units.
     """
-    events, _ = replay(schedule, units=units)
+    events = replay(schedule, units=units).events
     try:
         for stage in range(schedule.num_stages):
             _check_features(schedule, [e.action for e in events if e.action.stage == stage])
-        _check_latents(schedule, [e.action for e in events if e.action.stage == 0], complete=units is None)
+        first = [e.action for e in events if e.action.stage == 0]
+        _check_latents(schedule, first, complete=units is None)
+        _check_decodes(schedule, first, complete=units is None)
     except ScheduleError as error:
         raise ScheduleError(f"{error}\n{format_grid(schedule.num_stages, events)}") from None
     return events
@@ -80,3 +85,21 @@ def _check_video(schedule: Schedule, actions: list[Action], complete: bool) -> N
             emitted.append(unit.block)
     if complete and emitted != list(range(schedule.first_block, schedule.num_blocks or 0)):
         raise ScheduleError(f"blocks leave in the order {emitted}")
+
+
+def _check_decodes(schedule: Schedule, actions: list[Action], complete: bool) -> None:
+    """Checks that stage 0 hands each block over as it leaves, and what each place that decodes does with them. Raises
+    ScheduleError."""
+    emitted = [action.unit for action in actions if action.op is Op.EMIT]
+    handed = [action.unit for action in actions if action.op is Op.DECODE]
+    if handed != (emitted if schedule.decode else []):
+        raise ScheduleError(f"stage 0 hands over {_blocks(handed)} <- blocks leave in the order {_blocks(emitted)}")
+    for place in schedule.decoders:
+        decodes = list(islice(schedule.decodes(place), None if complete else len(emitted)))
+        if decodes != [Action(Op.DECODE, place, unit) for unit in emitted]:
+            found = _blocks([action.unit for action in decodes])
+            raise ScheduleError(f"place {place} decodes {found} <- blocks leave in the order {_blocks(emitted)}")
+
+
+def _blocks(units: list[Unit]) -> list[tuple[int, int]]:
+    return [(unit.video, unit.block) for unit in units]

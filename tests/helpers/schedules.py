@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
 
 from dualparal.config.blocks import CONTEXT_POLICIES, CONTEXT_VERSIONS
 from dualparal.schedule.actions import Op
 from dualparal.schedule.schedule import Schedule
 
+
+def _schedule(decoders: dict[str, Any], **numbers: Any) -> Schedule:
+    return Schedule(**decoders, **numbers)
+
+
 schedules = st.builds(
-    Schedule,
+    _schedule,
+    decoders=st.sampled_from(
+        [{"decode": False}, {}, {}, {"decode_in_place": True}, {"decode_ranks": 1}, {"decode_ranks": 3}]
+    ),
     num_stages=st.integers(1, 8),
     num_steps=st.integers(1, 7),
     num_blocks=st.integers(1, 9),
     context=st.sampled_from(CONTEXT_POLICIES),
     context_frames=st.integers(0, 3),
     guidance=st.booleans(),
-    decode=st.booleans(),
     depth=st.integers(1, 4),
     max_blocks_in_flight=st.none() | st.integers(1, 8),
     context_version=st.sampled_from(CONTEXT_VERSIONS),

@@ -99,7 +99,7 @@ def test_blocks_enter_evenly_and_no_more_than_allowed(steps: int, limit: int | N
 
 def ticks(schedule: Schedule) -> tuple[int, int]:
     """Until the first block is finished, and until the last."""
-    events = replay(schedule)[0]
+    events = replay(schedule).events
     return next(e.end for e in events if e.action.op is Op.EMIT), max(e.end for e in events)
 
 
@@ -218,7 +218,7 @@ def test_each_of_several_videos_is_made_as_if_alone(schedule: Schedule) -> None:
 
 def utilisation(schedule: Schedule) -> float:
     """Share of stage-ticks with a unit, in the middle half of the schedule."""
-    starts = [event.start for event in replay(schedule)[0] if event.action.op is Op.RUN]
+    starts = [event.start for event in replay(schedule).events if event.action.op is Op.RUN]
     first, last = makespan(schedule) // 4, 3 * makespan(schedule) // 4
     return sum(first <= start < last for start in starts) / ((last - first) * schedule.num_stages)
 
