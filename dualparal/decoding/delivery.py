@@ -15,6 +15,7 @@ import torch
 from dualparal.config.video import VideoConfig
 from dualparal.decoding.chunks import Chunk, Progress
 from dualparal.decoding.parts import Part, join_rows
+from dualparal.distributed.messages import PeerLost
 from dualparal.schedule.actions import DECODE_BOUND
 from dualparal.schedule.layout import Layout
 from dualparal.trace.timeline import Track
@@ -133,8 +134,10 @@ class Delivery:
         """The results of all parts. Raises what the first part that failed has raised, though others still wait."""
         try:
             if len(futures) > 1:
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
+                done = wait(futures, return_when=FIRST_EXCEPTION).done
+                errors = [error for future in done if (error := future.exception()) is not None]
+                for error in sorted(errors, key=lambda error: isinstance(error, PeerLost)):  # a consequence comes last
+                    raise error
             return [future.result() for future in futures]
         except BaseException:
             self._failed = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,7 @@ from dualparal.decoding.chunks import NonFiniteError
 from dualparal.decoding.parts import PartDecoder
 from dualparal.distributed.messages import PeerLost, TransportError
 from dualparal.distributed.parcels import Parcel, ParcelLink, Sign, to_bytes, to_text
+from dualparal.schedule.actions import Action
 
 Report = Callable[..., None]
 
@@ -96,7 +97,7 @@ class Service(threading.Thread):
     """``serve`` on a thread, beside this rank's stage if it has one.
 
     Args:
-        link, part, report: as in ``serve``.
+        link, part, actions, report: as in ``serve``.
         on_error: called with what it has raised.
 
     Attributes:
@@ -107,17 +108,18 @@ class Service(threading.Thread):
         self,
         link: ParcelLink,
         part: PartDecoder,
+        actions: Iterator[Action],
         report: Report | None,
         on_error: Callable[[BaseException], None],
     ) -> None:
         # Nobody can wake a thread out of gloo: after an error it ends with the process.
         super().__init__(name="dualparal-decode", daemon=True)
-        self._link, self.part, self._report, self._on_error = link, part, report, on_error
+        self._link, self.part, self._actions, self._report, self._on_error = link, part, actions, report, on_error
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            serve(self._link, self.part, self._report)
+            serve(self._link, self.part, self._actions, self._report)
         except BaseException as error:
             self.error = error
             self._on_error(error)
@@ -129,16 +131,18 @@ class Service(threading.Thread):
             raise self.error
 
 
-def serve(link: ParcelLink, part: PartDecoder, report: Report | None = None) -> None:
-    """Decodes what the leading rank sends, in its order, until it says STOP.
+def serve(link: ParcelLink, part: PartDecoder, actions: Iterator[Action], report: Report | None = None) -> None:
+    """Decodes what the leading rank sends, in the order of the schedule, until it says STOP.
 
     Args:
         link: to the leading rank.
         part: the decoders of this rank.
+        actions: its DECODE actions.
         report: called with ("wait_latents",) and ("decode", block=); None: nobody listens.
 
     Raises:
         PeerLost: the leading rank is gone.
+        TransportError: it sends another block than the schedule says.
         Exception: what decoding has raised; the leading rank has been told. NaN is told only.
     """
     tell = report or (lambda phase, **where: None)
@@ -149,6 +153,10 @@ def serve(link: ParcelLink, part: PartDecoder, report: Report | None = None) -> 
         if wanted.sign is Sign.STOP:
             link.finish()
             return
+        if wanted.sign is Sign.DECODE:
+            unit = next(actions).unit
+            if (unit.video, unit.block) != (wanted.video, wanted.block):
+                raise TransportError(f"{link.name}: block {wanted.block} arrives, and the schedule says {unit.block}")
         tell("decode", block=wanted.block)
         try:
             made = _make(part, wanted)

@@ -10,6 +10,7 @@ import torch
 from dualparal.decoding.delivery import Delivery
 from dualparal.decoding.parts import LocalPart, Part, PartDecoder
 from dualparal.decoding.ranks import RankPart, Service
+from dualparal.distributed.decoders import DecoderGroups
 from dualparal.distributed.parcels import ParcelLink
 from dualparal.distributed.rows import RankRows, local_rows
 from dualparal.engine.build import RunSpec
@@ -25,20 +26,27 @@ class DecoderBuilder:
 
     def __init__(self, setup: Setup, parts: Parts, spec: RunSpec) -> None:
         self._setup, self._parts, self._spec = setup, parts, spec
-        self._schedule, self._request = spec.schedule, spec.requests[0]
+        self._request, self._decoders = spec.requests[0], spec.schedule.decoders
 
     @property
     def places(self) -> list[int]:
         """The places that decode in this process: of one process all of them, of several its rank or none."""
-        decoders, mesh = self._setup.decoders, self._setup.mesh
-        if not self._schedule.decode:
-            return []
-        return [place for place in decoders if place == mesh.rank] if mesh.distributed else list(decoders)
+        mesh = self._setup.mesh
+        return [place for place in self._decoders if place == mesh.rank or not mesh.distributed]
 
     @property
     def on_ranks(self) -> bool:
         """True when other ranks than the leading one decode, too."""
-        return self._schedule.decode and self._setup.mesh.distributed and self._setup.decoders != range(1)
+        return self._setup.mesh.distributed and self._decoders not in (range(0), range(1))
+
+    def meet(self) -> None:
+        """Opens the ways between ranks that decode, and to them. Collective; does nothing where there are none."""
+        if self.on_ranks:
+            _ = self._groups
+
+    @property
+    def _groups(self) -> DecoderGroups:
+        return self._parts.decoder_groups(self._decoders)
 
     def delivery(self, clock: BusyClock, tracks: Mapping[int, Track | None]) -> Delivery:
         """The way out of finished blocks, on the rank that leads.
@@ -58,7 +66,7 @@ class DecoderBuilder:
             video,
             self._setup.source.spec.temporal_factor,
             len(self._spec.requests),
-            self._parts_here_and_there(tracks) if self._schedule.decode else None,
+            self._parts_here_and_there(tracks) if self._decoders else None,
             lambda: clock.seconds,
             clock.track,
             waiting,
@@ -73,15 +81,16 @@ class DecoderBuilder:
         """
         mesh, report = self._setup.mesh, self._spec.report
         tell = None if report is None or mesh.stages else partial(report, **mesh.role)
-        link = ParcelLink("latents of rank 0", 0, self._parts.decoder_groups.links[mesh.rank])
-        return Service(link, self._own_part(track), tell, on_error)
+        link = ParcelLink("latents of rank 0", 0, self._groups.links[mesh.rank])
+        actions = self._spec.schedule.decodes(mesh.rank)
+        return Service(link, self._own_part(track), actions, tell, on_error)
 
     def _parts_here_and_there(self, tracks: Mapping[int, Track | None]) -> list[Part]:
         """All parts of the rows, the topmost first."""
-        setup, decoders = self._setup, self._setup.decoders
+        setup, decoders = self._setup, self._decoders
         found: list[Part] = []
         if self.on_ranks:
-            as_tensor, links = self._request.video.output_type == "pt", self._parts.decoder_groups.links
+            as_tensor, links = self._request.video.output_type == "pt", self._groups.links
             for place in decoders:
                 if place == setup.mesh.rank:
                     found.append(LocalPart(self._own_part(tracks[place])))
@@ -97,7 +106,7 @@ class DecoderBuilder:
 
     def _own_part(self, track: Track | None) -> PartDecoder:
         """The decoders of this rank, among other ranks that decode."""
-        decoders, rank, rows = self._setup.decoders, self._setup.mesh.rank, self._parts.decoder_groups.rows
+        decoders, rank, rows = self._decoders, self._setup.mesh.rank, self._groups.rows
         way = None if rows is None else RankRows(rows, list(decoders), rank - decoders.start)
         return self._part_decoder(rank, way, None, track)
 
@@ -116,7 +125,7 @@ class DecoderBuilder:
         )
 
     def _name(self, place: int) -> str:
-        if self._setup.decoders == range(1):
+        if self._decoders == range(1):
             return "the decoder"
-        name = f"decoder {place - self._setup.decoders.start}"
+        name = f"decoder {place - self._decoders.start}"
         return f"{name} (rank {place})" if self.on_ranks else name

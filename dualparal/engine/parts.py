@@ -87,10 +87,9 @@ class Parts:
             warm_up(self._groups, mesh.rank, mesh.device)
         return self._groups
 
-    @property
-    def decoder_groups(self) -> DecoderGroups:
-        """The communicators of ranks that decode. The first use is collective."""
+    def decoder_groups(self, ranks: Sequence[int]) -> DecoderGroups:
+        """The communicators of the ranks that decode, the same in all runs. The first call is collective."""
         if not self._decoder_groups:
-            self._decoder_groups.append(make_decoder_groups(self._setup.decoders, self._setup.mesh.device))
+            self._decoder_groups.append(make_decoder_groups(ranks, self._setup.mesh.device))
             drop_at_exit(self._decoder_groups)
         return self._decoder_groups[0]

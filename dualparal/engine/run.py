@@ -174,8 +174,7 @@ class Run:
         self._store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
         handshake(self._store, mesh.rank, mesh.world_size, info, HANDSHAKE_SECONDS)
         _ = self._parts.edge_groups  # opened while all ranks are here
-        if self._decoders.on_ranks:
-            _ = self._parts.decoder_groups
+        self._decoders.meet()
 
     def _encode(self) -> None:
         """Makes the prompts of all videos on the rank that leads: encoded, or from the snapshot."""

@@ -71,19 +71,13 @@ class Setup:
         if config.features_8bit and (reason := linear_8bit.rows_absent(mesh.device)):
             raise ValueError(f"features_8bit=True cannot run: {reason}; leave it out")
         if isinstance(source, ModelFiles):
-            source.check_weights(parts=mesh.is_leader or mesh.rank in found.decoders)
+            source.check_weights(parts=mesh.is_leader or config.decode_in_place or not mesh.stages)
         return found
 
     @property
     def num_stages(self) -> int:
         """The number of stages of the whole run."""
         return self.mesh.num_stages
-
-    @property
-    def decoders(self) -> range:
-        """The places that decode a part of the rows each: ranks, where there are several, see ``Schedule.decoders``."""
-        stages, ranks = self.num_stages, self.config.decode_ranks
-        return range(stages, stages + ranks) if ranks else range(stages if self.config.decode_in_place else 1)
 
     @cached_property
     def layers(self) -> list[range]:

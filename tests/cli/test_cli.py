@@ -608,12 +608,21 @@ def test_gpus_and_ranks_are_counted_once(
     refuses([*without_device, "--gpus", 0], ["--gpus 0", "1 or more"])
     refuses([*without_device, "--gpus", 2, "--stages", 3], ["--gpus 2", "--stages 3", "one of them"])
     refuses([*SHORT, "--model", wan21, "--gpus", 2], ["--gpus 2", "--device cpu", "--stages"])
+    refuses([*SHORT, "--model", wan21, "--decode-gpus", -1], ["--decode-gpus -1", "0 for none"])
+    refuses([*without_device, "--gpus", 2, "--decode-gpus", 2], ["--decode-gpus 2 of --gpus 2", "1 at most"])
+    refuses([*without_device, "--gpus", 4, "--stages", 4, "--decode-gpus", 2], ["--gpus 4", "leave --stages out"])
+    both = ["--decode-gpus", 2, "--decode-in-place"]
+    refuses([*SHORT, "--model", wan21, *both], ["decode_in_place=True", "decode_ranks=2", "leave one out"])
+    refuses([*SHORT, "--model", wan21, "--decode-gpus", 5], ["5", "rows"])
+    refuses([*SHORT, "--model", wan21, "--latents-out", "a", "--decode-gpus", 1], ["--decode-gpus 1 without --out"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     refuses([*without_device, "--gpus", 2], ["--gpus 2", "torch sees 1"])
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refuses([*SHORT, "--model", wan21, "--stages", 3], ["--stages 3", "2 processes", "leave --stages out"])
+    refuses([*SHORT, "--model", wan21, "--decode-gpus", 2], ["--decode-gpus 2", "2 processes", "start more"])
+    refuses([*SHORT, "--model", wan21, "--stages", 2, "--decode-gpus", 1], ["--stages 2", "start 3 processes"])
 
 
 def test_a_hub_id_that_cannot_be_had_is_refused(

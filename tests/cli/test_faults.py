@@ -26,6 +26,7 @@ import torch
 from cli_runs import decode
 from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
+from dualparal.decoding.chunks import NonFiniteError
 from dualparal.engine import capacity
 from dualparal.engine.capacity import TooLarge
 from dualparal.engine.engine import Engine
@@ -34,7 +35,6 @@ from dualparal.launch.stragglers import ITERATIONS, SlowStages
 from dualparal.launch.supervisor import Kept, Result, supervise
 from dualparal.models.registry import model_sizes
 from dualparal.planning.workload import Workload
-from dualparal.decoding.chunks import NonFiniteError
 from dualparal.runtime.nonfinite import FirstMark, Origin, mark
 from dualparal.runtime.stage import Stage, UnitPlan
 from dualparal.schedule.actions import Unit
@@ -52,9 +52,12 @@ RUN = [
 
 
 class Run:
-    """Two ranks of the command line, a fault in one of them."""
+    """Ranks of the command line, two by default, a fault in one of them."""
 
-    def __init__(self, folder: Path, model: Path, fault: str, frames: int = 801, **env: str) -> None:
+    def __init__(
+        self, folder: Path, model: Path, fault: str, frames: int = 801, more: tuple[str, ...] = (), ranks: int = 2,
+        **env: str,
+    ) -> None:  # fmt: skip
         self.out = folder / "a.mp4"
         self.messages: list[tuple[float, int, dict[str, Any]]] = []
         self.known_at: float | None = None
@@ -74,8 +77,8 @@ class Run:
         try:
             self.result: Result = supervise(
                 [sys.executable, str(WORKER), *RUN, "--model", str(model), "--num-frames", str(frames),
-                 "--out", str(self.out)],
-                2,
+                 "--out", str(self.out), *more],
+                ranks,
                 limits=LIMITS,
                 env={"OMP_NUM_THREADS": "1", "FAULT": fault, **env},
                 on_message=hear,
@@ -100,11 +103,11 @@ class Run:
             at for at, who, m in self.messages if who == rank and m.get("phase") == "run" and m["block"] >= block
         )
 
-    def check(self, rank: int, exit_code: int, *words: str) -> None:
+    def check(self, rank: int, exit_code: int, *words: str, role: str = "") -> None:
         text = str(self.result.failure)
         assert self.result.exit_code == exit_code, text
         headline = text.splitlines()[0]
-        assert headline.startswith(f"rank {rank} (stage {rank}) failed at block "), text
+        assert headline.startswith(f"rank {rank} ({role or f'stage {rank}'}) failed at block "), text
         for word in words:
             assert word in headline, text
         assert f"last block on disk: {self.committed[-1]}" in text and "resume with: dualparal" in text
@@ -137,6 +140,37 @@ def test_a_stopped_rank_is_named_though_no_transport_says_so(tmp_path: Path, wan
     assert run.known_at is not None
     assert run.known_at - run.struck_at(1, 6) < LIMITS.heartbeat + 1.0
     assert run.ended_at - run.struck_at(1, 6) < LIMITS.heartbeat + 5.0
+
+
+DECODERS: dict[str, Any] = {"more": ("--decode-gpus", "2"), "ranks": 3, "FAULT_BLOCK": "6"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        ("kill", 3, ("killed by SIGKILL", "phase 'decode'")),
+        ("stop", 4, ("no heartbeat for 2.",)),
+        ("oom", 3, ("OutOfMemoryError: CUDA out of memory",)),
+    ],
+)
+def test_a_rank_that_decodes_is_named_by_its_role(
+    tmp_path: Path, wan21: Path, fault: str, code: int, words: tuple[str, ...]
+) -> None:
+    run = Run(tmp_path, wan21, f"{fault}:2", **DECODERS)
+    run.check(2, code, *words, role="decoder 1")
+    assert run.committed == list(range(6)) or run.committed == list(range(5))  # the last one on its way out
+    assert run.error is not None and run.error["decoder"] == 1 and run.error["stage"] is None
+
+
+def test_nan_of_a_rank_that_decodes_is_named_by_its_role(tmp_path: Path, wan21: Path) -> None:
+    run = Run(tmp_path, wan21, "broken:2", **DECODERS)
+    run.check(0, 6, "NonFiniteError: the frames of block 6 hold NaN, first in decoder 1 (rank 2); it is not given out")
+    assert run.committed == list(range(6))
+
+
+def test_a_decoder_beside_a_stage_that_fails_ends_its_rank(tmp_path: Path, wan21: Path) -> None:
+    run = Run(tmp_path, wan21, "decoder:1", more=("--decode-in-place",), FAULT_BLOCK="6")
+    run.check(1, 3, "MemoryError: no room for the rows")
 
 
 def test_the_cause_is_the_headline_and_not_who_lost_a_peer(tmp_path: Path, wan21: Path) -> None:

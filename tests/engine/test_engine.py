@@ -12,8 +12,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from dualparal.config.blocks import CONTEXT_VERSIONS
-from dualparal.engine.engine import Engine
 from dualparal.decoding.chunks import NonFiniteError
+from dualparal.engine.engine import Engine
 from dualparal.sampling.prompts import Prompts
 from engine_calls import embeds, reference_latents
 from pairwise import pairwise

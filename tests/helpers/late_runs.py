@@ -16,8 +16,8 @@ import torch
 from dualparal.checkpoint import checkpointer
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.decoding import parts
-from dualparal.engine.engine import Engine
 from dualparal.decoding.chunks import NonFiniteError
+from dualparal.engine.engine import Engine
 from engine_calls import embeds
 from late_device import HostSync, LateDevice, recording
 from late_replay import Different, Program, races

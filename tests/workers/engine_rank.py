@@ -23,26 +23,33 @@ from dualparal.engine.engine import Engine
 from dualparal.launch.heartbeat import Heartbeat
 
 
-def run(engine: Engine, case: dict[str, Any], rank: int) -> torch.Tensor | None:
+def run(engine: Engine, case: dict[str, Any], rank: int) -> dict[str, torch.Tensor] | None:
+    """Latents and, unless they are all that is wanted, frames of a case, on rank 0."""
     call = {"height": 32, "width": 32, "output_type": "latent", **case["call"]}
     if "later" in case:  # JSON has no integer keys
         call["prompt"] = {0: call["prompt"], case["later"]: "a dog"}
     leave_after, change_after = case.get("leave_after"), case.get("change_after")
     prompts = call["prompt"]
     parts: list[list[torch.Tensor]] = [[] for _ in (prompts if isinstance(prompts, list) else [prompts])]
+    frames: list[torch.Tensor] = []
     chunks = engine.stream(**call)
     for chunk in chunks:
         parts[chunk.video].append(chunk.latents)
+        if chunk.frames is not None:
+            frames.append(torch.as_tensor(chunk.frames))
         if chunk.block == change_after:
             engine.set_prompt("a dog")
         if chunk.block == leave_after:
             break
     chunks.close()  # type: ignore[attr-defined]
-    assert engine.stats is None or len(engine.stats.ranks) == engine.mesh.world_size
+    if engine.stats is not None:
+        assert len(engine.stats.ranks) == engine.mesh.num_stages
+        assert len(engine.stats.ranks + engine.stats.decoders) == engine.mesh.world_size
     if not parts[0]:
         return None
     whole = [torch.cat(part, dim=2).cpu() for part in parts if part]
-    return torch.cat([part[:, :, : whole[-1].shape[2]] for part in whole])
+    latents = torch.cat([part[:, :, : whole[-1].shape[2]] for part in whole]).contiguous()
+    return {"latents": latents, **({"frames": torch.cat(frames)} if frames else {})}
 
 
 def forbid_collectives() -> None:
@@ -97,7 +104,7 @@ def main(path: Path) -> None:
             made = run(engine, case, rank)
             if rank == 0:
                 assert made is not None
-                save_file({"latents": made.contiguous()}, path / f"{index}.safetensors")
+                save_file(made, path / f"{index}.safetensors")
             else:
                 assert made is None, "only rank 0 gets frames"
     except PeerLost as error:

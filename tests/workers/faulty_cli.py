@@ -55,7 +55,7 @@ def strike_in_phases() -> None:
 
     def phase(self: Heartbeat, name: str, **where: Any) -> None:
         told(self, name, **where)
-        if HERE and name == "run" and where["block"] >= BLOCK:
+        if HERE and name in ("run", "decode") and where["block"] >= BLOCK:
             strike()
 
     Heartbeat.phase = phase  # type: ignore[method-assign]
@@ -98,12 +98,16 @@ def change_messages() -> None:
     SendEdge.send = send  # type: ignore[method-assign]
 
 
-def decode_slowly() -> None:
+def change_frames() -> None:
     decoded = PartDecoder._frames
 
-    def frames(self: PartDecoder, *what: Any) -> Any:
-        time.sleep(float(os.environ["FAULT_DECODE_SECONDS"]))
-        return decoded(self, *what)
+    def frames(self: PartDecoder, video: int, block: int, latents: torch.Tensor) -> Any:
+        time.sleep(float(os.environ.get("FAULT_DECODE_SECONDS", "0")))
+        if HERE and NAME == "decoder" and block == BLOCK:
+            raise MemoryError("no room for the rows")
+        if HERE and NAME == "broken" and block == BLOCK:
+            latents = latents * float("nan")
+        return decoded(self, video, block, latents)
 
     PartDecoder._frames = frames  # type: ignore[method-assign]
 
@@ -125,8 +129,7 @@ change_units()
 change_messages()
 if os.environ.get("FAULT_DEAF"):
     make_deaf()
-if "FAULT_DECODE_SECONDS" in os.environ:
-    decode_slowly()
+change_frames()
 if NAME == "reader" and HERE:
     read_slowly()
 
