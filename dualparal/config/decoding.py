@@ -1,4 +1,4 @@
-"""The rule by which the dtype of a VAE is chosen. No torch."""
+"""The dtype of a VAE, and the cut of the picture's rows over several decoders. No torch."""
 
 from __future__ import annotations
 
@@ -24,3 +24,25 @@ def choose_vae_dtype(asked: str, on_card: bool, has_bfloat16: bool = True) -> st
     if asked != AUTO:
         return asked
     return "bfloat16" if on_card and has_bfloat16 and MEASURED_LEVELS <= MOST_LEVELS else "float32"
+
+
+def row_ranges(height: int, count: int) -> list[range]:
+    """The rows of each of ``count`` parts of a picture: contiguous, as even as can be, the larger ones first.
+
+    One row is enough for a part: what needs more to add in the same order is computed in the place of the whole
+    (``models.wan.rows``).
+
+    Args:
+        height: latent rows of the picture.
+        count: number of parts.
+
+    Raises:
+        ValueError: more parts than rows.
+    """
+    if not 1 <= count <= height:
+        raise ValueError(
+            f"{count} parts of a picture of {height} latent rows: every part needs a row; use 1 to {height} decoders"
+        )
+    least, more = divmod(height, count)
+    starts = [part * least + min(part, more) for part in range(count + 1)]
+    return [range(start, end) for start, end in zip(starts, starts[1:])]

@@ -295,7 +295,8 @@ class Decoder(Protocol):
             latents: [1, C, f, h, w], as the transformer makes them.
 
         Returns:
-            Frames [F, 3, h * spatial_factor, w * spatial_factor] in [-1, 1].
+            Frames [F, 3, h * spatial_factor, w * spatial_factor] in [-1, 1]. A decoder made with ``RowExchange`` takes
+            whole latents too, and returns the frames' rows that belong to its part (``config.decoding.row_ranges``).
         """
         ...
 
@@ -318,8 +319,8 @@ class LightFile(Protocol):
         """Reads what decoders share."""
         ...
 
-    def decoder(self, shared: Any) -> Decoder:
-        """Makes the decoder of one video."""
+    def decoder(self, shared: Any, rows: RowExchange | None = None) -> Decoder:
+        """Makes the decoder of one video; ``rows``: of the rows of one part."""
         ...
 
 

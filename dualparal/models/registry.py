@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dualparal.models.json_files import ModelError, read_json
 
 if TYPE_CHECKING:
-    from dualparal.models.base import Decoder, LightFile, ModelSpec, PromptEncoder
+    from dualparal.models.base import Decoder, LightFile, ModelSpec, PromptEncoder, RowExchange
     from dualparal.models.sizes import ModelSizes
 
 BUILT_IN = "moving-shapes"  # the trained model that ships with the package
@@ -80,9 +80,14 @@ class Family:
         found: ModelSpec = resolve(self.spec_class).from_configs(transformers, vae, pipeline)
         return found
 
-    def decoder(self, vae: Any) -> Decoder:
-        """Makes the decoder of one video; several may share a VAE."""
-        found: Decoder = resolve(self.decoder_class)(vae)
+    def decoder(self, vae: Any, rows: RowExchange | None = None) -> Decoder:
+        """Makes the decoder of one video; several may share a VAE.
+
+        Args:
+            vae: the module.
+            rows: the way to the decoders of the picture's other rows; None: it decodes all of them.
+        """
+        found: Decoder = resolve(self.decoder_class)(vae, rows)
         return found
 
     def light_file(self, path: Path, spec: ModelSpec) -> LightFile:

@@ -6,6 +6,20 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 
+class Borders(NamedTuple):
+    """Needs of parts of the picture's rows to decode one latent frame, each of its neighbours.
+
+    Attributes:
+        numbers: of the rows that a part sends to one neighbour, at all convolutions together.
+        messages: to that neighbour.
+        gathered: numbers per latent pixel that every part needs of all: keys and values of attention.
+    """
+
+    numbers: int
+    messages: int
+    gathered: int
+
+
 class VaeSizes(Protocol):
     """Sizes of the decoder. The argument ``pixels`` is the number of latent pixels of a latent frame."""
 
@@ -34,6 +48,10 @@ class VaeSizes(Protocol):
 
     def working_bytes(self, pixels: int, itemsize: int) -> int:
         """Bytes of the largest set of tensors that live at once while a latent frame is decoded."""
+        ...
+
+    def borders(self, width: int) -> Borders:
+        """The needs of parts of the rows, of ``width`` latent pixels, while a latent frame is decoded."""
         ...
 
 

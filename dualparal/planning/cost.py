@@ -96,9 +96,9 @@ class Costing:
         work: the video and the model.
         schedule: the order of work.
         split: layers of every stage.
-        devices: one per stage.
-        links: edge k leads from stage k to the next one, the last back to stage 0.
-        decode_on: a card of its own for the VAE; None: stage 0's, beside its units.
+        devices: one per stage, then one per place that only decodes.
+        links: edge k leads from stage k to the next one, the last back to stage 0; then those of the places that only
+            decode, of which the slowest counts.
     """
 
     def __init__(
@@ -108,10 +108,8 @@ class Costing:
         split: Sequence[int],
         devices: Sequence[Device],
         links: Sequence[Link],
-        decode_on: Device | None = None,
     ) -> None:
         self.work, self.schedule, self.split, self.devices, self.links = work, schedule, split, devices, links
-        self.decode_on = decode_on
         self._kinds: dict[Unit, tuple[int, int, int]] = {}
         self._seconds: dict[tuple[int, tuple[int, int, int]], float] = {}
 
@@ -124,7 +122,8 @@ class Costing:
             latency=lambda edge: self.links[edge].latency,
             update=UPDATE_SECONDS,
             decode=self.decode,
-            decode_shares=self.decode_on is None,
+            decode_shares=True,
+            hand_over=self.hand_over,
         )
 
     def run(self, stage: int, unit: Unit) -> float:
@@ -167,11 +166,48 @@ class Costing:
         elements = edge_elements(self.work)[edge == len(self.split) - 1]
         return elements * self.work.itemsize / self.links[edge].bandwidth
 
-    def decode(self, block: int) -> float:
-        """Seconds of decoding a block."""
-        device = self.decode_on or self.devices[0]
+    def hand_over(self, block: int) -> float:
+        """Seconds until a block's latents are at other places that decode, all of which get all rows."""
+        places = len(self.schedule.decoders) - (0 in self.schedule.decoders)
+        if not places:
+            return 0.0
+        size = 4 * self.work.layout.frames(block) * self.work.model.in_channels * self.work.pixels
+        wire = self._decoders_wire
+        return places * size / wire.bandwidth + wire.latency
+
+    def decode_alone(self, place: int) -> float:
+        """Seconds in which the card of a place decodes a latent frame, all rows of it."""
+        device = self.devices[place]
         rate = device.conv if self.work.decode_itemsize == 4 else device.conv_16bit
-        return self.work.layout.kept_frames(block) * self.work.decoder.flops(self.work.pixels) / rate
+        return self.work.decoder.flops(self.work.pixels) / rate
+
+    def decode(self, block: int) -> float:
+        """Seconds in which the slowest of those that decode does its part of a block, exchanges included."""
+        decoders, work = self.schedule.decoders, self.work
+        if not decoders:
+            return 0.0
+        share = work.part_rows(len(decoders)) / work.rows
+        slowest = max(self.decode_alone(place) for place in decoders)
+        return work.layout.kept_frames(block) * (slowest * share + self._exchange(len(decoders)))
+
+    def _exchange(self, parts: int) -> float:
+        """Seconds per latent frame in which parts of the rows wait for each other's. Nothing is overlapped: a row of
+        every convolution's input goes to each neighbour, keys and values of the attention go to all."""
+        if parts == 1:
+            return 0.0
+        work, wire = self.work, self._decoders_wire
+        borders = work.decoder.borders(work.pixels // work.rows)
+        neighbours = min(2, parts - 1)
+        numbers = neighbours * borders.numbers + borders.gathered * work.pixels * (parts - 1) / parts
+        messages = borders.messages + (1 if borders.gathered else 0)
+        return numbers * work.decode_itemsize / wire.bandwidth + messages * wire.latency
+
+    @property
+    def _decoders_wire(self) -> Link:
+        """The slowest of the links between the places that decode, and to them."""
+        count = len(self.split)
+        among = self.links[count:] if self.schedule.decode_ranks else self.links[: max(1, count - 1)]
+        return min(among, key=lambda link: link.bandwidth)
 
 
 def balance(costs: Sequence[float], extra: Sequence[float], most: Sequence[int], num_layers: int) -> list[int] | None:
@@ -212,15 +248,14 @@ class Estimate(NamedTuple):
     block: float
 
 
-def closed_form(
-    schedule: Schedule, stages: Sequence[float], hop: float, decode: float = 0.0, decode_shares: bool = True
-) -> Estimate:
+def closed_form(schedule: Schedule, stages: Sequence[float], hop: float, decode: float = 0.0) -> Estimate:
     """Times of a run without a replay, for units that all cost the same.
 
     An iteration takes the slowest stage's time for all of its units, or a whole round of the pipe when there are too
     few of them: a block's next step needs its last one, and with ``paper`` that of the block before, which comes later
-    in an iteration. From the T-th on blocks are decoded, in the time that stage 0 has to spare (``decode_shares``) or
-    beside it, and when ``DECODE_BOUND`` of them wait, everything waits.
+    in an iteration. From the T-th on blocks are decoded: in the time that stage 0 has to spare, in place in that which
+    the slowest stage has, on places of their own all the time; and when ``DECODE_BOUND`` of them wait, everything
+    waits.
 
     While the pipe is full all periods of ``gap`` iterations are alike. Those that change nothing but the clock, or add
     the same to what waits for the decoder, are not walked one by one: the work does not grow with the video.
@@ -229,12 +264,12 @@ def closed_form(
         schedule: the order of work.
         stages: seconds of a unit on each stage.
         hop: seconds of all edges together.
-        decode: seconds of a block.
-        decode_shares: decoding takes its seconds from stage 0's card.
+        decode: seconds of a block's part on each place that decodes.
     """
     slowest, around = max(stages), sum(stages) + hop
     least = around + (schedule.branches * schedule.policy.blocks_awaited - 1) * slowest
-    clock = _Clock(schedule, (slowest, stages[0], least), decode, decode_shares)
+    beside = None if schedule.decode_ranks else slowest if schedule.decode_in_place else stages[0]
+    clock = _Clock(schedule, (slowest, least), decode, beside)
     gap, blocks = schedule.gap, schedule.num_blocks
     full = -(-schedule.num_steps // gap) * gap  # from here on periods are alike, up to where no new block enters
     iteration, ramp_down = 0, math.inf if blocks is None else blocks * gap
@@ -260,15 +295,14 @@ class _Clock:
 
     Args:
         schedule: the order of work.
-        units: seconds of a unit on the slowest stage and on stage 0, and the least that an iteration takes.
-        decode, decode_shares: as in ``closed_form``.
+        units: seconds of a unit on the slowest stage, and the least that an iteration takes.
+        decode: as in ``closed_form``.
+        beside: seconds of a unit on the stage beside which is decoded; None: it has the card to itself.
     """
 
-    def __init__(
-        self, schedule: Schedule, units: tuple[float, float, float], decode: float, decode_shares: bool
-    ) -> None:
-        self.schedule, self.decode, self.decode_shares = schedule, decode, decode_shares
-        self.slowest, self.own, self.least = units
+    def __init__(self, schedule: Schedule, units: tuple[float, float], decode: float, beside: float | None) -> None:
+        self.schedule, self.decode, self.beside = schedule, decode, beside or 0.0
+        self.slowest, self.least = units
         self.now = self.backlog = self.first = 0.0
         self._room = (math.inf, math.inf)  # how far the backlog stayed from 0 and from its bound
 
@@ -276,7 +310,7 @@ class _Clock:
         """Passes an iteration of the schedule."""
         units = len(self.schedule.in_flight(iteration)) * self.schedule.branches
         duration = max(units * self.slowest, self.least)
-        left = self.backlog - (duration - units * self.own if self.decode_shares else duration)
+        left = self.backlog - (duration - units * self.beside)
         self.now, self.backlog = self.now + duration, max(0.0, left)
         low, high = min(self._room[0], left), self._room[1]
         done = iteration - self.schedule.num_steps + 1

@@ -32,7 +32,7 @@ class Memory:
     Attributes:
         weights: the stage's layers of every transformer.
         features: of neighbours, in all slots.
-        decode: VAE, its history and working set, and frames on their way out.
+        decode: VAE, history and working set of the rows that are decoded here, and frames on their way out.
         load: bytes besides the weights while they are read.
         before: the text encoder, before the weights are loaded (rank 0); 0 when it goes to the CPU instead.
     """
@@ -68,15 +68,29 @@ class Memory:
         return max(self.running, self.weights + self.load, self.before)
 
 
-def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage: int, decodes: bool = True) -> Memory:
-    """Bytes that the engine allocates on the rank of a stage.
+def place_memory(work: Workload, schedule: Schedule, split: Sequence[int], place: int) -> Memory:
+    """Bytes that the engine allocates on the rank of a stage or, from their number on, of a place that only decodes.
 
     Args:
         work: the video and the model.
         schedule: the order of work.
         split: layers of every stage.
+        place: number of the place.
+    """
+    if place < schedule.num_stages:
+        return stage_memory(work, schedule, split, place)
+    waiting = DECODE_BOUND * 4 * work.model.in_channels * work.pixels * work.layout.first_frames
+    return Memory(0, 0, 0, 0, 0, 0, latents=waiting, decode=decode_bytes(work, len(schedule.decoders)))
+
+
+def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage: int) -> Memory:
+    """Bytes that the engine allocates on the rank of a stage.
+
+    Args:
+        work: the video and the model.
+        schedule: the order of work, which says whether the stage's place decodes.
+        split: layers of every stage.
         stage: number of the stage.
-        decodes: stage 0's card holds the VAE.
     """
     model, size, h, tokens = work.model, work.itemsize, work.model.inner, work.tokens
     layers, first, last = split[stage], stage == 0, stage == len(split) - 1
@@ -106,7 +120,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
             + videos * branches * work.text_tokens * model.text_dim * size
         ),
         latents=(latents * SAMPLER_COPIES * (blocks + videos) + noise) if first else 0,
-        decode=decode_bytes(work) if first and decodes and work.decode else 0,
+        decode=decode_bytes(work, len(schedule.decoders)) if stage in schedule.decoders else 0,
         # A matrix to be quantised is there in float32 at the worst.
         load=((layers - in_8bit) * size + in_8bit) * model.joined_parameters
         + (4 * linears.widest * h if in_8bit else 0),
@@ -185,13 +199,18 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def decode_bytes(work: Workload) -> int:
-    """Bytes of decoding.
+def decode_bytes(work: Workload, parts: int = 1) -> int:
+    """Bytes of decoding on each place that decodes.
 
     Counted: the VAE, its history of each video, its working set, and frames of the blocks in its hands, which are
-    float32 on their way out.
+    float32 on their way out; all but the VAE of the place's rows only.
+
+    Args:
+        work: the video and the model.
+        parts: into which the rows are cut.
     """
-    vae, pixels, size = work.decoder, work.pixels, work.decode_itemsize
+    vae, size = work.decoder, work.decode_itemsize
+    pixels = work.pixels // work.rows * work.part_rows(parts)
     frames = work.layout.first_frames * vae.temporal_factor
     picture = 3 * 4 * frames * pixels * vae.spatial_factor**2
     history = work.num_videos * vae.cache_bytes(pixels, size)

@@ -90,6 +90,15 @@ class Workload:
         """Latent pixels of a latent frame."""
         return self.tokens * self.model.patch**2
 
+    @property
+    def rows(self) -> int:
+        """Rows of a latent frame, which may be decoded in parts."""
+        return self.video.height // self.model.vae.spatial_factor
+
+    def part_rows(self, parts: int) -> int:
+        """Rows of the largest of so many parts, at most ``rows``."""
+        return -(-self.rows // parts)
+
     def schedule(self, num_stages: int) -> Schedule:
         """The very schedule that the engine walks."""
         return Schedule.of(

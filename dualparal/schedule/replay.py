@@ -57,7 +57,7 @@ Ready = dict[tuple[int, int], float]  # (video, block) -> when its frames (witho
 
 
 class Replayed(NamedTuple):
-    """What a replay found.
+    """The findings of a replay.
 
     Attributes:
         events: each place's in order, first those of the stages.

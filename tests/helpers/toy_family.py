@@ -19,10 +19,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dualparal.config.decoding import row_ranges
 from dualparal.device import to_device
 from dualparal.kernels.qk_norm_rope import Lend
 from dualparal.kernels.qk_norm_rope.reference import rotate
-from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, TimeCondition, attend_here
+from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, RowExchange, TimeCondition, attend_here
 from dualparal.models.json_files import read_config
 from dualparal.models.keys_values import Context8, KeysValues
 from dualparal.models.registry import Component, Family
@@ -160,8 +161,8 @@ class ToyDecoder:
 
     history = 1
 
-    def __init__(self, vae: ToyVae) -> None:
-        self._vae = vae
+    def __init__(self, vae: ToyVae, rows: RowExchange | None = None) -> None:
+        self._vae, self._rows = vae, rows
         self._last: torch.Tensor | None = None
 
     @property
@@ -171,6 +172,9 @@ class ToyDecoder:
     @torch.no_grad()
     def push(self, latents: torch.Tensor) -> torch.Tensor:
         frames = []
+        if self._rows is not None:
+            rows = row_ranges(latents.shape[3], self._rows.count)[self._rows.index]
+            latents = latents[:, :, :, rows.start : rows.stop]
         for latent in latents[0].to(self._vae.colours).unbind(1):
             picture = torch.einsum("rc,chw->rhw", self._vae.colours, latent).tanh()
             picture = picture.repeat_interleave(SPATIAL, 1).repeat_interleave(SPATIAL, 2)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from dualparal.models.base import RowExchange
 from dualparal.models.wan.convolutions import STEADY
 from dualparal.models.wan.light_sizes import (
     BLOCKS,
@@ -25,6 +26,7 @@ from dualparal.models.wan.light_sizes import (
     read_light_sizes,
     way_out_name,
 )
+from dualparal.models.wan.rows import OverRows
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -55,9 +57,9 @@ class LightFile:
         tensors = load_file(self.path)
         return {name: tensors[name].to(device, dtype) for name in self.sizes.shapes}
 
-    def decoder(self, tensors: Tensors) -> LightDecoder:
-        """Makes the decoder of one video; several may share the tensors."""
-        return LightDecoder(self.sizes, tensors)
+    def decoder(self, tensors: Tensors, rows: RowExchange | None = None) -> LightDecoder:
+        """Makes the decoder of one video, or of some of its rows; several may share the tensors."""
+        return LightDecoder(self.sizes, tensors, rows)
 
 
 class LightDecoder:
@@ -65,10 +67,15 @@ class LightDecoder:
 
     However the latents are cut, the frames are the same. Every block sees its input's frame before, zeros at first.
     Of the four frames of the first latent the last one is given out, as Wan's VAE makes one there.
+
+    Args:
+        sizes, tensors: of a ``LightFile``; they are shared.
+        rows: the way to other parts of the picture, as ``StreamingDecoder`` has it.
     """
 
-    def __init__(self, sizes: LightSizes, tensors: Tensors) -> None:
+    def __init__(self, sizes: LightSizes, tensors: Tensors, rows: RowExchange | None = None) -> None:
         self._sizes, self._tensors = sizes, tensors
+        self._rows = OverRows(rows) if rows is not None and rows.count > 1 else None
         self.reset()
 
     def reset(self) -> None:
@@ -100,13 +107,16 @@ class LightDecoder:
             latents: [1, C, f, H, W], normalised as the transformer makes them, any float dtype, any device.
 
         Returns:
-            Frames [F, 3, H * scale, W * scale] in [-1, 1] in the decoder's dtype on its device.
+            Frames [F, 3, H * scale, W * scale] in [-1, 1] in the decoder's dtype on its device. Of several parts of the
+            picture this one's rows.
 
         Raises:
-            ValueError: a wrong shape.
+            ValueError: a wrong shape, or more parts than latent rows.
             RuntimeError: an earlier push failed half way, and ``reset`` was not called since.
         """
         self._check(latents)
+        if self._rows is not None:
+            self._rows.begin(latents.shape[3])
         self._size, self._torn = latents.shape[3:], True
         with STEADY:
             frames = [self._decode_one(latent) for latent in latents[0].split(1, dim=1)]
@@ -115,7 +125,15 @@ class LightDecoder:
 
     def _decode_one(self, latent: torch.Tensor) -> torch.Tensor:
         hidden = latent.transpose(0, 1).to(self._tensors[f"{FIRST}.weight"]).contiguous()  # [1, C, H, W]
-        hidden = self._conv(FIRST, torch.tanh(hidden / 3) * 3).relu_()
+        hidden = torch.tanh(hidden / 3) * 3
+        if self._rows is None:
+            return self._frames(hidden)
+        with self._rows:
+            return self._frames(hidden[..., self._rows.part.start : self._rows.part.stop, :].contiguous())
+
+    def _frames(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Frames of a bounded latent [1, C, h, w], or of some of its rows."""
+        hidden = self._conv(FIRST, hidden).relu_()
         for level in range(len(GROWTH)):
             for block in range(BLOCKS):
                 hidden = self._block(block_name(level, block), hidden)

@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dualparal.models.json_files import ModelError, shorten
+from dualparal.models.sizes import Borders
 
 GROWTH = (1, 2, 2)  # frames that one becomes behind each level
 BLOCKS = 3  # of a level
@@ -112,6 +113,16 @@ class LightSizes:
         """Bytes of the largest set of tensors that live at once: the last level's frames, and twice those behind it."""
         grown, last = self.widths[-2], self.widths[-1]
         return itemsize * pixels * 64 * 4 * (grown + 2 * last)
+
+    def borders(self, width: int) -> Borders:
+        """A row of the input of every convolution over space."""
+        numbers, messages, frames, scale = self.channels, 1, 1, 1
+        for level, growth in enumerate(GROWTH):
+            numbers += BLOCKS * 4 * self.widths[level] * frames * scale
+            scale, frames = 2 * scale, growth * frames
+            numbers += self.widths[level] * frames * scale
+            messages += 3 * BLOCKS + 1
+        return Borders(width * (numbers + self.widths[-1] * frames * scale), messages + 1, 0)
 
 
 def read_light_sizes(path: Path, channels: int, spatial_factor: int) -> LightSizes:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualparal.models.json_files import ModelError, read_config
-from dualparal.models.sizes import LinearSizes
+from dualparal.models.sizes import Borders, LinearSizes
 from dualparal.models.wan.light_sizes import LightSizes, read_light_sizes
 
 
@@ -113,6 +113,12 @@ class WanVaeSizes:
         block = itemsize * narrow * (3 * last.frames + last.frames + 2)
         upsample = wide * last.frames * (4 + itemsize) + narrow * last.frames * itemsize
         return frame * max(block, upsample)
+
+    def borders(self, width: int) -> Borders:
+        """A row of the input of every convolution over space, new frames only; keys and values of the attention."""
+        spatial = [c for c in self.convs if c.kernel in (9, 27)]
+        numbers = sum(c.inputs * c.frames * c.scale * width for c in spatial)
+        return Borders(numbers, len(spatial), 2 * self.base_dim * self.dim_mult[-1])
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,16 @@ several videos can share one VAE. Requests and the way of the frames are left to
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
 
+from dualparal.models.base import RowExchange
 from dualparal.models.wan.convolutions import STEADY
+from dualparal.models.wan.rows import OverRows
 
 
 class StreamingDecoder:
@@ -23,12 +26,20 @@ class StreamingDecoder:
     twelve points a latent frame on (3x4), and within rounding below, where a convolution of one point may add in
     another order on some CPUs. The VAE is only read: its own cache is not touched, and other decoders may use it
     between two pushes. ``vae.use_slicing`` has no effect: it splits batches, and here the batch is one video.
+
+    Args:
+        vae: is shared.
+        rows: the way to other parts of the picture, each with a decoder; ``push`` gives this part's rows of the
+            frames. On the CPU they are those of a decoder of the whole, bit for bit. None, or one part: all rows.
+
+    Raises:
+        ValueError: ``vae`` is not a causal Wan VAE, tiles its frames, or is under CPU offload.
     """
 
-    def __init__(self, vae: Any) -> None:
-        """Raises ValueError when ``vae`` is not a causal Wan VAE, tiles its frames, or is under CPU offload."""
+    def __init__(self, vae: Any, rows: RowExchange | None = None) -> None:
         _check_vae(vae)
         self._vae = vae
+        self._rows = OverRows(rows) if rows is not None and rows.count > 1 else None
         self._scale: tuple[torch.Tensor, torch.Tensor] | None = None  # see ``latent_scale``; made at the first push
         self._size: torch.Size | None = None  # latent [H, W] of the video being decoded
         self.reset()
@@ -73,13 +84,16 @@ class StreamingDecoder:
 
         Returns:
             Frames [F, 3, H * scale, W * scale] in [-1, 1] in the VAE's dtype on the VAE's device. The first latent of a
-            video gives one frame, each further one four (``scale_factor_temporal``).
+            video gives one frame, each further one four (``scale_factor_temporal``). Of several parts of the picture
+            this one's rows.
 
         Raises:
-            ValueError: a wrong shape.
+            ValueError: a wrong shape, or more parts than latent rows.
             RuntimeError: an earlier push failed half way, and ``reset`` was not called since.
         """
         self._check(latents)
+        if self._rows is not None:
+            self._rows.begin(latents.shape[3])
         self._size = latents.shape[3:]
         if self._scale is None or self._scale[0].device != self._vae.device or self._scale[0].dtype != self._vae.dtype:
             self._scale = latent_scale(self._vae)
@@ -93,7 +107,10 @@ class StreamingDecoder:
         # One latent at a time and in one memory layout, whatever came in together: a convolution may pick its
         # algorithm by shape and stride, and the frames must not depend on how the latents were cut.
         hidden = self._vae.post_quant_conv(self._denormalize(latent).contiguous())
-        pixels = self._vae.decoder(hidden, feat_cache=self._caches, feat_idx=[0], first_chunk=self._first)
+        if self._rows is not None:
+            hidden = hidden[..., self._rows.part.start : self._rows.part.stop, :].contiguous()
+        with self._rows or nullcontext():
+            pixels = self._vae.decoder(hidden, feat_cache=self._caches, feat_idx=[0], first_chunk=self._first)
         self._first = False
         if self._vae.config.patch_size is not None:
             pixels = _unpatchify(pixels, self._vae.config.patch_size)
