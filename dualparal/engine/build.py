@@ -116,7 +116,7 @@ class Builder:
             decoding: () -> seconds that decoding has taken beside the stage so far; None: nothing is decoded here.
         """
         setup = self.setup
-        inbound, outbound = self._edges() if setup.num_stages > 1 else ({}, {})
+        inbound, outbound = self._edges() if setup.num_stages > 1 and clocks else ({}, {})
         channel = self._prompt_channel()
         experts = self._expert_of_step()
         found = []

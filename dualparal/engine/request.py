@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dualparal.config.decoding import row_ranges
 from dualparal.config.video import VideoConfig
 from dualparal.engine.setup import Setup
 from dualparal.models.base import Grid
@@ -138,6 +139,9 @@ def check_request(
         raise ValueError("give either prompt or prompt_embeds, and not both")
     layout = Layout(setup.config.blocks, video.num_latents(temporal))
     grid = spec.grid(video.height, video.width)
+    config = setup.config
+    if video.output_type != "latent" and (config.decode_ranks or config.decode_in_place):
+        row_ranges(grid.height, config.decode_ranks or setup.num_stages)
     return Request(
         video=video,
         layout=layout,
