@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,6 +19,9 @@ from dualparal.distributed.messages import PeerLost
 from dualparal.schedule.actions import DECODE_BOUND
 from dualparal.schedule.layout import Layout
 from dualparal.trace.timeline import Track
+
+
+_CAUSE_SECONDS = 1.0  # after a part has lost another one, until that has told why
 
 
 class _Pending(NamedTuple):
@@ -134,9 +137,10 @@ class Delivery:
         """The results of all parts. Raises what the first part that failed has raised, though others still wait."""
         try:
             if len(futures) > 1:
-                done = wait(futures, return_when=FIRST_EXCEPTION).done
-                errors = [error for future in done if (error := future.exception()) is not None]
-                for error in sorted(errors, key=lambda error: isinstance(error, PeerLost)):  # a consequence comes last
+                errors = _errors(wait(futures, return_when=FIRST_EXCEPTION).done)
+                if errors and all(isinstance(error, PeerLost) for error in errors):  # a consequence: the cause may come
+                    errors = _errors(wait(futures, _CAUSE_SECONDS).done)
+                for error in sorted(errors, key=lambda error: isinstance(error, PeerLost)):
                     raise error
             return [future.result() for future in futures]
         except BaseException:
@@ -209,3 +213,8 @@ class Delivery:
         """
         for part in self._parts or ():
             part.close(failed=self._failed)
+
+
+def _errors(futures: Iterable[Future[Any]]) -> list[BaseException]:
+    """The errors of futures that are done."""
+    return [error for future in futures if (error := future.exception()) is not None]

@@ -72,7 +72,7 @@ class LocalRows:
         """Waits for the next tensor of a part, holding the lock."""
         box = self._boxes.waiting.setdefault((part, self.index), deque())
         self._boxes.changed.wait_for(lambda: box or self._boxes.lost is not None)
-        if self._boxes.lost is not None:
+        if not box:  # what a part has sent before it stopped still counts
             raise PeerLost(f"rows {part} -> {self.index}: the decoder of part {self._boxes.lost} has stopped")
         return box.popleft()
 

@@ -1,4 +1,4 @@
-"""Who decodes in a run: a thread beside stage 0, ranks of their own, or every stage's rank a part of the rows."""
+"""Decoders of a run: a thread beside stage 0, ranks of their own, or every stage's rank with a part of the rows."""
 
 from __future__ import annotations
 
