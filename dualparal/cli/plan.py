@@ -103,9 +103,10 @@ def show(found: Plan, console: Console) -> None:
         f"{blocks.context_frames}, blocks in flight: {cap}{f' ({found.note})' if found.note else ''}",
         highlight=False,
     )
+    vae = f", VAE on {found.decode}" if found.work.decode else ""
     console.print(
         f"[bold]{found.seconds:.0f} s[/], {found.frames_per_second:.2f} frames/s, first frames after "
-        f"{found.first_frame:.0f} s, bubble {100 * found.bubble:.0f} %, VAE on {found.decode}. "
+        f"{found.first_frame:.0f} s, bubble {100 * found.bubble:.0f} %{vae}. "
         "[italic]A prediction: nothing here was measured on these cards.[/]",
         highlight=False,
     )

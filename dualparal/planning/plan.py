@@ -184,10 +184,11 @@ class Plan:
         cap = "" if blocks.max_blocks_in_flight is None else f", K={blocks.max_blocks_in_flight}"
         cards = count_names(self.cards.devices)
         most = max(memory.peak for memory in self.memory) / GIB
+        vae = f", VAE on {self.decode}" if self.work.decode else ""
         seconds = f"{self.frames_per_second:.2f} frames/s" if self.is_endless else f"{self.seconds:.0f} s"
         return (
             f"{blocks.context}, B={blocks.frames_per_block}, C={blocks.context_frames}{cap}, layers "
-            f"{'+'.join(map(str, self.split))} on {cards}, VAE on {self.decode}: {seconds}, first frames after "
+            f"{'+'.join(map(str, self.split))} on {cards}{vae}: {seconds}, first frames after "
             f"{self.first_frame:.0f} s, {most:.1f} GiB on the fullest card (prediction)"
         )
 

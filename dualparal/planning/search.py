@@ -120,6 +120,8 @@ class Search:
         if not 1 <= count <= work.model.num_layers:
             return None
         cards, schedule = self.cards.first(count), work.schedule(count)
+        if len(schedule.decoders) > work.rows:
+            return None
         for place in range(count, len(self.cards.devices)):
             if place_memory(work, schedule, [1] * count, place).peak > self.cards.usable[place]:
                 return None
@@ -186,7 +188,7 @@ class Search:
         for way in Search(self.cards, None, searches_decoders=True)._ways(work):
             kind = way.engine.decode_ranks > 0, way.engine.decode_in_place
             kinds.setdefault(kind, []).append((way, f"VAE on {describe_decoders(way)}"))
-        kinds.pop((work.engine.decode_ranks > 0, work.engine.decode_in_place))
+        kinds.pop((work.engine.decode_ranks > 0, work.engine.decode_in_place), None)
         yield from kinds.values()
         if blocks.max_blocks_in_flight is None:  # as few as keep all stages busy
             k = -(-count // best.schedule.branches) + 1
@@ -201,6 +203,9 @@ class Search:
             return NoPlan(
                 f"decode_ranks={ranks} with {count} cards: the stages need one, too; use {count - 1} or fewer"
             )
+        parts = len(work.schedule(count - ranks).decoders)
+        if parts > work.rows:
+            return NoPlan(f"{parts} cards that decode and {work.rows} rows of latents: each needs one; use fewer")
         if count - ranks > layers:
             keep = layers + ranks
             nearest = Search(self.cards.first(keep), self.first_frame_limit, self.searches_decoders).best(work)
