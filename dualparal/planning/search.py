@@ -19,7 +19,9 @@ BLOCK_SIZES = (4, 6, 8, 12, 16)
 ALTERNATIVES = 6
 EARLY_BLOCKS = 6  # in flight, shown beside the choice; not a default: what it does to the picture is not judged yet
 EQUAL = 1.01  # times as fast, in closed form
-NEAR = 1.06  # times the seconds of the best closed form: so near that a replay decides
+# Times the seconds of the best closed form, so near that a replay decides: where units are enough for all stages, and
+# where they are not, which closed forms are less good at.
+NEAR, NEAR_WITH_FEW = 1.06, 1.25
 WORTH = 0.05  # of the time: neighbours that many steps further apart must be worth it
 
 
@@ -47,12 +49,18 @@ class Search:
         found: list[Plan] = []
         ways = [(self._least(way), number, way) for number, way in enumerate(self._ways(work))]
         for least, _, way in sorted(ways, key=lambda each: each[:2]):
-            if found and least > NEAR * min(plan.pace for plan in found):
-                break
+            if found and least > self._near(way) * min(plan.pace for plan in found):
+                continue
             if (plan := self._within(way, note)) is not None:
                 found.append(plan)
         found.sort(key=lambda plan: plan.pace)
-        return [plan for plan in found if plan.pace <= NEAR * found[0].pace]
+        return [plan for plan in found if plan.pace <= self._near(plan.work) * found[0].pace]
+
+    def _near(self, work: Workload) -> float:
+        """A factor within which the closed form of a workload does not tell."""
+        schedule = work.schedule(1)
+        stages = len(self.cards.devices) - schedule.decode_ranks
+        return NEAR if schedule.max_in_flight * schedule.branches >= stages else NEAR_WITH_FEW
 
     def _ways(self, work: Workload) -> Iterator[Workload]:
         """Yields the workload with each way to decode that is open."""
@@ -200,9 +208,8 @@ class Search:
         """The reason for having no plan, and the nearest plan that there is."""
         count, layers, ranks = len(self.cards.devices), work.model.num_layers, work.schedule(1).decode_ranks
         if ranks >= count:
-            return NoPlan(
-                f"decode_ranks={ranks} with {count} cards: the stages need one, too; use {count - 1} or fewer"
-            )
+            cards = f"{count} card{'s' if count > 1 else ''}"
+            return NoPlan(f"decode_ranks={ranks} with {cards}: the stages need one, too; use {count - 1} or fewer")
         parts = len(work.schedule(count - ranks).decoders)
         if parts > work.rows:
             return NoPlan(f"{parts} cards that decode and {work.rows} rows of latents: each needs one; use fewer")
