@@ -32,7 +32,8 @@ from dualparal.planning.cost import layer_arithmetic
 from dualparal.planning.devices import LINKS, device, parse_gpus
 from dualparal.planning.memory import decode_bytes
 from dualparal.planning.plan import NoPlan
-from dualparal.planning.planner import EARLY_BLOCKS, plan_for
+from dualparal.planning.planner import plan_for
+from dualparal.planning.search import EARLY_BLOCKS
 from dualparal.planning.workload import Workload
 
 CARDS = 8

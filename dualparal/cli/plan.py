@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +24,15 @@ def _size(text: str) -> tuple[int, int]:
     if not cross or not width.isdecimal() or not height.isdecimal():
         raise ValueError(f"--size {text!r}: use WIDTHxHEIGHT in pixels, such as 832x480")
     return int(height), int(width)
+
+
+def _decoders(gpus: str, in_place: bool) -> dict[str, Any]:
+    """Who decodes, as options of ``planner.plan``; none: it is searched. Raises ValueError."""
+    if gpus != AUTO and not gpus.isdecimal():
+        raise ValueError(f"--decode-gpus {gpus!r}: use a number of cards, or {AUTO}")
+    if in_place:
+        return {"decode_in_place": True, "decode_ranks": 0 if gpus == AUTO else int(gpus)}
+    return {} if gpus == AUTO else {"decode_ranks": int(gpus)}
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,14 @@ class PlanFlags:
     decoder: Annotated[
         str | None, typer.Option(help="A light decoder (.safetensors) in the VAE's place, as in 'generate'.")
     ] = None
-    decode: Annotated[str, typer.Option(help="'stage 0' (beside its units) or 'own card' (the last one).")] = "stage 0"
+    decode_gpus: Annotated[
+        str,
+        typer.Option(
+            help="Cards, the last ones, that only decode, each a part of the rows; 0: none; auto: what is fastest, the "
+            "stages' cards in place included."
+        ),
+    ] = AUTO
+    decode_in_place: Annotated[bool, typer.Option(help="Every stage's card decodes a part beside its units.")] = False
     link: Annotated[
         str | None, typer.Option(help="Between cards: pcie4, nvlink4, 25gbe ... Default: the cards' own.")
     ] = None
@@ -65,6 +81,7 @@ def plan(call: typer.Context, flags: PlanFlags, blocks: BlockFlags, eight_bit: E
     """Says what a video will cost on some cards, before weights are downloaded. A prediction."""
     options = {**asdict(flags), **asdict(blocks), **eight_bit.options()}
     height, width = _size(options.pop("size"))
+    options |= _decoders(options.pop("decode_gpus"), options.pop("decode_in_place"))
     console = Console()
     try:
         found = planner.plan(height=height, width=width, **options)
@@ -86,9 +103,10 @@ def show(found: Plan, console: Console) -> None:
         f"{blocks.context_frames}, blocks in flight: {cap}{f' ({found.note})' if found.note else ''}",
         highlight=False,
     )
+    vae = f", VAE on {found.decode}" if found.work.decode else ""
     console.print(
         f"[bold]{found.seconds:.0f} s[/], {found.frames_per_second:.2f} frames/s, first frames after "
-        f"{found.first_frame:.0f} s, bubble {100 * found.bubble:.0f} %, VAE on {found.decode}. "
+        f"{found.first_frame:.0f} s, bubble {100 * found.bubble:.0f} %{vae}. "
         "[italic]A prediction: nothing here was measured on these cards.[/]",
         highlight=False,
     )
@@ -122,13 +140,12 @@ def _remarks(found: Plan) -> Iterator[str]:
     if (early := found.earlier) is not None:
         yield (
             f"With --max-blocks-in-flight {early.work.blocks.max_blocks_in_flight}: {early.seconds:.0f} s, first "
-            f"frames after {early.first_frame:.0f} s (closed form; {early.note}: docs/quality.md)"
+            f"frames after {early.first_frame:.0f} s, VAE on {early.decode} ({early.note}: docs/quality.md)"
         )
     if found.work.decode:
         yield (
             f"Decoding is {100 * found.decode_rule / len(cards):.1f} % of the work: {found.decode_rule:.2f} of "
-            f"{len(cards)} cards by PipeDiT's rule, N T_dec / (T_dec + T_den). For information; the VAE is on "
-            f"{found.decode}."
+            f"{len(cards)} cards by PipeDiT's rule, N T_dec / (T_dec + T_den). Here the VAE is on {found.decode}."
         )
 
 
@@ -144,25 +161,22 @@ def _rates(card: Device) -> str:
 
 
 def _stages(found: Plan) -> Table:
-    """The memory and the busy time of each stage."""
+    """The memory and the busy time of each stage, and of each card that only decodes."""
     table = Table("stage", "card", title="GiB per card")
+    times = found.simulation and [*found.simulation.stages, *found.simulation.decoders]
     for name in ("layers", "weights", "features", "other", "peak", "usable", "busy"):
         table.add_column(name, justify="right")
     for stage, memory in enumerate(found.memory):
-        busy = "-"
-        if found.simulation is not None:
-            busy = f"{100 * found.simulation.stages[stage].busy / found.seconds:.0f} %"
+        busy = "-" if not times else f"{100 * times[stage].busy / found.seconds:.0f} %"
         other = memory.running - memory.weights - memory.features
         numbers = [memory.weights, memory.features, other, memory.peak, found.cards.usable[stage]]
         table.add_row(
-            str(stage),
+            str(stage) if stage < len(found.split) else "VAE",
             found.cards.devices[stage].name,
-            str(found.split[stage]),
+            str(found.split[stage]) if stage < len(found.split) else "-",
             *(f"{number / GIB:.1f}" for number in numbers),
             busy,
         )
-    if found.decode_on is not None:
-        table.add_row("VAE", found.decode_on.name, *["-"] * 7)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from dualparal.planning.devices import Device, Link
@@ -163,8 +164,14 @@ class Costing:
 
         Buffers travel whole: the largest window's hidden states, or the largest block's velocity.
         """
-        elements = edge_elements(self.work)[edge == len(self.split) - 1]
-        return elements * self.work.itemsize / self.links[edge].bandwidth
+        return self._transfers[edge]
+
+    @cached_property
+    def _transfers(self) -> list[float]:
+        hidden, velocity = edge_elements(self.work)
+        elements = [*[hidden] * (len(self.split) - 1), velocity]
+        size = self.work.itemsize
+        return [count * size / link.bandwidth for count, link in zip(elements, self.links, strict=False)]
 
     def hand_over(self, block: int) -> float:
         """Seconds until a block's latents are at other places that decode, all of which get all rows."""

@@ -10,13 +10,10 @@ from functools import cached_property
 from dualparal.config.units import GIB
 from dualparal.planning.cost import UPDATE_SECONDS, Costing, Estimate, layer_arithmetic
 from dualparal.planning.devices import Band, Device, Link
-from dualparal.planning.memory import Memory, stage_memory
+from dualparal.planning.memory import Memory, place_memory
 from dualparal.planning.workload import Workload
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import Simulation, simulate
-
-DECODE_PLACES = ("stage 0", "own card")
-ENGINE_DECODES_ON = ("stage 0",)  # what the engine can do today
 
 
 class NoPlan(ValueError):
@@ -29,7 +26,7 @@ class NoPlan(ValueError):
 
 @dataclass(frozen=True)
 class Cards:
-    """The cards of the stages in order, edge k leading from card k to the next one, and bytes usable on each."""
+    """The cards in order, edge k leading from card k to the next one, and bytes usable on each."""
 
     devices: tuple[Device, ...]
     links: tuple[Link, ...]
@@ -45,13 +42,11 @@ class Plan:
     """A way to run a request.
 
     Attributes:
-        work: model, video and blocks.
-        cards: one per stage.
+        work: model, video and blocks, and who decodes.
+        cards: one per stage, then those that only decode.
         split: layers of every stage.
-        decode: "stage 0" or "own card" (behind the stages').
         estimate: times in closed form.
         note: the difference from the request, for people.
-        decode_on: the card of its own that decodes; None: stage 0's.
         replay: ``seconds`` and others come from a replay instead of the closed form.
         alternatives: plans with other choices, fastest first.
         earlier: the plan with ``EARLY_BLOCKS`` in flight, where its first frames come earlier; None: they do not.
@@ -60,10 +55,8 @@ class Plan:
     work: Workload
     cards: Cards
     split: tuple[int, ...]
-    decode: str
     estimate: Estimate
     note: str = ""
-    decode_on: Device | None = None
     replay: bool = False
     alternatives: tuple[Plan, ...] = ()
     earlier: Plan | None = None
@@ -77,7 +70,7 @@ class Plan:
     @property
     def pace(self) -> float:
         """Seconds in closed form: of the video, or, where it is endless, of each of its frames."""
-        return 1 / self.frames_per_second if self.is_endless else self.estimate.seconds
+        return pace(self.work, self.estimate)
 
     @property
     def is_endless(self) -> bool:
@@ -89,11 +82,20 @@ class Plan:
         """The schedule that the engine would walk."""
         return self.work.schedule(len(self.split))
 
+    @property
+    def decode(self) -> str:
+        """The places that decode, for people."""
+        return describe_decoders(self.work)
+
+    @cached_property
+    def stage_cards(self) -> Cards:
+        """The cards of the stages."""
+        return self.cards.first(len(self.split))
+
     @cached_property
     def costing(self) -> Costing:
         """Seconds of everything in the schedule."""
-        cards = self.cards
-        return Costing(self.work, self.schedule, self.split, cards.devices, cards.links, self.decode_on)
+        return costing(self.work, self.schedule, self.split, self.cards)
 
     @cached_property
     def simulation(self) -> Simulation | None:
@@ -123,7 +125,7 @@ class Plan:
     @cached_property
     def _stage_seconds(self) -> float:
         """Seconds of a unit in the middle of the video, summed over stages."""
-        one, extra = costs_per_layer(self.work, self.schedule, self.cards)
+        one, extra = costs_per_layer(self.work, self.schedule, self.stage_cards)
         return sum(layers * seconds + more for layers, seconds, more in zip(self.split, one, extra))
 
     @property
@@ -135,19 +137,21 @@ class Plan:
         """Frames of the finished video per second of the run; of an endless one, once the pipe is full."""
         video, work = self.work.video, self.work
         if video.num_frames is None:
-            return work.blocks.frames_per_block * work.model.vae.temporal_factor / self.estimate.block
+            return 1 / pace(work, self.estimate)
         return video.num_frames / self.seconds
 
     @property
     def decode_rule(self) -> float:
         """Cards that PipeDiT's rule would give to decoding, N T_dec / (T_dec + T_den), unrounded; for people.
 
-        T is the time of a block on one of the N cards: the decoder on the card that decodes, units as the stages'
-        cards share them. Source: PipeDiT (2025), the balance of its denoising and decoding groups.
+        T is the time of a block on one of the N cards: the decoder on the first card that decodes, units as the
+        stages' cards share them. Source: PipeDiT (2025), the balance of its denoising and decoding groups.
         """
         if not self.work.decode:
             return 0.0
-        decode, denoise = self.costing.decode(1), self._stage_seconds * self._units_per_block
+        frames = self.work.layout.kept_frames(1)
+        decode = frames * self.costing.decode_alone(self.schedule.decoders[0])
+        denoise = self._stage_seconds * self._units_per_block
         return len(self.cards.devices) * decode / (decode + denoise)
 
     @property
@@ -158,25 +162,20 @@ class Plan:
 
     @cached_property
     def memory(self) -> tuple[Memory, ...]:
-        """Bytes on the rank of each stage."""
-        decodes = self.decode == "stage 0"
-        stages = range(len(self.split))
-        return tuple(stage_memory(self.work, self.schedule, self.split, stage, decodes) for stage in stages)
+        """Bytes on the rank of each stage, then of each place that only decodes."""
+        places = range(len(self.split) + self.schedule.decode_ranks)
+        return tuple(place_memory(self.work, self.schedule, self.split, place) for place in places)
 
     @property
     def engine_options(self) -> dict[str, object]:
-        """The plan's choices as arguments of ``Engine.from_pretrained``.
-
-        Raises:
-            ValueError: the engine cannot decode on the card that the plan wants.
-        """
-        if self.decode not in ENGINE_DECODES_ON and self.work.decode:
-            raise ValueError(f"decode={self.decode!r}: the engine decodes on {' or '.join(ENGINE_DECODES_ON)} only")
+        """The plan's choices as arguments of ``Engine.from_pretrained``: for as many stages as ``split`` has."""
         blocks = self.work.blocks
         return {
             "layers_per_stage": list(self.split),
             "max_blocks_in_flight": blocks.max_blocks_in_flight,
             "context_version": blocks.context_version,
+            "decode_ranks": self.schedule.decode_ranks,
+            "decode_in_place": self.schedule.decode_in_place,
         }
 
     def describe(self) -> str:
@@ -185,12 +184,37 @@ class Plan:
         cap = "" if blocks.max_blocks_in_flight is None else f", K={blocks.max_blocks_in_flight}"
         cards = count_names(self.cards.devices)
         most = max(memory.peak for memory in self.memory) / GIB
+        vae = f", VAE on {self.decode}" if self.work.decode else ""
         seconds = f"{self.frames_per_second:.2f} frames/s" if self.is_endless else f"{self.seconds:.0f} s"
         return (
             f"{blocks.context}, B={blocks.frames_per_block}, C={blocks.context_frames}{cap}, layers "
-            f"{'+'.join(map(str, self.split))} on {cards}: {seconds}, first frames after "
+            f"{'+'.join(map(str, self.split))} on {cards}{vae}: {seconds}, first frames after "
             f"{self.first_frame:.0f} s, {most:.1f} GiB on the fullest card (prediction)"
         )
+
+
+def pace(work: Workload, estimate: Estimate) -> float:
+    """Seconds of a video, or, where it is endless, of each of its frames."""
+    if work.video.num_frames is not None:
+        return estimate.seconds
+    return estimate.block / (work.blocks.frames_per_block * work.model.vae.temporal_factor)
+
+
+def describe_decoders(work: Workload) -> str:
+    """The places that decode, for people: "stage 0", "2 cards of their own" ..."""
+    ranks = work.engine.decode_ranks
+    if not work.decode:
+        return "no card"
+    if ranks:
+        return "a card of its own" if ranks == 1 else f"{ranks} cards of their own"
+    return "every stage's card" if work.engine.decode_in_place else "stage 0"
+
+
+def costing(work: Workload, schedule: Schedule, split: Sequence[int], cards: Cards) -> Costing:
+    """Seconds of everything in a schedule on the cards of its stages and of the places that only decode."""
+    count = len(split)
+    links = (*cards.first(count).links, *(cards.links[count - 1 : -1] if schedule.decode_ranks else ()))
+    return Costing(work, schedule, split, cards.devices, links)
 
 
 def costs_per_layer(work: Workload, schedule: Schedule, cards: Cards) -> tuple[list[float], list[float]]:

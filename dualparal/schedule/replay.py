@@ -221,8 +221,10 @@ class _Replay:
         wanted = None if units is None else set(islice(schedule.units(), units))
         self.pending = [self._finite(schedule.actions(k), wanted, units) for k in range(n)]
         self.edges = [_Edge(schedule.depth) for _ in range(n)]
+        self.wires = [(partial(costs.transfer, edge), costs.latency(edge)) for edge in range(n)]
         count, shares = len(schedule.decoders), costs.decode_shares and not schedule.decode_ranks
         self.decoders = [_Decoder(shares) for _ in range(1 if schedule.decode_ranks else count)]
+        self.beside = [self.decoders[k] if k in schedule.decoders else None for k in range(n)]
         self.handed: list[tuple[int, int]] = []  # blocks, in order
         self.clock: list[float] = [0] * n
         self.held: list[bool] = [False] * n  # a receive buffer in use until the unit has run
@@ -295,8 +297,8 @@ class _Replay:
         now = end = self.clock[stage]
         if op is Op.RUN:
             seconds = costs.run(stage, unit)
-            beside = stage in self.schedule.decoders
-            end = self.decoders[stage].run(now, seconds) if beside else now + seconds
+            beside = self.beside[stage]
+            end = now + seconds if beside is None else beside.run(now, seconds)
             if self.held[stage]:
                 self.held[stage] = False
                 self._release(stage, end)
@@ -359,7 +361,7 @@ class _Replay:
         self._move((stage - 1) % self.schedule.num_stages)
 
     def _move(self, edge: int) -> None:
-        self.edges[edge].move(partial(self.costs.transfer, edge), self.costs.latency(edge))
+        self.edges[edge].move(*self.wires[edge])
 
 
 def format_grid(num_stages: int, events: list[Event]) -> str:

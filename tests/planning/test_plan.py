@@ -13,10 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from dualparal.cli.main import app
+from dualparal.config.engine import EngineConfig
 from dualparal.models.registry import model_sizes
 from dualparal.planning.devices import BY_MEMORY, DEVICES, TIMED, device, links, parse_gpus
 from dualparal.planning.plan import NoPlan
-from dualparal.planning.planner import EARLY_BLOCKS, plan
+from dualparal.planning.planner import plan
+from dualparal.planning.search import EARLY_BLOCKS
 from dualparal.schedule.validate import validate
 from pairwise import pairwise
 from places import BENCH, DOCS
@@ -31,11 +33,11 @@ def test_it_is_a_public_name() -> None:
         assert isinstance(dualparal.plan("wan2.1-t2v-1.3b", "2xh100"), dualparal.Plan)
 
 
-def test_it_needs_no_torch_and_no_gpu_and_answers_in_two_seconds() -> None:
+def test_it_needs_no_torch_and_no_gpu_and_answers_in_seconds() -> None:
     code = (
         "import time, sys; from dualparal.planning.planner import plan; begin = time.process_time();"
         f"plan({BIG!r}, '8x24GB').describe(); seconds = time.process_time() - begin;"
-        "assert 'torch' not in sys.modules and seconds < 2, seconds"
+        "assert 'torch' not in sys.modules and seconds < 3, seconds"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -65,8 +67,8 @@ def test_the_split_follows_the_cards() -> None:
     assert fast > 3 * slow  # 5 times the rate
     assert found.split[3] >= found.split[2] - 1
     assert found.simulation is None or max(s.busy for s in found.simulation.stages) < found.seconds
-    assert plan("wan2.1-t2v-1.3b", "8xrtx4090").split[0] < 4  # the VAE takes its share of stage 0
-    assert plan("wan2.1-t2v-1.3b", "8xrtx4090", decode="own card").split[0] >= 4
+    beside, own = (plan("wan2.1-t2v-1.3b", "8xrtx4090", decode_ranks=ranks).split for ranks in (0, 1))
+    assert beside[0] < 3 and own[0] >= 4 and len(own) == 7  # the VAE takes its share of stage 0
 
 
 def test_a_better_split_is_not_found_by_moving_a_layer() -> None:
@@ -116,8 +118,13 @@ def test_limits_on_blocks_in_flight() -> None:
         ({"num_frames": 1024}, "num_frames=1024 cannot be decoded exactly"),
         ({"height": 481}, "height=481 is not divisible by 16"),
         ({"context_frames": 9}, "context_frames=9 exceeds frames_per_block=8"),
-        ({"decode": "moon"}, "decode='moon'"),
-        ({"gpus": "1xh200", "decode": "own card"}, "the stages need one, too"),
+        ({"decode_ranks": -1}, "decode_ranks=-1: use the number of ranks that only decode"),
+        ({"decode_ranks": 1, "decode_in_place": True}, "leave one out"),
+        (
+            {"gpus": "1xh200", "decode_ranks": 1},
+            "decode_ranks=1 with 1 card: the stages need one, too; use 0 or fewer",
+        ),
+        ({"decode_ranks": 7, "height": 32, "width": 64}, "7 cards that decode and 4 rows of latents: each needs one"),
     ],
 )
 def test_bad_input(options: dict[str, Any], words: str) -> None:
@@ -217,7 +224,7 @@ def test_the_command() -> None:
         "at 140 TFLOP/s in runs of fused engines",
     ):
         assert words in text
-    named = " ".join(run(app, ["plan", "--gpus", "2xh100,1xl40s", "--steps", "4"]).output.split())
+    named = " ".join(run(app, ["plan", "--gpus", "2xh100,1xl40s", "--steps", "4", "--decode-gpus", "0"]).output.split())
     assert "stands for" not in named and "--max-blocks-in-flight 6" not in named
     assert "none of them ran on l40s" in named and "0.83 to 1.72" in named
     assert "matrix products at 568 TFLOP/s in runs of fused engines, as this one is, at 471 in eager ones" in named
@@ -279,6 +286,9 @@ def test_the_share_of_decoding_is_said() -> None:
     for steps, scale, rule in ((50, 5.0, 0.45), (4, 1.0, 4.8)):
         found = plan("wan2.1-t2v-1.3b", "8xrtx4090", num_inference_steps=steps, guidance_scale=scale)
         assert found.decode_rule == pytest.approx(rule, rel=0.02)
+        options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale, "decode_ranks": 0}
+        beside = plan("wan2.1-t2v-1.3b", "8xrtx4090", **options)
+        assert beside.decode_rule == pytest.approx(found.decode_rule, rel=0.01)
         one = plan("wan2.1-t2v-1.3b", "1xh200", num_inference_steps=steps, guidance_scale=scale)
         costing = one.costing
         units = sum(costing.run(0, unit) for unit in one.schedule.units()) / 33
@@ -290,10 +300,59 @@ def test_six_blocks_in_flight_are_shown_where_they_are_earlier() -> None:
     found = plan("wan2.1-t2v-1.3b", "8xrtx4090")
     assert found.work.blocks.max_blocks_in_flight is None  # no default
     early = found.earlier
+    assert early and early.simulation and early.work.engine.decode_ranks == 0
     assert early is not None and early.work.blocks.max_blocks_in_flight == EARLY_BLOCKS == 6
     assert early.first_frame < 0.3 * found.first_frame and "neighbours 9 steps apart" in early.note
     for few in ({"max_blocks_in_flight": 5}, {"num_inference_steps": 6}, {"num_frames": 81}):
         assert plan("wan2.1-t2v-1.3b", "8xrtx4090", **few).earlier is None
+
+
+WAYS: list[dict[str, Any]] = [*({"decode_ranks": ranks} for ranks in range(8)), {"decode_in_place": True}]
+TASKS = [(50, 5.0, None), (50, 5.0, 6), (4, 1.0, None)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["rtx4090", "h100"])
+@pytest.mark.parametrize(("steps", "scale", "limit"), TASKS)
+def test_no_other_place_decodes_faster(steps: int, scale: float, limit: int | None, card: str) -> None:
+    """The choice among all of them, by their replays."""
+    options = {"num_inference_steps": steps, "guidance_scale": scale, "max_blocks_in_flight": limit}
+    found = plan("wan2.1-t2v-1.3b", f"8x{card}", **options)
+    others = [plan("wan2.1-t2v-1.3b", f"8x{card}", **options, **way) for way in WAYS]
+    assert found.simulation and all(other.simulation for other in others)
+    assert found.seconds == min(other.seconds for other in others)
+    assert sum(other.decode == found.decode for other in others) == 1
+
+
+def test_what_eight_cards_are_to_do() -> None:
+    """Predictions that the project has set itself: docs/plan.md has them in its tables."""
+    fifty = plan("wan2.1-t2v-1.3b", "8xrtx4090")
+    assert fifty.seconds <= 325 and fifty.decode == "every stage's card"
+    assert fifty.earlier is not None and fifty.earlier.seconds <= 325 and fifty.earlier.first_frame < 60
+    four = plan("wan2.1-t2v-1.3b", "8xrtx4090", num_inference_steps=4, guidance_scale=1.0)
+    assert four.seconds <= 40 and four.schedule.decode_ranks == 5 and round(four.decode_rule) == 5
+    assert four.memory[0].decode == 0 < four.memory[-1].decode
+    beside = plan("wan2.1-t2v-1.3b", "8xrtx4090", num_inference_steps=4, guidance_scale=1.0, decode_ranks=0)
+    assert beside.seconds > 3 * four.seconds
+    assert {other.decode for other in four.alternatives} & {"stage 0", "every stage's card"}
+
+
+def test_the_command_says_who_decodes() -> None:
+    def run(*flags: str) -> str:
+        done = CliRunner().invoke(app, ["plan", "--gpus", "4xh100", "--num-frames", "257", *flags])
+        assert done.exit_code == 0, done.output
+        return " ".join(done.output.split())
+
+    assert "VAE on 2 cards of their own" in run("--decode-gpus", "2")
+    assert "VAE on every stage's card" in run("--decode-in-place")
+    assert "VAE on stage 0" in run("--decode-gpus", "0")
+    for flags, words in (
+        (["--decode-gpus", "most"], "--decode-gpus 'most': use a number of cards, or auto"),
+        (["--decode-gpus", "2", "--decode-in-place"], "leave one out"),
+        (["--decode-gpus", "4"], "decode_ranks=4 with 4 cards: the stages need one, too; use 3 or fewer"),
+    ):
+        refused = CliRunner().invoke(app, ["plan", "--gpus", "4xh100", *flags])
+        assert isinstance(refused.exception, ValueError) and words in str(refused.exception)
 
 
 def test_long_videos_take_no_longer_to_plan() -> None:
@@ -324,7 +383,12 @@ def test_generate_takes_its_plan_from_here(tmp_path: Path) -> None:
     for more, words in ((["best"], "use auto"), (["auto", "--layers-per-stage", "1,3"], "that is what it chooses")):
         refused = CliRunner().invoke(app, [*command[3:], *more])
         assert isinstance(refused.exception, ValueError) and words in str(refused.exception)
-    found = plan("wan2.1-t2v-1.3b", "3xh100")
-    assert found.engine_options["layers_per_stage"] == list(found.split)
-    with pytest.raises(ValueError, match="the engine decodes on stage 0 only"):
-        _ = plan("wan2.1-t2v-1.3b", "3xh100", decode="own card").engine_options
+
+
+@pytest.mark.parametrize("options", [{}, {"decode_ranks": 1}, {"decode_in_place": True}], ids=str)
+def test_a_plan_is_a_choice_of_options(options: dict[str, Any]) -> None:
+    found = plan("wan2.1-t2v-1.3b", "3xh100", num_frames=257, **options)
+    given = found.engine_options
+    assert given["layers_per_stage"] == list(found.split) and EngineConfig.of(**given).blocks == found.work.blocks
+    assert all(given[name] == value for name, value in options.items())
+    assert len(found.split) + len(found.schedule.decoders[3:] or range(found.schedule.decode_ranks)) == 3

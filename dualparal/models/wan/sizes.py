@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ class WanVaeSizes:
     def temporal_factor(self) -> int:
         return int(2 ** sum(self.temporal_upsample))
 
-    @property
+    @cached_property
     def convs(self) -> list[Conv]:
         """Every convolution of the decoder, in order; the attention in the middle counts as one of kernel 1."""
         dims = [self.base_dim * m for m in (self.dim_mult[-1], *reversed(self.dim_mult))]
