@@ -4,8 +4,8 @@
 
 The engine, the schedule, the sampler and the gloo transport are real; a unit is a sleep of --model-ms / N on every stage
 and a latent frame a sleep in every part of its decoder, so there may be more processes than cores, and the bench says
-nothing about computing. T = 4 without guidance, and decoding takes --ratio times as long as denoising. Side by side, for
-the same video on four processes:
+nothing about computing. T = 4 without guidance, and on one process decoding takes --ratio times as long as denoising.
+Side by side, for the same video on four processes:
 
 beside     four stages, and stage 0's rank decodes
 D ranks    4 - D stages, and D ranks that decode a part of the rows each
@@ -83,15 +83,15 @@ def main() -> None:
     if as_rank(work):
         return
     options = parser(__doc__, repeats=3)
-    options.add_argument("--model-ms", type=float, default=160.0, help="of a unit through all stages")
-    options.add_argument("--ratio", type=float, default=3.0, help="decoding over denoising, on as many processes")
+    options.add_argument("--model-ms", type=float, default=80.0, help="of a unit through all stages")
+    options.add_argument("--ratio", type=float, default=3.0, help="seconds of decoding over those of denoising, each on one process")
     options.add_argument("--blocks", type=int, default=12)
     arguments = options.parse_args()
     modes = [mode for mode in MODES if arguments.only in mode.name]
     if not modes:
         options.error(f"--only {arguments.only!r}: no mode has this in its name: {', '.join(m.name for m in MODES)}")
     model_seconds, blocks = arguments.model_ms / 1e3, arguments.blocks
-    latent_seconds = arguments.ratio * STEPS * model_seconds / RANKS / OWN
+    latent_seconds = arguments.ratio * STEPS * model_seconds / OWN
     with tempfile.TemporaryDirectory() as folder:
         model = str(build_tiny_pipeline(Path(folder) / "tiny", layers=RANKS))
         rows: list[dict[str, object]] = []
