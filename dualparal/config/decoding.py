@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 AUTO = "auto"
 MOST_LEVELS = 3  # of 255: frames in 16 bits that lie further from those in float32 are nobody's default
 # The most levels of 255 between frames in bfloat16 and in float32, of the package's trained VAE on latents of its
@@ -45,4 +47,4 @@ def row_ranges(height: int, count: int) -> list[range]:
         )
     least, more = divmod(height, count)
     starts = [part * least + min(part, more) for part in range(count + 1)]
-    return [range(start, end) for start, end in zip(starts, starts[1:])]
+    return [range(start, end) for start, end in pairwise(starts)]
