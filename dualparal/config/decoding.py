@@ -31,8 +31,7 @@ def choose_vae_dtype(asked: str, on_card: bool, has_bfloat16: bool = True) -> st
 def row_ranges(height: int, count: int) -> list[range]:
     """The rows of each of ``count`` parts of a picture: contiguous, as even as can be, the larger ones first.
 
-    One row is enough for a part: what needs more to add in the same order is computed in the place of the whole
-    (``models.wan.rows``).
+    One row is enough for a part: decoders compute what needs more, to add in the same order, in the place of the whole.
 
     Args:
         height: latent rows of the picture.
