@@ -34,10 +34,10 @@ class OverRows(TorchFunctionMode):
     On the CPU every point has the bits that it has in the whole picture. Three things would break that, and are done
     on a tensor of the whole picture's shape, in which the other rows are zeros: a convolution that torch would give to
     other code for its size (``_select_conv_backend``) or that is a matrix product over several threads, few points,
-    and activations that do not come out even in vectors or are cut for threads. That costs nothing where it matters:
-    one thread, or layers of real sizes. Attention on the CPU is done for all rows by every part, as its blocks depend
-    on the number of queries: 0.6 % of a decode at 480p. Other devices choose their algorithms by shape, and bits are
-    not promised; there each part has its own queries and nothing is done twice.
+    and activations that do not come out even in vectors or are cut for threads. With one thread that is rare; with
+    more, a small model gains nothing from parts. Attention on the CPU is done for all rows by every part, as its
+    blocks depend on the number of queries: counted, 0.4 % of a decode at 480p, 1 % at 720p. Other devices choose their
+    algorithms by shape, and bits are not promised; there each part has its own queries and nothing is done twice.
 
     Args:
         rows: the way to the other parts.
