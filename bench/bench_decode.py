@@ -84,7 +84,9 @@ def main() -> None:
         return
     options = parser(__doc__, repeats=3)
     options.add_argument("--model-ms", type=float, default=80.0, help="of a unit through all stages")
-    options.add_argument("--ratio", type=float, default=3.0, help="seconds of decoding over those of denoising, each on one process")
+    options.add_argument(
+        "--ratio", type=float, default=3.0, help="seconds of decoding over those of denoising, each on one process"
+    )
     options.add_argument("--blocks", type=int, default=12)
     arguments = options.parse_args()
     modes = [mode for mode in MODES if arguments.only in mode.name]

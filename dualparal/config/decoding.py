@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 AUTO = "auto"
 MOST_LEVELS = 3  # of 255: frames in 16 bits that lie further from those in float32 are nobody's default
 # The most levels of 255 between frames in bfloat16 and in float32, of the package's trained VAE on latents of its
@@ -29,8 +31,7 @@ def choose_vae_dtype(asked: str, on_card: bool, has_bfloat16: bool = True) -> st
 def row_ranges(height: int, count: int) -> list[range]:
     """The rows of each of ``count`` parts of a picture: contiguous, as even as can be, the larger ones first.
 
-    One row is enough for a part: what needs more to add in the same order is computed in the place of the whole
-    (``models.wan.rows``).
+    One row is enough for a part: decoders compute what needs more, to add in the same order, in the place of the whole.
 
     Args:
         height: latent rows of the picture.
@@ -45,4 +46,4 @@ def row_ranges(height: int, count: int) -> list[range]:
         )
     least, more = divmod(height, count)
     starts = [part * least + min(part, more) for part in range(count + 1)]
-    return [range(start, end) for start, end in zip(starts, starts[1:])]
+    return [range(start, end) for start, end in pairwise(starts)]

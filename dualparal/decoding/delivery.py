@@ -20,7 +20,6 @@ from dualparal.schedule.actions import DECODE_BOUND
 from dualparal.schedule.layout import Layout
 from dualparal.trace.timeline import Track
 
-
 _CAUSE_SECONDS = 1.0  # after a part has lost another one, until that has told why
 
 

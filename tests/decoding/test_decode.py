@@ -14,33 +14,7 @@ from hypothesis import strategies as st
 from dualparal.decoding.frames import to_output, to_uint8
 from dualparal.models.wan.vae import StreamingDecoder, latent_scale
 from pairwise import pairwise
-
-MEAN = torch.linspace(-1.0, 1.5, 16).tolist()
-STD = torch.linspace(1.1, 3.3, 16).tolist()
-CASES = {
-    "wan2.1": {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
-    "wan2.1-shallow": {"dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
-    "wan2.2-residual": {
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 1,
-        "is_residual": True,
-        "patch_size": 2,
-        "in_channels": 12,
-        "out_channels": 12,
-        "scale_factor_spatial": 16,
-    },
-}
-
-
-def make_vae(case: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vae = AutoencoderKLWan(base_dim=4, latents_mean=MEAN, latents_std=STD, **CASES[case])
-    return (vae if dtype == torch.float32 else vae.to(dtype)).eval()
-
-
-def make_latents(frames: int, *, seed: int = 0, height: int = 3, width: int = 5) -> torch.Tensor:
-    return torch.randn(1, 16, frames, height, width, generator=torch.Generator().manual_seed(seed))
+from small_vaes import CASES, MEAN, STD, make_latents, make_vae
 
 
 def decode_whole(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from dualparal.models.base import RowExchange
 
 # A matrix product of a single column, and a 1x1 convolution in bfloat16 of up to five, added in another order than one
 # of many (measured, torch 2.13, AVX-512). Parts of fewer points than this are computed in the place of the whole.
-_FEW_POINTS = 32
+_FEW_POINTS = 16
 # Activations take whole vectors another way than what is left over at the end: exp, 1 of 2**23. Any vectors divide it.
 _VECTORS = 64
 _NATIVE = ("Slow2d", "Slow3d", "SlowDilated2d", "SlowDilated3d")  # torch's matrix products, beside oneDNN
@@ -34,10 +34,10 @@ class OverRows(TorchFunctionMode):
     On the CPU every point has the bits that it has in the whole picture. Three things would break that, and are done
     on a tensor of the whole picture's shape, in which the other rows are zeros: a convolution that torch would give to
     other code for its size (``_select_conv_backend``) or that is a matrix product over several threads, few points,
-    and activations that do not come out even in vectors or are cut for threads. That costs nothing where it matters:
-    one thread, or layers of real sizes. Attention on the CPU is done for all rows by every part, as its blocks depend
-    on the number of queries: 0.6 % of a decode at 480p. Other devices choose their algorithms by shape, and bits are
-    not promised; there each part has its own queries and nothing is done twice.
+    and activations that do not come out even in vectors or are cut for threads. With one thread that is rare; with
+    more, a small model gains nothing from parts. Attention on the CPU is done for all rows by every part, as its
+    blocks depend on the number of queries: counted, 0.4 % of a decode at 480p, 1 % at 720p. Other devices choose their
+    algorithms by shape, and bits are not promised; there each part has its own queries and nothing is done twice.
 
     Args:
         rows: the way to the other parts.
@@ -75,7 +75,7 @@ class OverRows(TorchFunctionMode):
     def _pad(self, func: Any, x: torch.Tensor, pad: Sequence[int], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Padding, with the neighbours' rows in place of zeros above and below."""
         padded: torch.Tensor = func(x, pad, *args, **kwargs)
-        left, right, above, below = [*pad, 0, 0, 0, 0][:4]
+        left, _, above, below = [*pad, 0, 0][:4]
         if above or below:
             assert above == below, "a convolution as wide above as below"
             inner = padded.narrow(-1, left, x.shape[-1])
@@ -196,4 +196,4 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 def _order(x: torch.Tensor) -> list[int]:
     """Dimensions of a tensor from the outermost in memory to the innermost."""
-    return sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+    return sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
