@@ -2,14 +2,14 @@
 
     python bench/bench_decode.py                # a minute or two: four processes of this machine
 
-The engine, the schedule, the sampler and the gloo transport are real; a unit is a sleep of --model-ms / N on every stage
+The engine, the schedule, the sampler and the gloo transport are real; a unit is a sleep of --model-ms / N on each stage
 and a latent frame a sleep in every part of its decoder, so there may be more processes than cores, and the bench says
 nothing about computing. T = 4 without guidance, and on one process decoding takes --ratio times as long as denoising.
 Side by side, for the same video on four processes:
 
 beside     four stages, and stage 0's rank decodes
 D ranks    4 - D stages, and D ranks that decode a part of the rows each
-in place   four stages, each of which decodes a fourth of the rows; as sleeps do not share a core, this is the bound of it
+in place   four stages, each of which decodes a fourth of the rows; sleeps share no core, so this is the bound of it
 schedule   what ``schedule.simulate`` says of each
 
 Of --repeats runs the fastest counts: it is the least disturbed.

@@ -130,7 +130,7 @@ class Setup:
 def _vae_dtype(config: EngineConfig, source: ModelSource, device: torch.device) -> str:
     """The dtype of what decodes on ``device``; "auto" leaves a loaded pipeline's VAE as it is."""
     if config.vae_dtype == AUTO and config.decoder is None and isinstance(source, LoadedPipeline):
-        return str(source.pipeline.vae.dtype).removeprefix("torch.")
+        return str(next(source.pipeline.vae.parameters()).dtype).removeprefix("torch.")
     on_card = device.type == "cuda"
     has_bfloat16 = on_card and torch.cuda.get_device_capability(device) >= (8, 0)  # below, it is emulated
     return choose_vae_dtype(config.vae_dtype, on_card, has_bfloat16)

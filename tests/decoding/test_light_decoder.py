@@ -22,7 +22,7 @@ from dualparal.cli import resumed
 from dualparal.cli.flags import ModelFlags, OutputFlags, PlaceFlags
 from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
-from dualparal.engine.capacity import Loaded
+from dualparal.engine.capacity import loaded_bytes
 from dualparal.engine.engine import Engine
 from dualparal.engine.identity import run_info
 from dualparal.models.json_files import ModelError
@@ -197,10 +197,10 @@ def test_an_engine_decodes_with_it_and_loads_no_vae(
         monkeypatch.undo()
         assert torch.equal(frames, whole(tensors_of(), latents) * 0.5 + 0.5)
     work = Workload(model_sizes(str(found.source.path)), VideoConfig(32, 32, 13, 2, output_type="pt"), found.config)  # type: ignore[attr-defined]
-    before = Loaded.of(work, [2, 2], engine(decoder=path, stages=2).parts)
-    assert Loaded.of(work, [2, 2], found.parts).weights > before.weights == 0
-    layers = Loaded.of(replace(work, video=VideoConfig(32, 32, 13, 2, output_type="latent")), [2, 2], found.parts)
-    assert Loaded.of(work, [2, 2], found.parts).weights - layers.weights == 4 * SMALL.parameters
+    before = loaded_bytes(work, [2, 2], engine(decoder=path, stages=2).parts)
+    assert loaded_bytes(work, [2, 2], found.parts) > before == 0
+    layers = loaded_bytes(replace(work, video=VideoConfig(32, 32, 13, 2, output_type="latent")), [2, 2], found.parts)
+    assert loaded_bytes(work, [2, 2], found.parts) - layers == 4 * SMALL.parameters
 
 
 def test_ranks_compare_the_file_and_not_its_path(engine: Callable[..., Engine], tmp_path: Path) -> None:
