@@ -9,7 +9,7 @@ over the whole video attend to all of it at once, as stock Wan does. For them:
   is padded, half of the cards take each guidance branch, or pairs of cards form rings (without guidance).
 * Ring: keys and values go round N - 1 times per layer, and what attention takes longer hides them.
 * Every card holds the whole transformer; activations and keys of 1/N of the tokens.
-* The VAE decodes on one card, after everything (ours: beside the units of stage 0).
+* The VAE decodes on one card, after everything (ours: where it is done soonest; see predict_decoders.py).
 * Links run at full speed although all cards use them at once, which favours the rivals.
 
 Clips: every card makes clips of 81 frames on its own, one after the other, as the model was trained and as few-step
@@ -112,10 +112,10 @@ def clips(work: Workload, cards: int, card: str) -> Row:
 
 
 def in_blocks(work: Workload, gpus: str, name: str) -> Row:
-    """Ours, with the engine's even handling left to the planner: split by cost, VAE beside stage 0."""
+    """Ours, with all but the blocks left to the planner: split by cost, and who decodes."""
     try:
-        found = plan_for(work, parse_gpus(gpus))
-        note = found.note
+        found = plan_for(work, parse_gpus(gpus), search_decoders=True)
+        note = ", ".join(filter(None, (found.note, f"VAE on {found.decode}")))
     except NoPlan as error:
         if error.nearest is None:
             return Row(name, float("nan"), float("nan"), (0, 0), None, str(error).split(":")[0])

@@ -37,7 +37,7 @@ def test_it_needs_no_torch_and_no_gpu_and_answers_in_seconds() -> None:
     code = (
         "import time, sys; from dualparal.planning.planner import plan; begin = time.process_time();"
         f"plan({BIG!r}, '8x24GB').describe(); seconds = time.process_time() - begin;"
-        "assert 'torch' not in sys.modules and seconds < 3, seconds"
+        "assert 'torch' not in sys.modules and seconds < 5, seconds"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -233,10 +233,10 @@ def test_the_command() -> None:
 
 
 @pytest.mark.slow
-def test_the_documented_table_is_the_commands(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("script", ["predict_rivals.py", "predict_decoders.py"])
+def test_the_documented_tables_are_the_commands(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(BENCH / "predict_rivals.py")],
-        capture_output=True, text=True, check=True, timeout=120,
+        [sys.executable, str(BENCH / script)], capture_output=True, text=True, check=True, timeout=280,
     )  # fmt: skip
     assert done.stdout.strip() in (DOCS / "plan.md").read_text()
 
@@ -308,16 +308,14 @@ def test_six_blocks_in_flight_are_shown_where_they_are_earlier() -> None:
 
 
 WAYS: list[dict[str, Any]] = [*({"decode_ranks": ranks} for ranks in range(8)), {"decode_in_place": True}]
-TASKS = [(50, 5.0, None), (50, 5.0, 6), (4, 1.0, None)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("card", ["rtx4090", "h100"])
-@pytest.mark.parametrize(("steps", "scale", "limit"), TASKS)
-def test_no_other_place_decodes_faster(steps: int, scale: float, limit: int | None, card: str) -> None:
-    """The choice among all of them, by their replays."""
-    options = {"num_inference_steps": steps, "guidance_scale": scale, "max_blocks_in_flight": limit}
-    found = plan("wan2.1-t2v-1.3b", f"8x{card}", **options)
+@pytest.mark.parametrize("vae_dtype", ["float32", "bfloat16"])
+def test_no_other_place_decodes_faster(vae_dtype: str, card: str) -> None:
+    """The choice among all of them, by their replays; docs/plan.md has those of 50 steps."""
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "vae_dtype": vae_dtype, "num_frames": 513}
+    found = plan("wan2.1-t2v-1.3b", f"8x{card}", **options)  # type: ignore[arg-type]
     others = [plan("wan2.1-t2v-1.3b", f"8x{card}", **options, **way) for way in WAYS]
     assert found.simulation and all(other.simulation for other in others)
     assert found.seconds == min(other.seconds for other in others)
