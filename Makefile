@@ -13,6 +13,7 @@ PROMPT ?= two red circles and a blue square drifting left on a dark background
 demo: .venv/.installed
 	mkdir -p demo
 	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 --steps 20 --guidance-scale 4 \
+		--max-blocks-in-flight 6 --context-version newest \
 		--out demo/video.mp4 --device cpu --stages 2 --overwrite
 
 test: .venv/.installed-dev

@@ -77,6 +77,33 @@ def test_an_op_that_is_wrong_is_not_timed(
     assert not list(tmp_path.iterdir())
 
 
+DEMO = """demo:
+\t@sleep {first}; echo 'block 1/2, 29 frames' >&2; sleep {rest}; echo 'block 2/2, 61 frames' >&2
+\t@echo 'v.mp4: 61 frames in 2 blocks, {whole} s (1 frames/s), first frames after {first} s, bubble 1 %' >&2
+\t@exit {code}
+"""
+
+
+def test_the_demo_of_two_checkouts(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    def checkout(name: str, first: float, rest: float, code: int = 0) -> Path:
+        (tmp_path / name / ".venv" / "bin").mkdir(parents=True)
+        (tmp_path / name / ".venv" / "bin" / "dualparal").touch()
+        makefile = DEMO.format(first=first, rest=rest, whole=first + rest, code=code)
+        (tmp_path / name / "Makefile").write_text(makefile)
+        return tmp_path / name
+
+    before, this = checkout("before", 0.6, 0.2), checkout("this", 0.1, 0.1)
+    bench("bench_demo", str(before), "--repeats", "1", HERE=this)
+    (row,) = rows(tmp_path / "demo.csv")
+    assert float(row["rival_first_s"]) >= 0.6 and float(row["rival_seconds"]) >= 0.8 and float(row["first_s"]) >= 0.1
+    assert float(row["rival_first_s"]) < float(row["rival_seconds"]) and float(row["first_s"]) < float(row["seconds"])
+    assert (row["run_first_s_ratio"], row["run_s_ratio"]) == ("6.0", "4.0") and float(row["seconds_ratio"]) > 1
+    with pytest.raises(RuntimeError, match="ended with 2:\nblock 1/2"):
+        bench("bench_demo", str(checkout("broken", 0, 0, code=1)), "--repeats", "1", HERE=this)
+    with pytest.raises(SystemExit, match="nowhere: not installed"):
+        bench("bench_demo", str(tmp_path / "nowhere"))
+
+
 def test_the_pipeline_bench_and_its_curves(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
     import bench_pipeline
 

@@ -100,7 +100,7 @@ class OverRows(TorchFunctionMode):
     ) -> torch.Tensor:
         """A convolution of rows beside the neighbours', which stand where it would pad with zeros or ``_pad`` did."""
         sides = weight.dim() - 2
-        stride, padding, dilation = ([v] * sides if isinstance(v, int) else [*v] for v in (stride, padding, dilation))
+        stride, padding, dilation = ((v,) * sides if isinstance(v, int) else (*v,) for v in (stride, padding, dilation))
         above = padding[-2]
         there = weight.shape[-2] - 1 - 2 * above  # rows that ``_pad`` has added
         own = x.shape[-2] - there
@@ -108,7 +108,7 @@ class OverRows(TorchFunctionMode):
         inner = padding
         if above:
             x = self._pad(F.pad, x, [0, 0, above, above])
-            inner = [*padding[:-2], 0, padding[-1]]
+            inner = (*padding[:-2], 0, padding[-1])
         here = (x, weight, bias, stride, inner, dilation)
         if x.device.type == "cpu":
             in_whole = (x.new_empty(()).expand(whole), weight, bias, stride, padding, dilation)
