@@ -19,7 +19,7 @@ from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
 from dualparal.engine.texts import texts_of
 from dualparal.models.files import ModelFiles
-from dualparal.planning.memory import slice_bytes, stage_memory
+from dualparal.planning.memory import place_memory, slice_bytes
 from dualparal.planning.workload import Workload
 
 ResultKind = Literal["frames", "latents"]
@@ -50,16 +50,16 @@ def check(
     held: int = 0,
     loaded: int = 0,
 ) -> None:
-    """Compares the need of the stages of this process with the memory there is.
+    """Compares the need of the stages and decoders of this process with the memory there is.
 
-    On a card that is what nobody uses, and what is ``loaded``. On the CPU it is all of the host's, and the stages of
-    all processes on this machine count. The estimate leaves out what libraries take, so a request that passes may
+    On a card that is what nobody uses, and what is ``loaded``. On the CPU it is all of the host's, and all processes on
+    this machine count. The estimate leaves out what libraries take, so a request that passes may
     still not fit.
 
     Args:
         work: the request as the cost model counts it.
         split: number of layers of each stage of the run.
-        owned: stages of this process.
+        owned: places of this process, see ``Schedule.actions``: stages, and those that only decode.
         device: this process's.
         encodes: the text encoder is needed; it is gone before the weights are loaded.
         held: bytes of the result besides, where it is kept whole; they count on the CPU.
@@ -70,11 +70,11 @@ def check(
     """
     schedule = work.schedule(len(split))
     on_host = device.type != "cuda"
-    together = range(len(split)) if on_host and _on_one_machine() else owned
-    memory = [stage_memory(work, schedule, split, stage) for stage in together]
-    need = sum(stage.running for stage in memory) + held * on_host
+    together = range(len(split) + schedule.decode_ranks) if on_host and _on_one_machine() else owned
+    memory = [place_memory(work, schedule, split, place) for place in together]
+    need = sum(place.running for place in memory) + held * on_host
     here = 0 if on_host else loaded
-    encoding = max(stage.before + here for stage in memory) if encodes else 0
+    encoding = max(place.before + here for place in memory) if encodes else 0
     encoder = "text_encoder_device='cpu', " if encoding > need and not on_host else ""
     need = max(need, encoding)
     have = host_memory() if on_host else card_memory(device) + here
@@ -118,7 +118,8 @@ def check_requests(setup: Setup, parts: Parts, requests: Sequence[Request], resu
     encodes = parts.texts.new(texts_of(requests))
     if encodes and mesh.is_leader and setup.config.encodes_elsewhere:
         check_text_encoder(setup)
-    check(work, split, mesh.stages, mesh.device, encodes, held, loaded_bytes(work, split, parts))
+    places = [mesh.rank] if mesh.distributed else range(mesh.num_stages + work.schedule(mesh.num_stages).decode_ranks)
+    check(work, split, places, mesh.device, encodes, held, loaded_bytes(work, split, parts))
 
 
 def check_text_encoder(setup: Setup) -> None:

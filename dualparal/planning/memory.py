@@ -79,6 +79,8 @@ def place_memory(work: Workload, schedule: Schedule, split: Sequence[int], place
     """
     if place < schedule.num_stages:
         return stage_memory(work, schedule, split, place)
+    if place not in schedule.decoders:  # latents are the result
+        return Memory(0, 0, 0, 0, 0, 0, 0, 0)
     waiting = DECODE_BOUND * 4 * work.model.in_channels * work.pixels * work.layout.first_frames
     return Memory(0, 0, 0, 0, 0, 0, latents=waiting, decode=decode_bytes(work, len(schedule.decoders)))
 

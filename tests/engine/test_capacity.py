@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from dualparal.engine.capacity import TooLarge, loaded_bytes
 from dualparal.engine.engine import Engine
 from dualparal.models.registry import model_sizes
 from dualparal.models.wan.sizes import MODELS
-from dualparal.planning.memory import stage_memory
+from dualparal.planning.memory import place_memory, stage_memory
 from dualparal.planning.workload import Workload
 
 CARD = torch.device("cuda", 1)
@@ -58,6 +59,21 @@ def need(work: Workload) -> float:
 
 def check(work: Workload, encodes: bool = False, loaded: int = 0) -> None:
     capacity.check(work, SPLIT, [0], CARD, encodes, loaded=loaded)
+
+
+def test_a_rank_that_decodes_is_counted_by_what_it_does(card: Card) -> None:
+    """The VAE and the frames lie there, and no longer beside stage 0; where latents are the result, nothing does."""
+    work, latents = (
+        replace(workload(output), engine=EngineConfig(decode_ranks=2)) for output in ("np", "latent")
+    )  # fmt: skip
+    decoding = place_memory(work, work.schedule(2), SPLIT, 2).running / GIB
+    assert 0.5 < decoding < need(workload()) - need(work) < 2.2 * decoding
+    card(total=80, free=decoding - 0.1)
+    with pytest.raises(TooLarge):
+        capacity.check(work, SPLIT, [3], CARD, False)
+    capacity.check(latents, SPLIT, [3], CARD, False)
+    card(total=80, free=decoding + 0.1)
+    capacity.check(work, SPLIT, [3], CARD, False)
 
 
 def test_what_others_use_is_not_there(card: Card) -> None:
