@@ -209,7 +209,9 @@ class PlaceFlags:
     ] = 0
     plan: Annotated[
         str | None,
-        typer.Option(help="auto: layers per stage and blocks in flight as 'dualparal plan' would have them here."),
+        typer.Option(
+            help="auto: layers per stage, blocks in flight and, of --gpus, who decodes, as 'dualparal plan' would have them."
+        ),
     ] = None
 
 

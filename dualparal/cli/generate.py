@@ -52,7 +52,8 @@ def generate(
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
     job = _job(prompts, video, model, eight_bit, blocks, place, output)
     if place.plan is not None and not heartbeat.supervised:
-        job = _planned(job, place.plan)
+        decoders_given = place.decode_gpus > 0 or place.decode_in_place
+        job = _planned(job, place.plan, search_decoders=place.gpus is not None and not decoders_given)
     every, note = job.engine.blocks.refresh_every, ""
     if every != blocks.refresh_every:
         note = (
@@ -180,10 +181,15 @@ def _blocks(flags: BlockFlags, checkpoint: Path | None, steps: int) -> BlockConf
     return replace(found, refresh_every=max(1, steps // 2))
 
 
-def _planned(job: Job, mode: str) -> Job:
-    """The job with the planner's choice of layers per stage and blocks in flight. Raises ValueError.
+def _planned(job: Job, mode: str, search_decoders: bool) -> Job:
+    """The job with the planner's choice of layers per stage, blocks in flight and who decodes. Raises ValueError.
 
     Called once, in the process that starts the ranks, since they must agree.
+
+    Args:
+        job: with all of its cards, none of which is kept for decoding unless the user said so.
+        mode: the flag's value.
+        search_decoders: who decodes is chosen here.
     """
     from dualparal.models.source import resolve_model
     from dualparal.planning.measured import cards
@@ -204,16 +210,25 @@ def _planned(job: Job, mode: str) -> Job:
     vae_dtype = choose_vae_dtype(engine.vae_dtype, on_card=engine.device != "cpu")
     sizes = resolve_model(job.model).sizes
     work = Workload(sizes, job.video, replace(engine, dtype=dtype, vae_dtype=vae_dtype), len(job.prompts))
-    found = plan_for(work, [cards(job.device, job.stages)])
+    found = plan_for(work, [cards(job.device, job.ranks)], search_decoders=search_decoders)
     typer.echo(f"plan: {found.describe()}", err=True)
-    return replace(job, engine=replace(engine, blocks=found.work.blocks, layers_per_stage=tuple(found.split)))
+    chosen = found.work.engine
+    engine = replace(
+        engine,
+        blocks=chosen.blocks,
+        stages=len(found.split),
+        layers_per_stage=tuple(found.split),
+        decode_ranks=chosen.decode_ranks,
+        decode_in_place=chosen.decode_in_place,
+    )
+    return replace(job, engine=engine)
 
 
 def _run_job(job: Job, heartbeat: Heartbeat, planned: bool = False, note: str = "") -> NoReturn:
     """Runs a job as a rank, as the only process or as the parent of ranks, and exits with its code.
 
     Args:
-        planned: layers per stage and blocks in flight are the planner's; the ranks have to be told.
+        planned: layers per stage, blocks in flight and who decodes are the planner's; the ranks have to be told.
         note: a line for the user, once the job is known to be sound.
     """
     is_rank, count = "RANK" in os.environ, job.ranks
