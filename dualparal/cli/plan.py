@@ -27,7 +27,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _decoders(gpus: str, in_place: bool) -> dict[str, Any]:
-    """Who decodes, as options of ``planner.plan``; none: it is searched. Raises ValueError."""
+    """The choice of who decodes, as options of ``planner.plan``; none: it is searched. Raises ValueError."""
     if gpus != AUTO and not gpus.isdecimal():
         raise ValueError(f"--decode-gpus {gpus!r}: use a number of cards, or {AUTO}")
     if in_place:
