@@ -210,7 +210,7 @@ class PlaceFlags:
     plan: Annotated[
         str | None,
         typer.Option(
-            help="auto: layers per stage, blocks in flight and, of --gpus, who decodes, as 'dualparal plan' would have them."
+            help="auto: layers per stage, blocks in flight and, of --gpus, who decodes, as 'dualparal plan' has them ."
         ),
     ] = None
 
