@@ -18,16 +18,27 @@ VIDEO += ["--context-frames", 1, "--refresh-every", 3, "--device", "cpu", "--thr
 KEPT = ["--checkpoint", "kept", "--checkpoint-every", 1]
 
 
+@pytest.mark.parametrize(
+    ("begun", "killed", "resumed"),
+    [("--stages 2", 1, "--stages 3"), ("--stages 1 --decode-gpus 2", 2, "--stages 2 --decode-in-place")],
+)
 def test_a_killed_run_goes_on_with_another_number_of_processes(
-    start: Callable[..., Run], dualparal: Callable[..., Outcome], wan21: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Run],
+    dualparal: Callable[..., Outcome],
+    wan21: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    begun: str,
+    killed: int,
+    resumed: str,
 ) -> None:
+    """Ranks with stages, and ranks that decode, which the resumed run may have not at all."""
     video = [*VIDEO, "--model", wan21, "--num-frames", 225]
     outputs = ["--out", "a.mp4", "--latents-out", "a.safetensors"]
-    run = start(*video, *outputs, *KEPT, "--stages", 2)
+    run = start(*video, *outputs, *KEPT, *begun.split())
     assert dualparal("generate", *video, "--out", "b.mp4", "--latents-out", "b.safetensors").code == 0
     here = Path.cwd()
     run.wait_for_segments(4)
-    run.ranks[1].kill()
+    run.ranks[killed].kill()
     assert run.end(20) == 3, run.stderr
     told = json.loads((run.folder / "a.mp4.error.json").read_text())
     assert told["resume_command"] == "dualparal generate --resume kept" and told["last_committed_block"] >= 2
@@ -36,7 +47,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(
     assert any((run.folder / "kept").glob("snapshot-*"))
 
     monkeypatch.chdir(run.folder)
-    again = dualparal("generate", "--resume", "kept", "--stages", 3)
+    again = dualparal("generate", "--resume", "kept", *resumed.split())
     assert again.code == 0, again.stderr
     for name in ("mp4", "safetensors"):
         assert (run.folder / f"a.{name}").read_bytes() == (here / f"b.{name}").read_bytes()
