@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from dualparal.cli.job import Job, call_arguments, checkpoint_of, make_engine
@@ -45,8 +46,9 @@ def check_job(job: Job) -> None:
     if job.device == "cuda":
         import torch
 
-        if job.ranks > torch.cuda.device_count():
-            raise ValueError(f"--gpus {job.ranks}: torch sees {torch.cuda.device_count()}; every rank needs its own")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", job.ranks)) if "RANK" in os.environ else job.ranks
+        if here > torch.cuda.device_count():
+            raise ValueError(f"--gpus {here}: torch sees {torch.cuda.device_count()}; every rank needs its own")
     files = resolve_model(job.model)
     job.video.num_latents(files.spec.temporal_factor)
     split_layers(files.spec.num_layers, job.stages, job.engine.layers_per_stage)
@@ -54,6 +56,8 @@ def check_job(job: Job) -> None:
     if "RANK" not in os.environ and job.ranks > 1:
         # The ranks check again, each for itself; here the user hears of it once, before any of them starts.
         engine = make_engine(job)
+        mesh = replace(engine.mesh, world_size=job.ranks, distributed=True)  # that of the ranks, as rank 0 will have it
+        engine.setup = replace(engine.setup, mesh=mesh)
         if job.resume:
             engine.resume(checkpoint_of(job))
             return

@@ -52,8 +52,8 @@ def generate(
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
     job = _job(prompts, video, model, eight_bit, blocks, place, output)
     if place.plan is not None and not heartbeat.supervised:
-        decoders_given = place.decode_gpus > 0 or place.decode_in_place
-        job = _planned(job, place.plan, search_decoders=place.gpus is not None and not decoders_given)
+        given = place.stages is not None or place.decode_gpus > 0 or place.decode_in_place
+        job = _planned(job, place.plan, search_decoders=place.gpus is not None and not given)
     every, note = job.engine.blocks.refresh_every, ""
     if every != blocks.refresh_every:
         note = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import typer
 from dualparal.cli.flags import ModelFlags, OutputFlags, PlaceFlags
 from dualparal.cli.job import Job
 from dualparal.cli.place import choose_device, choose_threads, count_stages, parse_layers
+
+logger = logging.getLogger("dualparal")
 
 # All other flags decide latents, or where frames go: the snapshot has them, and a decoder's fingerprint.
 _MAY_CHANGE = {
@@ -65,8 +68,11 @@ def _elsewhere(
     decoders, in_place = job.engine.decode_ranks, job.engine.decode_in_place
     if asked & {"decode_gpus", "decode_in_place"}:
         decoders, in_place = place.decode_gpus, place.decode_in_place
-    elif place.gpus is not None:  # which may be fewer than there were: they are all for stages
+    elif place.gpus is not None and place.gpus <= decoders:
+        logger.warning("--gpus %d: too few for the %d that only decoded; all of them have stages", place.gpus, decoders)
         decoders = 0
+    if "decode_gpus" in asked and not asked & {"gpus", "stages", "layers_per_stage"} and job.device == "cuda":
+        stages = max(1, job.ranks - decoders)  # the cards stay as many
     if asked & {"gpus", "stages"} or "RANK" in os.environ:
         stages = count_stages(place.gpus, place.stages, place.device, decoders)
     same = stages == job.stages

@@ -156,11 +156,13 @@ class Delivery:
         begin = time.perf_counter()
         if not all(future.done() for future in pending.rows):
             self._waiting(pending.block)
-        frames = join_rows(self._result(pending.rows))
+        rows = self._result(pending.rows)
         self.waited += time.perf_counter() - begin
-        if isinstance(frames, torch.Tensor) and frames.is_cuda:
-            # Made on another stream, whose next frames may take their place as soon as they are let go.
-            frames.record_stream(torch.cuda.current_stream(frames.device))
+        for part in rows:
+            if isinstance(part, torch.Tensor) and part.is_cuda:
+                # Made on another stream, whose next frames may take their place as soon as they are let go.
+                part.record_stream(torch.cuda.current_stream(part.device))
+        frames = join_rows(rows)
         if self.output_type == "pil":
             from PIL import Image
 
@@ -169,7 +171,7 @@ class Delivery:
 
     def ready(self) -> Iterator[Chunk]:
         """Yields the chunks that are finished, without waiting. Raises what decoding has raised."""
-        while self._pending and all(future.done() for future in self._pending[0].rows):
+        while self._pending and _settled(self._pending[0].rows):
             self._take()
         while self._done:
             chunk = self._chunk(*self._done.popleft())
@@ -205,13 +207,28 @@ class Delivery:
         )
         return Chunk(block, start, frames, latents, self.progress, video)
 
-    def close(self) -> None:
-        """Ends the decoders once they are done with the block in their hands.
+    def close(self, failed: bool = False) -> None:
+        """Ends the decoders once they are done with what they were given; frames of it are dropped.
 
-        After one has failed nobody waits for the others, which may wait for it.
+        Raises what ending one of them has raised, after all were told.
+
+        Args:
+            failed: something has. Then, and after one of them has, nobody waits for those that may wait for another.
         """
+        first: Exception | None = None
         for part in self._parts or ():
-            part.close(failed=self._failed)
+            try:
+                part.close(failed or self._failed)
+            except Exception as error:
+                self._failed, first = True, first or error
+        if first is not None:
+            raise first
+
+
+def _settled(futures: Sequence[Future[Any]]) -> bool:
+    """True when all parts are done, or one has failed, for which the others may wait."""
+    done = [future for future in futures if future.done()]
+    return len(done) == len(futures) or any(future.exception() is not None for future in done)
 
 
 def _errors(futures: Iterable[Future[Any]]) -> list[BaseException]:

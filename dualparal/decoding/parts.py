@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import torch
 from dualparal.config.video import OutputType
 from dualparal.decoding.chunks import NonFiniteError
 from dualparal.decoding.frames import to_output, to_uint8
+from dualparal.decoding.worker import Worker
 from dualparal.models.base import Decoder
 from dualparal.trace.timeline import Track
 
@@ -48,10 +49,10 @@ class Part(Protocol):
         ...
 
     def close(self, failed: bool = False) -> None:
-        """Ends it, and waits until it is done with the block in its hands.
+        """Ends it, and waits until it is done with what it was given.
 
         Args:
-            failed: a part has, and this one may wait for that for ever: it ends with the process at the latest.
+            failed: something has, and this part may wait for that for ever: it ends with the process at the latest.
         """
         ...
 
@@ -157,12 +158,13 @@ class LocalPart:
 
     Args:
         decoder: its decoders.
+        alone: there is no other part, which would wait for its rows.
         on_error: called when they have raised, for others that wait for their rows.
     """
 
-    def __init__(self, decoder: PartDecoder, on_error: Callable[[], None] | None = None) -> None:
-        self._decoder, self._on_error = decoder, on_error
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="dualparal-decode")
+    def __init__(self, decoder: PartDecoder, alone: bool, on_error: Callable[[], None] | None = None) -> None:
+        self._decoder, self._alone, self._on_error = decoder, alone, on_error
+        self._pool = Worker("dualparal-decode")
 
     @property
     def history(self) -> int:
@@ -181,7 +183,8 @@ class LocalPart:
         return self._decoder.decoding()
 
     def close(self, failed: bool = False) -> None:
-        self._pool.shutdown(wait=not failed, cancel_futures=True)
+        # Of several parts the others have begun what is still to be done here, and wait for its rows.
+        self._pool.shutdown(wait=self._alone or not failed, cancel_futures=self._alone)
 
     def _submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Calls a function on the thread, with an event behind all that the current stream has been given so far."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from dualparal.decoding.chunks import NonFiniteError
 from dualparal.decoding.parts import PartDecoder
+from dualparal.decoding.worker import Worker
 from dualparal.distributed.messages import PeerLost, TransportError
 from dualparal.distributed.parcels import Parcel, ParcelLink, Sign, to_bytes, to_text
 from dualparal.schedule.actions import Action
@@ -33,8 +34,7 @@ class RankPart:
 
     def __init__(self, link: ParcelLink, device: torch.device, as_tensor: bool) -> None:
         self._link, self._device, self._as_tensor = link, device, as_tensor
-        self._senders = ThreadPoolExecutor(1, thread_name_prefix="dualparal-to-decoder")
-        self._receivers = ThreadPoolExecutor(1, thread_name_prefix="dualparal-from-decoder")
+        self._sender, self._receiver = Worker("dualparal-to-decoder"), Worker("dualparal-from-decoder")
         self._history: int | None = None
         self._stopped = False
 
@@ -57,14 +57,15 @@ class RankPart:
         return 0.0  # on another device
 
     def close(self, failed: bool = False) -> None:
-        if not (self._stopped or failed):  # else the rank learns it when this process ends
-            self._stopped = True
-            _ = self.history
-            self._senders.submit(self._link.send, Sign.STOP)
-        self._senders.shutdown(wait=not failed)
-        self._receivers.shutdown(wait=not failed)  # the rank gives back all that it was sent
-        if not failed:
-            self._link.finish()
+        if self._stopped or failed:  # after a failure the rank learns it when this process ends
+            return
+        self._stopped = True
+        _ = self.history
+        stopping = self._sender.submit(self._link.send, Sign.STOP)
+        self._sender.shutdown()
+        self._receiver.shutdown()  # the rank gives back all that it was sent
+        stopping.result()
+        self._link.finish()
 
     def _ask(self, sign: Sign, video: int, block: int, latents: torch.Tensor) -> Future[Any]:
         _ = self.history
@@ -72,8 +73,8 @@ class RankPart:
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()
-        sent = self._senders.submit(self._send, ready, sign, video, block, latents)
-        return self._receivers.submit(self._answer, sent, video, block)
+        sent = self._sender.submit(self._send, ready, sign, video, block, latents)
+        return self._receiver.submit(self._answer, sent, video, block)
 
     def _send(self, ready: torch.cuda.Event | None, sign: Sign, video: int, block: int, latents: torch.Tensor) -> None:
         if ready is not None:

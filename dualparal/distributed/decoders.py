@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from dualparal.distributed.parcels import PATIENCE
+
 
 class DecoderGroups(NamedTuple):
     """The communicators of ranks that decode a part of the rows each.
@@ -30,4 +32,6 @@ def make_decoder_groups(ranks: Sequence[int], device: torch.device) -> DecoderGr
     """
     links = {rank: dist.new_group([0, rank], backend="gloo") for rank in ranks if rank != 0}
     backend = "nccl" if device.type == "cuda" else "gloo"
-    return DecoderGroups(links, dist.new_group(list(ranks), backend=backend) if len(ranks) > 1 else None)
+    # An exchange is posted when one part is there. How long others may take is not NCCL's watchdog's to say.
+    rows = dist.new_group(list(ranks), backend=backend, timeout=PATIENCE) if len(ranks) > 1 else None
+    return DecoderGroups(links, rows)

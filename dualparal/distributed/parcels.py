@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from dualparal.distributed.messages import TransportError, guard
 
-_PATIENCE = timedelta(days=365)  # a consumer may pause for as long as it likes, and all ranks with it
+PATIENCE = timedelta(days=365)  # a consumer may pause for as long as it likes, and all ranks with it
 _MAGIC = 0x706172636C000001  # "parcl", version 1
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 _AXES = 5
@@ -89,11 +89,11 @@ class ParcelLink:
     def finish(self) -> None:
         """Waits until everything sent has left. Raises PeerLost."""
         while self._sent:
-            guard(self.name, self._sent.popleft()[0].wait, _PATIENCE)
+            guard(self.name, self._sent.popleft()[0].wait, PATIENCE)
 
     def _receive(self, tensor: torch.Tensor) -> None:
         work = guard(self.name, dist.irecv, tensor, self.peer, group=self._group)
-        guard(self.name, work.wait, _PATIENCE)
+        guard(self.name, work.wait, PATIENCE)
 
 
 def _checksum(header: torch.Tensor) -> int:

@@ -49,6 +49,7 @@ def check(
     encodes: bool = True,
     held: int = 0,
     loaded: int = 0,
+    shared: int = 0,
 ) -> None:
     """Compares the need of the stages and decoders of this process with the memory there is.
 
@@ -64,6 +65,7 @@ def check(
         encodes: the text encoder is needed; it is gone before the weights are loaded.
         held: bytes of the result besides, where it is kept whole; they count on the CPU.
         loaded: bytes on the card from earlier runs (``loaded_bytes``), which are part of the need and count there.
+        shared: bytes that several places here count and hold once.
 
     Raises:
         TooLarge: it cannot fit.
@@ -72,7 +74,7 @@ def check(
     on_host = device.type != "cuda"
     together = range(len(split) + schedule.decode_ranks) if on_host and _on_one_machine() else owned
     memory = [place_memory(work, schedule, split, place) for place in together]
-    need = sum(place.running for place in memory) + held * on_host
+    need = sum(place.running for place in memory) + held * on_host - shared
     here = 0 if on_host else loaded
     encoding = max(place.before + here for place in memory) if encodes else 0
     encoder = "text_encoder_device='cpu', " if encoding > need and not on_host else ""
@@ -119,7 +121,9 @@ def check_requests(setup: Setup, parts: Parts, requests: Sequence[Request], resu
     if encodes and mesh.is_leader and setup.config.encodes_elsewhere:
         check_text_encoder(setup)
     places = [mesh.rank] if mesh.distributed else range(mesh.num_stages + work.schedule(mesh.num_stages).decode_ranks)
-    check(work, split, places, mesh.device, encodes, held, loaded_bytes(work, split, parts))
+    twins = 0 if mesh.distributed else max(0, len(work.schedule(mesh.num_stages).decoders) - 1)
+    shared = twins * work.decode_itemsize * work.decoder.parameters
+    check(work, split, places, mesh.device, encodes, held, loaded_bytes(work, split, parts), shared)
 
 
 def check_text_encoder(setup: Setup) -> None:

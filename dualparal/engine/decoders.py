@@ -93,7 +93,7 @@ class DecoderBuilder:
             as_tensor, links = self._request.video.output_type == "pt", self._groups.links
             for place in decoders:
                 if place == setup.mesh.rank:
-                    found.append(LocalPart(self._own_part(tracks[place])))
+                    found.append(LocalPart(self._own_part(tracks[place]), alone=False))
                 else:
                     link = ParcelLink(self._name(place), place, links[place])
                     found.append(RankPart(link, setup.mesh.device, as_tensor))
@@ -101,7 +101,8 @@ class DecoderBuilder:
         device = setup.mesh.device
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # one, in the order of their swaps
         for place, way in zip(decoders, local_rows(len(decoders)), strict=True):
-            found.append(LocalPart(self._part_decoder(place, way, stream, tracks.get(place)), way.abort))
+            part = self._part_decoder(place, way, stream, tracks.get(place))
+            found.append(LocalPart(part, len(decoders) == 1, way.abort))
         return found
 
     def _own_part(self, track: Track | None) -> PartDecoder:

@@ -50,6 +50,7 @@ def run_info(
         "sampler": type(scheduler).__name__,
         "schedule": asdict(schedule),
         "video": {k: v for k, v in asdict(requests[0].video).items() if k not in ("output_type", "seed")},
+        "frames": requests[0].video.output_type if schedule.decode_ranks or schedule.decode_in_place else None,
         "seeds": [request.video.seed for request in requests],
         "layers_per_stage": [len(layers) for layers in setup.layers],
         "engine": config,

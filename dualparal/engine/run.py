@@ -276,7 +276,8 @@ class Run:
     def _close(self, recorder: Recorder | None, clocks: Sequence[BusyClock], finished: bool) -> None:
         """Closes everything that was opened, and lets go of it. Errors that follow from others are dropped."""
         if self._decoder is not None:
-            self._decoder.close()
+            with contextlib.suppress(Exception):  # as below
+                self._decoder.close(failed=not finished)
         if self._keeper is not None:
             with contextlib.suppress(Exception):  # after a run to its end it is closed; else what ended it says more
                 self._keeper.close()

@@ -122,7 +122,8 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
             + videos * branches * work.text_tokens * model.text_dim * size
         ),
         latents=(latents * SAMPLER_COPIES * (blocks + videos) + noise) if first else 0,
-        decode=decode_bytes(work, len(schedule.decoders)) if stage in schedule.decoders else 0,
+        decode=(decode_bytes(work, len(schedule.decoders)) if stage in schedule.decoders else 0)
+        + (_joined_bytes(work, schedule) if first else 0),
         # A matrix to be quantised is there in float32 at the worst.
         load=((layers - in_8bit) * size + in_8bit) * model.joined_parameters
         + (4 * linears.widest * h if in_8bit else 0),
@@ -199,6 +200,14 @@ def _slot_8bit(work: Workload, side: str) -> list[int]:
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _joined_bytes(work: Workload, schedule: Schedule) -> int:
+    """Bytes of whole frames on the card of stage 0 that come from parts of the rows: "pt" ones, in float32."""
+    if (len(schedule.decoders) < 2 and not schedule.decode_ranks) or work.video.output_type != "pt":
+        return 0
+    frames = work.layout.first_frames * work.decoder.temporal_factor
+    return (DECODE_BOUND + 1) * 3 * 4 * frames * work.pixels * work.decoder.spatial_factor**2
 
 
 def decode_bytes(work: Workload, parts: int = 1) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,46 @@ def test_a_part_that_fails_does_not_keep_the_others(wan21: Path, monkeypatch: py
     monkeypatch.setattr(PartDecoder, "_frames", broken)
     with pytest.raises(MemoryError, match="no room"):
         list(engine.stream(**CALL, **embeds_of(engine), output_type="uint8"))
+
+
+@pytest.mark.parametrize("options", [{}, {"decode_ranks": 2}, {"stages": 2, "decode_in_place": True}], ids=str)
+def test_a_consumer_that_leaves_while_blocks_wait_is_let_go(
+    wan21: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """What one part has begun the others finish: a part whose block was dropped would leave them waiting."""
+    engine = Engine.from_pretrained(wan21, device="cpu", **BLOCKS, **options)
+    frames = PartDecoder._frames
+
+    def slowly(self: PartDecoder, video: int, block: int, latents: torch.Tensor) -> Any:
+        time.sleep(0.2 if self.name != "decoder 0" else 0.6)  # so that two blocks wait, begun by one part only
+        return frames(self, video, block, latents)
+
+    monkeypatch.setattr(PartDecoder, "_frames", slowly)
+    chunks = engine.stream(**CALL, **embeds_of(engine), output_type="uint8")
+    next(chunks)
+    closing = threading.Thread(target=chunks.close, daemon=True)  # type: ignore[attr-defined]
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive()
+
+
+def test_a_failed_part_is_heard_of_before_the_next_block_is_handed_over(
+    wan21: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait for its rows, and are never done."""
+    never = threading.Event()
+    frames = PartDecoder._frames
+
+    def broken(self: PartDecoder, video: int, block: int, latents: torch.Tensor) -> Any:
+        if self.name == "decoder 0":
+            raise MemoryError("no room")
+        never.wait(60)
+        return frames(self, video, block, latents)
+
+    monkeypatch.setattr(PartDecoder, "_frames", broken)
+    engine = Engine.from_pretrained(wan21, device="cpu", decode_ranks=2, **BLOCKS)
+    begin = time.monotonic()
+    with pytest.raises(MemoryError, match="no room"):
+        list(engine.stream(**{**CALL, "num_frames": 5}, **embeds_of(engine), output_type="uint8"))
+    assert time.monotonic() - begin < 30
+    never.set()

@@ -87,7 +87,7 @@ MUTANTS = [
     Mutant(
         "frames are recorded on the consumer's stream",
         f"{_DELIVERY}._take",
-        "frames.record_stream(torch.cuda.current_stream(frames.device))",
+        "part.record_stream(torch.cuda.current_stream(part.device))",
         "pass",
         PT,
         "race order",
