@@ -29,7 +29,7 @@ BLOCKS: dict[str, Any] = {"frames_per_block": 2, "context_frames": 1}
 PLACES = [
     {"decode_ranks": 1},
     {"decode_ranks": 2},
-    {"stages": 2, "decode_ranks": 4},
+    {"stages": 4, "decode_ranks": 4},
     {"stages": 2, "decode_in_place": True},
     {"stages": 3, "decode_in_place": True},
     {"decode_in_place": True},

@@ -105,8 +105,10 @@ def change_frames() -> None:
         time.sleep(float(os.environ.get("FAULT_DECODE_SECONDS", "0")))
         if HERE and NAME == "decoder" and block == BLOCK:
             raise MemoryError("no room for the rows")
-        if HERE and NAME == "broken" and block == BLOCK:
-            latents = latents * float("nan")
+        if HERE and NAME == "broken" and block == BLOCK:  # what has left for the other parts' rows was whole
+            decoder: Any = self._decoders[video]
+            push = decoder.push
+            decoder.push = lambda latents: push(latents) * float("nan")
         return decoded(self, video, block, latents)
 
     PartDecoder._frames = frames  # type: ignore[method-assign]
