@@ -57,7 +57,11 @@ class RankPart:
         return 0.0  # on another device
 
     def close(self, failed: bool = False) -> None:
-        if self._stopped or failed:  # after a failure the rank learns it when this process ends
+        if self._stopped:
+            return
+        if failed:  # the rank learns it when this process ends
+            self._sender.shutdown(wait=False)
+            self._receiver.shutdown(wait=False)
             return
         self._stopped = True
         _ = self.history
