@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -164,7 +164,9 @@ class LocalPart:
 
     def __init__(self, decoder: PartDecoder, alone: bool, on_error: Callable[[], None] | None = None) -> None:
         self._decoder, self._alone, self._on_error = decoder, alone, on_error
-        self._pool = Worker("dualparal-decode")
+        # Alone it waits for nobody, and is joined when Python ends, however that comes.
+        name = "dualparal-decode"
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name) if alone else Worker(name)
 
     @property
     def history(self) -> int:

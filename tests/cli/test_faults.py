@@ -456,7 +456,8 @@ def command(tmp_path: Path, wan21: Path) -> Any:
 def test_a_full_disk_ends_the_run_and_finished_blocks_play(command: Any) -> None:
     run = command()
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
-    assert run.process.wait(60) == 5
+    code = run.process.wait(60)
+    assert code == 5, run.log.read_text()
     told = run.log.read_text()
     errors = [line for line in told.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "cannot read or write: [Errno 27] File too large: " in errors[0], told

@@ -360,13 +360,11 @@ def join(clock: Clock, other: Clock) -> None:
 
 @contextmanager
 def recording(device: LateDevice, pools: Sequence[Any]) -> Iterator[LateDevice]:
-    """Inside, ``torch.cuda`` is the device, and the modules' ``ThreadPoolExecutor`` or ``Worker`` its host threads."""
+    """Inside, ``torch.cuda`` is the device, and the modules' ``ThreadPoolExecutor`` its host threads."""
     from late_tensor import Dispatch, Moves
 
     patches = [mock.patch.object(torch.cuda, name, value) for name, value in device.torch_cuda().items()]
-    for module in pools:
-        name = "Worker" if hasattr(module, "Worker") else "ThreadPoolExecutor"
-        patches.append(mock.patch.object(module, name, lambda *a, **k: Pool(device)))
+    patches += [mock.patch.object(module, "ThreadPoolExecutor", lambda *a, **k: Pool(device)) for module in pools]
     before = torch._C._only_lift_cpu_tensors(), torch.__future__.get_overwrite_module_params_on_conversion()
     torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter would take the shape alone
