@@ -139,8 +139,10 @@ def _remarks(found: Plan) -> Iterator[str]:
         )
     if (early := found.earlier) is not None:
         yield (
-            f"With --max-blocks-in-flight {early.work.blocks.max_blocks_in_flight}: {early.seconds:.0f} s, first "
-            f"frames after {early.first_frame:.0f} s, VAE on {early.decode} ({early.note}: docs/quality.md)"
+            f"With --max-blocks-in-flight {early.work.blocks.max_blocks_in_flight} --context-version "
+            f"{early.work.blocks.context_version}: {early.seconds:.0f} s, first frames after "
+            f"{early.first_frame:.0f} s, VAE on {early.decode} ("
+            f"{'' if early.replay else 'closed form; '}{early.note}: docs/quality.md)"
         )
     if found.work.decode:
         yield (

@@ -77,7 +77,7 @@ class LoadedPipeline:
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The pipeline's own VAE, moved to ``device``; where it has another dtype, a copy in ``dtype``."""
         vae = self.pipeline.vae
-        return vae.to(device) if vae.dtype == dtype else copy.deepcopy(vae).to(device, dtype)
+        return vae.to(device) if next(vae.parameters()).dtype == dtype else copy.deepcopy(vae).to(device, dtype)
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
         """Returns the pipeline's own (tokenizer, text encoder), the latter moved to ``device``; it keeps its dtype."""

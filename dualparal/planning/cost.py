@@ -98,8 +98,8 @@ class Costing:
         schedule: the order of work.
         split: layers of every stage.
         devices: one per stage, then one per place that only decodes.
-        links: edge k leads from stage k to the next one, the last back to stage 0; then those of the places that only
-            decode, of which the slowest counts.
+        links: edge k leads from stage k to the next one, the last back to stage 0; then, where places only decode,
+            from the last stage to the first of them, and from each of them to the next.
     """
 
     def __init__(
@@ -179,7 +179,8 @@ class Costing:
         if not places:
             return 0.0
         size = 4 * self.work.layout.frames(block) * self.work.model.in_channels * self.work.pixels
-        wire = self._decoders_wire
+        count = len(self.split)
+        wire = _slowest((*self.links[: count - 1], *self.links[count:]))
         return places * size / wire.bandwidth + wire.latency
 
     def decode_alone(self, place: int) -> float:
@@ -202,19 +203,17 @@ class Costing:
         every convolution's input goes to each neighbour, keys and values of the attention go to all."""
         if parts == 1:
             return 0.0
-        work, wire = self.work, self._decoders_wire
+        work, count = self.work, len(self.split)
+        wire = _slowest(self.links[count + 1 :] if self.schedule.decode_ranks else self.links[: count - 1])
         borders = work.decoder.borders(work.pixels // work.rows)
         neighbours = min(2, parts - 1)
         numbers = neighbours * borders.numbers + borders.gathered * work.pixels * (parts - 1) / parts
         messages = borders.messages + (1 if borders.gathered else 0)
         return numbers * work.decode_itemsize / wire.bandwidth + messages * wire.latency
 
-    @property
-    def _decoders_wire(self) -> Link:
-        """The slowest of the links between the places that decode, and to them."""
-        count = len(self.split)
-        among = self.links[count:] if self.schedule.decode_ranks else self.links[: max(1, count - 1)]
-        return min(among, key=lambda link: link.bandwidth)
+
+def _slowest(links: Sequence[Link]) -> Link:
+    return min(links, key=lambda link: link.bandwidth)
 
 
 def balance(costs: Sequence[float], extra: Sequence[float], most: Sequence[int], num_layers: int) -> list[int] | None:

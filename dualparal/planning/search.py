@@ -17,7 +17,7 @@ from dualparal.schedule.schedule import Schedule
 
 BLOCK_SIZES = (4, 6, 8, 12, 16)
 ALTERNATIVES = 6
-EARLY_BLOCKS = 6  # in flight, shown beside the choice; not a default: what it does to the picture is not judged yet
+EARLY_BLOCKS = 6  # in flight, shown beside the choice; not a default: judged at 20 steps only (docs/quality.md)
 EQUAL = 1.01  # times as fast, in closed form
 # Times the seconds of the best closed form, so near that a replay decides: where units are enough for all stages, and
 # where they are not, which closed forms are less good at.
@@ -65,12 +65,12 @@ class Search:
     def _ways(self, work: Workload) -> Iterator[Workload]:
         """Yields the workload with each way to decode that is open."""
         count = len(self.cards.devices)
-        if not self.searches_decoders or not work.decode or count > work.model.num_layers:
+        if not self.searches_decoders or not work.decode:
             yield work
             return
-        for ranks in range(min(count, 1 + work.rows)):
+        for ranks in range(max(0, count - work.model.num_layers), min(count, 1 + work.rows)):
             yield with_decoders(work, ranks)
-        if 1 < count <= work.rows:
+        if 1 < count <= min(work.rows, work.model.num_layers):
             yield with_decoders(work, in_place=True)
 
     def _least(self, work: Workload) -> float:
@@ -94,7 +94,10 @@ class Search:
         little tighter saves ``WORTH`` of the time.
         """
         fitting: list[Plan] = []
-        for each in self._caps(work):
+        caps = list(self._caps(work))
+        if len(caps) > 1 and self._cut(caps[-1]) is None:
+            return None  # the tightest limit takes the least memory
+        for each in caps:
             found = self._cut(each)
             if found is None or (
                 self.first_frame_limit is not None and found.estimate.first_frame > self.first_frame_limit
@@ -166,11 +169,11 @@ class Search:
     def earlier(self, best: Plan) -> list[Plan]:
         """The few best plans with ``EARLY_BLOCKS`` in flight, where it fits and first frames come earlier.
 
-        With the features that the choice has or, where these do not fit, with "newest" ones.
+        With "newest" features where the policy has them: docs/quality.md has how these and others do with a limit.
         """
         if best.schedule.max_in_flight <= EARLY_BLOCKS:
             return []
-        for version in dict.fromkeys([best.work.blocks.context_version, *POLICIES[best.work.blocks.context].versions]):
+        for version in reversed(POLICIES[best.work.blocks.context].versions):
             work = with_blocks(best.work, max_blocks_in_flight=EARLY_BLOCKS, context_version=version)
             found = Search(self.cards, None, self.searches_decoders).candidates(work)
             if found:
@@ -179,7 +182,7 @@ class Search:
 
     def _variations(self, best: Plan) -> Iterator[list[tuple[Workload, str]]]:
         """Yields workloads with one choice changed, each with what is changed; of several the fastest is meant."""
-        work, blocks, count = best.work, best.work.blocks, len(self.cards.devices)
+        work, blocks = best.work, best.work.blocks
         for context in POLICIES:
             if context != blocks.context:
                 free = with_blocks(work, context=context, max_blocks_in_flight=None, context_version=DEFAULT_VERSION)
@@ -199,7 +202,7 @@ class Search:
         kinds.pop((work.engine.decode_ranks > 0, work.engine.decode_in_place), None)
         yield from kinds.values()
         if blocks.max_blocks_in_flight is None:  # as few as keep all stages busy
-            k = -(-count // best.schedule.branches) + 1
+            k = -(-best.schedule.num_stages // best.schedule.branches) + 1
             yield [(with_blocks(work, max_blocks_in_flight=k), "earlier frames")]
 
     # What cannot be done ------------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ class Search:
             nearest = Search(self.cards.first(keep), self.first_frame_limit, self.searches_decoders).best(work)
             return _no_plan(
                 f"{count} cards for a model of {layers} layers: every stage owns at least one layer; use {keep} or "
-                "fewer",
+                "fewer" + (", or let the others decode" if work.decode else ""),
                 nearest,
             )
         if Search(self.cards, None, self.searches_decoders).best(work) is not None:

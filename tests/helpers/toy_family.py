@@ -27,6 +27,7 @@ from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, RowE
 from dualparal.models.json_files import read_config
 from dualparal.models.keys_values import Context8, KeysValues
 from dualparal.models.registry import Component, Family
+from dualparal.models.sizes import Borders
 from dualparal.models.sizes import LinearSizes
 from dualparal.models.wan.tiny import make_tokenizer
 
@@ -226,6 +227,9 @@ class ToyVaeSizes:
 
     def working_bytes(self, pixels: int, itemsize: int) -> int:
         return 3 * self.cache_bytes(pixels, itemsize)
+
+    def borders(self, width: int) -> Borders:
+        return Borders(0, 0, 0)
 
 
 @dataclass(frozen=True)

@@ -390,3 +390,20 @@ def test_a_plan_is_a_choice_of_options(options: dict[str, Any]) -> None:
     assert given["layers_per_stage"] == list(found.split) and EngineConfig.of(**given).blocks == found.work.blocks
     assert all(given[name] == value for name, value in options.items())
     assert len(found.split) + len(found.schedule.decoders[3:] or range(found.schedule.decode_ranks)) == 3
+
+
+def test_more_cards_than_layers_are_for_decoding() -> None:
+    found = plan(gpus="32xrtx4090", num_inference_steps=4, guidance_scale=1.0)
+    assert found.work.engine.decode_ranks >= 2 and len(found.split) <= 30
+    with pytest.raises(NoPlan, match="use 30 or fewer, or let the others decode"):
+        plan(gpus="32xrtx4090", num_inference_steps=4, guidance_scale=1.0, decode_ranks=0)
+
+
+def test_rows_travel_among_those_that_decode_and_latents_to_them() -> None:
+    """Machines of four cards with a slow link between them: only latents cross it, where one of them decodes."""
+    call = {"num_inference_steps": 4, "guidance_scale": 1.0, "decode_ranks": 4}
+    near, far = plan(gpus="8xrtx4090", **call), plan(gpus="4xrtx4090,4xrtx4090", between="10gbe", **call)
+    assert near.costing.decode(1) == far.costing.decode(1)
+    assert far.costing.hand_over(1) > 5 * near.costing.hand_over(1)
+    across = plan(gpus="4xrtx4090,4xrtx4090", between="10gbe", **{**call, "decode_ranks": 5})
+    assert across.costing.decode(1) > near.costing.decode(1)
