@@ -27,8 +27,7 @@ from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, RowE
 from dualparal.models.json_files import read_config
 from dualparal.models.keys_values import Context8, KeysValues
 from dualparal.models.registry import Component, Family
-from dualparal.models.sizes import Borders
-from dualparal.models.sizes import LinearSizes
+from dualparal.models.sizes import Borders, LinearSizes
 from dualparal.models.wan.tiny import make_tokenizer
 
 CHANNELS, TEXT_DIM, TOKENS = 3, 6, 512
