@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dualparal.cli.flags import BlockFlags, EightBitFlags
+from dualparal.config.blocks import DEFAULT_VERSION
 from dualparal.config.decoding import AUTO
 from dualparal.config.units import GIB
 from dualparal.planning import planner
@@ -138,11 +139,12 @@ def _remarks(found: Plan) -> Iterator[str]:
             f"; if yours is {' or '.join(others)}, name it" if others else ""
         )
     if (early := found.earlier) is not None:
+        limit = early.work.blocks
+        flag = "" if limit.context_version == DEFAULT_VERSION else f" --context-version {limit.context_version}"
         yield (
-            f"With --max-blocks-in-flight {early.work.blocks.max_blocks_in_flight} --context-version "
-            f"{early.work.blocks.context_version}: {early.seconds:.0f} s, first frames after "
-            f"{early.first_frame:.0f} s, VAE on {early.decode} ("
-            f"{'' if early.replay else 'closed form; '}{early.note}: docs/quality.md)"
+            f"With --max-blocks-in-flight {limit.max_blocks_in_flight}{flag}: {early.seconds:.0f} s, first frames "
+            f"after {early.first_frame:.0f} s, VAE on {early.decode} "
+            f"({'' if early.replay else 'closed form; '}{early.note}: docs/quality.md)"
         )
     if found.work.decode:
         yield (

@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does() -> None:
     with pytest.raises(
         NoPlan, match=r"64 cards for a model of 40 layers.*use 40 or fewer.*nearest.*layers 1\+1"
     ) as few:
-        plan(BIG, "64xh100")
+        plan(BIG, "64xh100", decode_ranks=0)
     assert few.value.nearest is not None and len(few.value.nearest.split) == 40
     with pytest.raises(NoPlan, match=r"stage 0 \(rtx4090\) needs \d+\.\d GiB and may use 21.*nearest.*prior") as one:
         plan("wan2.1-t2v-1.3b", "1xrtx4090", max_blocks_in_flight=40)
@@ -233,10 +233,10 @@ def test_the_command() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["predict_rivals.py", "predict_decoders.py"])
-def test_the_documented_tables_are_the_commands(script: str) -> None:
+def test_the_documented_table_is_the_commands() -> None:
+    """That of who decodes (``predict_decoders.py``) takes as long again, and shows nothing of the planner besides."""
     done = subprocess.run(
-        [sys.executable, str(BENCH / script)], capture_output=True, text=True, check=True, timeout=280,
+        [sys.executable, str(BENCH / "predict_rivals.py")], capture_output=True, text=True, check=True, timeout=280,
     )  # fmt: skip
     assert done.stdout.strip() in (DOCS / "plan.md").read_text()
 
