@@ -26,6 +26,7 @@ from dualparal.models.wan.light_sizes import (
     read_light_sizes,
     way_out_name,
 )
+from dualparal.models.wan.pushed import check_pushed
 from dualparal.models.wan.rows import OverRows
 
 Tensors = Mapping[str, torch.Tensor]
@@ -114,7 +115,7 @@ class LightDecoder:
             ValueError: a wrong shape, or more parts than latent rows.
             RuntimeError: an earlier push failed half way, and ``reset`` was not called since.
         """
-        self._check(latents)
+        check_pushed(latents, self._sizes.channels, self._size, self._torn, self.history)
         if self._rows is not None:
             self._rows.begin(latents.shape[3])
         self._size, self._torn = latents.shape[3:], True
@@ -157,21 +158,3 @@ class LightDecoder:
     def _conv(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         weight = self._tensors[f"{name}.weight"]
         return F.conv2d(hidden, weight, self._tensors.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
-
-    def _check(self, latents: torch.Tensor) -> None:
-        if self._torn:
-            raise RuntimeError(
-                "the last push failed half way and left the decoder between two frames: call reset(), then "
-                f"push again the {self.history} latents before the next one"
-            )
-        shape, channels = tuple(latents.shape), self._sizes.channels
-        if len(shape) != 5 or shape[0] != 1 or shape[1] != channels or 0 in shape:
-            raise ValueError(
-                f"latents of shape {list(shape)}: a decoder takes one video, [1, {channels}, frames, height, "
-                "width] with at least one frame; use one decoder for each video of a batch"
-            )
-        if self._size is not None and latents.shape[3:] != self._size:
-            raise ValueError(
-                f"latents of {list(shape[3:])} after latents of {list(self._size)}: a video keeps its size; "
-                "call reset() to start another video"
-            )

@@ -17,6 +17,7 @@ from torch import nn
 from dualparal.models.base import RowExchange
 from dualparal.models.wan.columns import Columns
 from dualparal.models.wan.convolutions import STEADY
+from dualparal.models.wan.pushed import check_pushed
 from dualparal.models.wan.rows import OverRows
 
 
@@ -92,7 +93,8 @@ class StreamingDecoder:
             ValueError: a wrong shape, or more parts than latent rows.
             RuntimeError: an earlier push failed half way, and ``reset`` was not called since.
         """
-        self._check(latents)
+        _check_vae(self._vae)  # again: tiling may have been switched on since
+        check_pushed(latents, self._vae.config.z_dim, self._size, self._torn, self.history)
         if self._rows is not None:
             self._rows.begin(latents.shape[3])
         self._size = latents.shape[3:]
@@ -122,25 +124,6 @@ class StreamingDecoder:
         assert self._scale is not None, "made by push"
         mean, reciprocal_std = self._scale
         return latents.to(mean) / reciprocal_std + mean
-
-    def _check(self, latents: torch.Tensor) -> None:
-        _check_vae(self._vae)  # again: tiling may have been switched on since
-        if self._torn:
-            raise RuntimeError(
-                "the last push failed half way and left the decoder between two frames: call reset(), then "
-                f"push again the {self.history} latents before the next one"
-            )
-        shape, channels = tuple(latents.shape), self._vae.config.z_dim
-        if len(shape) != 5 or shape[0] != 1 or shape[1] != channels or 0 in shape:
-            raise ValueError(
-                f"latents of shape {list(shape)}: a decoder takes one video, [1, {channels}, frames, height, "
-                "width] with at least one frame; use one decoder for each video of a batch"
-            )
-        if self._size is not None and latents.shape[3:] != self._size:
-            raise ValueError(
-                f"latents of {list(shape[3:])} after latents of {list(self._size)}: a video keeps its size; "
-                "call reset() to start another video"
-            )
 
 
 def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
