@@ -1,13 +1,17 @@
-"""Everything about a job that can be known before work starts."""
+"""Everything about a job that can be known without torch, before any rank starts; the ranks check the rest."""
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
 from pathlib import Path
 
-from dualparal.cli.job import Job, call_arguments, checkpoint_of, make_engine
+from dualparal.cli.job import Job, check_sampler
+from dualparal.config.decoding import row_ranges
+from dualparal.models.folder import folder_of
+from dualparal.models.json_files import ModelError
+from dualparal.models.registry import family_in
+from dualparal.planning.workload import Workload
 from dualparal.schedule.layout import split_layers
 
 
@@ -17,14 +21,13 @@ def check_job(job: Job) -> None:
     Raises:
         ValueError: a mistake of the user's, in one line.
     """
-    from dualparal.checkpoint.snapshot import check_empty
-    from dualparal.io.latents import read_latents
     from dualparal.io.output import check_file, check_out
-    from dualparal.models.source import resolve_model
 
     for out in job.outs:
         check_out(out, job.overwrite, job.resume)
     if job.checkpoint is not None and not job.resume:
+        from dualparal.checkpoint.snapshot import check_empty  # which imports torch
+
         check_file(job.checkpoint, "--checkpoint", overwrite=True, folder=True)
         check_empty(job.checkpoint)
     if not job.outs and (job.engine.decode_ranks or job.engine.decode_in_place):
@@ -41,6 +44,7 @@ def check_job(job: Job) -> None:
         _check_timeline(job.timeline, job.overwrite)
     if not 1 / 1001 <= job.fps <= 1000:
         raise ValueError(f"--fps {job.fps}: use a rate from 1/1001 to 1000; Wan's own is 16")
+    check_sampler(job.sampler)
     if job.flow_shift is not None and not 0 < job.flow_shift < math.inf:
         raise ValueError(f"--flow-shift {job.flow_shift}: use a number above 0, such as 3.0 (480p) or 5.0 (720p)")
     if job.device == "cuda":
@@ -49,20 +53,23 @@ def check_job(job: Job) -> None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", job.ranks)) if "RANK" in os.environ else job.ranks
         if here > torch.cuda.device_count():
             raise ValueError(f"--gpus {here}: torch sees {torch.cuda.device_count()}; every rank needs its own")
-    files = resolve_model(job.model)
-    job.video.num_latents(files.spec.temporal_factor)
-    split_layers(files.spec.num_layers, job.stages, job.engine.layers_per_stage)
-    files.check_weights()
-    if "RANK" not in os.environ and job.ranks > 1:
-        # The ranks check again, each for itself; here the user hears of it once, before any of them starts.
-        engine = make_engine(job)
-        mesh = replace(engine.mesh, world_size=job.ranks, distributed=True)  # that of the ranks, as rank 0 will have it
-        engine.setup = replace(engine.setup, mesh=mesh)
-        if job.resume:
-            engine.resume(checkpoint_of(job))
-            return
-        latents = None if job.latents_in is None else read_latents(job.latents_in)
-        engine.stream(latents=latents, **call_arguments(job))
+    _check_sizes(job, folder_of(job.model))  # had from the hub before several ranks ask for it
+
+
+def _check_sizes(job: Job, model: Path) -> None:
+    """Checks what the model's configs alone can tell, within a second. Raises ValueError."""
+    try:
+        sizes = family_in(model).sizes(model)
+    except ModelError:
+        return  # nothing is known of it here; who loads it says what is wrong
+    work = Workload(sizes, job.video, job.engine, len(job.prompts))
+    split_layers(sizes.num_layers, job.stages, job.engine.layers_per_stage)
+    job.engine.attention_8bit.check(sizes.num_layers)
+    job.engine.attention_8bit.check_steps(job.video.num_inference_steps)
+    job.engine.linear_8bit.check(sizes.num_layers)
+    if job.outs and (job.engine.decode_ranks or job.engine.decode_in_place):
+        row_ranges(work.rows, job.engine.decode_ranks or job.stages)
+    work.schedule(job.stages)
 
 
 def _check_timeline(path: Path, overwrite: bool) -> None:

@@ -123,6 +123,12 @@ def make_engine(job: Job, report: Callable[..., None] | None = None) -> Engine:
     return engine
 
 
+def check_sampler(name: str | None) -> None:
+    """Checks the flag ``--sampler``; None: the model's own. Raises ValueError."""
+    if name is not None and name not in _SAMPLERS:
+        raise ValueError(f"--sampler {name}: use one of {', '.join(_SAMPLERS)}")
+
+
 def call_arguments(job: Job) -> dict[str, Any]:
     """The arguments of ``Engine.stream`` for a job. The fields of ``VideoConfig`` have its names."""
     kind = None if job.latents_out is None else "latents"
@@ -133,8 +139,6 @@ def _sampler(current: Any, job: Job) -> Any:
     """The sampler (diffusers' scheduler) of a job, from the config of the model's own. Raises ValueError."""
     import diffusers
 
-    if job.sampler is not None and job.sampler not in _SAMPLERS:
-        raise ValueError(f"--sampler {job.sampler}: use one of {', '.join(_SAMPLERS)}")
     kind = getattr(diffusers, _SAMPLERS[job.sampler]) if job.sampler else type(current)
     options: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     shift = current.config.get("flow_shift", current.config.get("shift")) if job.flow_shift is None else job.flow_shift

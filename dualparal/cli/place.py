@@ -82,10 +82,12 @@ def choose_device(name: str | None, gpus: int | None) -> str:
     Raises:
         ValueError: another name, or a GPU that torch does not see.
     """
-    import torch
-
     if name not in (None, "cuda", "cpu"):
         raise ValueError(f"--device {name}: use cuda or cpu")
+    if name == "cpu" and gpus is None:
+        return name
+    import torch
+
     if torch.cuda.is_available():
         return name or "cuda"
     if gpus is not None or name == "cuda":

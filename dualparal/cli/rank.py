@@ -59,7 +59,7 @@ def work(job: Job, heartbeat: Heartbeat) -> int:
         heartbeat.error(error, exit_code=NUMERICS)
         return _fail(job, str(error), NUMERICS, heartbeat)
     except (ModelError, ValueError) as error:
-        heartbeat.error(error, exit_code=BAD_INPUT)
+        heartbeat.error(one_line(str(error)), exit_code=BAD_INPUT)
         return _fail(job, str(error), BAD_INPUT, heartbeat)
     except OSError as error:
         heartbeat.error(error, exit_code=STORAGE)

@@ -7,6 +7,7 @@ import logging
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,12 @@ def run_info(
         scheduler: diffusers' sampler object.
         timeline, resumed: the run's, if it has them.
     """
-    import diffusers
-
     config = asdict(setup.config)
     del config["device"], config["decoder"]  # ranks have cards and paths of their own
     return {
         "dualparal": __version__,
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        "diffusers": version("diffusers"),
         "world_size": setup.mesh.world_size,
         "device": setup.mesh.device.type,
         "float32_products": _float32_products(setup.mesh.device),
@@ -89,11 +88,9 @@ def versions(setup: Setup) -> dict[str, str]:
 
     A run that is resumed with others goes on, and its frames may differ in those bits.
     """
-    import diffusers
-
     device = setup.mesh.device
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    found = {"dualparal": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    found = {"dualparal": __version__, "torch": torch.__version__, "diffusers": version("diffusers")}
     return {**found, "device": f"{device.type} {card}", "float32 products": _float32_products(device)}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dualparal.launch.exit_codes import NO_PROGRESS, RANK_FAILED
+from dualparal.launch.exit_codes import BAD_INPUT, NO_PROGRESS, RANK_FAILED
 from dualparal.launch.heartbeat import TICK_SECONDS
 
 # Silence that makes a rank suspect when others already say that they lost a peer.
@@ -57,6 +57,8 @@ class Failure:
     decoder: int | None = None
 
     def __str__(self) -> str:
+        if self.exit_code == BAD_INPUT:
+            return self.cause  # the caller's mistake: whichever rank found it
         roles = (("stage", self.stage), ("decoder", self.decoder))
         role = "".join(f" ({name} {number})" for name, number in roles if number is not None)
         places = [

@@ -26,6 +26,7 @@ from typing import Any
 
 from dualparal.io.files import whole_file
 from dualparal.launch.blame import Failure, Limits, RankState, blame
+from dualparal.launch.exit_codes import BAD_INPUT
 from dualparal.launch.heartbeat import LIFE_FD, RENDEZVOUS, STATUS_FD
 from dualparal.launch.process import Rank
 
@@ -274,10 +275,11 @@ class Supervisor:
     def _fail(self, failure: Failure) -> Failure:
         """Tells the failure, with what outlives it, and ends the ranks."""
         failure = dataclasses.replace(failure, **dataclasses.asdict(self._kept()))
-        # Now, not after the clean-up. The caller shows it again at the end, below the ranks' own output.
-        logger.error("%s", failure)
-        if self._error_path is not None:
-            write_error(self._error_path, failure)
+        if failure.exit_code != BAD_INPUT:  # of which one line at the end is enough
+            # Now, not after the clean-up. The caller shows it again at the end, below the ranks' own output.
+            logger.error("%s", failure)
+            if self._error_path is not None:
+                write_error(self._error_path, failure)
         self._end(patience=_TERM_SECONDS)
         return failure
 

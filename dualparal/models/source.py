@@ -1,4 +1,4 @@
-"""Sources of an engine's model: a directory, a hub id, the model of the package, or a loaded pipeline."""
+"""Sources of an engine's model: files, or a loaded pipeline."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.files import ModelFiles
-from dualparal.models.json_files import ModelError, shorten
-from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER, Family
-
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+from dualparal.models.folder import folder_of
+from dualparal.models.registry import Family
 
 
 class ModelSource(Protocol):
@@ -57,32 +55,9 @@ class ModelSource(Protocol):
 
 
 def resolve_model(model: str | Path) -> ModelFiles:
-    """The files of a model.
-
-    Args:
-        model: a directory, ``BUILT_IN``, or a hub id to download (JSON, tokenizer and safetensors files only).
+    """The files of a model, which ``folder_of`` finds.
 
     Raises:
-        ModelError: none of them, or a download that failed.
+        ModelError: there is none, or its files are none of a supported pipeline.
     """
-    path, name = Path(model), str(model)
-    try:
-        if path.is_dir():
-            return ModelFiles(path)
-        exists = path.exists()
-    except OSError as error:  # a name that is too long, a loop of links
-        raise ModelError(f"model {shorten(name)}: {error.strerror}") from None
-    if name == BUILT_IN:
-        return ModelFiles(BUILT_IN_FOLDER)
-    if exists or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(
-            f"model {shorten(name)} is not a directory in diffusers format, nor a hub id such as "
-            f"'Wan-AI/Wan2.1-T2V-1.3B-Diffusers', nor {BUILT_IN!r}, which ships with this package"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return ModelFiles(Path(snapshot_download(name, allow_patterns=_HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"model {name!r} is no directory here and could not be had from the hub: {error}") from None
+    return ModelFiles(folder_of(model))

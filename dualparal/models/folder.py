@@ -1,0 +1,42 @@
+"""The folder of a model that was named. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dualparal.models.json_files import ModelError, shorten
+from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+
+
+def folder_of(model: str | Path) -> Path:
+    """The folder of a model.
+
+    Args:
+        model: a directory, ``BUILT_IN``, or a hub id to download (JSON, tokenizer and safetensors files only).
+
+    Raises:
+        ModelError: none of them, or a download that failed.
+    """
+    path, name = Path(model), str(model)
+    try:
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except OSError as error:  # a name that is too long, a loop of links
+        raise ModelError(f"model {shorten(name)}: {error.strerror}") from None
+    if name == BUILT_IN:
+        return BUILT_IN_FOLDER
+    if exists or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"model {shorten(name)} is not a directory in diffusers format, nor a hub id such as "
+            f"'Wan-AI/Wan2.1-T2V-1.3B-Diffusers', nor {BUILT_IN!r}, which ships with this package"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"model {name!r} is no directory here and could not be had from the hub: {error}") from None
