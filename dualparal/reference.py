@@ -51,7 +51,7 @@ def generate(
     gap = layout.blocks.gap(steps)
     # Features of the previous block: of so many steps later than the reader's, at most of the last one.
     ahead = {"matching": 0, "newest": gap - 1}[layout.blocks.context_version] if policy == "cached" else gap
-    states = [sampler.start() for _ in range(layout.num_blocks)]
+    states = [sampler.start(block) for block in range(layout.num_blocks)]
     latents: list[torch.Tensor] = []
     features: dict[Name, KeysValues | Features8] = {}
     means: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer, block and branch

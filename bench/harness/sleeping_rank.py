@@ -62,7 +62,7 @@ class PlainSampler:
     def __init__(self, steps: int) -> None:
         self.timesteps = torch.arange(steps)
 
-    def start(self) -> PlainSampler:
+    def start(self, block: int) -> PlainSampler:
         return self
 
     def step(self, velocity: torch.Tensor, step: int, latents: torch.Tensor) -> torch.Tensor:

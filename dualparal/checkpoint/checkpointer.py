@@ -234,7 +234,7 @@ def check_fits(
             size = (1, shape[0], layout.frames(block), *shape[1:])
             if state.latents.shape != size or state.latents.dtype != torch.float32:
                 raise SnapshotError(f"a snapshot with latents of shape {list(state.latents.shape)}, not {list(size)}")
-            _check_sampler(state.sampler, sampler.start().state(), schedule.steps_done(block), state.latents)
+            _check_sampler(state.sampler, sampler.start(block).state(), schedule.steps_done(block), state.latents)
 
 
 def _check_sampler(state: Mapping[str, Any], fresh: Mapping[str, Any], steps: int, latents: torch.Tensor) -> None:

@@ -43,14 +43,38 @@ class VideoFlags:
     height: Annotated[int | None, typer.Option(help="Pixels. Default 480 (64 for the model of the package).")] = None
     width: Annotated[int | None, typer.Option(help="Pixels. Default 832 (64 for the model of the package).")] = None
     num_inference_steps: Annotated[
-        int, typer.Option("--steps", "--num-inference-steps", help="Denoising steps of every block.")
-    ] = 50
+        int | None,
+        typer.Option(
+            "--steps",
+            "--num-inference-steps",
+            help="Denoising steps of every block. Default: as many as --timesteps or --sigmas names, or 50.",
+            show_default=False,
+        ),
+    ] = None
+    timesteps: Annotated[
+        str | None,
+        typer.Option(help="The steps one by one, such as 1000,757,522, as the weights were distilled for."),
+    ] = None
+    sigmas: Annotated[
+        str | None,
+        typer.Option(help="The same as noise levels before the sampler's shift, such as 1.0,0.9,0.6."),
+    ] = None
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1: none, half the work.")] = 5.0
     guidance_scale_2: Annotated[
         float | None,
         typer.Option(help="The same for the second transformer of Wan2.2. Default: as the first."),
     ] = None
     seed: Annotated[int, typer.Option(help="Seed of the noise; one more in each further video.")] = 0
+
+
+def parse_steps(flag: str, text: str | None) -> tuple[float, ...] | None:
+    """The numbers of a flag such as "1000,757,522"; None: it was not given. Raises ValueError."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"{flag} {text!r}: use numbers with commas between, such as 1000,757,522") from None
 
 
 @dataclass(frozen=True)
@@ -64,7 +88,7 @@ class ModelFlags:
             "shapes that ships with this package."
         ),
     ] = BUILT_IN
-    sampler: Annotated[str | None, typer.Option(help="unipc, euler or dpm++. Default: the model's own.")] = None
+    sampler: Annotated[str | None, typer.Option(help="unipc, euler, dpm++ or lcm. Default: the model's own.")] = None
     flow_shift: Annotated[
         float | None, typer.Option(help="Shift of the sampler's noise levels. Default: the model's own.")
     ] = None

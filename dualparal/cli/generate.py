@@ -14,7 +14,16 @@ from typing import NoReturn
 import typer
 
 from dualparal.cli.checks import check_job
-from dualparal.cli.flags import BlockFlags, EightBitFlags, ModelFlags, OutputFlags, PlaceFlags, PromptFlags, VideoFlags
+from dualparal.cli.flags import (
+    BlockFlags,
+    EightBitFlags,
+    ModelFlags,
+    OutputFlags,
+    PlaceFlags,
+    PromptFlags,
+    VideoFlags,
+    parse_steps,
+)
 from dualparal.cli.job import Job, error_file, say_how_to_resume
 from dualparal.cli.leader import draw_timeline, lead
 from dualparal.cli.place import choose_device, choose_threads, count_stages, leads, parse_layers
@@ -81,12 +90,13 @@ def _job(
     if split and place.gpus is None and stages is None and "RANK" not in os.environ:
         stages = len(split)
     stages = count_stages(place.gpus, stages, place.device, place.decode_gpus)
+    request = _video(video, model.model, "latent" if out is None else "uint8")
     return Job(
         prompts=_prompts(texts, prompts.prompt_at or [], video.num_frames),
         negative_prompt=prompts.negative_prompt,
-        video=_video(video, model.model, "latent" if out is None else "uint8"),
+        video=request,
         engine=EngineConfig(
-            blocks=_blocks(blocks, output.checkpoint, video.num_inference_steps),
+            blocks=_blocks(blocks, output.checkpoint, request.num_inference_steps),
             stages=stages,
             layers_per_stage=split,
             device=choose_device(place.device, place.gpus),
@@ -160,15 +170,17 @@ def _prompts(texts: list[str], later: list[str], num_frames: int) -> list[dict[i
 def _video(flags: VideoFlags, model: str, output_type: str) -> VideoConfig:
     """The request of the flags; the default size is the model's. Raises ValueError."""
     height, width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)
-    return VideoConfig(
-        height if flags.height is None else flags.height,
-        width if flags.width is None else flags.width,
-        flags.num_frames,
-        flags.num_inference_steps,
-        flags.guidance_scale,
-        flags.guidance_scale_2,
-        flags.seed,
-        output_type,  # type: ignore[arg-type]
+    return VideoConfig.of(
+        height=height if flags.height is None else flags.height,
+        width=width if flags.width is None else flags.width,
+        num_frames=flags.num_frames,
+        num_inference_steps=flags.num_inference_steps,
+        guidance_scale=flags.guidance_scale,
+        guidance_scale_2=flags.guidance_scale_2,
+        seed=flags.seed,
+        output_type=output_type,
+        timesteps=parse_steps("--timesteps", flags.timesteps),
+        sigmas=parse_steps("--sigmas", flags.sigmas),
     )
 
 

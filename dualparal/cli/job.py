@@ -22,6 +22,7 @@ _SAMPLERS = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "FlowMatchEulerDiscreteScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
+    "lcm": "FlowMatchLCMScheduler",
 }
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualparal.cli.flags import BlockFlags, EightBitFlags
+from dualparal.cli.flags import BlockFlags, EightBitFlags, parse_steps
 from dualparal.config.blocks import DEFAULT_VERSION
 from dualparal.config.decoding import AUTO
 from dualparal.config.units import GIB
@@ -49,7 +49,19 @@ class PlanFlags:
     ] = "wan2.1-t2v-1.3b"
     num_frames: Annotated[int, typer.Option(help="Length in frames: 1, 5, 9 ... (4k + 1).")] = 1025
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "832x480"
-    num_inference_steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")] = 50
+    num_inference_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            "--num-inference-steps",
+            help="Denoising steps. Default: as many as --timesteps or --sigmas names, or 50.",
+            show_default=False,
+        ),
+    ] = None
+    timesteps: Annotated[
+        str | None, typer.Option(help="The steps one by one, as in 'generate'; here their number counts.")
+    ] = None
+    sigmas: Annotated[str | None, typer.Option(help="The same as noise levels.")] = None
     guidance_scale: Annotated[float, typer.Option(help="1: no guidance, half the work.")] = 5.0
     vae_dtype: Annotated[
         str, typer.Option(help="Of the VAE: float32, bfloat16, float16, or auto, as in 'generate'.")
@@ -82,6 +94,7 @@ def plan(call: typer.Context, flags: PlanFlags, blocks: BlockFlags, eight_bit: E
     """Says what a video will cost on some cards, before weights are downloaded. A prediction."""
     options = {**asdict(flags), **asdict(blocks), **eight_bit.options()}
     height, width = _size(options.pop("size"))
+    options |= {name: parse_steps(f"--{name}", options[name]) for name in ("timesteps", "sigmas")}
     options |= _decoders(options.pop("decode_gpus"), options.pop("decode_in_place"))
     console = Console()
     try:

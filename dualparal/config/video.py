@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
 from dualparal.config.blocks import MAX_STEPS, check_int
 
@@ -13,6 +16,7 @@ OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 # Caps against typing mistakes (a height of 10**6), far above what any known model can use.
 MAX_SIDE = 16384
 MAX_GUIDANCE = 1_000_000
+MAX_TIMESTEP = 1e9  # a sampler has its own limit besides
 MAX_FRAMES = 100_000_000
 
 
@@ -23,12 +27,15 @@ class VideoConfig:
     Attributes:
         height, width: pixels.
         num_frames: pixel frames; None: until the consumer stops.
-        num_inference_steps: denoising steps of a block, T.
+        num_inference_steps: denoising steps of a block, T; the length of a list of them, where one is given.
         guidance_scale: weight of classifier-free guidance; 1.0 or less: none.
         guidance_scale_2: the same for the second transformer of a model with two; None: ``guidance_scale``.
         seed: of the initial noise.
         output_type: one of ``OUTPUT_TYPES``.
         max_sequence_length: tokens to which a prompt is cut.
+        timesteps, sigmas: the steps one by one, from the noisiest down, as ``set_timesteps`` of diffusers' schedulers
+            takes them (``sigmas`` are noise levels up to 1, before the sampler's shift); at most one of the two. None:
+            the sampler spaces ``num_inference_steps`` of them. Any numbers will do; they are kept as tuples of floats.
 
     Raises:
         ValueError: a value is out of range; the message names the value, the rule and the way out.
@@ -43,8 +50,28 @@ class VideoConfig:
     seed: int = 0
     output_type: OutputType = "np"
     max_sequence_length: int = 512
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, *, num_inference_steps: int | None = None, **fields: Any) -> VideoConfig:
+        """The request of some fields, where a list of steps may say how many there are.
+
+        Args:
+            num_inference_steps: None: the length of ``timesteps`` or ``sigmas``, or the default.
+            fields: the others.
+
+        Raises:
+            ValueError: as the class raises it.
+        """
+        if num_inference_steps is None:
+            lists = [tuple(fields[name]) for name in ("timesteps", "sigmas") if _is_list(fields.get(name))]
+            num_inference_steps = len(lists[0]) if lists else cls.num_inference_steps
+        return cls(num_inference_steps=num_inference_steps, **fields)
 
     def __post_init__(self) -> None:
+        self._keep_list("timesteps", "steps of the sampler, from the noisiest down, such as 1000,757,522", MAX_TIMESTEP)
+        self._keep_list("sigmas", "noise levels from at most 1 down, such as 1.0,0.9,0.6", 1.0)
         check_int("height", self.height, 1, MAX_SIDE, "the height of a frame in pixels")
         check_int("width", self.width, 1, MAX_SIDE, "the width of a frame in pixels")
         check_int("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS, "denoising steps of a block")
@@ -68,6 +95,29 @@ class VideoConfig:
     def guidance(self) -> bool:
         """True when an unconditional unit runs besides the conditional one (diffusers' rule: scale > 1)."""
         return self.guidance_scale > 1
+
+    def _keep_list(self, name: str, rule: str, most: float) -> None:
+        """Checks a list of steps, and keeps it as floats. Raises ValueError."""
+        values = getattr(self, name)
+        if values is None:
+            return
+        if not _is_list(values):
+            raise ValueError(f"{name}={values!r}: use a list of numbers, {rule}")
+        steps = tuple(values)
+        if name == "sigmas" and self.timesteps is not None:
+            raise ValueError("timesteps and sigmas were both given: each says all steps; use one of them")
+        before = math.inf
+        for index, value in enumerate(steps):
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not number or not 0 < value <= most or not value < before:  # nor are NaN and infinity
+                raise ValueError(f"{name}[{index}]={value!r}: use {rule}, each above 0 and below the one before")
+            before = float(value)
+        if not 1 <= len(steps) <= MAX_STEPS or len(steps) != self.num_inference_steps:
+            raise ValueError(
+                f"num_inference_steps={self.num_inference_steps} with {len(steps)} {name}: a list has every step, 1 to "
+                f"{MAX_STEPS} of them; leave num_inference_steps out"
+            )
+        object.__setattr__(self, name, tuple(map(float, steps)))
 
     def num_latents(self, temporal_factor: int = 4) -> int | None:
         """Latent frames L of ``num_frames`` = factor * (L - 1) + 1 pixel frames.
@@ -105,3 +155,8 @@ class VideoConfig:
                     f"{name}={value} is not divisible by {multiple} (VAE scale times patch size of this model); "
                     f"use {lower} or {value // multiple * multiple + multiple}"
                 )
+
+
+def _is_list(value: object) -> bool:
+    """True for several values in a row: a list, a tuple or an array."""
+    return isinstance(value, Collection) and not isinstance(value, (str, bytes))

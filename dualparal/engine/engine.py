@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,8 @@ from dualparal.engine.setup import Setup
 from dualparal.models.source import ModelSource
 from dualparal.trace.stats import RunStats
 from dualparal.trace.timeline import check_name
+
+logger = logging.getLogger("dualparal")
 
 EngineCallback = Callable[["Engine", int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 _BUSY = (
@@ -140,7 +143,7 @@ class Engine:
         height: int = 480,
         width: int = 832,
         num_frames: int | None = 81,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 5.0,
         guidance_scale_2: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -151,6 +154,8 @@ class Engine:
         callback_on_step_end: EngineCallback | None = None,
         max_sequence_length: int = 512,
         *,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         seed: int | Sequence[int] | None = None,
         timeline: str | Path | None = None,
         checkpoint: str | Path | Checkpoint | None = None,
@@ -166,6 +171,9 @@ class Engine:
                 is, and each has the bits that it has alone. ``negative_prompt``, ``seed``, ``generator`` may then be
                 lists, and ``latents`` and embeddings have a row for each.
             num_frames: None for an endless video; stop by closing the iterator or calling ``interrupt``.
+            num_inference_steps: None: the length of a list of steps, or 50.
+            timesteps, sigmas: the steps one by one, as diffusers' ``retrieve_timesteps`` takes them; at most one of
+                them, and of a sampler that has it.
             seed: of the noise (default 0), in video v of several seed + v; or give a ``generator``, from which one is
                 drawn for each.
             latents: initial noise [V, C, L, h, w] instead of the seed's.
@@ -186,13 +194,15 @@ class Engine:
 
         While the iterator runs it raises what ``engine.run.Run.chunks`` raises.
         """
-        video = VideoConfig(
-            height,
-            width,
-            num_frames,
-            num_inference_steps,
-            float(guidance_scale),
-            guidance_scale_2,
+        video = VideoConfig.of(
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_scale=float(guidance_scale),
+            guidance_scale_2=guidance_scale_2,
             output_type=output_type,
             max_sequence_length=max_sequence_length,
         )
@@ -246,6 +256,8 @@ class Engine:
         resumed: Resumed | None = None,
     ) -> Iterator[Chunk]:
         self.config.attention_8bit.check_steps(len(requests[0].sampler))
+        if self.mesh.is_leader and (warning := requests[0].sampler.warning) is not None:
+            logger.warning(warning)
         if self._run is not None and self._run.running:
             raise RuntimeError(_BUSY)
         if timeline is not None:

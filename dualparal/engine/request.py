@@ -146,7 +146,9 @@ def check_request(
         video=video,
         layout=layout,
         grid=grid,
-        sampler=Sampler(scheduler, video.num_inference_steps),
+        sampler=Sampler(
+            scheduler, video.num_inference_steps, timesteps=video.timesteps, sigmas=video.sigmas, seed=video.seed
+        ),
         prompts={} if inputs.prompt is None else _prompts(inputs.prompt, layout, temporal),
         negative_prompt=inputs.negative_prompt,
         embeds=_embeds(inputs.prompt_embeds, inputs.negative_prompt_embeds, video.guidance, spec.text_dim),

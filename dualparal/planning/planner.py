@@ -44,17 +44,17 @@ def plan(
         memory_limit: GiB per card that may be used. first_frame_limit: seconds.
         extra_devices: cards besides the built-in ones, by name.
         options: fields of ``VideoConfig`` (num_frames, by default 1025, None for an endless video, height, width,
-            num_inference_steps ...), and of ``EngineConfig`` and ``BlockConfig`` (frames_per_block, context, dtype
-            ...). Blocks and context are kept, unless nothing fits; without ``max_blocks_in_flight`` there is no limit,
-            or where that does not fit the largest that does (for memory with "newest" features, which take fewer
-            slots). Without ``decode_ranks`` and ``decode_in_place`` the fastest way to decode is searched.
+            num_inference_steps, timesteps ...), and of ``EngineConfig`` and ``BlockConfig`` (frames_per_block, context,
+            dtype ...). Blocks and context are kept, unless nothing fits; without ``max_blocks_in_flight`` there is no
+            limit, or where that does not fit the largest that does (for memory with "newest" features, which take
+            fewer slots). Without ``decode_ranks`` and ``decode_in_place`` the fastest way to decode is searched.
 
     Raises:
         NoPlan: it cannot be done; says why, and what can.
         ValueError: a value is out of range or unknown; names it, the rule and the way out.
     """
     names = {item.name for item in fields(VideoConfig)} & set(options)
-    video = VideoConfig(**{"num_frames": 1025, **{name: options.pop(name) for name in names}})
+    video = VideoConfig.of(**{"num_frames": 1025, **{name: options.pop(name) for name in names}})
     work = Workload(model_sizes(model), video, EngineConfig.of(**options))
     search = not {"decode_ranks", "decode_in_place"} & set(options)
     groups = parse_gpus(gpus, extra_devices) if isinstance(gpus, str) else [list(group) for group in gpus]

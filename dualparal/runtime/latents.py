@@ -74,7 +74,7 @@ class LatentQueue:
         for block in sorted(blocks):
             self._prompts[block] = self.prompt_of(block)
             self._latents[block] = blocks[block].latents.to(self.device)
-            self._states[block] = self.sampler.start()
+            self._states[block] = self.sampler.start(block)
             self._states[block].restore(blocks[block].sampler, self.device)
 
     def prompt(self, unit: Unit) -> int:
@@ -82,7 +82,7 @@ class LatentQueue:
         if unit.block not in self._prompts:
             self._prompts[unit.block] = self.prompt_of(unit.block)
             self._latents[unit.block] = to_device(self.noise(unit.block), self.device)
-            self._states[unit.block] = self.sampler.start()
+            self._states[unit.block] = self.sampler.start(unit.block)
         return self._prompts[unit.block]
 
     def window(self, unit: Unit) -> torch.Tensor:

@@ -85,7 +85,7 @@ def _latents(queue: LatentQueue, frames: int) -> torch.Tensor:
 def _sample(queue: LatentQueue, dtype: torch.dtype) -> None:
     """Takes all steps of a sampler, from zeros."""
     latents = to_device(queue.noise(queue.schedule.first_block), queue.device)
-    velocity, state = latents.to(dtype), queue.sampler.start()
+    velocity, state = latents.to(dtype), queue.sampler.start(0)
     for step in range(len(queue.sampler)):
         guided = combine_guidance(velocity, velocity, 1.0) if queue.schedule.branches == 2 else velocity
         latents = state.step(guided, step, latents)

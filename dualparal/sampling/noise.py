@@ -1,5 +1,7 @@
 """The initial noise of a block as a function of (seed, block) alone: the same on any rank, in any order, after resume.
 
+So is the fresh noise of a sampler that takes some at every step, a function of (seed, block, step).
+
 The paper's coordinated noise: a pool of B + C frames; for each new block the pool becomes [its last C, its first B
 permuted], and the block takes the last B. Every window [C of the previous block, own B] then holds each pool frame
 exactly once (DualParal, section 3.3; examples/DualParal_Wan.py of the authors' code).
@@ -9,9 +11,13 @@ from __future__ import annotations
 
 import torch
 
+from dualparal.config.blocks import MAX_STEPS
 from dualparal.schedule.layout import Layout
 
 _MASK = 2**64 - 1
+# torch's generator on the CPU (mt19937) is seeded with the lower 32 bits of what it is given.
+_SEEDS = 2**32
+_STRIDE = 0x9E3779B1  # odd, so that its multiples up to the 2**32nd are different seeds
 
 
 def derive_seed(seed: int, block: int) -> int:
@@ -20,6 +26,20 @@ def derive_seed(seed: int, block: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return (z ^ (z >> 31)) >> 1
+
+
+def step_seed(seed: int, block: int, step: int) -> int:
+    """Mixes (seed, block, step) into a 32-bit seed: so many strides from that of the pool.
+
+    Of one ``seed``, no two blocks and steps have the same, and none has the pool's, for the first 429,496 blocks.
+    """
+    place = (block * MAX_STEPS + step) % (_SEEDS - 1)
+    return (derive_seed(seed, -1) + (place + 1) * _STRIDE) % _SEEDS
+
+
+def step_generator(seed: int, block: int, step: int) -> torch.Generator:
+    """The generator of the noise that a block takes at a step, on the CPU, so that it does not depend on the device."""
+    return torch.Generator().manual_seed(step_seed(seed, block, step))
 
 
 class BlockNoise:

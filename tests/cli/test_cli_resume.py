@@ -8,8 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import FlowMatchLCMScheduler
+from safetensors.torch import load_file
 
 from cli_runs import Outcome, Run
+from dualparal.cli.job import Job, call_arguments
 from dualparal.engine.engine import Engine
 from engine_calls import embeds
 
@@ -105,3 +109,39 @@ def test_snapshots_bring_refreshes_and_say_so(dualparal: Callable[..., Outcome],
     )
     assert paper.code == 0 and "refresh" not in paper.stderr
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_list_of_steps_is_the_jobs(
+    dualparal: Callable[..., Outcome], wan21: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the run, of what a snapshot keeps of it, and of the refreshes that snapshots bring."""
+    flags = [
+        "--prompt",
+        "a cat",
+        "--model",
+        wan21,
+        "--height",
+        32,
+        "--width",
+        32,
+        "--num-frames",
+        29,
+        "--device",
+        "cpu",
+    ]
+    flags += ["--frames-per-block", 2, "--context-frames", 1, "--sampler", "lcm", "--sigmas", "1.0,0.75,.5,0.25"]
+    made = dualparal("generate", *flags, "--flow-shift", 1, "--seed", 4, "--latents-out", "a.safetensors")
+    assert made.code == 0, made.stderr
+    engine = Engine.from_pretrained(wan21, frames_per_block=2, context_frames=1, device="cpu")
+    engine.scheduler = FlowMatchLCMScheduler()
+    call = {"num_frames": 29, "height": 32, "width": 32, "output_type": "latent", "seed": 4}
+    expected = engine("a cat", sigmas=[1.0, 0.75, 0.5, 0.25], **call).frames
+    assert torch.equal(load_file("a.safetensors")["latents"], expected)
+    jobs: list[Job] = []
+    monkeypatch.setattr("dualparal.cli.generate._run_job", lambda job, *_: jobs.append(job))
+    assert dualparal("generate", *flags, "--checkpoint", "kept").code == 0
+    again = Job.of_notes(json.loads(json.dumps(jobs[0].notes())))
+    assert again.video == jobs[0].video and again.video.num_inference_steps == 4
+    assert call_arguments(again)["sigmas"] == (1.0, 0.75, 0.5, 0.25)
+    assert again.engine.blocks.refresh_every == 2
+    assert "--resume kept with --sigmas" in dualparal("generate", "--resume", "kept", "--sigmas", "1.0").stderr

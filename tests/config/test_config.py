@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,6 +92,22 @@ def test_layers_are_split_as_asked() -> None:
         (lambda: VideoConfig(num_inference_steps=True), "num_inference_steps=True"),
         (lambda: VideoConfig(guidance_scale=float("nan")), "guidance_scale=nan"),
         (lambda: VideoConfig(guidance_scale_2=10**400), "guidance_scale_2=10"),
+        (lambda: VideoConfig.of(timesteps=[1000, 757, 757]), r"timesteps\[2\]=757: .*below the one before"),
+        (lambda: VideoConfig.of(timesteps=[500, 1000]), r"timesteps\[1\]=1000"),
+        (lambda: VideoConfig.of(timesteps=[1000, 0]), r"timesteps\[1\]=0: .*above 0"),
+        (lambda: VideoConfig.of(timesteps=[float("nan")]), r"timesteps\[0\]=nan"),
+        (lambda: VideoConfig.of(timesteps=[float("inf"), 5]), r"timesteps\[0\]=inf"),
+        (lambda: VideoConfig.of(timesteps=[10**400, 5]), r"timesteps\[0\]=10000"),
+        (lambda: VideoConfig.of(timesteps=[True]), r"timesteps\[0\]=True"),
+        (lambda: VideoConfig.of(timesteps="1000,500"), "timesteps='1000,500': use a list"),
+        (lambda: VideoConfig.of(timesteps=1000), "timesteps=1000: use a list"),
+        (lambda: VideoConfig.of(timesteps=[]), "with 0 timesteps: a list has every step, 1 to 10000"),
+        (lambda: VideoConfig.of(sigmas=[1.1, 0.5]), r"sigmas\[0\]=1.1: use noise levels from at most 1 down"),
+        (lambda: VideoConfig.of(sigmas=[1.0, 0.0]), r"sigmas\[1\]=0.0"),
+        (lambda: VideoConfig.of(sigmas=[1.0], timesteps=[1000]), "timesteps and sigmas were both given"),
+        (lambda: VideoConfig.of(sigmas=[1.0], num_inference_steps=50), "num_inference_steps=50 with 1 sigmas.*leave"),
+        (lambda: VideoConfig(sigmas=(1.0,)), "num_inference_steps=50 with 1 sigmas"),
+        (lambda: VideoConfig.of(sigmas=[1 - i / 20000 for i in range(10001)]), "with 10001 sigmas"),
         (lambda: VideoConfig(output_type="gif"), "output_type='gif'"),  # type: ignore[arg-type]
         (lambda: VideoConfig(height=100).check_size(16, 16), "height=100 is not divisible by 16.*use 96 or 112"),
     ],
@@ -96,3 +115,12 @@ def test_layers_are_split_as_asked() -> None:
 def test_refusals_name_value_and_way_out(make: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()  # type: ignore[operator]
+
+
+def test_a_list_says_how_many_steps_there_are() -> None:
+    found = VideoConfig.of(timesteps=[1000, 757, 522], num_frames=9)
+    assert (found.num_inference_steps, found.timesteps, found.num_frames) == (3, (1000.0, 757.0, 522.0), 9)
+    assert VideoConfig.of(sigmas=(1.0, 0.5), num_inference_steps=2).sigmas == (1.0, 0.5)
+    assert VideoConfig.of().num_inference_steps == VideoConfig.of(timesteps=None).num_inference_steps == 50
+    again = VideoConfig(**json.loads(json.dumps(asdict(found))))
+    assert again == found and hash(again) == hash(found)

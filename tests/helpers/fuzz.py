@@ -125,10 +125,12 @@ def config(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     def video(rng: random.Random) -> None:
         right = {
             "height": 480, "width": 832, "num_frames": lambda r: r.choice([None, 1, 81, 1025]),
-            "num_inference_steps": small, "guidance_scale": 5.0, "guidance_scale_2": None, "seed": small,
-            "output_type": "np", "max_sequence_length": 512,
+            "num_inference_steps": lambda r: r.choice([None, 3]), "guidance_scale": 5.0, "guidance_scale_2": None,
+            "seed": small, "output_type": "np", "max_sequence_length": 512,
+            "timesteps": lambda r: r.choice([None, None, [9, 5, 2], [9.5, r.randint(-9, 20)], [anything(r)]]),
+            "sigmas": lambda r: r.choice([None, None, None, [1.0, 0.5]]),
         }  # fmt: skip
-        made = VideoConfig(**arguments(rng, right, anything))
+        made = VideoConfig.of(**arguments(rng, right, anything))
         assert isinstance(made.guidance, bool)
         made.check_size(rng.randint(1, 64), rng.randint(1, 64))
         latents = made.num_latents(rng.randint(1, 8))

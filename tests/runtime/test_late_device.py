@@ -14,7 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
 
 import toy_family
 from dualparal.config.eight_bit import EightBitPolicy
@@ -145,6 +150,7 @@ def test_prompts_are_kept_on_the_host(toy: Path) -> None:
         ),
         DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchLCMScheduler(shift=3.0),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
@@ -155,7 +161,7 @@ def test_no_sampler_waits_for_the_device(scheduler: Any) -> None:
     with recording(late, ()):
         made = []
         for device in ("cpu", "cuda"):
-            state, latents, *rest = Sampler(scheduler, 6).start(), *velocities.to(device)
+            state, latents, *rest = Sampler(scheduler, 6).start(0), *velocities.to(device)
             late.phase, late.strict = "run", UNITS
             for step, velocity in enumerate(rest):
                 latents = state.step(velocity, step, latents)

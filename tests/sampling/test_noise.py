@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
-from dualparal.sampling.noise import BlockNoise, derive_seed
+from dualparal.config.blocks import CONTEXT_POLICIES, MAX_STEPS, BlockConfig
+from dualparal.sampling.noise import BlockNoise, derive_seed, step_generator, step_seed
 from dualparal.schedule.layout import Layout
 
 SHAPE = (2, 2, 2)
@@ -61,3 +61,28 @@ def test_given_latents_are_used_and_the_surplus_comes_from_the_pool() -> None:
     made = torch.cat([noise(block) for block in range(3)], dim=2)
     assert torch.equal(made[:, :, :10], given_latents)
     assert torch.equal(made[:, :, 10:], BlockNoise(layout, SHAPE, 1)(2)[:, :, 2:])
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**63 - 1), st.integers(0, 420_000))
+def test_fresh_noise_never_meets_the_pool_or_itself(seed: int, first: int) -> None:
+    """By the seeds that count: torch's generator on the CPU takes the lower 32 bits."""
+    places = [(first + block, step) for block in range(40) for step in (*range(8), MAX_STEPS - 1)]
+    seeds = {step_seed(seed, *place) for place in places}
+    assert len(seeds) == len(places) and all(0 <= found < 2**32 for found in seeds)
+    assert derive_seed(seed, -1) % 2**32 not in seeds
+
+
+def test_the_last_place_before_seeds_repeat_is_not_the_pools() -> None:
+    pool = derive_seed(7, -1) % 2**32
+    last = 2**32 - 2  # place + 1 = 2**32 - 1 strides; one more would be the pool again
+    assert step_seed(7, *divmod(last, MAX_STEPS)) != pool != step_seed(7, *divmod(last + 1, MAX_STEPS))
+    assert step_seed(7, *divmod(last + 1, MAX_STEPS)) == step_seed(7, 0, 0)
+
+
+def test_the_generator_takes_32_bits_and_ours_differ_in_them() -> None:
+    one, same = (torch.randn(32, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5 + 2**32))
+    assert torch.equal(one, same)
+    drawn = {tuple(torch.randn(4, generator=step_generator(1, *place)).tolist()) for place in ((0, 0), (0, 1), (1, 0))}
+    assert len(drawn) == 3
+    assert torch.equal(*(torch.randn(32, generator=step_generator(1, 2, 3)) for _ in range(2)))
