@@ -112,7 +112,9 @@ class Mesh:
             device = torch.device(device_type)
         if not dist.is_initialized():
             cls._init()
-        elif "cpu" not in {device.type for device in dist.distributed_c10d._get_default_group()._device_types}:
+        elif dist.get_backend() != private.NAME and "cpu" not in {
+            device.type for device in dist.distributed_c10d._get_default_group()._device_types
+        }:
             raise RuntimeError(
                 f"the process group that is there ({dist.get_backend()}) sends nothing from the CPU: make it with "
                 "init_process_group('cpu:gloo,cuda:nccl'), or leave it to dualparal"

@@ -31,6 +31,7 @@ _MEMORY = {
     "DPMSolverMultistepScheduler": ("model_outputs", "lower_order_nums", "_step_index"),
 }
 SUPPORTED = tuple(_MEMORY)
+_MOST_TRAIN_TIMESTEPS = 1_000_000
 
 
 class Sampler:
@@ -45,7 +46,7 @@ class Sampler:
         num_train_timesteps: the timestep of pure noise.
 
     Raises:
-        ValueError: a class that is not supported, or one that draws noise in its steps.
+        ValueError: a class that is not supported, one that draws noise in its steps, or a config that gives no steps.
     """
 
     def __init__(self, scheduler: Any, num_inference_steps: int) -> None:
@@ -55,8 +56,20 @@ class Sampler:
         config = scheduler.config
         if config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type", "")):
             raise ValueError(f"sampler {name} draws fresh noise in every step; use its deterministic form")
+        train = config.num_train_timesteps
+        if isinstance(train, bool) or not isinstance(train, int) or not 1 <= train <= _MOST_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"sampler {name} with num_train_timesteps={train!r}: use 1 to {_MOST_TRAIN_TIMESTEPS} (models have "
+                "1000); see scheduler_config.json"
+            )
         self._fresh = copy.deepcopy(scheduler)
         self._fresh.set_timesteps(num_inference_steps, device="cpu")
+        if not all(bool(torch.isfinite(torch.as_tensor(t)).all()) for t in (self._fresh.timesteps, self._fresh.sigmas)):
+            shift = config.get("flow_shift", config.get("shift"))
+            raise ValueError(
+                f"sampler {name} with flow_shift={shift!r} has steps at noise levels that are no numbers; use a shift "
+                "such as 3.0, see scheduler_config.json"
+            )
         self._fresh.set_begin_index(0)
         self.timesteps: torch.Tensor = self._fresh.timesteps
         self.num_train_timesteps: int = config.num_train_timesteps
