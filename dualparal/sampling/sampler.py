@@ -7,6 +7,7 @@ in-place copy of the result corrupts UniPC's ``last_sample`` (0.12 off stock Wan
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -34,6 +35,20 @@ SUPPORTED = tuple(_MEMORY)
 _MOST_TRAIN_TIMESTEPS = 1_000_000
 
 
+def check_config(config: Mapping[str, Any]) -> None:
+    """Checks the numbers in a sampler's config, from which its noise levels follow.
+
+    Raises:
+        ValueError: NaN or infinity, or a number of timesteps that cannot be.
+    """
+    odd = [name for name, value in config.items() if isinstance(value, float) and not math.isfinite(value)]
+    if odd:
+        raise ValueError(f"sampler with {odd[0]}={config[odd[0]]}: use a number (flow_shift: 3.0 or 5.0)")
+    train = config.get("num_train_timesteps", 1000)
+    if isinstance(train, bool) or not isinstance(train, int) or not 1 <= train <= _MOST_TRAIN_TIMESTEPS:
+        raise ValueError(f"sampler with num_train_timesteps={train!r}: use 1 to {_MOST_TRAIN_TIMESTEPS} (usual: 1000)")
+
+
 class Sampler:
     """Timesteps of a run, and a fresh state for every block.
 
@@ -56,20 +71,9 @@ class Sampler:
         config = scheduler.config
         if config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type", "")):
             raise ValueError(f"sampler {name} draws fresh noise in every step; use its deterministic form")
-        train = config.num_train_timesteps
-        if isinstance(train, bool) or not isinstance(train, int) or not 1 <= train <= _MOST_TRAIN_TIMESTEPS:
-            raise ValueError(
-                f"sampler {name} with num_train_timesteps={train!r}: use 1 to {_MOST_TRAIN_TIMESTEPS} (models have "
-                "1000); see scheduler_config.json"
-            )
+        check_config(config)
         self._fresh = copy.deepcopy(scheduler)
         self._fresh.set_timesteps(num_inference_steps, device="cpu")
-        if not all(bool(torch.isfinite(torch.as_tensor(t)).all()) for t in (self._fresh.timesteps, self._fresh.sigmas)):
-            shift = config.get("flow_shift", config.get("shift"))
-            raise ValueError(
-                f"sampler {name} with flow_shift={shift!r} has steps at noise levels that are no numbers; use a shift "
-                "such as 3.0, see scheduler_config.json"
-            )
         self._fresh.set_begin_index(0)
         self.timesteps: torch.Tensor = self._fresh.timesteps
         self.num_train_timesteps: int = config.num_train_timesteps
