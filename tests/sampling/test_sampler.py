@@ -68,3 +68,11 @@ def test_the_users_scheduler_is_not_changed() -> None:
 def test_samplers_that_would_break_the_promise_are_refused(scheduler: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Sampler(scheduler, 4)
+
+
+@pytest.mark.parametrize("config", [{"flow_shift": float("nan")}, {"num_train_timesteps": -5}])
+def test_a_config_that_gives_no_noise_levels_is_refused(config: dict[str, Any]) -> None:
+    scheduler = UniPCMultistepScheduler(**FLOW)
+    scheduler.register_to_config(**config)
+    with pytest.raises(ValueError, match=next(iter(config))):
+        Sampler(scheduler, 4)
