@@ -75,3 +75,23 @@ def test_an_empty_element_of_pythonpath_runs_nothing_of_the_current_folder(tmp_p
             cwd=tmp_path, env={**os.environ, "PYTHONPATH": given}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == expected, (given, done)
+
+
+def test_words_to_a_closed_pipe_or_a_full_disk_are_dropped() -> None:
+    program = (
+        "import logging, sys\nimport typer\nfrom dualparal.cli.progress import Display\n"
+        "from dualparal.cli.stderr import keep_stderr\nkeep_stderr()\n"
+        "state = dict(frames=1, seconds=1.0, blocks=1, total_blocks=2, first=1.0, bubble=0.5)\n"
+        "with Display(2) as display:\n    display.units(1, 2)\n    display.update(state)\n"
+        "typer.echo('x' * 100_000, err=True)\nlogging.warning('a warning')\nprint('done', flush=True)\n"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full:
+        for stderr in (writing, full):
+            done = subprocess.run(
+                [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=stderr, text=True, check=False,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+            assert (done.returncode, done.stdout) == (0, "done\n")
+    os.close(writing)
