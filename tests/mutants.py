@@ -85,7 +85,7 @@ GUARDS = (
     Guard("no progress is noticed", "dualparal/launch/blame.py",
           "if not busy and not (late and deadlock):", "if True:", BLAME),
     Guard("a rank's first word counts", "dualparal/launch/blame.py",
-          "self.error = self.error or report", "self.error = report", (SUPERVISOR, "-k", "word or blame or state")),
+          "self.error = self.error or report", "self.error = report", (SUPERVISOR, "-k", "first_word")),
     # The supervisor ------------------------------------------------------------------------------------------------
     Guard("a signal in start-up ends it at once", "dualparal/launch/supervisor.py",
           "starting = any(state.starting for state in alive)", "starting = False",

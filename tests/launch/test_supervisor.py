@@ -540,6 +540,15 @@ def test_blame(states, expected):
         assert failure is not None and failure.rank == expected[0] and expected[1] in failure.cause
 
 
+def test_a_rank_s_first_word_counts():
+    """What follows is the clean-up talking."""
+    state = RankState(0, heard=NOW, moved=NOW)
+    for text in ("out of memory", "cannot close"):
+        state.take({"error": text, "at": NOW}, NOW)
+        state.take({"error": f"lost: {text}", "peer": True, "at": NOW}, NOW)
+    assert (state.error.text, state.peer_error.text) == ("out of memory", "lost: out of memory")
+
+
 def test_while_stopping_only_hard_faults_count():
     limits = Limits()
     for harmless in (
