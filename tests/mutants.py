@@ -249,10 +249,10 @@ def main() -> int:
                 sound[guard.tests] = _passes(copy, guard.tests) is True
             verdicts[guard.name] = _verdict(copy, guard) if sound[guard.tests] else BROKEN
             print(f"{verdicts[guard.name]:9} {time.monotonic() - begin:6.1f} s  {guard.name}", flush=True)
+            if asked.write:
+                write_table(verdicts)
     bad = {name: verdict for name, verdict in verdicts.items() if verdict != NOTICED}
     print(f"{len(verdicts) - len(bad)} of {len(verdicts)} noticed, {len(GUARDS)} known")
-    if asked.write:
-        write_table(verdicts)
     return 1 if bad else 0
 
 

@@ -262,7 +262,7 @@ def _check_interrupted(run: Run, number: signal.Signals, ranks: int, everybody: 
     before = len(run.segments())
     for process in [*(run.ranks.values() if everybody else ()), run.process]:
         process.send_signal(number)
-    assert run.end(20) == 128 + number, run.stderr
+    assert run.end() == 128 + number, run.stderr
     told = closing(run.stderr)
     assert told.blocks >= before and len(told.memory) == ranks
     assert told.frames == 32 * told.blocks - 3  # whole blocks, and not all 251 of them
@@ -305,7 +305,7 @@ def test_a_killed_rank_is_named_and_finished_blocks_play(start: Callable[..., Ru
     for name in ("block-000999.mp4.tmp", "playlist.m3u.tmp"):  # of a writer that is ended in the middle
         (run.folder / "a.mp4.blocks" / name).touch()
     run.ranks[victim].kill()
-    assert run.end(20) == 3, run.stderr
+    assert run.end() == 3, run.stderr
     errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and f"rank {victim} (stage {victim}) failed" in errors[0] and "SIGKILL" in errors[0]
     assert "Traceback" not in run.stderr
@@ -324,7 +324,7 @@ def test_a_signal_before_the_work_ends_it_at_once(start: Callable[..., Run], wan
         assert time.monotonic() < deadline and run.process.poll() is None, run.stderr
         time.sleep(0.01)
     run.process.send_signal(signal.SIGTERM)
-    assert run.end(20) == 143
+    assert run.end() == 143
     assert "Traceback" not in run.stderr
     assert [p.name for p in run.folder.iterdir()] == ["stderr.txt"]
 

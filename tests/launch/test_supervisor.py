@@ -364,7 +364,7 @@ def test_a_signal_to_the_ranks_is_meant_for_the_run(tmp_path, everybody):
 def test_a_signal_in_start_up_ends_it_at_once():
     """Imports and loading hear no request: nobody waits for the end of grace."""
     sleeper = [sys.executable, "-c", "import time; time.sleep(1000)"]
-    supervisor = Supervisor(sleeper, 2, limits=Limits(grace=60))
+    supervisor = Supervisor(sleeper, 2, limits=Limits(grace=6))
     threading.Timer(0.3, supervisor.interrupt).start()
     begin = time.monotonic()
     assert supervisor.run().exit_code == 130
