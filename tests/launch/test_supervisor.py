@@ -273,9 +273,13 @@ def test_failing_callback_leaves_no_process():
     assert not psutil.Process().children(recursive=True)
 
 
-def test_time_the_parent_slept_is_not_held_against_the_ranks():
+@pytest.mark.parametrize("ranks_too", [False, True], ids=["alone", "with its ranks"])
+def test_time_the_parent_slept_is_not_held_against_the_ranks(ranks_too):
     def block_terminal(pids):
-        time.sleep(LIMITS.progress + 1)
+        for number, seconds in ((signal.SIGSTOP, LIMITS.progress + 1), (signal.SIGCONT, 0)):
+            for pid in pids.values() if ranks_too else ():
+                os.kill(pid, number)
+            time.sleep(seconds)
 
     assert Run(act=block_terminal, blocks=40).result.exit_code == 0
 
