@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -273,15 +274,21 @@ def test_failing_callback_leaves_no_process():
     assert not psutil.Process().children(recursive=True)
 
 
-@pytest.mark.parametrize("ranks_too", [False, True], ids=["alone", "with its ranks"])
-def test_time_the_parent_slept_is_not_held_against_the_ranks(ranks_too):
+def test_time_the_parent_slept_is_not_held_against_the_ranks():
     def block_terminal(pids):
-        for number, seconds in ((signal.SIGSTOP, LIMITS.progress + 1), (signal.SIGCONT, 0)):
-            for pid in pids.values() if ranks_too else ():
-                os.kill(pid, number)
-            time.sleep(seconds)
+        time.sleep(LIMITS.progress + 1)
 
     assert Run(act=block_terminal, blocks=40).result.exit_code == 0
+
+
+def test_time_the_parent_slept_with_its_ranks_counts_for_nobody():
+    """All of them were stopped, so that there is no word of that time."""
+    supervisor, then = Supervisor(ARGV, 1), time.monotonic() - 100
+    state = RankState(0, heard=then, moved=then)
+    supervisor._ranks = [SimpleNamespace(state=state, open=False, reap=lambda: False)]
+    supervisor._listened_at = then
+    supervisor._listen()
+    assert state.heard - then == state.moved - then == pytest.approx(100, abs=10)
 
 
 def test_bad_arguments_are_refused():
