@@ -146,7 +146,7 @@ GUARDS = (
           "error = error or self._fill(", "error = self._fill(", (PRIVATE, "-k", "another_size")),
     Guard("a small message does not overtake a large one", "dualparal/distributed/private.py",
           "sent = 0 if self._unsent else self._connection", "sent = self._connection",
-          (PRIVATE, "-k", "arrives_in_order")),
+          (PRIVATE, "-k", "rest_of_a_large_one")),
     Guard("a run does not fail for figures", "dualparal/distributed/figures.py",
           "except (TimeoutError, RuntimeError, OSError) as error:", "except KeyboardInterrupt as error:",
           ("tests/distributed/test_figures.py",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dualparal.distributed.private import PrivateGroup
+from dualparal.distributed.private import PrivateGroup, _Pair
 from dualparal.launch.heartbeat import RENDEZVOUS
 from places import WORKERS
 
@@ -78,6 +79,22 @@ def test_all_arrives_in_order_whatever_its_size_and_dtype(groups: list[Any]) -> 
         assert work.wait(timedelta(seconds=30))
     for tensors in got.values():
         assert all(torch.equal(a, b) for a, b in zip(tensors, sent, strict=True))
+
+
+def test_a_small_message_waits_for_the_rest_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the socket has room again before the thread that sends the rest has run."""
+    monkeypatch.setattr(_Pair, "_start", lambda *_: None)
+    here, there = socket.socketpair()
+    pair = _Pair(here, 1, 10.0)
+    with here, there:
+        there.setblocking(False)
+        assert not pair.send(torch.zeros(10_000_000, dtype=torch.uint8)).is_completed()
+        with pytest.raises(BlockingIOError):
+            while there.recv(1 << 20):
+                pass
+        assert not pair.send(torch.ones(1)).is_completed()
+        with pytest.raises(BlockingIOError):
+            there.recv(1)
 
 
 def test_a_message_of_another_size_is_an_error_on_the_one_who_takes_it(groups: list[Any]) -> None:
