@@ -98,7 +98,7 @@ def test_who_is_done_may_be_silent_and_a_store_that_is_gone_ends_the_watch() -> 
     ranks = [Rank(store, rank, 2, LIMITS) for rank in range(2)]
     for rank in ranks:
         rank.watch.start()
-    assert _until(lambda: store.check(["dualparal/watch/1"]))
+    assert _until(lambda: ranks[0].watch._last[1])  # it has been heard
     ranks[1].watch.stop()
     time.sleep(1.5)
     assert not ranks[0].blamed
