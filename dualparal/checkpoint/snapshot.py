@@ -216,7 +216,8 @@ def read_noise(folder: Path, name: str) -> torch.Tensor:
 def prepare(folder: Path) -> None:
     """Makes a folder for the snapshots of a new run. Raises SnapshotError when it holds something, or OSError."""
     check_empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def check_empty(folder: Path) -> None:
@@ -271,7 +272,7 @@ def _blocks(folder: Path) -> dict[tuple[int, int], list[Path]]:
 def _write(folder: Path, stem: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> Path:
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
     path = folder / f"{stem}-{_checksum(data)}.safetensors"
-    with whole_file(path) as file:
+    with whole_file(path, mode=0o600) as file:  # embeddings tell of the prompt
         file.write(data)
     return path
 

@@ -15,7 +15,10 @@ import typer
 
 from dualparal.config.decoding import AUTO
 from dualparal.config.eight_bit import EightBitPolicy, LinearPolicy
+from dualparal.launch.blame import Limits
 from dualparal.models.registry import BUILT_IN
+
+_TORCHRUN_HEARTBEAT = 60.0  # beats travel over a network, and the ranks' clocks start apart
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,35 @@ class OutputFlags:
         typer.Option(help="Go on from this folder's last snapshot, on any number of stages; all else is known there."),
     ] = None
     overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False
+
+
+@dataclass(frozen=True)
+class LimitFlags:
+    """Patience with processes, in seconds"""
+
+    heartbeat_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Without a sign of life: a process is stopped or stuck. Default: 10, under torchrun 60.",
+            show_default=False,
+        ),
+    ] = None
+    progress_limit: Annotated[
+        float, typer.Option(help="Without progress while busy, or while all wait for one another.")
+    ] = Limits.progress
+    startup_limit: Annotated[
+        float, typer.Option(help="At least so much for either while a process imports and loads.")
+    ] = Limits.startup
+    grace: Annotated[float, typer.Option(help="From the wish to stop to the end of those that do not.")] = Limits.grace
+
+    def limits(self, distributed: bool) -> Limits:
+        """The limits that the flags ask for; ``distributed``: there is torchrun's store and no parent of ours.
+
+        Raises ValueError.
+        """
+        usual = _TORCHRUN_HEARTBEAT if distributed else Limits.heartbeat
+        heartbeat = usual if self.heartbeat_limit is None else self.heartbeat_limit
+        return Limits(heartbeat, self.progress_limit, self.startup_limit, self.grace)
 
 
 def command_of(handler: Callable[..., None], *groups: Any) -> Callable[..., None]:

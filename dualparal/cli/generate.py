@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -17,6 +16,7 @@ from dualparal.cli.checks import check_job
 from dualparal.cli.flags import (
     BlockFlags,
     EightBitFlags,
+    LimitFlags,
     ModelFlags,
     OutputFlags,
     PlaceFlags,
@@ -33,11 +33,12 @@ from dualparal.config.blocks import BlockConfig
 from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
-from dualparal.launch.heartbeat import Heartbeat
+from dualparal.launch.blame import Limits
+from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
 from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
 from dualparal.schedule.policies import POLICIES
 
-GROUPS = (PromptFlags, VideoFlags, ModelFlags, EightBitFlags, BlockFlags, PlaceFlags, OutputFlags)
+GROUPS = (PromptFlags, VideoFlags, ModelFlags, EightBitFlags, BlockFlags, PlaceFlags, OutputFlags, LimitFlags)
 
 
 def generate(
@@ -49,14 +50,14 @@ def generate(
     blocks: BlockFlags,
     place: PlaceFlags,
     output: OutputFlags,
+    patience: LimitFlags,
 ) -> None:
     """Makes a video of any length. Finished blocks can be played while it runs."""
     heartbeat = Heartbeat.from_env()
-    if not heartbeat.supervised:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _leave)  # until there is something to keep
+    on_stop_signals(heartbeat.pass_on if heartbeat.supervised else _leave)  # until there is something to keep
+    limits = patience.limits(distributed="RANK" in os.environ)
     if output.resume is not None:
-        _run_job(resumed_job(call, output.resume, model, place, output), heartbeat)
+        _run_job(resumed_job(call, output.resume, model, place, output), heartbeat, limits)
     if not prompts.prompt:
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
     job = _job(prompts, video, model, eight_bit, blocks, place, output)
@@ -69,7 +70,7 @@ def generate(
             f"--checkpoint with --context {blocks.context}: every {every} iterations are refreshes, so that the run "
             f"can go on from there (--refresh-every {every}); the video is another one than without"
         )
-    _run_job(job, heartbeat, place.plan is not None, note)
+    _run_job(job, heartbeat, limits, place.plan is not None, note)
 
 
 def _job(
@@ -236,10 +237,11 @@ def _planned(job: Job, mode: str, search_decoders: bool) -> Job:
     return replace(job, engine=engine)
 
 
-def _run_job(job: Job, heartbeat: Heartbeat, planned: bool = False, note: str = "") -> NoReturn:
+def _run_job(job: Job, heartbeat: Heartbeat, limits: Limits, planned: bool = False, note: str = "") -> NoReturn:
     """Runs a job as a rank, as the only process or as the parent of ranks, and exits with its code.
 
     Args:
+        limits: of the patience with ranks.
         planned: layers per stage, blocks in flight and who decodes are the planner's; the ranks have to be told.
         note: a line for the user, once the job is known to be sound.
     """
@@ -252,14 +254,14 @@ def _run_job(job: Job, heartbeat: Heartbeat, planned: bool = False, note: str = 
         error_file(job).unlink(missing_ok=True)  # of an earlier run
     if is_rank or count == 1:
         started = time.time()
-        code = work(job, heartbeat)
+        code = work(job, heartbeat, limits)
         if not heartbeat.supervised and leads():
             if job.timeline is not None:
                 draw_timeline(job.timeline, started)
             if code:
                 say_how_to_resume(job)
     else:
-        code = lead(job, planned)
+        code = lead(job, limits, planned)
     if is_rank and count > 1:
         # Its work is done and on disk: nothing that libraries do while they unload can change that now.
         sys.stdout.flush()

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from dualparal.cli.job import Job, display_of, error_file, resume_command, say_how_to_resume
+from dualparal.launch.blame import Limits
 from dualparal.launch.stragglers import SlowStages
 
 # The program of a rank. "python -m" would let modules in the current folder, perhaps a model's, stand in for ours.
@@ -38,16 +39,17 @@ def draw_timeline(path: Path, since: float) -> None:
         typer.echo(f"{path}: open it at ui.perfetto.dev; no picture: {error}", err=True)
 
 
-def lead(job: Job, planned: bool = False) -> int:
+def lead(job: Job, limits: Limits, planned: bool = False) -> int:
     """Starts the ranks of a job, draws their progress, and tells how they ended.
 
     Args:
+        limits: of the patience with them.
         planned: the ranks are told the layers per stage, blocks in flight and decoders of ``job``.
 
     Returns:
         The exit code (``launch.supervisor.Result``).
     """
-    from dualparal.io.output import what_is_left
+    from dualparal.io.output import remove_unfinished, what_is_left
     from dualparal.launch.supervisor import Kept, supervise
 
     arguments = sys.argv[1:]
@@ -82,10 +84,13 @@ def lead(job: Job, planned: bool = False) -> int:
             [sys.executable, "-c", RANK_PROGRAM],
             job.ranks,
             on_message=hear,
+            limits=limits,
             env={"OMP_NUM_THREADS": str(job.threads), **_loading(), **pack_arguments(arguments)},
             error_path=error_file(job),
             kept=lambda: replace(kept, resume_command=resume_command(job)),
         )
+    for out in job.outs if result.exit_code else []:
+        remove_unfinished(out)  # by whoever was writing when it was ended
     if job.timeline is not None:
         draw_timeline(job.timeline, started)
     if result.failure is not None:

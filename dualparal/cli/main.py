@@ -19,6 +19,7 @@ from dualparal.cli.flags import command_of
 from dualparal.cli.generate import GROUPS, generate
 from dualparal.cli.leader import unpack_arguments
 from dualparal.cli.rank import one_line
+from dualparal.cli.stderr import keep_stderr
 from dualparal.launch.exit_codes import BAD_INPUT, STORAGE
 from dualparal.version import __version__
 
@@ -68,6 +69,7 @@ def root(
 
 def main() -> None:
     """Entry point. An error is one line on stderr, with exit code 2 for the user's mistakes and 5 for files."""
+    keep_stderr()
     sys.argv[1:] = unpack_arguments() or sys.argv[1:]
     try:
         app()

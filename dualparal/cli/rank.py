@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dualparal.cli.job import Job, call_arguments, checkpoint_of, display_of, error_file, make_engine, resume_command
 from dualparal.cli.place import leads
+from dualparal.launch.blame import Failure, Limits
 from dualparal.launch.exit_codes import BAD_INPUT, NUMERICS, RANK_FAILED, STORAGE
-from dualparal.launch.heartbeat import Heartbeat
+from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
+from dualparal.launch.supervisor import write_error
 
 if TYPE_CHECKING:
     from dualparal.cli.progress import Display
     from dualparal.cli.results import Results
     from dualparal.decoding.chunks import Chunk
+    from dualparal.distributed.watch import StoreWatch
+    from dualparal.engine.engine import Engine
 
 logger = logging.getLogger("dualparal")
+
+_LAST_WORDS_SECONDS = 2.0  # in which another rank says who is to blame
 
 
 def _quiet_libraries() -> None:
@@ -35,8 +41,11 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def work(job: Job, heartbeat: Heartbeat) -> int:
+def work(job: Job, heartbeat: Heartbeat, limits: Limits) -> int:
     """Performs the work of one rank of several, or of the only process. Errors are told, not raised.
+
+    Args:
+        limits: of the patience with other ranks that torchrun has started.
 
     Returns:
         The exit code: 0, one of ``launch.exit_codes``, or 128 and the number of a signal.
@@ -51,7 +60,9 @@ def work(job: Job, heartbeat: Heartbeat) -> int:
     if leads():
         _quiet_libraries()
     try:
-        interrupted = _stream(job, heartbeat)
+        interrupted = _stream(job, heartbeat, limits)
+    except Stopped as stopped:
+        return int(stopped.code or 0)
     except (PeerLost, TimeoutError) as error:  # another rank is gone, or did not come
         heartbeat.error(error, peer=True, exit_code=RANK_FAILED)
         return _fail(job, str(error), RANK_FAILED, heartbeat)
@@ -82,9 +93,6 @@ def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
         return code
     typer.echo(f"error: {one_line(text)}", err=True)
     if code != BAD_INPUT and "RANK" not in os.environ:
-        from dualparal.launch.blame import Failure
-        from dualparal.launch.supervisor import write_error
-
         where: dict[str, Any] = {name: heartbeat.where.get(name) for name in ("stage", "block", "step", "phase")}
         write_error(
             error_file(job), Failure(0, **where, cause=text, exit_code=code, resume_command=resume_command(job))
@@ -92,15 +100,51 @@ def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
     return code
 
 
-def _stream(job: Job, heartbeat: Heartbeat) -> int:
-    """Runs the engine and writes what comes. Returns the signal that ended it early, or 0."""
-    from dualparal.cli.results import Results
-    from dualparal.io.latents import read_latents
+def _stream(job: Job, heartbeat: Heartbeat, limits: Limits) -> int:
+    """Makes the engine, watched by the other ranks and watching them, and runs it.
 
+    Returns:
+        The signal that ended it early, or 0.
+    """
     rank = int(os.environ.get("RANK", "0"))
     heartbeat.phase("start", **({"stage": rank} if rank < job.stages else {"decoder": rank - job.stages}))
     display = display_of(job) if leads() and not heartbeat.supervised else None
     engine = make_engine(job, _report(heartbeat, display))
+    watch = None if heartbeat.supervised or not engine.mesh.distributed else _watch(job, engine, heartbeat, limits)
+    try:
+        return _write(job, engine, heartbeat, display)
+    finally:
+        if watch is not None:
+            watch.stop()
+
+
+def _watch(job: Job, engine: Engine, heartbeat: Heartbeat, limits: Limits) -> StoreWatch:
+    """Starts to watch the other ranks of a run that torchrun has started. A silent one ends this process."""
+    from dualparal.distributed.mesh import own_store
+    from dualparal.distributed.watch import StoreWatch
+
+    mesh = engine.mesh
+
+    def give_up(failure: Failure) -> None:
+        first = 1 if failure.rank == 0 else 0
+        if mesh.rank == first:
+            failure = replace(failure, resume_command=resume_command(job))
+            typer.echo(f"error: {failure}", err=True)
+            write_error(error_file(job), failure)
+        else:
+            time.sleep(_LAST_WORDS_SECONDS)  # torchrun ends all of them when one has left
+        os._exit(failure.exit_code)
+
+    watch = StoreWatch(own_store(), mesh.rank, mesh.world_size, lambda: heartbeat.where, limits, give_up)
+    watch.start()
+    return watch
+
+
+def _write(job: Job, engine: Engine, heartbeat: Heartbeat, display: Display | None) -> int:
+    """Runs the engine and writes what comes. Returns the signal that ended it early, or 0."""
+    from dualparal.cli.results import Results
+    from dualparal.io.latents import read_latents
+
     leading = engine.mesh.is_leader
     checkpoint = checkpoint_of(job)
     if job.resume:
@@ -158,7 +202,9 @@ def _take(chunks: Iterator[Chunk], results: Results, display: Display | None, he
 
 
 def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[int]:
-    """Makes the first SIGINT or SIGTERM stop the engine at the next unit, and the second end the process at once.
+    """Makes the first signal to stop end the engine at the next unit, and the second end the process at once.
+
+    Before the first unit there is nothing to keep, and the first ends the process. Supervised ranks pass signals on.
 
     Returns:
         The list of signals received, which grows while the run goes on.
@@ -166,24 +212,27 @@ def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[i
     received: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        if received:
+        if received and leading:
             os._exit(128 + number)
-        received.append(number)
-        engine.interrupt()
+        if heartbeat.starting:
+            raise Stopped(128 + number)
+        if leading:  # the others hear of it from there
+            received.append(number)
+            engine.interrupt()
 
     def watch() -> None:
         heartbeat.stop_requested.wait()
         engine.interrupt()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if leading and not heartbeat.supervised:
-            signal.signal(number, note)
-        elif number == signal.SIGINT or not heartbeat.supervised:
-            # The terminal sends ctrl-C to every process; only the leader (or the supervisor) acts on it.
-            signal.signal(number, signal.SIG_IGN)
-    if leading and heartbeat.supervised:
+    if not heartbeat.supervised:
+        on_stop_signals(note)
+    elif leading:
         threading.Thread(target=watch, daemon=True).start()
     return received
+
+
+class Stopped(SystemExit):
+    """The process was asked to end while there is nothing to keep; holds the exit code."""
 
 
 def one_line(error: object) -> str:

@@ -19,6 +19,7 @@ logger = logging.getLogger("dualparal")
 _MAY_CHANGE = {
     "resume", "timeline", "overwrite", "gpus", "stages", "layers_per_stage", "device", "threads", "depth", "graphs",
     "checkpoint_every", "decoder", "vae_dtype", "decode_gpus", "decode_in_place",
+    "heartbeat_limit", "progress_limit", "startup_limit", "grace",
 }  # fmt: skip
 
 

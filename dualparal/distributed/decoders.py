@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dualparal.distributed.parcels import PATIENCE
+from dualparal.distributed.private import host_backend
 
 
 class DecoderGroups(NamedTuple):
@@ -30,8 +31,8 @@ def make_decoder_groups(ranks: Sequence[int], device: torch.device) -> DecoderGr
         ranks: those that decode, the topmost rows first.
         device: this rank's, whose type is that of all.
     """
-    links = {rank: dist.new_group([0, rank], backend="gloo") for rank in ranks if rank != 0}
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    links = {rank: dist.new_group([0, rank], backend=host_backend()) for rank in ranks if rank != 0}
+    backend = "nccl" if device.type == "cuda" else host_backend()
     # An exchange is posted when one part is there. How long others may take is not NCCL's watchdog's to say.
     rows = dist.new_group(list(ranks), backend=backend, timeout=PATIENCE) if len(ranks) > 1 else None
     return DecoderGroups(links, rows)

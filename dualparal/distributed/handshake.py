@@ -50,7 +50,7 @@ def handshake(store: Store, rank: int, world_size: int, info: Mapping[str, Any],
     if not differences:
         return
     store.set(_key("read", rank), "1")
-    _wait_for(store, [_key("read", r) for r in reports], min(timeout, _LINGER_SECONDS))
+    wait_for(store, [_key("read", r) for r in reports], min(timeout, _LINGER_SECONDS))
     raise ValueError("ranks disagree: " + "; ".join(differences))
 
 
@@ -72,7 +72,7 @@ def gather(
     expected = range(world_size) if rank == 0 else range(1)
     keys = {r: _key("value", r) for r in expected}
     limit = timeout if rank == 0 else patience
-    if not _wait_for(store, list(keys.values()), limit):
+    if not wait_for(store, list(keys.values()), limit):
         missing = [r for r, key in keys.items() if not store.check([key])]
         raise TimeoutError(f"rank(s) {missing} did not come to the end of the run within {limit:g} s")
     return [json.loads(store.get(key)) for key in keys.values()] if rank == 0 else None
@@ -101,7 +101,7 @@ def _collect(store: Store, world_size: int, timeout: float) -> dict[int, dict[st
         time.sleep(_POLL_SECONDS)
 
 
-def _wait_for(store: Store, keys: list[str], timeout: float) -> bool:
+def wait_for(store: Store, keys: list[str], timeout: float) -> bool:
     """Waits until all keys are there; returns False when they are not within ``timeout`` seconds."""
     begin = time.monotonic()
     while not store.check(keys):

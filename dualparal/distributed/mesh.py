@@ -18,10 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dualparal.distributed import private
 from dualparal.distributed.handshake import handshake
 from dualparal.launch.heartbeat import RENDEZVOUS
 
 JOIN_SECONDS = 120.0  # until the last rank of this machine has imported what it needs
+TORCHRUN_JOIN = timedelta(minutes=10)  # the same of all machines, which may read one slow disk
 TIMEOUT = timedelta(minutes=30)  # a rank may wait long for a slow neighbour; the supervisor watches progress
 
 _groups: list[list[Any]] = []  # of every engine, also of those that live until the interpreter ends
@@ -110,7 +112,9 @@ class Mesh:
             device = torch.device(device_type)
         if not dist.is_initialized():
             cls._init()
-        elif "cpu" not in {device.type for device in dist.distributed_c10d._get_default_group()._device_types}:
+        elif dist.get_backend() != private.NAME and "cpu" not in {
+            device.type for device in dist.distributed_c10d._get_default_group()._device_types
+        }:
             raise RuntimeError(
                 f"the process group that is there ({dist.get_backend()}) sends nothing from the CPU: make it with "
                 "init_process_group('cpu:gloo,cuda:nccl'), or leave it to dualparal"
@@ -148,7 +152,8 @@ class Mesh:
     def _init() -> None:
         """Makes the group of all ranks, by the supervisor's file if there is one, else by torchrun's variables.
 
-        It is gloo's: what goes to all ranks is small and on the CPU. Tensors have groups of their own (``remote``).
+        What goes to all ranks is small and on the CPU: by gloo, or by sockets that only this user can reach. Tensors
+        have groups of their own (``remote``).
         """
         # Its functions take the group of all ranks as a default argument. Imported later (transformers does) they would
         # hold it, and with it gloo's threads, beyond the end of Python.
@@ -156,15 +161,32 @@ class Mesh:
         atexit.register(_leave)
         path = os.environ.get(RENDEZVOUS)
         if path is None:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=TORCHRUN_JOIN))
+            store.set_timeout(TIMEOUT)
+            _say_who_is_missing(store, rank, world_size, TORCHRUN_JOIN.total_seconds())
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
             return
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, "lo0" if os.uname().sysname == "Darwin" else "lo")
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = dist.FileStore(path, world_size)
-        # torch would wait for a rank that never comes for as long as for a slow one, and not say which.
-        handshake(dist.PrefixStore("dualparal/join", store), rank, world_size, {}, JOIN_SECONDS)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        _say_who_is_missing(store, rank, world_size, JOIN_SECONDS)
+        private.register()
+        dist.init_process_group(private.NAME, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+
+
+def _say_who_is_missing(store: Any, rank: int, world_size: int, seconds: float) -> None:
+    """Waits for all ranks. torch would wait for one that never comes for as long as for a slow one, and not say which.
+
+    Raises TimeoutError, ValueError.
+    """
+    handshake(dist.PrefixStore("dualparal/join", store), rank, world_size, {}, seconds)
+
+
+def own_store() -> Any:
+    """A connection of its own to where the ranks meet, for another thread."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
 
 
 def drop_at_exit(groups: list[Any]) -> None:

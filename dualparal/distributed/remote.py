@@ -32,6 +32,7 @@ import torch.distributed as dist
 from dualparal.distributed.after_device import AfterDevice, event_on
 from dualparal.distributed.edges import fill
 from dualparal.distributed.messages import FIELDS, Header, Kind, TransportError, guard, pack_header, unpack_header
+from dualparal.distributed.private import host_backend
 from dualparal.schedule.actions import Unit
 
 # A consumer may pause for as long as it likes, and all ranks with it. Who is gone is seen at once; who lives and does
@@ -310,7 +311,7 @@ def make_groups(num_stages: int, device: torch.device) -> list[EdgeGroups]:
     backend = _DATA_BACKENDS.get(device.type)
     for edge in range(num_stages if num_stages > 1 else 0):
         ranks = [edge, (edge + 1) % num_stages]
-        control = dist.new_group(ranks, backend="gloo")
+        control = dist.new_group(ranks, backend=host_backend())
         options = _nccl_options() if backend == "nccl" else None
         data = control if backend is None else dist.new_group(ranks, backend=backend, pg_options=options)
         found.append(EdgeGroups(control, data))

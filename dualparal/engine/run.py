@@ -15,8 +15,8 @@ from dualparal.checkpoint.checkpointer import Checkpointer
 from dualparal.decoding.chunks import Chunk, NonFiniteError
 from dualparal.decoding.delivery import Delivery
 from dualparal.decoding.ranks import Service
-from dualparal.distributed.handshake import gather, handshake
-from dualparal.distributed.mesh import TIMEOUT
+from dualparal.distributed.figures import collect
+from dualparal.distributed.handshake import handshake
 from dualparal.distributed.messages import PeerLost
 from dualparal.distributed.remote import ReceiveEdge
 from dualparal.engine.build import Builder, RunSpec
@@ -254,10 +254,9 @@ class Run:
             own = replace(own, busy=self._service.part.decoding(), elapsed=seconds)
         ranks = [own]
         if mesh.distributed:
-            rows = gather(
-                self._store, mesh.rank, mesh.world_size, own.to_list(), HANDSHAKE_SECONDS, TIMEOUT.total_seconds()
-            )
-            ranks = [RankStats.from_list(row) for row in rows or []]
+            if self.spec.report is not None and not mesh.is_leader:
+                self.spec.report("wait_end", **mesh.role)  # for a consumer who may take his time
+            ranks = [RankStats.from_list(row) for row in collect(mesh, self._store, own.to_list())]
         if self._decoder is not None:
             done, before = self._decoder.progress, self._decoder.before
             blocks = done.blocks - before.blocks

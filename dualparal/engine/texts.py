@@ -12,6 +12,7 @@ import torch
 from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
 from dualparal.models.files import ModelFiles
+from dualparal.models.tokenizing import try_tokenizer
 
 _MOST_BYTES = 256 * 2**20  # kept: of 512 tokens in 16 bits with guidance some 30
 _CPU = torch.device("cpu")
@@ -70,6 +71,8 @@ class Texts:
         """
         setup, device = self._setup, self.device(beside)
         with self._lock:
+            if isinstance(setup.source, ModelFiles):
+                self._try_tokenizer(setup.source, device, texts)
             encoder = setup.source.family.prompt_encoder(
                 lambda: setup.source.load_text_encoder(device, setup.dtype), device
             )
@@ -86,6 +89,12 @@ class Texts:
             finally:
                 encoder.free()
             return found
+
+    def _try_tokenizer(self, source: ModelFiles, device: torch.device, texts: Sequence[Text]) -> None:
+        new = [text for text in texts if (device.type, text) not in self._kept]
+        words = [word for text in new for word in (text.prompt, text.negative_prompt) if word]
+        if words:
+            try_tokenizer(source.path / "tokenizer", words)
 
     def _keep(self, key: tuple[str, Text], embeds: torch.Tensor) -> None:
         self._kept[key] = embeds

@@ -24,11 +24,11 @@ class WholeFile(io.FileIO):
     for success. Unbuffered, because ffmpeg reads the file again by its name to put the index first.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mode: int) -> None:
         # An absolute name, since ffmpeg takes "a:b.mp4" for a protocol.
         name = str(path.absolute())
         self.failure: OSError | None = None
-        super().__init__(name, "x+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+        super().__init__(name, "x+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, mode))
 
     def write(self, data: object) -> int:
         rest = memoryview(data).cast("B")  # type: ignore[arg-type]
@@ -44,12 +44,13 @@ class WholeFile(io.FileIO):
 
 
 @contextmanager
-def whole_file(path: Path, *, sync_directory: bool = True) -> Iterator[WholeFile]:
+def whole_file(path: Path, *, sync_directory: bool = True, mode: int = 0o666) -> Iterator[WholeFile]:
     """Opens a file that appears under ``path`` complete and synced, or not at all.
 
     Args:
         path: the final name; an existing file is replaced at the end.
         sync_directory: sync the folder too, without which a power cut may lose the name.
+        mode: the permissions of the file, less the umask.
 
     Raises:
         OSError: the file cannot be written, or another process replaced it (FileExistsError).
@@ -58,7 +59,9 @@ def whole_file(path: Path, *, sync_directory: bool = True) -> Iterator[WholeFile
     if aside.is_file() and not aside.is_symlink():
         aside.unlink()  # of a run that was killed
     try:
-        file = WholeFile(aside)
+        file = WholeFile(aside, mode)
+    except FileNotFoundError:
+        raise _folder_gone(path) from None
     except FileExistsError:
         raise FileExistsError(
             errno.EEXIST,
@@ -71,6 +74,8 @@ def whole_file(path: Path, *, sync_directory: bool = True) -> Iterator[WholeFile
             if file.failure is not None:
                 raise file.failure
             os.fsync(file.fileno())
+            if not path.parent.is_dir():
+                raise _folder_gone(path)
             if not _is_still(file, aside):
                 raise FileExistsError(errno.EEXIST, "another process replaced the file", str(aside))
             os.replace(aside, path)
@@ -85,6 +90,10 @@ def whole_file(path: Path, *, sync_directory: bool = True) -> Iterator[WholeFile
             raise
     if sync_directory:
         sync_folder(path.parent)
+
+
+def _folder_gone(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "the folder was removed while the run wrote to it", str(path.parent))
 
 
 def _is_still(file: io.FileIO, path: Path) -> bool:

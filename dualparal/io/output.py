@@ -6,10 +6,14 @@ the end, also after an interruption, they are joined without encoding again into
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("dualparal")
 
 
 class OutputError(ValueError):
@@ -139,6 +143,21 @@ def _check_name(path: Path, flag: str) -> None:
         raise OutputError(f"{flag} {path}: {error.strerror}; choose another name") from None
     except ValueError:
         raise OutputError(f"{flag} {str(path)!r} holds a NUL byte; choose another name") from None
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes files that a run which was ended from outside had begun to write for ``path``. Errors are warnings."""
+    from dualparal.io.files import remove_leftovers
+
+    folder = path.with_name(path.name + ".blocks") if path.suffix == ".mp4" else path
+    names = re.compile(r"block-\d{6,}\.mp4|playlist\.m3u|frame-\d{8,}\.png")
+    try:
+        if folder.is_dir() and not folder.is_symlink():
+            remove_leftovers(folder, names)
+        if path.suffix == ".mp4" and path.parent.is_dir():
+            remove_leftovers(path.parent, re.compile(re.escape(path.name)))
+    except OSError as error:
+        logger.warning("%s: unfinished files were not removed: %s", folder, error)
 
 
 def what_is_left(path: Path, since: float) -> str:

@@ -172,7 +172,7 @@ def blame(states: Sequence[RankState], limits: Limits, now: float, stopping: boo
     on an exception that nobody caught, often about a peer. While stopping, ranks may leave early, and grace
     bounds the rest.
     """
-    expected = {signal.SIGINT, signal.SIGTERM} if stopping else set()
+    expected = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} if stopping else set()
     exits = [(s, s.unexplained_exit) for s in states]
     killed = [s for s, code in exits if code is not None and code < 0 and -code not in expected | {signal.SIGABRT}]
     if killed:

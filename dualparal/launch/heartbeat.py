@@ -4,8 +4,9 @@ This is the child side; `supervisor` is the parent's. It imports no torch, becau
 before the slow imports begin. It does not know what a phase means, nor who is to blame when something breaks.
 
 Lines are JSON objects over the pipe ``DUALPARAL_STATUS_FD``: ``{"tick": 1}``, a phase (``phase``, and where:
-``stage`` or ``decoder``, ``block``, ``step``), free messages, ``error``, ``done``. On ``DUALPARAL_LIFE_FD`` the
-parent may write ``stop``; the end of that pipe means that the parent is gone, and then the rank dies too.
+``stage`` or ``decoder``, ``block``, ``step``), free messages, ``signal``, ``error``, ``done``. On
+``DUALPARAL_LIFE_FD`` the parent may write ``stop``; the end of that pipe means that the parent is gone, and then the
+rank dies too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ LIFE_FD = "DUALPARAL_LIFE_FD"
 RENDEZVOUS = "DUALPARAL_RENDEZVOUS"
 STOP = b"stop\n"
 TICK_SECONDS = 0.3
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _TICK = b'{"tick":1}\n'
 # A write this small goes into a pipe whole or not at all, so a full pipe never leaves half a line behind.
@@ -88,6 +90,15 @@ class Heartbeat:
     def where(self) -> dict[str, Any]:
         """The phase said last, and where it is."""
         return self._where
+
+    @property
+    def starting(self) -> bool:
+        """True until the first phase of work: there is nothing to keep."""
+        return str(self._where.get("phase", "start")).startswith("start")
+
+    def pass_on(self, number: int, frame: object = None) -> None:
+        """Tells the parent of a signal, which then stops the run as if it had come there. A signal handler."""
+        self.message(signal=number)
 
     def phase(self, name: str, **where: Any) -> None:
         """Says what the rank does from now on, and where: ``stage`` or ``decoder``, ``block``, ``step``.
@@ -177,6 +188,16 @@ class Heartbeat:
                 self._unsent = not self._write(_line(self._where))
             finally:
                 self._lock.release()
+
+
+def on_stop_signals(handler: Any) -> dict[int, Any]:
+    """Gives the signals that end a run a handler, but SIGHUP where it is ignored (nohup). Main thread only.
+
+    Returns:
+        The handlers before, by signal.
+    """
+    numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    return {int(number): signal.signal(number, handler) for number in numbers}
 
 
 def _line(fields: dict[str, Any]) -> bytes:

@@ -51,12 +51,6 @@ class Rank:
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, number)
 
-    def terminate(self) -> None:
-        """Asks the process to end, by SIGTERM."""
-        self.process.terminate()
-        # A stopped process gets to its SIGTERM only when it runs.
-        self.signal_group(signal.SIGCONT)
-
     def ask_to_stop(self) -> None:
         """Asks the rank to stop at the next block boundary, over the life pipe."""
         with contextlib.suppress(OSError):

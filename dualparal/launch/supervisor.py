@@ -15,7 +15,6 @@ import os
 import selectors
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,14 +26,14 @@ from typing import Any
 from dualparal.io.files import whole_file
 from dualparal.launch.blame import Failure, Limits, RankState, blame
 from dualparal.launch.exit_codes import BAD_INPUT
-from dualparal.launch.heartbeat import LIFE_FD, RENDEZVOUS, STATUS_FD
+from dualparal.launch.folder import run_folder
+from dualparal.launch.heartbeat import LIFE_FD, RENDEZVOUS, STATUS_FD, on_stop_signals
 from dualparal.launch.process import Rank
 
 logger = logging.getLogger("dualparal")
 
 _POLL_SECONDS = 0.05
 _GATHER_SECONDS = 0.01
-_TERM_SECONDS = 2.0
 # A process in uninterruptible sleep outlives SIGKILL: waiting for ever would hide the message.
 _KILL_SECONDS = 5.0
 
@@ -61,7 +60,7 @@ class Result:
 
     Attributes:
         exit_code: 0 for done, 3 for a failed rank, 4 for no heartbeat or no progress, the one that a failing rank
-            asked for, or, for an interrupted run, 128 and the number of the signal (130, 143).
+            asked for, or, for an interrupted run, 128 and the number of the signal (129, 130, 143).
         failure: the failure, also of an interrupted run in which something broke while it was stopping.
         interrupted: the first signal, if one came.
     """
@@ -114,6 +113,7 @@ class Supervisor:
         self._ranks: list[Rank] = []
         self._selector = selectors.DefaultSelector()
         self._signals: list[signal.Signals] = []
+        self._told: signal.Signals | None = None  # by a rank that received it
         self._stop_by: float | None = None
         self._listened_at = time.monotonic()
 
@@ -126,15 +126,14 @@ class Supervisor:
         if self._error_path is not None:
             # One from an earlier run would speak for this one.
             self._error_path.unlink(missing_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix="dualparal-", ignore_cleanup_errors=True)
-        with self._handlers(), self._selector, folder as rendezvous:
+        with self._handlers(), self._selector, run_folder() as rendezvous:
             try:
                 for rank in range(self._world_size):
                     self._start(rank, rendezvous)
                 return self._supervise()
             finally:
                 # Also when on_message raised or a process could not be started.
-                self._end(patience=0.0)
+                self._end()
                 for each in self._ranks:
                     each.close()
 
@@ -144,21 +143,18 @@ class Supervisor:
             # Python allows handlers in the main thread only; there the owner calls interrupt().
             yield
             return
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-            numbers.append(signal.SIGHUP)
 
         def note(number: int, _: FrameType | None) -> None:
             self.interrupt(number)
 
-        before = {number: signal.signal(number, note) for number in numbers}
+        before = on_stop_signals(note)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-    def _start(self, rank: int, rendezvous: str) -> None:
+    def _start(self, rank: int, rendezvous: Path) -> None:
         status_read, status_write = os.pipe()
         life_read, life_write = os.pipe()
         own = {
@@ -168,7 +164,7 @@ class Supervisor:
             "LOCAL_WORLD_SIZE": str(self._world_size),
             STATUS_FD: str(status_write),
             LIFE_FD: str(life_read),
-            RENDEZVOUS: os.path.join(rendezvous, "store"),
+            RENDEZVOUS: str(rendezvous / "store"),
         }
         try:
             process = subprocess.Popen(
@@ -196,7 +192,7 @@ class Supervisor:
         self._listened_at = time.monotonic()
         while True:
             self._listen()
-            result = self._while_stopping() if self._signals else self._while_running()
+            result = self._while_stopping() if self._signals or self._told else self._while_running()
             if result is not None:
                 return result
 
@@ -228,8 +224,15 @@ class Supervisor:
             self._selector.unregister(rank.status_fd)
         for message in messages:
             rank.state.take(message, now)
+            if "signal" in message:
+                self._hear_of_signal(message["signal"])
             if self._on_message is not None and "tick" not in message:
                 self._on_message(rank.state.rank, message)
+
+    def _hear_of_signal(self, number: Any) -> None:
+        """A scheduler may signal every process, or only the ranks: it is meant for the run."""
+        with contextlib.suppress(ValueError):
+            self._told = self._told or signal.Signals(number)
 
     def _states(self) -> list[RankState]:
         return [rank.state for rank in self._ranks]
@@ -245,7 +248,7 @@ class Supervisor:
         lingering = [state.rank for state in self._states() if state.exit is None]
         if lingering and now - max(state.moved for state in self._states()) < self._limits.grace:
             return None
-        self._end(patience=0.0)
+        self._end()
         for state in self._states():
             if state.exit != 0:
                 # Libraries crash or hang while they unload; the video is finished all the same.
@@ -254,7 +257,8 @@ class Supervisor:
 
     def _while_stopping(self) -> Result | None:
         now = self._listened_at
-        cause = self._signals[0]
+        cause = self._signals[0] if self._signals else self._told
+        assert cause is not None
         if self._stop_by is None:
             self._stop_by = now + self._limits.grace
             logger.warning("%s: stopping at the next block boundary; once more to stop at once", cause.name)
@@ -264,12 +268,15 @@ class Supervisor:
         failure = blame(self._states(), self._limits, now, stopping=True)
         if failure is not None:
             return dataclasses.replace(result, failure=self._fail(failure))
-        alive = [state.rank for state in self._states() if state.exit is None]
-        if alive and len(self._signals) == 1 and now < self._stop_by:
+        alive = [state for state in self._states() if state.exit is None]
+        # Imports and loading hear nothing, and while a rank is at that no block can have been begun.
+        starting = any(state.starting for state in alive)
+        if alive and not starting and len(self._signals) < 2 and now < self._stop_by:
             return None
         if alive:
-            logger.warning("rank(s) %s had not stopped yet and were killed", alive)
-            self._end(patience=0.0)
+            if not starting:
+                logger.warning("rank(s) %s had not stopped yet and were killed", [state.rank for state in alive])
+            self._end()
         return result
 
     def _fail(self, failure: Failure) -> Failure:
@@ -280,33 +287,21 @@ class Supervisor:
             logger.error("%s", failure)
             if self._error_path is not None:
                 write_error(self._error_path, failure)
-        self._end(patience=_TERM_SECONDS)
+        self._end()
         return failure
 
-    def _end(self, patience: float) -> None:
-        """Ends every rank: SIGTERM, then SIGKILL when patience is over or another signal comes."""
+    def _end(self) -> None:
+        """Ends every rank. By SIGKILL: they take SIGTERM for the wish to stop at a block boundary."""
         alive = [rank for rank in self._ranks if not rank.reap()]
-        signals = len(self._signals)
-        if patience > 0:
-            for rank in alive:
-                rank.terminate()
-            alive = self._wait(alive, patience, lambda: len(self._signals) > signals)
         for rank in alive:
             rank.signal_group(signal.SIGKILL)
-        alive = self._wait(alive, _KILL_SECONDS)
+        deadline = time.monotonic() + _KILL_SECONDS
+        while alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+            alive = [rank for rank in alive if not rank.reap()]
         if alive:
             pids = [rank.process.pid for rank in alive]
             logger.error("processes %s are still there %.0f s after SIGKILL", pids, _KILL_SECONDS)
-
-    @staticmethod
-    def _wait(ranks: list[Rank], seconds: float, hurry: Callable[[], bool] = lambda: False) -> list[Rank]:
-        """Waits for ranks to exit; returns those that did not."""
-        deadline = time.monotonic() + seconds
-        alive = [rank for rank in ranks if not rank.reap()]
-        while alive and time.monotonic() < deadline and not hurry():
-            time.sleep(0.01)
-            alive = [rank for rank in alive if not rank.reap()]
-        return alive
 
 
 def supervise(
@@ -321,8 +316,9 @@ def supervise(
 ) -> Result:
     """Runs `argv` as `world_size` ranks and returns when every one of them is gone.
 
-    SIGINT or SIGTERM asks the ranks to stop at a block boundary; a second one, or the end of `limits.grace`,
-    kills them. The ranks' own output passes through.
+    SIGINT, SIGTERM or SIGHUP, here or at a rank that passes it on, asks the ranks to stop at a block boundary; a second
+    one here, the end of `limits.grace`, or a rank that is still starting, kills them. The ranks' own output passes
+    through.
 
     Args:
         argv: the command every rank runs, program first.

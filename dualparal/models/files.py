@@ -21,6 +21,7 @@ from dualparal.models.registry import Component, Family, family_in, resolve
 from dualparal.models.sizes import ModelSizes
 from dualparal.models.weights import WeightFiles, channels_last, check_part, check_tensors
 from dualparal.sampling.sampler import SUPPORTED as SAMPLERS
+from dualparal.sampling.sampler import check_config
 
 EXPERTS = ("transformer", "transformer_2")  # folders, and attributes of a pipeline
 _SCHEDULER = Component("diffusers", SAMPLERS)
@@ -110,7 +111,7 @@ class ModelFiles:
         return "; ".join(parts)
 
     def check_weights(self, parts: bool = True) -> None:
-        """Compares names and shapes of all weight files with the configs, from the headers alone.
+        """Compares names and shapes of all weight files with the configs, from the headers alone, and the sampler's.
 
         Args:
             parts: VAE, text encoder and tokenizer too, for which their libraries are imported; False: whoever loads
@@ -121,6 +122,7 @@ class ModelFiles:
         """
         for expert, folder in enumerate(EXPERTS[: self.spec.num_experts]):
             check_tensors(self.path / folder, self.spec.shapes(expert), self.spec.is_unused)
+        self._check_sampler()
         if not parts:
             return
         for name, component in self.family.components.items():
@@ -134,6 +136,15 @@ class ModelFiles:
                 )
             check_part(self.path / name, config, resolve(component.empty))
         self._check_tokenizer()
+
+    def _check_sampler(self) -> None:
+        path = self.path / "scheduler" / "scheduler_config.json"
+        try:
+            check_config(read_json(path))
+        except ModelError:
+            raise
+        except ValueError as error:
+            raise ModelError(f"{path}: {error}") from None
 
     def _check_tokenizer(self) -> None:
         folder, classes = self.path / "tokenizer", self.family.components["tokenizer"].classes

@@ -11,6 +11,7 @@ _MAX_JSON_BYTES = 1 << 24  # the index of the largest models has some hundred ki
 _CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code")
 _MODULE_COUNTS = ("num_layers", "num_decoder_layers", "num_res_blocks")  # a library builds so many, before any check
 _MAX_MODULES = 1000
+_MAX_DEPTH = 32  # of nested objects and lists; configs have five
 
 
 class ModelError(ValueError):
@@ -21,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ModelError: no file, a large one, no JSON object, or one that names code to run.
+        ModelError: no file, a large one, no JSON object, a deeply nested one, or one that names code to run.
     """
     try:
         if not path.is_file():  # a pipe would be waited for
@@ -48,20 +49,30 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_code(path: Path, data: Any) -> None:
+def _refuse_code(path: Path, data: Any, depth: int = 0, chooses_code: str = "") -> None:
     """Raises ModelError for a config that names code to run, however deep: ours names none, whatever a library does.
 
     ``attn_implementation`` may name a repository of kernels (CVE-2026-4372 of transformers).
+
+    Args:
+        chooses_code: the key under which this lies that chooses an implementation; empty: none.
     """
+    if depth > _MAX_DEPTH:
+        raise ModelError(f"{path}: nested more than {_MAX_DEPTH} deep, which no config is; download the model again")
     if isinstance(data, list):
         for value in data:
-            _refuse_code(path, value)
+            _refuse_code(path, value, depth + 1, chooses_code)
     elif isinstance(data, dict):
         for key, value in data.items():
-            named = "_implementation" in key and "/" in json.dumps(value)
-            if named or (key in _CODE_KEYS and value):
-                raise ModelError(f"{path}: {key}={shorten(value)} names code, and no code of a model is run; remove it")
-            _refuse_code(path, value)
+            if (key in _CODE_KEYS and value) or (chooses_code and "/" in key):
+                raise _names_code(path, key, value)
+            _refuse_code(path, value, depth + 1, key if "_implementation" in key else chooses_code)
+    elif isinstance(data, str) and chooses_code and "/" in data:
+        raise _names_code(path, chooses_code, data)
+
+
+def _names_code(path: Path, key: str, value: Any) -> ModelError:
+    return ModelError(f"{path}: {key}={shorten(value)} names code, and no code of a model is run; remove it")
 
 
 def shorten(value: object) -> str:

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from dualparal.models.json_files import ModelError, read_json, shorten
 
+_DTYPES = ("F32", "BF16", "F16", "F64")
+
 
 class WeightFiles:
     """The safetensors files of one component, single or sharded, opened by header.
@@ -18,6 +20,7 @@ class WeightFiles:
     Attributes:
         owner: the file of each tensor.
         shapes: the shape of each tensor.
+        dtypes: the dtype of each tensor, as safetensors names it.
 
     Raises:
         ModelError: no safetensors file, or one that is cut or corrupt.
@@ -51,6 +54,7 @@ class WeightFiles:
             )
         self.owner: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         for name in names:
             if Path(name).name != name:
                 raise ModelError(f"{indices[0]}: names the file {shorten(name)} outside its folder")
@@ -59,7 +63,21 @@ class WeightFiles:
             with _open(folder / name) as handle:
                 for key in handle.keys():  # noqa: SIM118 (not a dict)
                     self.owner[key] = folder / name
-                    self.shapes[key] = tuple(handle.get_slice(key).get_shape())
+                    part = handle.get_slice(key)
+                    self.shapes[key], self.dtypes[key] = tuple(part.get_shape()), part.get_dtype()
+
+    def check_dtypes(self, names: Iterable[str]) -> None:
+        """Refuses numbers that are none without a scale of their own, such as int8, which no config here speaks of.
+
+        Raises:
+            ModelError: one of these tensors is quantized.
+        """
+        odd = sorted(name for name in names if self.dtypes.get(name, _DTYPES[0]) not in _DTYPES)
+        if odd:
+            raise ModelError(
+                f"{self.folder}: {len(odd)} tensors are {self.dtypes[odd[0]]} ({', '.join(odd[:3])}): quantized "
+                f"weights are not supported; use those in {', '.join(_DTYPES)} (--linear-8bit makes 8 bits of them)"
+            )
 
     def read(self, names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
         """Yields (name, tensor on the CPU) of just these tensors, file by file."""
@@ -103,9 +121,11 @@ def check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], unused: Ca
         unused: (name) -> True for a tensor that may be there besides.
 
     Raises:
-        ModelError: tensors are missing, too many, or of another shape.
+        ModelError: tensors are missing, too many, quantized, or of another shape.
     """
-    found = WeightFiles(folder).shapes
+    files = WeightFiles(folder)
+    files.check_dtypes(expected)
+    found = files.shapes
     missing = sorted(set(expected) - set(found))
     extra = sorted(name for name in set(found) - set(expected) if not unused(name))
     shapes = [f"{n} {found[n]} instead of {s}" for n, s in expected.items() if n in found and found[n] != s]
@@ -136,14 +156,16 @@ def check_part(folder: Path, config: dict[str, Any], build: Callable[[dict[str, 
         build: (config) -> torch module; called under the meta device.
 
     Raises:
-        ModelError: nothing can be built from the config, or tensors are missing or of another shape.
+        ModelError: nothing can be built from the config, or tensors are missing, quantized or of another shape.
     """
-    found = WeightFiles(folder).shapes
+    files = WeightFiles(folder)
+    found = files.shapes
     try:
         with torch.device("meta"):
             tensors = build(config).state_dict(keep_vars=True)
     except Exception as error:  # whatever the library makes of a foreign config
         raise ModelError(f"{folder / 'config.json'}: cannot be built from it: {error}") from None
+    files.check_dtypes(name for name, tensor in tensors.items() if tensor.is_floating_point())
     there = {id(tensor) for name, tensor in tensors.items() if name in found}
     missing = sorted(name for name, tensor in tensors.items() if id(tensor) not in there)  # tied ones are stored once
     shapes = [

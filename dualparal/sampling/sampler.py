@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -50,6 +51,21 @@ _LISTS: dict[str, tuple[str, ...]] = {
 }
 _OWN_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _SHIFT_SEEN = 1e-3  # of the whole range: what a shift of 1.004 does to a noise level of one half
+_MOST_TRAIN_TIMESTEPS = 1_000_000
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Checks the numbers in a sampler's config, from which its noise levels follow.
+
+    Raises:
+        ValueError: NaN or infinity, or a number of timesteps that cannot be.
+    """
+    odd = [name for name, value in config.items() if isinstance(value, float) and not math.isfinite(value)]
+    if odd:
+        raise ValueError(f"sampler with {odd[0]}={config[odd[0]]}: use a number (flow_shift: 3.0 or 5.0)")
+    train = config.get("num_train_timesteps", 1000)
+    if isinstance(train, bool) or not isinstance(train, int) or not 1 <= train <= _MOST_TRAIN_TIMESTEPS:
+        raise ValueError(f"sampler with num_train_timesteps={train!r}: use 1 to {_MOST_TRAIN_TIMESTEPS} (usual: 1000)")
 
 
 class Sampler:
@@ -66,7 +82,8 @@ class Sampler:
         num_train_timesteps: the timestep of pure noise.
 
     Raises:
-        ValueError: a class that is not supported, an option of it that is not, or a list that it does not take.
+        ValueError: a class that is not supported, an option of it that is not, a config that gives no steps, or a list
+            that it does not take.
     """
 
     def __init__(
@@ -79,6 +96,7 @@ class Sampler:
         seed: int = 0,
     ) -> None:
         _check_supported(scheduler)
+        check_config(scheduler.config)
         self._fresh = copy.deepcopy(scheduler)
         self._seed = seed
         self._timesteps_given = timesteps is not None

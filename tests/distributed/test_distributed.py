@@ -1,4 +1,4 @@
-"""Several processes over gloo give the bits of one process; ending early, and disagreeing, end well on all ranks."""
+"""Several processes give the bits of one process; ending early, and disagreeing, end well on all ranks."""
 
 from __future__ import annotations
 
@@ -140,8 +140,9 @@ def leaving_early(wan21: Path) -> Cases:
 
 def check_threads(folder: Path, ranks: int) -> None:
     for rank in range(ranks):
-        running, left = map(int, (folder / f"threads-{rank}.txt").read_text().split())
-        assert running > 0 and left == 0, "gloo's threads outlive Python"
+        gloo, running, gloo_left, left = map(int, (folder / f"threads-{rank}.txt").read_text().split())
+        assert gloo == gloo_left == 0, "ranks of one machine meet over gloo, which listens on TCP"
+        assert running > 0 and left == 0, "the groups outlive Python"
 
 
 def test_ranks_that_disagree_say_in_what(tmp_path: Path, wan21: Path) -> None:

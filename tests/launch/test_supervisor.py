@@ -1,6 +1,7 @@
 """Faults are injected for real: signals, crashes, hangs, the death of the parent, each with a transport that
 notices a dead peer and with one that does not. The rule of blame is also tested alone, as a table."""
 
+import contextlib
 import json
 import logging
 import os
@@ -8,15 +9,18 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from dualparal.launch.blame import Failure, Limits, RankState, Report, blame
+from dualparal.launch.folder import run_folder
 from dualparal.launch.heartbeat import Heartbeat
 from dualparal.launch.supervisor import Kept, Supervisor, supervise
 from pairwise import pairwise
@@ -277,6 +281,16 @@ def test_time_the_parent_slept_is_not_held_against_the_ranks():
     assert Run(act=block_terminal, blocks=40).result.exit_code == 0
 
 
+def test_time_the_parent_slept_with_its_ranks_counts_for_nobody():
+    """All of them were stopped, so that there is no word of that time."""
+    supervisor, then = Supervisor(ARGV, 1), time.monotonic() - 100
+    state = RankState(0, heard=then, moved=then)
+    supervisor._ranks = [SimpleNamespace(state=state, open=False, reap=lambda: False)]
+    supervisor._listened_at = then
+    supervisor._listen()
+    assert state.heard - then == state.moved - then == pytest.approx(100, abs=10)
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="world_size=0"):
         supervise(ARGV, 0)
@@ -312,6 +326,7 @@ class Parent:
             [*ARGV, "parent", str(pid_file), str(RANKS)],
             env={**os.environ, **PATH, **toy, "TMPDIR": str(tmp_path)},
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests themselves may run under nohup
         )
@@ -325,7 +340,7 @@ class Parent:
 
     def finish(self):
         """Exit code, failure and seconds since the ranks were all at work."""
-        out, _ = self.process.communicate(timeout=20)
+        out, self.errors = self.process.communicate(timeout=20)
         elapsed = time.monotonic() - self.signalled_at
         assert not self.alive()
         assert not list(self.tmp_path.glob("dualparal-*"))
@@ -342,6 +357,55 @@ def test_first_signal_stops_at_a_block_boundary(tmp_path, number, exit_code):
     code, failure, elapsed = parent.finish()
     assert (code, failure) == (exit_code, None)
     assert elapsed < 2.0
+
+
+@pytest.mark.parametrize("everybody", [True, False], ids=["everybody", "ranks alone"])
+def test_a_signal_to_the_ranks_is_meant_for_the_run(tmp_path, everybody):
+    """Slurm, Kubernetes and systemd signal every process of a job."""
+    parent = Parent(tmp_path, grace=60)
+    for rank in parent.ranks:
+        rank.send_signal(signal.SIGTERM)
+    if everybody:
+        parent.send(signal.SIGTERM)
+    code, failure, _ = parent.finish()
+    assert (code, failure) == (143, None)
+    assert "were killed" not in parent.errors
+
+
+def test_a_signal_in_start_up_ends_it_at_once():
+    """Imports and loading hear no request: nobody waits for the end of grace."""
+    sleeper = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    supervisor = Supervisor(sleeper, 2, limits=Limits(grace=6))
+    threading.Timer(0.3, supervisor.interrupt).start()
+    begin = time.monotonic()
+    assert supervisor.run().exit_code == 130
+    assert time.monotonic() - begin < 0.3 + 2.0
+
+
+def test_a_killed_run_s_folder_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = (
+        "import time\nfrom dualparal.launch.folder import run_folder\n"
+        "with run_folder() as folder:\n    print(folder, flush=True)\n    time.sleep(1000)"
+    )
+    holder = [sys.executable, "-c", program]
+    found = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            process = stack.enter_context(
+                subprocess.Popen(holder, env={**os.environ, **PATH, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE)
+            )
+            stack.callback(process.kill)
+            found.append((process, Path(process.stdout.readline().decode().strip())))
+        (killed, left), (_, used) = found
+        foreign = tmp_path / "dualparal-run-foreign"  # not one of ours: others may read it
+        foreign.mkdir(mode=0o755)
+        killed.kill()
+        killed.wait()
+        assert left.is_dir()
+        with run_folder() as own:
+            assert sorted(tmp_path.iterdir()) == sorted([own, used, foreign])
+            assert stat.S_IMODE(own.stat().st_mode) == 0o700
 
 
 def test_second_signal_kills_at_once(tmp_path):
@@ -485,6 +549,15 @@ def test_blame(states, expected):
         assert failure is None
     else:
         assert failure is not None and failure.rank == expected[0] and expected[1] in failure.cause
+
+
+def test_a_rank_s_first_word_counts():
+    """What follows is the clean-up talking."""
+    state = RankState(0, heard=NOW, moved=NOW)
+    for text in ("out of memory", "cannot close"):
+        state.take({"error": text, "at": NOW}, NOW)
+        state.take({"error": f"lost: {text}", "peer": True, "at": NOW}, NOW)
+    assert (state.error.text, state.peer_error.text) == ("out of memory", "lost: out of memory")
 
 
 def test_while_stopping_only_hard_faults_count():

@@ -184,3 +184,11 @@ def test_the_users_scheduler_is_not_changed_by_a_list(name: str) -> None:
     before = scheduler.timesteps.clone(), scheduler.sigmas.clone()
     Sampler(scheduler, 2, sigmas=[1.0, 0.5]).start(0).step(velocity(0), 0, velocity(1))
     assert torch.equal(scheduler.timesteps, before[0]) and torch.equal(scheduler.sigmas, before[1])
+
+
+@pytest.mark.parametrize("config", [{"flow_shift": float("nan")}, {"num_train_timesteps": -5}])
+def test_a_config_that_gives_no_noise_levels_is_refused(config: dict[str, Any]) -> None:
+    scheduler = UniPCMultistepScheduler(**FLOW)
+    scheduler.register_to_config(**config)
+    with pytest.raises(ValueError, match=next(iter(config))):
+        Sampler(scheduler, 4)

@@ -274,9 +274,18 @@ class _EarlyRun(Schedule):
         return set()
 
 
+class _LaterLatents(Schedule):
+    """Wants its predecessor's latents a step further than they are."""
+
+    def previous_latents(self, unit: Unit) -> int | None:
+        found = super().previous_latents(unit)
+        return None if found is None else found + 1
+
+
 @pytest.mark.parametrize(
     ("broken", "context", "words"),
     [
+        (_LaterLatents, "paper", "reads latents of block"),
         (_StaleRead, "cached", "would find"),
         (_OneSlot, "cached", "would find"),
         (_EarlyRun, "paper", "latents of block"),

@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,9 +73,10 @@ def gloo_threads() -> int:
 
 
 def note_threads(path: Path) -> None:
-    """gloo's threads after the last run, and those that are left at the very end."""
+    """Threads of gloo and of private groups after the last run, and those that are left at the very end."""
+    private = sum(thread.name.startswith(("dualparal-send", "dualparal-receive")) for thread in threading.enumerate())
     with open(path, "a") as file:
-        file.write(f"{gloo_threads()} ")
+        file.write(f"{gloo_threads()} {private} ")
 
 
 def drain_and_tell(heartbeat: Heartbeat, phase: str, **where: Any) -> None:

@@ -10,7 +10,6 @@ import ctypes
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from dualparal.launch.heartbeat import Heartbeat
+from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
 
 FAULT_BLOCK = 5
 STOP_BLOCK = -1
@@ -141,9 +140,8 @@ def rank_main() -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     faults = dict(item.split(":")[::-1] for item in os.environ.get("TOY_FAULT", "").split(",") if item)
     fault = faults.get(str(rank))
+    on_stop_signals(heartbeat.pass_on)
     heartbeat.message(pid=os.getpid())
-    if fault == "ignore_stop":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if fault == "child":
         child = subprocess.Popen(["sleep", "1000"])
         heartbeat.message(child=child.pid)
