@@ -44,7 +44,7 @@ def run(engine: Engine, case: dict[str, Any], rank: int) -> dict[str, torch.Tens
             break
     chunks.close()  # type: ignore[attr-defined]
     if engine.stats is not None:
-        assert len(engine.stats.ranks) == engine.mesh.num_stages
+        assert len(engine.stats.ranks) == engine.mesh.stage_ranks
         assert len(engine.stats.ranks + engine.stats.decoders) == engine.mesh.world_size
     if not parts[0]:
         return None
