@@ -85,7 +85,9 @@ def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
         from dualparal.launch.blame import Failure
         from dualparal.launch.supervisor import write_error
 
-        where: dict[str, Any] = {name: heartbeat.where.get(name) for name in ("stage", "block", "step", "phase")}
+        where: dict[str, Any] = {
+            name: heartbeat.where.get(name) for name in ("stage", "place", "block", "step", "phase")
+        }
         write_error(
             error_file(job), Failure(0, **where, cause=text, exit_code=code, resume_command=resume_command(job))
         )
@@ -95,10 +97,11 @@ def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
 def _stream(job: Job, heartbeat: Heartbeat) -> int:
     """Runs the engine and writes what comes. Returns the signal that ended it early, or 0."""
     from dualparal.cli.results import Results
+    from dualparal.distributed.mesh import role_of
     from dualparal.io.latents import read_latents
 
     rank = int(os.environ.get("RANK", "0"))
-    heartbeat.phase("start", **({"stage": rank} if rank < job.stages else {"decoder": rank - job.stages}))
+    heartbeat.phase("start", **role_of(rank, job.stages, job.engine.sequence_parallel if job.ranks > 1 else 1))
     display = display_of(job) if leads() and not heartbeat.supervised else None
     engine = make_engine(job, _report(heartbeat, display))
     leading = engine.mesh.is_leader
