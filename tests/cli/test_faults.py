@@ -56,7 +56,7 @@ class Run:
 
     def __init__(
         self, folder: Path, model: Path, fault: str, frames: int = 801, more: tuple[str, ...] = (), ranks: int = 2,
-        **env: str,
+        places: int = 1, **env: str,
     ) -> None:  # fmt: skip
         self.out = folder / "a.mp4"
         self.messages: list[tuple[float, int, dict[str, Any]]] = []
@@ -65,7 +65,7 @@ class Run:
         self.warnings: list[str] = []
         handler.emit = self._log  # type: ignore[method-assign]
         logger.addHandler(handler)
-        slow, committed = SlowStages(2), []
+        slow, committed = SlowStages(2, places), []
 
         def hear(rank: int, message: dict[str, Any]) -> None:
             self.messages.append((time.monotonic(), rank, message))
@@ -160,6 +160,25 @@ def test_a_rank_that_decodes_is_named_by_its_role(
     run.check(2, code, *words, role="decoder 1")
     assert run.committed == list(range(6)) or run.committed == list(range(5))  # the last one on its way out
     assert run.error is not None and run.error["decoder"] == 1 and run.error["stage"] is None
+
+
+SHARED: dict[str, Any] = {
+    "more": ("--height", "128", "--width", "128", "--sequence-parallel", "2", "--stages", "2"),
+    "ranks": 4,
+    "places": 2,
+    "frames": 101,
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "words"), [("kill", 3, ("killed by SIGKILL",)), ("oom", 3, ("OutOfMemoryError: CUDA out",))]
+)
+def test_a_rank_that_shares_a_stage_is_named_by_its_place(
+    tmp_path: Path, wan21: Path, fault: str, code: int, words: tuple[str, ...]
+) -> None:
+    run = Run(tmp_path, wan21, f"{fault}:3", **SHARED, FAULT_BLOCK="6")
+    run.check(3, code, *words, role="stage 1, place 1")
+    assert run.error is not None and (run.error["stage"], run.error["place"]) == (1, 1)
 
 
 def test_nan_of_a_rank_that_decodes_is_named_by_its_role(tmp_path: Path, wan21: Path) -> None:

@@ -39,44 +39,44 @@ def case(model: Path, call: dict[str, Any] | None = None, more: dict[str, Any] |
     }
 
 
-def alone(case: dict[str, Any]) -> torch.Tensor:
-    """What one process gives, with one stage of one place."""
-    kept = {name: value for name, value in case["options"].items() if not name.startswith("sequence")}
-    call = {**case["call"], "num_frames": case["call"]["num_frames"] or 61}
-    frames: torch.Tensor = Engine.from_pretrained(case["model"], device="cpu", **kept)(
-        output_type="latent", **call
-    ).frames
-    return frames
+def alone(case: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What one process gives, with one stage of one place: latents, and frames where they are wanted."""
+    others = ("sequence_parallel", "sequence_parallel_form", "decode_ranks", "decode_in_place")
+    kept = {name: value for name, value in case["options"].items() if name not in others}
+    call = {"output_type": "latent", **case["call"], "num_frames": case["call"]["num_frames"] or 61}
+    chunks = list(Engine.from_pretrained(case["model"], device="cpu", **kept).stream(**call))
+    made = {"latents": torch.cat([chunk.latents for chunk in chunks], dim=2)}
+    if call["output_type"] != "latent":
+        made["frames"] = torch.cat([chunk.frames for chunk in chunks])
+    return made
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3])
-def test_ranks_that_share_stages_give_the_bits_of_one(
-    tmp_path: Path, wan21: Path, three_heads: Path, stages: int
-) -> None:
-    """The policies, guidance or none, heads that do not divide, both forms, refreshes, and ends before the end."""
-    cases = {
-        1: [
-            case(three_heads),
-            case(wan21, {"num_frames": None, "guidance_scale": 1.0}, {"leave_after": 1}),
-            case(wan21, context="paper", sequence_parallel_form="pipelined"),
-        ],
-        2: [
-            case(three_heads, context="paper"),
-            case(wan21, {"guidance_scale": 1.0}, context="prior", depth=1),
-            case(three_heads, sequence_parallel_form="pipelined", refresh_every=2),
-            case(wan21, {"num_frames": None}, {"leave_after": 1}),
-            case(wan21, {"num_frames": 61}, {"leave_after": 1}),
-            case(three_heads, {"guidance_scale": 1.0}),
-        ],
-        3: [case(three_heads), case(wan21, {"guidance_scale": 1.0}, context="paper", refresh_every=2)],
-    }[stages]
+def test_ranks_that_share_stages_give_the_bits_of_one(tmp_path: Path, wan21: Path, three_heads: Path) -> None:
+    """One, two and three stages of two ranks: the policies, guidance or none, heads that do not divide, both forms,
+    refreshes, ends before the end, and ranks that decode. One set of processes: where there are fewer stages the
+    others have nothing to decode."""
+    cases = [
+        case(three_heads, decode_ranks=4),
+        case(wan21, {"num_frames": None, "guidance_scale": 1.0}, {"leave_after": 1}, decode_ranks=4),
+        case(three_heads, context="paper", decode_ranks=2),
+        case(wan21, {"guidance_scale": 1.0}, context="prior", depth=1, decode_ranks=2),
+        case(three_heads, sequence_parallel_form="pipelined", refresh_every=2, decode_ranks=2),
+        case(wan21, {"num_frames": None}, {"leave_after": 1}, decode_ranks=2),
+        case(wan21, {"num_frames": 61}, {"leave_after": 1}, decode_ranks=2),
+        case(three_heads),
+        case(wan21, {"output_type": "pt"}, decode_ranks=2),
+        case(wan21, {"output_type": "pt", "guidance_scale": 1.0}, decode_in_place=True),
+    ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     limits = Limits(progress=60.0, startup=120.0)
     command = [sys.executable, str(WORKER), str(tmp_path)]
-    assert supervise(command, 2 * stages, limits=limits, env={"OMP_NUM_THREADS": "1"}) == Result(0)
+    assert supervise(command, 6, limits=limits, env={"OMP_NUM_THREADS": "1"}) == Result(0)
     for index, each in enumerate(cases):
-        made, whole = load_file(tmp_path / f"{index}.safetensors")["latents"], alone(each)
-        assert made.shape[2] >= 6 and torch.equal(made, whole[:, :, : made.shape[2]]), each
+        made, whole = load_file(tmp_path / f"{index}.safetensors"), alone(each)
+        for name, found in made.items():
+            count = found.shape[2] if name == "latents" else len(found)
+            expected = whole[name][:, :, :count] if name == "latents" else whole[name]
+            assert count >= 6 and torch.equal(found, expected), (name, each)
 
 
 def test_places_of_ranks() -> None:
