@@ -108,7 +108,9 @@ class Search:
         return pace(work, closed_form(free, [slowest] * count, 0.0, part))
 
     def _grouped(self, work: Workload) -> Cards | None:
-        """The cards as a workload uses them, one for each stage; None: they are no whole stages of it."""
+        """The cards as a workload uses them, one for each stage; None: they cannot share its stages."""
+        if not can_share(work, work.places):
+            return None
         return self.cards.grouped(work.places, work.schedule(1).decode_ranks)
 
     def _within(self, work: Workload, note: str) -> Plan | None:
@@ -152,7 +154,7 @@ class Search:
     def _cut(self, work: Workload) -> Plan | None:
         """The best split, or None when it does not fit."""
         all_cards = self._grouped(work)
-        if all_cards is None or not can_share(work, work.places):
+        if all_cards is None:
             return None
         count = len(all_cards.devices) - work.schedule(1).decode_ranks
         if not 1 <= count <= work.model.num_layers:
@@ -244,7 +246,7 @@ class Search:
         if ranks >= count:
             cards = f"{count} card{'s' if count > 1 else ''}"
             return NoPlan(f"decode_ranks={ranks} with {cards}: the stages need one, too; use {count - 1} or fewer")
-        if self._grouped(work) is None or not can_share(work, work.places):
+        if self._grouped(work) is None:
             return self._unshared(work)
         count = ranks + (count - ranks) // work.places
         parts = len(work.schedule(count - ranks).decoders)
@@ -282,7 +284,7 @@ class Search:
         stages = len(self.cards.devices) - ranks
         if stages % places or stages < places:
             return NoPlan(f"{what} with {stages} cards for stages: every stage takes {places}; use a multiple of that")
-        if self._grouped(work) is None:
+        if self.cards.grouped(places, ranks) is None:
             return NoPlan(f"{what}: the cards of a stage must be alike; give them another order, or use 1")
         if places > work.heads:
             return NoPlan(f"{what} with a model of {work.heads} heads: every card of a stage takes one; use fewer")
