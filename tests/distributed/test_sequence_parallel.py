@@ -63,6 +63,7 @@ def test_ranks_that_share_stages_give_the_bits_of_one(tmp_path: Path, wan21: Pat
         case(three_heads, sequence_parallel_form="pipelined", refresh_every=2, decode_ranks=2),
         case(wan21, {"num_frames": None}, {"leave_after": 1}, decode_ranks=2),
         case(wan21, {"num_frames": 61}, {"leave_after": 1}, decode_ranks=2),
+        case(wan21, {"num_frames": 61}, {"interrupt_at": 3}, decode_ranks=2),
         case(three_heads),
         case(wan21, {"output_type": "pt"}, decode_ranks=2),
         case(wan21, {"output_type": "pt", "guidance_scale": 1.0}, decode_in_place=True),
