@@ -1,11 +1,12 @@
 """How the pipeline scales over stages N, steps T and blocks M (the length), with layers that only take time. CPU.
 
     python bench/bench_pipeline.py              # minutes: N = 1, 2, 4, 8 processes of this machine
+    python bench/bench_pipeline.py --sequence-parallel 2 --stages 2 4 --only T=4    # two processes a stage
     python bench/draw.py                        # its rows as docs/scaling.png
 
 The engine, the schedule, the sampler and the gloo transport are real; a unit is a sleep of --model-ms / N on every
-stage, so there may be more processes than cores, and the bench says nothing about computing. Side by side, for the same
-video:
+stage (of several processes a stage, divided by these too, and they swap tensors in every layer), so there may be more
+processes than cores, and the bench says nothing about computing. Side by side, for the same video:
 
 ours       the whole pipeline, without guidance (one unit per block-step) and with it (two)
 one block  the same processes with one block in flight at a time: a stock model split by layers, which is what
@@ -18,6 +19,7 @@ runs the fastest counts: it is the least disturbed.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,8 +65,10 @@ CASES = [
 def work(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
     """All cases in these processes, one after the other."""
     for steps, blocks, context, guidance in job["cases"]:
-        engine = synthetic_engine(job["model"], job["stage_seconds"], context=context)
-        call = {**embeds(engine), "height": 32, "width": 32, "num_inference_steps": steps,
+        places = job["places"]
+        engine = synthetic_engine(job["model"], job["stage_seconds"], context=context, sequence_parallel=places)
+        side = 32 if places == 1 else 16 * math.ceil(math.sqrt(8 * places))  # 64 tokens for each place
+        call = {**embeds(engine), "height": side, "width": side, "num_inference_steps": steps,
                 "guidance_scale": 5.0 if guidance else 1.0, "output_type": "latent"}  # fmt: skip
         for frames in (Case(steps, 1, context).frames, Case(steps, blocks, context).frames) * job["repeats"]:
             for _chunk in engine.stream(**call, num_frames=frames):
@@ -75,12 +79,12 @@ def work(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
 
 
 def measure(
-    model: str, stages: int, cases: list[Case], model_seconds: float, repeats: int
+    model: str, stages: int, places: int, cases: list[Case], model_seconds: float, repeats: int
 ) -> Iterator[dict[str, object]]:
-    """A row per case with so many processes."""
-    unit = model_seconds / stages
-    job = {"model": model, "cases": cases, "stage_seconds": unit, "repeats": repeats}
-    heard = iter(in_processes(__file__, stages, job))
+    """A row per case with so many stages of so many processes."""
+    unit = model_seconds / (stages * places)
+    job = {"model": model, "cases": cases, "stage_seconds": unit, "repeats": repeats, "places": places}
+    heard = iter(in_processes(__file__, stages * places, job))
     for case in cases:
         runs = [(next(heard), next(heard)) for _ in range(repeats)]
         alone, whole = (min(of_one_kind, key=lambda run: run["seconds"]) for of_one_kind in zip(*runs))
@@ -90,6 +94,7 @@ def measure(
         yield {
             "context": case.context,
             "stages": stages,
+            **({"places": places} if places > 1 else {}),
             "steps": case.steps,
             "blocks": case.blocks,
             "guidance": case.guidance,
@@ -113,24 +118,29 @@ def main() -> None:
         return
     options = parser(__doc__, repeats=3)
     options.add_argument("--model-ms", type=float, default=160.0, help="of a unit through all stages")
-    options.add_argument("--stages", type=int, nargs="+", default=STAGES, help="numbers of processes")
+    options.add_argument("--stages", type=int, nargs="+", default=STAGES, help="numbers of stages")
+    options.add_argument("--sequence-parallel", type=int, default=1, help="processes of each stage")
     arguments = options.parse_args()
     cases = [case for case in CASES if arguments.only in case.name]
     if not cases:
         options.error(f"--only {arguments.only!r}: no case has this in its name: {', '.join(c.name for c in CASES)}")
     with tempfile.TemporaryDirectory() as folder:
-        model = str(build_tiny_pipeline(Path(folder) / "tiny", layers=max(arguments.stages)))
+        places = arguments.sequence_parallel
+        model = str(build_tiny_pipeline(Path(folder) / "tiny", layers=max(arguments.stages), heads=max(2, places)))
         for stages in arguments.stages:
             rows = []
             # One process takes as long as its sleeps, whatever T and M.
             some = [case for case in cases if stages > 1 or (case.steps, case.blocks) == (8, 8)]
-            for case, row in zip(some, measure(model, stages, some, arguments.model_ms / 1e3, arguments.repeats)):
+            for case, row in zip(
+                some, measure(model, stages, places, some, arguments.model_ms / 1e3, arguments.repeats)
+            ):
                 rows.append(row)
-                print(f"pipeline N={stages} {case.name:22s} ours {row['seconds']:7.2f} s, "
+                name = f"N={stages}" + (f" P={places}" if places > 1 else "")
+                print(f"pipeline {name} {case.name:22s} ours {row['seconds']:7.2f} s, "
                       f"first frames {row['first_s']:6.2f} s | one block at a time {row['one_block_s']:7.2f} s, "
                       f"{row['times_one_block']:.2f}x | schedule {row['schedule_s']:7.2f} s, "
                       f"excess {100 * row['excess']:.1f} % | "  # type: ignore[operator]
-                      f"speed-up {row['speedup']:.2f} of {stages}", flush=True)  # fmt: skip
+                      f"speed-up {row['speedup']:.2f} of {stages * places}", flush=True)  # fmt: skip
             if not arguments.no_record:
                 record("pipeline", rows, "cpu")
 

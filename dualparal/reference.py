@@ -67,7 +67,7 @@ def generate(
         time = expert.time(timestep)
         text = expert.text(prompt_embeds(block)[branch])
         rotary = expert.rotary(layout.window(block, refresh).start, window.shape[2], grid)
-        hidden = expert.embed(window)
+        hidden = expert.embed(expert.patches(window))
         pending: Pending | None = None
         own, count, first = len(hidden), context * grid.tokens, fed * grid.tokens
         for layer in range(expert.num_layers):
@@ -91,7 +91,7 @@ def generate(
             if isinstance(keys_values, Context8):
                 means[layer, block, branch] = key_mean(keys_values.k_sums, own)
         own_pending = None if pending is None else (pending[0][first:], pending[1])
-        return expert.head(hidden[first:], own_pending, time, grid)
+        return expert.picture(expert.head(hidden[first:], own_pending, time), grid)
 
     for iteration in itertools.count():
         newest = min(iteration // gap, layout.num_blocks - 1)

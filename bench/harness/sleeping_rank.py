@@ -16,6 +16,7 @@ import torch
 
 from dualparal.config.blocks import BlockConfig
 from dualparal.distributed.mesh import Mesh
+from dualparal.distributed.messages import Lengths
 from dualparal.distributed.prompts import PromptChannel
 from dualparal.distributed.remote import ReceiveEdge, SendEdge, make_groups, warm_up
 from dualparal.launch.heartbeat import Heartbeat
@@ -75,7 +76,8 @@ def run(case: dict[str, Any], mesh: Mesh, groups: Sequence[Any]) -> dict[str, An
     assert layout.num_blocks == schedule.num_blocks
     rank, n, before, after = mesh.rank, mesh.world_size, mesh.before, mesh.after
     hidden = layout.max_window_frames * SIDE * SIDE * INNER + 1
-    sizes = [hidden] * (n - 1) + [layout.first_frames * CHANNELS * SIDE * SIDE + 1]
+    most = [hidden] * (n - 1) + [layout.first_frames * CHANNELS * SIDE * SIDE + 1]
+    sizes = [Lengths.fixed(elements) for elements in most]
     common = schedule.depth, schedule.num_units, torch.float32, mesh.device
 
     def queue(video: int) -> LatentQueue:

@@ -9,7 +9,7 @@ import torch
 
 from dualparal.config.decoding import row_ranges
 from dualparal.engine.engine import Engine
-from dualparal.models.base import Grid, Pending, RowExchange, TimeCondition
+from dualparal.models.base import AttentionStrategy, Pending, RowExchange, TimeCondition, attend_here
 
 
 class SleepingLayers:
@@ -30,21 +30,24 @@ class SleepingLayers:
             self._made[name, key] = torch.zeros(shape, dtype=self._inner.dtype)
         return self._made[name, key]
 
-    def embed(self, latents: torch.Tensor) -> torch.Tensor:
-        tokens = latents.shape[2] * latents.shape[3] * latents.shape[4] // 4
-        return self._zeros("hidden", tokens, (tokens, self._inner.inner_dim))
+    def embed(self, patches: torch.Tensor) -> torch.Tensor:
+        return self._zeros("hidden", len(patches), (len(patches), self._inner.inner_dim))
 
-    def layer(self, index: int, hidden: torch.Tensor, pending: Any, *rest: Any) -> tuple[torch.Tensor, Pending]:
+    def layer(
+        self, index: int, hidden: torch.Tensor, pending: Any, times: Any, text: Any, rotary: Any, context: Any,
+        lends: Any = (), attend: AttentionStrategy = attend_here,
+    ) -> tuple[torch.Tensor, Pending]:  # fmt: skip
         if index == 0 and self._seconds:
             time.sleep(self._seconds)
+        if attend is not attend_here:  # places of a stage wait for each other
+            attend(lambda queries, keys, heads: queries, hidden, context, self._inner.heads)
         return hidden, (hidden, None)
 
     def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
         return hidden
 
-    def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition, grid: Grid) -> torch.Tensor:
-        frames = len(hidden) // grid.tokens
-        return self._zeros("velocity", frames, (1, self._inner.config["in_channels"], frames, grid.height, grid.width))
+    def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition) -> torch.Tensor:
+        return self._zeros("velocity", len(hidden), (len(hidden), 4 * self._inner.config["in_channels"]))
 
 
 class SleepingDecoder:

@@ -199,7 +199,10 @@ class PlaceFlags:
     """Place"""
 
     gpus: Annotated[
-        int | None, typer.Option(help="Number of GPUs, one stage each but for --decode-gpus.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Number of GPUs, one stage each but for --decode-gpus and --sequence-parallel.", show_default=False
+        ),
     ] = None
     stages: Annotated[
         int | None, typer.Option(help="Number of stages (processes). Default: --gpus less --decode-gpus, or 1.")
@@ -214,6 +217,17 @@ class PlaceFlags:
     decode_in_place: Annotated[
         bool, typer.Option(help="Every stage's GPU decodes a part of the picture's rows beside its own work.")
     ] = False
+    sequence_parallel: Annotated[
+        int,
+        typer.Option(
+            help="GPUs (processes) of each stage, which share the tokens and heads of every unit: for few steps on "
+            "many cards. The same video."
+        ),
+    ] = 1
+    sequence_parallel_form: Annotated[
+        str,
+        typer.Option(help="plain, or pipelined: one group of heads travels while the next is attended to."),
+    ] = "plain"
     layers_per_stage: Annotated[
         str | None,
         typer.Option(help="Layers of each stage, such as 9,11,10. Default: an even split.", show_default=False),

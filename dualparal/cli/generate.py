@@ -63,7 +63,8 @@ def generate(
     job = _job(prompts, video, model, eight_bit, blocks, place, output)
     if place.plan is not None and not heartbeat.supervised:
         given = place.stages is not None or place.decode_gpus > 0 or place.decode_in_place
-        job = _planned(job, place.plan, search_decoders=place.gpus is not None and not given)
+        search = place.gpus is not None and not given
+        job = _planned(job, place.plan, search, search_places=search and place.sequence_parallel == 1)
     every, note = job.engine.blocks.refresh_every, ""
     if every != blocks.refresh_every:
         note = (
@@ -90,7 +91,8 @@ def _job(
     stages = place.stages
     if split and place.gpus is None and stages is None and "RANK" not in os.environ:
         stages = len(split)
-    stages = count_stages(place.gpus, stages, place.device, place.decode_gpus)
+    places = place.sequence_parallel
+    stages = count_stages(place.gpus, stages, place.device, place.decode_gpus, places)
     request = _video(video, model.model, "latent" if out is None else "uint8")
     return Job(
         prompts=_prompts(texts, prompts.prompt_at or [], video.num_frames),
@@ -108,6 +110,8 @@ def _job(
             decode_ranks=place.decode_gpus,
             decode_in_place=place.decode_in_place,
             depth=place.depth,
+            sequence_parallel=places,
+            sequence_parallel_form=place.sequence_parallel_form,
             graphs=place.graphs,
             allow_nonfinite=model.allow_nonfinite,
             **eight_bit.options(),
@@ -115,7 +119,7 @@ def _job(
         model=model.model,
         sampler=model.sampler,
         flow_shift=model.flow_shift,
-        threads=choose_threads(place.threads, stages + place.decode_gpus, model.model),
+        threads=choose_threads(place.threads, stages * places + place.decode_gpus, model.model),
         outs=_outs(out, len(texts)),
         fps=output.fps,
         keep_blocks=output.keep_blocks,
@@ -194,8 +198,9 @@ def _blocks(flags: BlockFlags, checkpoint: Path | None, steps: int) -> BlockConf
     return replace(found, refresh_every=max(1, steps // 2))
 
 
-def _planned(job: Job, mode: str, search_decoders: bool) -> Job:
-    """The job with the planner's choice of layers per stage, blocks in flight and who decodes. Raises ValueError.
+def _planned(job: Job, mode: str, search_decoders: bool, search_places: bool) -> Job:
+    """The job with the planner's choice of layers per stage, cards per stage, blocks in flight and who decodes. Raises
+    ValueError.
 
     Called once, in the process that starts the ranks, since they must agree.
 
@@ -203,6 +208,7 @@ def _planned(job: Job, mode: str, search_decoders: bool) -> Job:
         job: with all of its cards, none of which is kept for decoding unless the user said so.
         mode: the flag's value.
         search_decoders: who decodes is chosen here.
+        search_places: the cards of each stage are chosen here.
     """
     from dualparal.models.source import resolve_model
     from dualparal.planning.measured import cards
@@ -223,7 +229,7 @@ def _planned(job: Job, mode: str, search_decoders: bool) -> Job:
     vae_dtype = choose_vae_dtype(engine.vae_dtype, on_card=engine.device != "cpu")
     sizes = resolve_model(job.model).sizes
     work = Workload(sizes, job.video, replace(engine, dtype=dtype, vae_dtype=vae_dtype), len(job.prompts))
-    found = plan_for(work, [cards(job.device, job.ranks)], search_decoders=search_decoders)
+    found = plan_for(work, [cards(job.device, job.ranks)], search_decoders=search_decoders, search_places=search_places)
     typer.echo(f"plan: {found.describe()}", err=True)
     chosen = found.work.engine
     engine = replace(
@@ -233,6 +239,7 @@ def _planned(job: Job, mode: str, search_decoders: bool) -> Job:
         layers_per_stage=tuple(found.split),
         decode_ranks=chosen.decode_ranks,
         decode_in_place=chosen.decode_in_place,
+        sequence_parallel=chosen.sequence_parallel,
     )
     return replace(job, engine=engine)
 
@@ -242,7 +249,7 @@ def _run_job(job: Job, heartbeat: Heartbeat, limits: Limits, planned: bool = Fal
 
     Args:
         limits: of the patience with ranks.
-        planned: layers per stage, blocks in flight and who decodes are the planner's; the ranks have to be told.
+        planned: layers and cards per stage, blocks in flight and who decodes are the planner's; ranks are told.
         note: a line for the user, once the job is known to be sound.
     """
     is_rank, count = "RANK" in os.environ, job.ranks

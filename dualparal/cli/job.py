@@ -74,8 +74,8 @@ class Job:
 
     @property
     def ranks(self) -> int:
-        """The number of processes that do the work: a stage each, and those that decode."""
-        return self.stages + self.engine.decode_ranks
+        """The number of processes that do the work: those of the stages, and those that decode."""
+        return self.stages * self.engine.sequence_parallel + self.engine.decode_ranks
 
     @property
     def device(self) -> str:

@@ -44,7 +44,7 @@ def lead(job: Job, limits: Limits, planned: bool = False) -> int:
 
     Args:
         limits: of the patience with them.
-        planned: the ranks are told the layers per stage, blocks in flight and decoders of ``job``.
+        planned: the ranks are told the layers and ranks per stage, blocks in flight and decoders of ``job``.
 
     Returns:
         The exit code (``launch.supervisor.Result``).
@@ -57,13 +57,14 @@ def lead(job: Job, limits: Limits, planned: bool = False) -> int:
     if planned and engine.layers_per_stage is not None:
         arguments += ["--layers-per-stage", ",".join(map(str, engine.layers_per_stage))]
         arguments += ["--context-version", engine.blocks.context_version, "--decode-gpus", str(engine.decode_ranks)]
+        arguments += ["--sequence-parallel", str(engine.sequence_parallel)]
         arguments += ["--decode-in-place"] * engine.decode_in_place
         if engine.blocks.max_blocks_in_flight is not None:
             arguments += ["--max-blocks-in-flight", str(engine.blocks.max_blocks_in_flight)]
     display = display_of(job)
     started = time.time()
     summary: list[str] = []
-    slow = SlowStages(job.stages)
+    slow = SlowStages(job.stages, engine.sequence_parallel)
     kept = Kept()
 
     def hear(rank: int, message: dict[str, Any]) -> None:

@@ -27,25 +27,28 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
         ) from None
 
 
-def count_stages(gpus: int | None, stages: int | None, device: str | None, decoders: int = 0) -> int:
+def count_stages(gpus: int | None, stages: int | None, device: str | None, decoders: int = 0, places: int = 1) -> int:
     """The number of stages, from the flags or from a launcher's environment, which knows the number of processes.
 
     Args:
         gpus: all cards of the run.
-        stages: the processes that have one.
+        stages: their number, as the flag has it.
         device: as the flag has it.
         decoders: cards or processes that only decode.
+        places: cards or processes of each stage.
 
     Raises:
         ValueError: flags that contradict each other, the device or the environment.
     """
     if decoders < 0:
         raise ValueError(f"--decode-gpus {decoders}: use the number of GPUs that only decode, 0 for none")
-    if gpus is not None and stages is not None and gpus != stages + decoders:
-        if decoders:
+    if places < 1:
+        raise ValueError(f"--sequence-parallel {places}: use the number of GPUs or processes of each stage, from 1 on")
+    if gpus is not None and stages is not None and gpus != stages * places + decoders:
+        if decoders or places > 1:
+            others = f" --decode-gpus {decoders}" * (decoders > 0) + f" --sequence-parallel {places}" * (places > 1)
             raise ValueError(
-                f"--gpus {gpus} and --stages {stages} with --decode-gpus {decoders}: --gpus counts all of them; leave "
-                "--stages out"
+                f"--gpus {gpus} and --stages {stages} with{others}: --gpus counts all of them; leave --stages out"
             )
         raise ValueError(f"--gpus {gpus} and --stages {stages}: one stage runs on one GPU; give one of them")
     if gpus is not None and device not in (None, "cuda"):
@@ -58,7 +61,7 @@ def count_stages(gpus: int | None, stages: int | None, device: str | None, decod
     if count is not None and count < 1:
         raise ValueError(f"{flag} {count}: every layer needs an owner; use 1 or more")
     if gpus is not None and count is not None:
-        count = gpus - decoders
+        count = _whole_stages(f"--gpus {gpus}", gpus, decoders, places)
     if "RANK" not in os.environ:
         return count or 1
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -66,14 +69,27 @@ def count_stages(gpus: int | None, stages: int | None, device: str | None, decod
         raise ValueError(
             f"--decode-gpus {decoders} in a run of {world_size} processes: the stages need one, too; start more"
         )
-    if count not in (None, world_size - decoders):
+    here = _whole_stages(f"a run of {world_size} processes", world_size, decoders, places)
+    if count not in (None, here):
         given = gpus if stages is None else stages
         what = f"{decoders} decode and every other process" if decoders else "every process"
+        is_ = "is one stage" if places == 1 else f"shares a stage with {places - 1}"
         raise ValueError(
-            f"{flag} {given} in a run of {world_size} processes: {what} is one stage; leave {flag} out, "
-            f"or start {(count or 0) + decoders} processes"
+            f"{flag} {given} in a run of {world_size} processes: {what} {is_}; leave {flag} out, "
+            f"or start {(count or 0) * places + decoders} processes"
         )
-    return world_size - decoders
+    return here
+
+
+def _whole_stages(what: str, total: int, decoders: int, places: int) -> int:
+    """The number of stages of ``total`` cards or processes. Raises ValueError when a stage would lack some."""
+    stages, left = divmod(total - decoders, places)
+    if left or not stages:
+        raise ValueError(
+            f"--sequence-parallel {places} with {total - decoders} for the stages of {what}: every stage takes "
+            f"{places}; use a multiple of that"
+        )
+    return stages
 
 
 def choose_device(name: str | None, gpus: int | None) -> str:

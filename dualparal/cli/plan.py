@@ -36,6 +36,13 @@ def _decoders(gpus: str, in_place: bool) -> dict[str, Any]:
     return {} if gpus == AUTO else {"decode_ranks": int(gpus)}
 
 
+def _places(cards: str) -> dict[str, Any]:
+    """The cards of a stage as options of ``planner.plan``; none: they are searched. Raises ValueError."""
+    if cards != AUTO and not cards.isdecimal():
+        raise ValueError(f"--sequence-parallel {cards!r}: use a number of cards, or {AUTO}")
+    return {} if cards == AUTO else {"sequence_parallel": int(cards)}
+
+
 @dataclass(frozen=True)
 class PlanFlags:
     """Video, model and cards"""
@@ -77,6 +84,9 @@ class PlanFlags:
         ),
     ] = AUTO
     decode_in_place: Annotated[bool, typer.Option(help="Every stage's card decodes a part beside its units.")] = False
+    sequence_parallel: Annotated[
+        str, typer.Option(help="Cards of each stage, as in 'generate'; auto: what is fastest.")
+    ] = AUTO
     link: Annotated[
         str | None, typer.Option(help="Between cards: pcie4, nvlink4, 25gbe ... Default: the cards' own.")
     ] = None
@@ -95,6 +105,7 @@ def plan(call: typer.Context, flags: PlanFlags, blocks: BlockFlags, eight_bit: E
     options = {**asdict(flags), **asdict(blocks), **eight_bit.options()}
     height, width = _size(options.pop("size"))
     options |= {name: parse_steps(f"--{name}", options[name]) for name in ("timesteps", "sigmas")}
+    options |= _places(options.pop("sequence_parallel"))
     options |= _decoders(options.pop("decode_gpus"), options.pop("decode_in_place"))
     console = Console()
     try:
@@ -138,7 +149,7 @@ def show(found: Plan, console: Console) -> None:
 def _remarks(found: Plan) -> Iterator[str]:
     """Yields the error of the prediction, what stands for a size of memory, fewer blocks in flight, and the share of
     decoding, a line each."""
-    error, cards = found.error, found.cards.devices
+    error, cards = found.error, found.all_devices
     untimed = ", ".join(dict.fromkeys(card.name for card in cards if not card.efficiency.timings))
     yield (
         f"Error: {found.seconds * error.low:.0f} to {found.seconds * error.high:.0f} s, since {error.timings} "
@@ -180,6 +191,7 @@ def _rates(card: Device) -> str:
 def _stages(found: Plan) -> Table:
     """The memory and the busy time of each stage, and of each card that only decodes."""
     table = Table("stage", "card", title="GiB per card")
+    places = found.work.places
     times = found.simulation and [*found.simulation.stages, *found.simulation.decoders]
     for name in ("layers", "weights", "features", "other", "peak", "usable", "busy"):
         table.add_column(name, justify="right")
@@ -189,7 +201,7 @@ def _stages(found: Plan) -> Table:
         numbers = [memory.weights, memory.features, other, memory.peak, found.cards.usable[stage]]
         table.add_row(
             str(stage) if stage < len(found.split) else "VAE",
-            found.cards.devices[stage].name,
+            found.cards.devices[stage].name + (f" x {places}" if stage < len(found.split) and places > 1 else ""),
             str(found.split[stage]) if stage < len(found.split) else "-",
             *(f"{number / GIB:.1f}" for number in numbers),
             busy,

@@ -93,7 +93,9 @@ def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
         return code
     typer.echo(f"error: {one_line(text)}", err=True)
     if code != BAD_INPUT and "RANK" not in os.environ:
-        where: dict[str, Any] = {name: heartbeat.where.get(name) for name in ("stage", "block", "step", "phase")}
+        where: dict[str, Any] = {
+            name: heartbeat.where.get(name) for name in ("stage", "place", "block", "step", "phase")
+        }
         write_error(
             error_file(job), Failure(0, **where, cause=text, exit_code=code, resume_command=resume_command(job))
         )
@@ -106,8 +108,10 @@ def _stream(job: Job, heartbeat: Heartbeat, limits: Limits) -> int:
     Returns:
         The signal that ended it early, or 0.
     """
+    from dualparal.distributed.mesh import role_of
+
     rank = int(os.environ.get("RANK", "0"))
-    heartbeat.phase("start", **({"stage": rank} if rank < job.stages else {"decoder": rank - job.stages}))
+    heartbeat.phase("start", **role_of(rank, job.stages, job.engine.sequence_parallel if job.ranks > 1 else 1))
     display = display_of(job) if leads() and not heartbeat.supervised else None
     engine = make_engine(job, _report(heartbeat, display))
     watch = None if heartbeat.supervised or not engine.mesh.distributed else _watch(job, engine, heartbeat, limits)

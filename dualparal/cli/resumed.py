@@ -20,6 +20,7 @@ _MAY_CHANGE = {
     "resume", "timeline", "overwrite", "gpus", "stages", "layers_per_stage", "device", "threads", "depth", "graphs",
     "checkpoint_every", "decoder", "vae_dtype", "decode_gpus", "decode_in_place",
     "heartbeat_limit", "progress_limit", "startup_limit", "grace",
+    "sequence_parallel", "sequence_parallel_form",
 }  # fmt: skip
 
 
@@ -66,6 +67,7 @@ def _elsewhere(
     """
     split = parse_layers(place.layers_per_stage)
     stages = len(split) if split else job.stages
+    places = place.sequence_parallel if "sequence_parallel" in asked else job.engine.sequence_parallel
     decoders, in_place = job.engine.decode_ranks, job.engine.decode_in_place
     if asked & {"decode_gpus", "decode_in_place"}:
         decoders, in_place = place.decode_gpus, place.decode_in_place
@@ -73,10 +75,10 @@ def _elsewhere(
         logger.warning("--gpus %d: too few for the %d that only decoded; all of them have stages", place.gpus, decoders)
         decoders = 0
     if "decode_gpus" in asked and not asked & {"gpus", "stages", "layers_per_stage"} and job.device == "cuda":
-        stages = max(1, job.ranks - decoders)  # the cards stay as many
+        stages = max(1, (job.ranks - decoders) // places)  # the cards stay as many
     if asked & {"gpus", "stages"} or "RANK" in os.environ:
-        stages = count_stages(place.gpus, place.stages, place.device, decoders)
-    same = stages == job.stages
+        stages = count_stages(place.gpus, place.stages, place.device, decoders, places)
+    same = stages == job.stages and places == job.engine.sequence_parallel
     engine = replace(
         job.engine,
         stages=stages,
@@ -86,12 +88,13 @@ def _elsewhere(
         vae_dtype=model.vae_dtype if "vae_dtype" in asked else job.engine.vae_dtype,
         decode_ranks=decoders,
         decode_in_place=in_place,
-        **{name: getattr(place, name) for name in asked & {"depth", "graphs"}},
+        sequence_parallel=places,
+        **{name: getattr(place, name) for name in asked & {"depth", "graphs", "sequence_parallel_form"}},
     )
     return replace(
         job,
         engine=engine,
-        threads=choose_threads(place.threads or (job.threads if same else 0), stages + decoders),
+        threads=choose_threads(place.threads or (job.threads if same else 0), stages * places + decoders),
         checkpoint=folder,
         checkpoint_every=output.checkpoint_every if "checkpoint_every" in asked else job.checkpoint_every,
         timeline=output.timeline,

@@ -13,6 +13,7 @@ from dualparal.config.eight_bit import LINEAR_OFF, OFF, EightBitPolicy, LinearPo
 
 # Of the transformer, and of the VAE: bytes per element.
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+SEQUENCE_PARALLEL_FORMS = ("plain", "pipelined")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class EngineConfig:
         text_encoder_device: "cpu": prompts are encoded on the CPU, where the card has no room for the text encoder.
             Default: on ``device`` before a run, and on the CPU while one goes on.
         depth: messages that fit between two stages.
+        sequence_parallel: ranks of each stage, P: they share the tokens and the heads of every unit. On the CPU the
+            same video for any number, as long as each rank computes on one thread. 1: a stage is one rank.
+        sequence_parallel_form: "plain", or "pipelined": the result of one group of heads travels while the next is
+            attended to. The same video.
         graphs: run each stage step as a CUDA graph; the same bits, less work for the host.
         attention_8bit: self-attention in 8 bits, in all layers and steps or in some; with a dtype of 16 bits. Another
             video, near that of "off"; the same for any number of stages.
@@ -59,6 +64,8 @@ class EngineConfig:
     decode_ranks: int = 0
     decode_in_place: bool = False
     depth: int = 2
+    sequence_parallel: int = 1
+    sequence_parallel_form: str = "plain"
     graphs: bool = False
     attention_8bit: EightBitPolicy = OFF
     linear_8bit: LinearPolicy = LINEAR_OFF
@@ -93,6 +100,27 @@ class EngineConfig:
                 "bfloat16; use dtype='bfloat16'"
             )
         self._check_features_8bit()
+        self._check_sequence_parallel()
+
+    def _check_sequence_parallel(self) -> None:
+        """Checks the ranks of a stage, and what they cannot share yet. Raises ValueError."""
+        count, form = self.sequence_parallel, self.sequence_parallel_form
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"sequence_parallel={count!r}: use the number of ranks of each stage, from 1 on")
+        if form not in SEQUENCE_PARALLEL_FORMS:
+            raise ValueError(
+                f"sequence_parallel_form={form!r} is not a form; use one of {', '.join(SEQUENCE_PARALLEL_FORMS)}"
+            )
+        others = {
+            "graphs=True": (self.graphs, "an exchange between ranks is not captured in a graph"),
+            f"attention_8bit={self.attention_8bit.mode!r}": (
+                self.attention_8bit.on, "its scales and means are of all tokens of a window, of which a rank has some"
+            ),
+            "features_8bit=True": (self.features_8bit, "its scales are of all heads, of which a rank has some"),
+        }  # fmt: skip
+        for name, (on, reason) in others.items():
+            if on and count > 1:
+                raise ValueError(f"{name} with sequence_parallel={count}: {reason}; leave one of them out")
 
     def _check_decoders(self) -> None:
         """Checks who decodes. Raises ValueError."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from dualparal.distributed.messages import Header, TransportError
+from dualparal.distributed.messages import Header, Lengths, TransportError
 
 
 class Outbound(Protocol):
@@ -37,8 +37,9 @@ class Outbound(Protocol):
 
         Args:
             header: the message's.
-            tensor: any shape, of the edge's dtype; it may be smaller than the buffer. None: the header alone counts.
-            mark: [1], which goes to the very end of the buffer; without it that is whatever was there.
+            tensor: any shape, of the edge's dtype; it may be shorter than the unit's message. None: the header alone
+                counts.
+            mark: [1], which goes to the very end of the message; without it that is whatever was there.
 
         Raises:
             TransportError: a tensor of another dtype, or one that does not fit.
@@ -77,7 +78,7 @@ class Inbound(Protocol):
         """Waits for the next message.
 
         Returns:
-            Its header, and the whole buffer, flat [elements], which is valid until ``release``.
+            Its header, and what came behind it, flat [elements of its unit], which is valid until ``release``.
 
         Raises:
             TransportError: the header is not the one of such an edge.
@@ -99,7 +100,7 @@ class Inbound(Protocol):
 
 
 def fill(edge: str, buffer: torch.Tensor, tensor: torch.Tensor, mark: torch.Tensor | None) -> None:
-    """Copies into a message buffer.
+    """Copies into a buffer as long as the message.
 
     Raises:
         TransportError: the tensor has another dtype, or does not fit beside the mark.
@@ -122,14 +123,15 @@ class LocalEdge:
 
     Args:
         name: for error messages.
-        elements: size of a buffer.
+        lengths: of the messages.
         depth: number of buffers.
     """
 
-    def __init__(self, name: str, elements: int, depth: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, name: str, lengths: Lengths, depth: int, dtype: torch.dtype, device: torch.device) -> None:
         self.name = name
         self.waited = 0.0
-        self._buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(depth)]
+        self._length = lengths.of
+        self._buffers = [torch.empty(lengths.most, dtype=dtype, device=device) for _ in range(depth)]
         self._free = deque(range(depth))
         self._full: deque[tuple[Header, int]] = deque()
         self._reading: int | None = None
@@ -143,12 +145,12 @@ class LocalEdge:
     def send(self, header: Header, tensor: torch.Tensor | None, mark: torch.Tensor | None = None) -> None:
         slot = self._free.popleft()
         if tensor is not None:
-            fill(self.name, self._buffers[slot], tensor, mark)
+            fill(self.name, self._buffers[slot][: self._length(header.unit)], tensor, mark)
         self._full.append((header, slot))
 
     def receive(self) -> tuple[Header, torch.Tensor]:
         header, self._reading = self._full.popleft()
-        return header, self._buffers[self._reading]
+        return header, self._buffers[self._reading][: self._length(header.unit)]
 
     def release(self) -> None:
         assert self._reading is not None, "nothing to release"

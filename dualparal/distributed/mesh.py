@@ -1,7 +1,7 @@
 """The rank of this process, and the meeting of ranks: by torchrun, by our supervisor, or one process alone.
 
-One rank owns one stage. Nothing listens outside loopback unless torchrun set it up so: ranks that our supervisor
-starts meet through a file in a private folder.
+One rank owns one stage, or several share it: those of stage s are s * P to s * P + P - 1. Nothing listens outside
+loopback unless torchrun set it up so: ranks that our supervisor starts meet through a file in a private folder.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Mesh:
         world_size: processes of the run.
         num_stages: stages of the whole run.
         device: this process's.
-        distributed: more than one process; then stage k lies on rank k, and ranks from ``num_stages`` on decode; else
-            all of it lies here.
+        distributed: more than one process; then each stage has its ranks, and those after them decode; else all of it
+            lies here.
+        places: ranks of each stage, P. In one process as many threads.
     """
 
     rank: int
@@ -47,49 +48,80 @@ class Mesh:
     num_stages: int
     device: torch.device
     distributed: bool
+    places: int = 1
 
     @property
     def is_leader(self) -> bool:
-        """True on the rank that owns stage 0, and with it latents, samplers, snapshots and the consumer."""
+        """True on the first rank of stage 0, which has latents, samplers, snapshots and the consumer."""
         return self.rank == 0
+
+    @property
+    def stage_ranks(self) -> int:
+        """The number of ranks that have a stage or a place in one, N * P; those after them decode."""
+        return self.num_stages * self.places
+
+    @property
+    def place(self) -> int:
+        """The number of this rank among those of its stage."""
+        return self.rank % self.places if self.distributed else 0
+
+    def rank_of(self, place: int) -> int:
+        """The rank of a place of the schedule: of a stage its first one, or one that only decodes."""
+        n = self.num_stages
+        return place * self.places if place < n else self.stage_ranks + place - n
+
+    @property
+    def schedule_place(self) -> int | None:
+        """The inverse of ``rank_of`` for this rank; None: another place of its stage."""
+        if self.rank >= self.stage_ranks:
+            return self.num_stages + self.rank - self.stage_ranks
+        return None if self.place else self.rank // self.places
+
+    @property
+    def team(self) -> range:
+        """The ranks of this one's stage."""
+        first = self.rank - self.place
+        return range(first, first + self.places)
 
     @property
     def stages(self) -> range:
         """The stages of this process; none on a rank that only decodes."""
-        here = range(self.rank, self.rank + 1) if self.distributed else range(self.num_stages)
+        stage = self.rank // self.places
+        here = range(stage, stage + 1) if self.distributed else range(self.num_stages)
         return range(min(here.start, self.num_stages), min(here.stop, self.num_stages))
 
     @property
     def role(self) -> dict[str, int]:
-        """The number of this rank among those of its role, by the role's name: "stage" or "decoder"."""
-        decodes = self.rank >= self.num_stages
-        return {"decoder": self.rank - self.num_stages} if decodes else {"stage": self.rank}
+        """The number of this rank among those of its role, by the role's name: "stage" or "decoder". Where a stage
+        has several ranks, "place" is the number among these."""
+        return role_of(self.rank, self.num_stages, self.places)
 
     @property
     def before(self) -> int:
-        """The rank of the stage before this one's, which for stage 0 is the last."""
-        return (self.rank - 1) % self.num_stages
+        """The rank of the same place of the stage before this one's, which for stage 0 is the last."""
+        return (self.rank - self.places) % self.stage_ranks
 
     @property
     def after(self) -> int:
-        """The rank of the stage after this one's, which for the last is stage 0."""
-        return (self.rank + 1) % self.num_stages
+        """The rank of the same place of the stage after this one's, which for the last is stage 0."""
+        return (self.rank + self.places) % self.stage_ranks
 
     @classmethod
-    def local(cls, device: torch.device, num_stages: int = 1) -> Mesh:
+    def local(cls, device: torch.device, num_stages: int = 1, places: int = 1) -> Mesh:
         """The mesh of a run in this process alone, which owns all stages."""
-        return cls(0, 1, num_stages, device, distributed=False)
+        return cls(0, 1, num_stages, device, False, places)
 
     @classmethod
-    def join(cls, device_type: str, decode_ranks: int = 0) -> Mesh:
+    def join(cls, device_type: str, decode_ranks: int = 0, places: int = 1) -> Mesh:
         """Joins the process group that the environment describes, or uses the one that is there.
 
         Args:
             device_type: "cuda" (the card is the local rank's) or "cpu".
             decode_ranks: the last ranks, which only decode; each of the others has a stage.
+            places: ranks that share a stage, P.
 
         Raises:
-            ValueError: no rank is left for a stage.
+            ValueError: no rank is left for a stage, or the ranks do not make whole stages.
             RuntimeError: CUDA asked for and this rank has no card, or a process group is there that has no CPU.
             TimeoutError: another rank did not come.
         """
@@ -98,6 +130,11 @@ class Mesh:
             raise ValueError(
                 f"decode_ranks={decode_ranks} in a run of {world_size} ranks: a stage needs one, too; use "
                 f"{world_size - 1} at most, or start more ranks"
+            )
+        if (world_size - decode_ranks) % places:
+            raise ValueError(
+                f"sequence_parallel={places} with {world_size - decode_ranks} ranks for stages: each stage takes "
+                f"{places}; start a multiple of that, and {decode_ranks} more for decode_ranks"
             )
         if device_type == "cuda":
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -119,7 +156,8 @@ class Mesh:
                 f"the process group that is there ({dist.get_backend()}) sends nothing from the CPU: make it with "
                 "init_process_group('cpu:gloo,cuda:nccl'), or leave it to dualparal"
             )
-        return cls(dist.get_rank(), world_size, world_size - decode_ranks, device, distributed=world_size > 1)
+        stages = (world_size - decode_ranks) // places
+        return cls(dist.get_rank(), world_size, stages, device, world_size > 1, places)
 
     def clock_offset(self) -> float:
         """Seconds to add to this rank's ``time.perf_counter`` to have rank 0's. Collective.
@@ -201,6 +239,14 @@ def _leave() -> None:
     gc.collect()  # the edges of past runs hold them too, in cycles
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def role_of(rank: int, stages: int, places: int) -> dict[str, int]:
+    """The role of a rank as its number by name, see ``Mesh.role``."""
+    if rank >= stages * places:
+        return {"decoder": rank - stages * places}
+    stage, place = divmod(rank, places)
+    return {"stage": stage, "place": place} if places > 1 else {"stage": stage}
 
 
 def in_distributed_run() -> bool:

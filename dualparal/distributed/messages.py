@@ -11,7 +11,7 @@ import torch
 
 from dualparal.schedule.actions import Unit
 
-_MAGIC = 0x6475616C70617204  # "dualpar", version 4
+_MAGIC = 0x6475616C70617205  # "dualpar", version 5
 FIELDS = 10  # magic, kind, block, step, branch, video, prompt, elements, dtype, checksum
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,6 +40,23 @@ class Header(NamedTuple):
         return str(self.unit) if self.kind is Kind.UNIT else self.kind.name.lower()
 
 
+class Lengths(NamedTuple):
+    """The lengths of an edge's messages, which both ends know from the schedule.
+
+    Attributes:
+        most: elements of the longest, and of a buffer.
+        of: (unit) -> elements of the message that carries it.
+    """
+
+    most: int
+    of: Callable[[Unit], int]
+
+    @classmethod
+    def fixed(cls, elements: int) -> Lengths:
+        """The same length for all."""
+        return cls(elements, lambda unit: elements)
+
+
 class TransportError(RuntimeError):
     """A message is not what the schedule says must arrive; names both ends."""
 
@@ -52,7 +69,8 @@ def pack_header(header: Header, elements: int, dtype: torch.dtype = torch.float3
     """The header as int64 [10], the last field a CRC-32 of the others.
 
     Args:
-        elements, dtype: of every tensor on that edge.
+        elements: of the tensor behind it.
+        dtype: of every tensor on that edge.
     """
     code = _DTYPES.index(dtype)
     fields = torch.tensor([_MAGIC, header.kind, *header.unit, header.prompt, elements, code, 0], dtype=torch.int64)
@@ -60,12 +78,12 @@ def pack_header(header: Header, elements: int, dtype: torch.dtype = torch.float3
     return fields
 
 
-def unpack_header(fields: torch.Tensor, elements: int, edge: str, dtype: torch.dtype = torch.float32) -> Header:
+def unpack_header(fields: torch.Tensor, lengths: Lengths, edge: str, dtype: torch.dtype = torch.float32) -> Header:
     """The inverse of ``pack_header``.
 
     Args:
         fields: int64 [10], as received.
-        elements, dtype: those expected on that edge.
+        lengths, dtype: those expected on that edge.
         edge: its name, for error messages.
 
     Raises:
@@ -76,14 +94,16 @@ def unpack_header(fields: torch.Tensor, elements: int, edge: str, dtype: torch.d
         raise TransportError(f"{edge}: message without a valid header: {values}")
     if values[1] not in tuple(Kind):
         raise TransportError(f"{edge}: message of unknown kind {values[1]}")
-    if values[7] != elements:
+    unit = Unit(*values[2:6])
+    elements = lengths.of(unit)
+    if values[7] != elements or not 0 <= elements <= lengths.most:
         raise TransportError(
             f"{edge}: message of {values[7]} elements, expected {elements}: do both ends run the same configuration?"
         )
     if values[8] != _DTYPES.index(dtype):
         sent = _DTYPES[values[8]] if 0 <= values[8] < len(_DTYPES) else f"dtype {values[8]}"
         raise TransportError(f"{edge}: message of {sent}, expected {dtype}: do both ends run the same configuration?")
-    return Header(Kind(values[1]), Unit(*values[2:6]), values[6])
+    return Header(Kind(values[1]), unit, values[6])
 
 
 def guard(edge: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -10,8 +10,8 @@ A transfer that waits for its data or its buffer would hold multiprocessors as w
 ahead of the device. So posts and credits are themselves made when the device is there: by threads that wait for events.
 
 gloo needs care (measured, not guessed): a dropped send handle loses the message, a dtype mismatch and a too large
-receive buffer are silent, a too small one aborts the process. Hence retained handles, fixed message sizes, and a
-header with a checksum before every tensor.
+receive buffer are silent, a too small one aborts the process. Hence retained handles, lengths of messages that both
+ends know from the schedule, and a header with a checksum before every tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ import torch.distributed as dist
 
 from dualparal.distributed.after_device import AfterDevice, event_on
 from dualparal.distributed.edges import fill
-from dualparal.distributed.messages import FIELDS, Header, Kind, TransportError, guard, pack_header, unpack_header
+from dualparal.distributed.messages import (
+    FIELDS,
+    Header,
+    Kind,
+    Lengths,
+    TransportError,
+    guard,
+    pack_header,
+    unpack_header,
+)
 from dualparal.distributed.private import host_backend
 from dualparal.schedule.actions import Unit
 
@@ -61,7 +70,7 @@ class _Transfer(NamedTuple):
     """A message under way: its header and its tensor, with the handles of their transfers."""
 
     header: torch.Tensor  # int64 [10], CPU
-    tensor: torch.Tensor  # flat, on the device
+    buffer: torch.Tensor  # flat, on the device
     works: list[Any]
 
 
@@ -72,7 +81,7 @@ class _End:
         name: for error messages.
         peer: the rank at the other end.
         groups: the edge's own communicators, see ``make_groups``.
-        elements: size of a buffer and of every message, the same at both ends.
+        lengths: of the messages, the same at both ends.
         depth: number of buffers at either end.
         messages: number of messages at most; None: no end.
         dtype, device: of the tensors.
@@ -83,7 +92,7 @@ class _End:
         name: str,
         peer: int,
         groups: EdgeGroups,
-        elements: int,
+        lengths: Lengths,
         depth: int,
         messages: int | None,
         dtype: torch.dtype,
@@ -91,11 +100,11 @@ class _End:
     ) -> None:
         self.name, self.waited = name, 0.0
         self._peer, self._groups, self._messages = peer, groups, messages
-        self._elements, self._dtype, self._device = elements, dtype, device
+        self._lengths, self._dtype, self._device = lengths, dtype, device
         self._later = AfterDevice(name, device)
         # Transfers are posted there: they wait for the current stream, and the layers' has the next unit on it.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(depth)]
+        self._buffers = [torch.empty(lengths.most, dtype=dtype, device=device) for _ in range(depth)]
         self._credits_left = None if messages is None else max(0, messages - depth)  # still to be said; None: no end
 
     def _beside(self) -> AbstractContextManager[Any]:
@@ -127,10 +136,11 @@ class SendEdge(_End):
         self._wait(slot.works)
         self.waited += time.perf_counter() - begin
         self._credits -= 1
-        slot.header.copy_(pack_header(header, self._elements, self._dtype))
+        message = slot.buffer[: self._lengths.of(header.unit)]
+        slot.header.copy_(pack_header(header, len(message), self._dtype))
         if tensor is not None:
-            fill(self.name, slot.tensor, tensor, mark)
-        self._later.call(event_on(self._device), partial(self._post, slot))
+            fill(self.name, message, tensor, mark)
+        self._later.call(event_on(self._device), partial(self._post, slot, message))
         self._slots.rotate(-1)
         if self.remaining is not None:
             self.remaining -= 1
@@ -138,7 +148,8 @@ class SendEdge(_End):
     def stop(self) -> None:
         if self.remaining == 0:
             return  # the other end listens no more
-        header = pack_header(Header(Kind.STOP, Unit(0, 0, 0), 0), self._elements, self._dtype)
+        unit = Unit(0, 0, 0)
+        header = pack_header(Header(Kind.STOP, unit, 0), self._lengths.of(unit), self._dtype)
         self._credits_left = None
         self._ask()
         self._stopping = [header]
@@ -153,10 +164,10 @@ class SendEdge(_End):
         for slot in self._slots:
             self._wait(slot.works)
 
-    def _post(self, slot: _Transfer) -> None:
+    def _post(self, slot: _Transfer, message: torch.Tensor) -> None:
         """Posts a message. The tensor first, so that it is under way when the header says so; over one group that of
         the header must be the first."""
-        parts = [(slot.tensor, self._groups.data), (slot.header, self._groups.control)]
+        parts = [(message, self._groups.data), (slot.header, self._groups.control)]
         with self._beside():
             for tensor, group in parts if self._groups.data is not self._groups.control else reversed(parts):
                 self._isend(tensor, group, slot.works)
@@ -228,7 +239,7 @@ class ReceiveEdge(_End):
         guard(self.name, message.work.wait)
         self.waited += time.perf_counter() - begin
         self._reading = message.slot
-        return message.header, self._buffers[message.slot]
+        return message.header, self._part(message.slot, message.header)
 
     def release(self) -> None:
         assert self._reading is not None, "nothing to release"
@@ -287,7 +298,11 @@ class ReceiveEdge(_End):
         fields = torch.empty(FIELDS, dtype=torch.int64)
         work = guard(self.name, dist.irecv, fields, self._peer, group=self._groups.control)
         guard(self.name, work.wait, _PATIENCE)
-        return unpack_header(fields, self._elements, self.name, self._dtype)
+        return unpack_header(fields, self._lengths, self.name, self._dtype)
+
+    def _part(self, slot: int, header: Header) -> torch.Tensor:
+        """The part of a buffer that a message fills."""
+        return self._buffers[slot][: self._lengths.of(header.unit)]
 
     def _post(self, header: Header) -> _Message:
         """Posts the receive of a message whose header has come. Raises TransportError, PeerLost."""
@@ -298,19 +313,26 @@ class ReceiveEdge(_End):
         with self._beside():
             if self._stream is not None:
                 self._stream.wait_event(self._read[slot])
-            work = guard(self.name, dist.irecv, self._buffers[slot], self._peer, group=self._groups.data)
+            tensor = self._part(slot, header)
+            work = guard(self.name, dist.irecv, tensor, self._peer, group=self._groups.data)
         return _Message(header, slot, work)
 
 
-def make_groups(num_stages: int, device: torch.device) -> list[EdgeGroups]:
-    """The communicators of all edges. Edge k leads from rank k to the next one; a single stage has none.
+def make_groups(num_stages: int, device: torch.device, places: int = 1) -> list[EdgeGroups]:
+    """The communicators of all edges: from each rank to the one of the next stage's same place. A single stage has
+    none.
 
     Collective: all ranks call it, those without a stage too, and then ``warm_up``.
+
+    Args:
+        num_stages: stages of the run, N.
+        device: this rank's, whose type is that of all.
+        places: ranks of each stage, P.
     """
     found = []
     backend = _DATA_BACKENDS.get(device.type)
-    for edge in range(num_stages if num_stages > 1 else 0):
-        ranks = [edge, (edge + 1) % num_stages]
+    for rank in range(num_stages * places if num_stages > 1 else 0):
+        ranks = [rank, (rank + places) % (num_stages * places)]
         control = dist.new_group(ranks, backend=host_backend())
         options = _nccl_options() if backend == "nccl" else None
         data = control if backend is None else dist.new_group(ranks, backend=backend, pg_options=options)
@@ -325,15 +347,14 @@ def _nccl_options() -> Any:
     return options
 
 
-def warm_up(groups: Sequence[EdgeGroups], rank: int, device: torch.device) -> None:
+def warm_up(groups: Sequence[EdgeGroups], rank: int, device: torch.device, places: int = 1) -> None:
     """Makes a first exchange over every edge, so that connecting costs no unit later. Collective. Raises PeerLost.
 
     Edge by edge in one order on all ranks: making an NCCL communicator waits for both of its ranks, so two ranks that
     each began with their own sending edge would wait for each other.
     """
-    num_stages = len(groups)
     for edge, (control, data) in enumerate(groups):
-        after = (edge + 1) % num_stages
+        after = (edge + places) % len(groups)
         if rank not in (edge, after):
             continue
         for group, place in ((control, torch.device("cpu")), (data, device))[: 1 + (data is not control)]:

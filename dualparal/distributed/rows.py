@@ -1,14 +1,15 @@
-"""Rows of a picture between its decoders: inside a process, or between ranks over gloo or NCCL.
+"""Rows of a picture between its decoders, or of a unit between the places of a stage: inside a process, or between
+ranks over gloo or NCCL.
 
-Both are a ``RowExchange`` of ``models.base``. All parts make the same exchanges in the same order, so no message needs
-a header, and the parts wait for nothing of each other but these.
+Both are a ``RowExchange`` of ``models.base`` and a ``ShareExchange`` of ``runtime.shares``. All parts make the same
+exchanges in the same order, so no message needs a header, and the parts wait for nothing of each other but these.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ class LocalRows:
         count: number of parts.
     """
 
-    def __init__(self, boxes: _Boxes, index: int, count: int) -> None:
+    def __init__(self, boxes: _Boxes, index: int, count: int, name: str) -> None:
         self.index, self.count = index, count
-        self._boxes = boxes
+        self._boxes, self._name = boxes, name
 
     def swap(self, sends: Mapping[int, torch.Tensor], wanted: Mapping[int, torch.Tensor]) -> None:
         """Sends tensors to other parts and fills those that come from them. ``sends`` may be changed afterwards.
@@ -47,6 +48,14 @@ class LocalRows:
         Raises:
             PeerLost: a part was aborted, before or while waiting for it.
         """
+        self.begin(sends, wanted)()
+
+    def begin(self, sends: Mapping[int, torch.Tensor], wanted: Mapping[int, torch.Tensor]) -> Callable[[], None]:
+        """Begins a swap, and returns what ends it. Several may be under way; they end in the order of their begin.
+
+        Raises (the end, too):
+            PeerLost: as ``swap``.
+        """
         # Copies: a row may be a view of what its owner changes in place when it goes on.
         copies = {part: tensor.clone() for part, tensor in sends.items()}
         with self._boxes.changed:
@@ -54,6 +63,10 @@ class LocalRows:
                 box = self._boxes.waiting.setdefault((self.index, part), deque())
                 box.append((tensor, event_on(tensor.device)))
             self._boxes.changed.notify_all()
+        return lambda: self._end(wanted)
+
+    def _end(self, wanted: Mapping[int, torch.Tensor]) -> None:
+        with self._boxes.changed:
             found = {part: self._take(part) for part in wanted}
         for part, (tensor, event) in found.items():
             if event is not None:
@@ -73,17 +86,22 @@ class LocalRows:
         box = self._boxes.waiting.setdefault((part, self.index), deque())
         self._boxes.changed.wait_for(lambda: box or self._boxes.lost is not None)
         if not box:  # what a part has sent before it stopped still counts
-            raise PeerLost(f"rows {part} -> {self.index}: the decoder of part {self._boxes.lost} has stopped")
+            name = self._name
+            raise PeerLost(f"rows of {name} {part} for {name} {self.index}: {name} {self._boxes.lost} has stopped")
         return box.popleft()
 
 
-def local_rows(count: int) -> list[LocalRows]:
+def local_rows(count: int, name: str = "decoder") -> list[LocalRows]:
     """The ways between ``count`` parts of one process, by part; each is for one thread.
 
     A part that fails must ``abort``, or the others wait for it for ever.
+
+    Args:
+        count: number of parts.
+        name: of a part, for error messages.
     """
     boxes = _Boxes()
-    return [LocalRows(boxes, index, count) for index in range(count)]
+    return [LocalRows(boxes, index, count, name) for index in range(count)]
 
 
 class RankRows:
@@ -92,17 +110,18 @@ class RankRows:
     Args:
         group: a process group with the ranks of all parts, used for nothing else: gloo's, or NCCL's for tensors on
             cards.
-        ranks: the parts' ranks, from the top of the picture down.
+        ranks: the parts' ranks, from the first rows on.
         index: of this part.
+        name: of a part, for error messages.
 
     Attributes:
         index: of this part, 0 at the top.
         count: number of parts.
     """
 
-    def __init__(self, group: Any, ranks: Sequence[int], index: int) -> None:
+    def __init__(self, group: Any, ranks: Sequence[int], index: int, name: str = "part") -> None:
         self.index, self.count = index, len(ranks)
-        self._group, self._ranks = group, list(ranks)
+        self._group, self._ranks, self._name = group, list(ranks), name
 
     def swap(self, sends: Mapping[int, torch.Tensor], wanted: Mapping[int, torch.Tensor]) -> None:
         """Sends tensors to other parts and fills those that come from them; one launch of NCCL's for all of them.
@@ -116,15 +135,22 @@ class RankRows:
         Raises:
             PeerLost: another part's rank is gone.
         """
+        self.begin(sends, wanted)()
+
+    def begin(self, sends: Mapping[int, torch.Tensor], wanted: Mapping[int, torch.Tensor]) -> Callable[[], None]:
+        """Begins a swap, and returns what ends it; both may raise as ``swap`` does. Several may be under way."""
         operations = [
             dist.P2POp(function, tensor, self._ranks[part], self._group)
             for function, tensors in ((dist.isend, sends), (dist.irecv, wanted))
             for part, tensor in sorted(tensors.items())
         ]
-        if not operations:
-            return
-        name = f"rows of part {self.index} with {', '.join(map(str, sorted({*sends, *wanted})))}"
-        # The handles, and in them the tensors, live until the current stream waits for them.
-        works = guard(name, dist.batch_isend_irecv, operations)
-        for work in works:
-            guard(name, work.wait)
+        name = f"rows of {self._name} {self.index} with {', '.join(map(str, sorted({*sends, *wanted})))}"
+        works = guard(name, dist.batch_isend_irecv, operations) if operations else []
+
+        def end() -> None:
+            # The handles, and in them the tensors, live until the current stream waits for them.
+            for work in works:
+                guard(name, work.wait)
+            operations.clear()
+
+        return end

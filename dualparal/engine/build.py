@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from dualparal.checkpoint.checkpointer import Checkpoint, Checkpointer
 from dualparal.checkpoint.snapshot import Resumed
 from dualparal.decoding.delivery import Delivery
 from dualparal.distributed.edges import Inbound, LocalEdge, Outbound
+from dualparal.distributed.messages import Lengths
 from dualparal.distributed.prompts import PromptChannel
 from dualparal.distributed.remote import ReceiveEdge, SendEdge
+from dualparal.distributed.rows import local_rows
+from dualparal.distributed.teams import Team
 from dualparal.engine.identity import maker, snapshot_info
 from dualparal.engine.parts import Parts
 from dualparal.engine.request import Request
@@ -23,11 +28,14 @@ from dualparal.engine.setup import Setup
 from dualparal.runtime.executor import FirstStage, Links, Report, StageExecutor
 from dualparal.runtime.graphs import Graphed, cuda_capture
 from dualparal.runtime.latents import LatentQueue, StepCallback
+from dualparal.runtime.shares import Cut, Share, ShareExchange
 from dualparal.runtime.stage import Forward, Stage, StageSpec
+from dualparal.runtime.threads import ThreadedStage
 from dualparal.runtime.warm_up import warm_up
 from dualparal.sampling.noise import BlockNoise
 from dualparal.sampling.prompts import Prompts
 from dualparal.schedule.actions import Unit
+from dualparal.schedule.layout import token_ranges
 from dualparal.schedule.schedule import Schedule
 from dualparal.trace.clock import BusyClock
 
@@ -121,16 +129,27 @@ class Builder:
         experts = self._expert_of_step()
         found = []
         for index, clock in zip(setup.mesh.stages, clocks, strict=True):
-            stage = Stage(
-                self.parts.slices[index],
-                self._stage_spec(index, experts),
-                wrap=_graphed if setup.config.graphs else None,
-            )
+            stage, team = self._stage(index, self._stage_spec(index, experts))
             leading = self._first_stage(experts, decoder, keeper) if index == 0 and decoder is not None else None
-            links = Links(channel, inbound.get(index), outbound.get(index))
+            links = Links(channel, inbound.get(index), outbound.get(index), team if index == 0 else None)
             report = self._reporter(index, clock, decoding if index == setup.mesh.stages.start else None)
             found.append(StageExecutor(self.schedule, self.layout, index, stage, links, clock, leading, report))
         return found
+
+    def _stage(self, index: int, spec: StageSpec) -> tuple[Stage | ThreadedStage, Team | None]:
+        """The layers of a stage here, and its ranks if they are several. In one process its places are threads."""
+        mesh, slices, wrap = self.setup.mesh, self.parts.slices[index], _graphed if self.setup.config.graphs else None
+        if mesh.places == 1:
+            return Stage(slices, spec, wrap=wrap), None
+        if mesh.distributed:
+            team = Team(self.parts.team_groups[index], mesh.team, mesh.place, index)
+            return Stage(slices, spec, share=self._share(team.exchange)), team
+        exchanges = local_rows(mesh.places, f"stage {index}, place")
+        return ThreadedStage([Stage(slices, spec, share=self._share(each)) for each in exchanges], exchanges), None
+
+    def _share(self, exchange: ShareExchange) -> Share:
+        spec, form = self.setup.source.spec, self.setup.config.sequence_parallel_form
+        return Share(exchange, spec.heads, spec.inner_dim // spec.heads, form == "pipelined")
 
     def warm_up(self, executors: Sequence[StageExecutor], decoder: Delivery | None) -> None:
         """Does once all that these will do, so that nothing is loaded or captured in the middle of a run."""
@@ -175,6 +194,7 @@ class Builder:
             eight_bit=setup.config.attention_8bit,
             features_8bit=setup.config.features_8bit,
             refreshes=schedule.refresh_every is not None,
+            patch=math.prod(setup.source.spec.patch_size) * setup.source.spec.in_channels,
             windows=schedule.windows,
         )
 
@@ -230,30 +250,51 @@ class Builder:
             self._prompt_shape(),
             self.setup.dtype,
             mesh.rank,
-            mesh.num_stages if mesh.distributed else 1,
+            mesh.stage_ranks if mesh.distributed else 1,
             local_readers=self.setup.num_stages - 1,
         )
 
     def _edges(self) -> tuple[dict[int, Inbound], dict[int, Outbound]]:
         """Both ends of the edges of the stages here, by stage. Edge k leads from stage k to k + 1, the last to 0."""
-        setup, grid, mesh, n = self.setup, self.request.grid, self.setup.mesh, self.setup.num_stages
-        model = setup.source.spec
-        hidden = self.layout.max_window_frames * grid.tokens * model.inner_dim
-        velocity = self.layout.first_frames * model.in_channels * grid.height * grid.width  # of the largest block
-        sizes = [hidden + 1] * (n - 1) + [velocity + 1]  # and a mark, see `nonfinite`
-        names = [f"edge {k} -> {(k + 1) % n}" for k in range(n)]
+        setup, mesh, n = self.setup, self.setup.mesh, self.setup.num_stages
+        lengths = [self._lengths(velocity=k == n - 1) for k in range(n)]
+        where = f", place {mesh.place}" if mesh.distributed and mesh.places > 1 else ""
+        names = [f"edge {k} -> {(k + 1) % n}{where}" for k in range(n)]
         depth, dtype = setup.config.depth, setup.dtype
         if not mesh.distributed:
-            local = [LocalEdge(names[k], sizes[k], depth, dtype, mesh.device) for k in range(n)]
+            local = [LocalEdge(names[k], lengths[k], depth, dtype, mesh.device) for k in range(n)]
             return {k: local[k - 1] for k in range(n)}, dict(enumerate(local))
         groups, rank, before, after = self.parts.edge_groups, mesh.rank, mesh.before, mesh.after
         common = depth, self.schedule.num_units, dtype, mesh.device
-        inbound = ReceiveEdge(names[before], before, groups[before], sizes[before], *common)
-        return {rank: inbound}, {rank: SendEdge(names[rank], after, groups[rank], sizes[rank], *common)}
+        (stage,), back = mesh.stages, before // mesh.places
+        inbound = ReceiveEdge(names[back], before, groups[before], lengths[back], *common)
+        return {stage: inbound}, {stage: SendEdge(names[stage], after, groups[rank], lengths[stage], *common)}
+
+    def _lengths(self, velocity: bool) -> Lengths:
+        """The lengths of messages between stages, or of velocities to stage 0: those of a unit's window or own frames,
+        of a place's tokens where ranks share a stage, and a mark (``nonfinite``)."""
+        setup, mesh, tokens = self.setup, self.setup.mesh, self.request.grid.tokens
+        model = setup.source.spec
+        width = math.prod(model.patch_size) * model.in_channels if velocity else model.inner_dim
+
+        @cache
+        def length(block: int, refresh: bool) -> int:
+            frames, fed = len(self.layout.window(block, refresh)), self.layout.fed_context(block, refresh)
+            if not mesh.distributed or mesh.places == 1:
+                return (frames - fed if velocity else frames) * tokens * width + 1
+            cut = Cut(token_ranges(frames, tokens, mesh.places), fed * tokens)
+            return len(cut.own(mesh.place) if velocity else cut.rows[mesh.place]) * width + 1
+
+        refreshes = [False] if self.schedule.refresh_every is None else [False, True]
+        blocks = range(1 if self.layout.num_blocks == 1 else 2)
+        most = max(length(block, refresh) for block in blocks for refresh in refreshes)
+        return Lengths(most, lambda unit: length(min(unit.block, 1), self.schedule.refreshes(unit)))
 
     def _reporter(self, index: int, clock: BusyClock, decoding: Callable[[], float] | None) -> Report | None:
         """The function that tells the caller's ``report`` of the actions of stage ``index``; None: nobody listens."""
         report, schedule, layers = self.spec.report, self.schedule, len(self.setup.layers[index])
+        mesh = self.setup.mesh
+        where = mesh.role if mesh.distributed else {"stage": index}
         if report is None:
             return None
         iteration, units = -1, 0
@@ -266,11 +307,11 @@ class Builder:
                 more = {"iteration": iteration, "busy": clock.seconds / layers}
                 if decoding is not None:
                     more["decoding"] = decoding() / layers
-            if phase == "run" and index == 0:
+            if phase == "run" and mesh.is_leader and index == 0:
                 more |= {"units": units, "total_units": schedule.num_units}
                 units += 1
             name = {"recv": "wait_recv", "send": "wait_send"}.get(phase, phase)
-            report(name, stage=index, block=unit.block, step=unit.step, **more)
+            report(name, **where, block=unit.block, step=unit.step, **more)
 
         return tell
 

@@ -50,6 +50,8 @@ def check(
     held: int = 0,
     loaded: int = 0,
     shared: int = 0,
+    leads: bool = True,
+    beside: int = 0,
 ) -> None:
     """Compares the need of the stages and decoders of this process with the memory there is.
 
@@ -66,14 +68,20 @@ def check(
         held: bytes of the result besides, where it is kept whole; they count on the CPU.
         loaded: bytes on the card from earlier runs (``loaded_bytes``), which are part of the need and count there.
         shared: bytes that several places here count and hold once.
+        leads: of the ranks of a stage this is the first, or all of them are here.
+        beside: others of each stage that are here.
 
     Raises:
         TooLarge: it cannot fit.
     """
     schedule = work.schedule(len(split))
     on_host = device.type != "cuda"
-    together = range(len(split) + schedule.decode_ranks) if on_host and _on_one_machine() else owned
-    memory = [place_memory(work, schedule, split, place) for place in together]
+    together = owned
+    if on_host and _on_one_machine():
+        together, leads, beside = range(len(split) + schedule.decode_ranks), True, work.places - 1
+    memory = [place_memory(work, schedule, split, place, leads) for place in together]
+    others = [place for place in together if place < len(split)] * beside
+    memory += [place_memory(work, schedule, split, place, leads=False) for place in others]
     need = sum(place.running for place in memory) + held * on_host - shared
     here = 0 if on_host else loaded
     encoding = max(place.before + here for place in memory) if encodes else 0
@@ -120,10 +128,16 @@ def check_requests(setup: Setup, parts: Parts, requests: Sequence[Request], resu
     encodes = parts.texts.new(texts_of(requests))
     if encodes and mesh.is_leader and setup.config.encodes_elsewhere:
         check_text_encoder(setup)
-    places = [mesh.rank] if mesh.distributed else range(mesh.num_stages + work.schedule(mesh.num_stages).decode_ranks)
-    twins = 0 if mesh.distributed else max(0, len(work.schedule(mesh.num_stages).decoders) - 1)
-    shared = twins * work.decode_itemsize * work.decoder.parameters
-    check(work, split, places, mesh.device, encodes, held, loaded_bytes(work, split, parts), shared)
+    loaded, place = loaded_bytes(work, split, parts), mesh.schedule_place
+    if mesh.distributed:
+        own = mesh.stages.start if place is None else place
+        check(work, split, [own], mesh.device, encodes, held, loaded, leads=place is not None)
+        return
+    schedule, beside = work.schedule(mesh.num_stages), mesh.places - 1
+    shared = max(0, len(schedule.decoders) - 1) * work.decode_itemsize * work.decoder.parameters
+    shared += beside * work.model.experts * sum(slice_bytes(work, split, stage) for stage in mesh.stages)
+    places = range(mesh.num_stages + schedule.decode_ranks)
+    check(work, split, places, mesh.device, encodes, held, loaded, shared, beside=beside)
 
 
 def check_text_encoder(setup: Setup) -> None:

@@ -32,7 +32,7 @@ class DecoderBuilder:
     def places(self) -> list[int]:
         """The places that decode in this process: of one process all of them, of several its rank or none."""
         mesh = self._setup.mesh
-        return [place for place in self._decoders if place == mesh.rank or not mesh.distributed]
+        return [place for place in self._decoders if place == mesh.schedule_place or not mesh.distributed]
 
     @property
     def on_ranks(self) -> bool:
@@ -46,7 +46,12 @@ class DecoderBuilder:
 
     @property
     def _groups(self) -> DecoderGroups:
-        return self._parts.decoder_groups(self._decoders)
+        return self._parts.decoder_groups(self._ranks)
+
+    @property
+    def _ranks(self) -> list[int]:
+        """The ranks that decode, in the order of their rows."""
+        return [self._setup.mesh.rank_of(place) for place in self._decoders]
 
     def delivery(self, clock: BusyClock, tracks: Mapping[int, Track | None]) -> Delivery:
         """The way out of finished blocks, on the rank that leads.
@@ -82,7 +87,7 @@ class DecoderBuilder:
         mesh, report = self._setup.mesh, self._spec.report
         tell = None if report is None or mesh.stages else partial(report, **mesh.role)
         link = ParcelLink("latents of rank 0", 0, self._groups.links[mesh.rank])
-        actions = self._spec.schedule.decodes(mesh.rank)
+        actions = self._spec.schedule.decodes(self.places[0])
         return Service(link, self._own_part(track), actions, tell, on_error)
 
     def _parts_here_and_there(self, tracks: Mapping[int, Track | None]) -> list[Part]:
@@ -92,10 +97,11 @@ class DecoderBuilder:
         if self.on_ranks:
             as_tensor, links = self._request.video.output_type == "pt", self._groups.links
             for place in decoders:
-                if place == setup.mesh.rank:
+                rank = setup.mesh.rank_of(place)
+                if rank == setup.mesh.rank:
                     found.append(LocalPart(self._own_part(tracks[place]), alone=False))
                 else:
-                    link = ParcelLink(self._name(place), place, links[place])
+                    link = ParcelLink(self._name(place), rank, links[rank])
                     found.append(RankPart(link, setup.mesh.device, as_tensor))
             return found
         device = setup.mesh.device
@@ -107,9 +113,9 @@ class DecoderBuilder:
 
     def _own_part(self, track: Track | None) -> PartDecoder:
         """The decoders of this rank, among other ranks that decode."""
-        decoders, rank, rows = self._decoders, self._setup.mesh.rank, self._groups.rows
-        way = None if rows is None else RankRows(rows, list(decoders), rank - decoders.start)
-        return self._part_decoder(rank, way, None, track)
+        place, rows = self.places[0], self._groups.rows
+        way = None if rows is None else RankRows(rows, self._ranks, place - self._decoders.start)
+        return self._part_decoder(place, way, None, track)
 
     def _part_decoder(
         self, place: int, way: RowExchange | None, stream: torch.cuda.Stream | None, track: Track | None
@@ -129,4 +135,4 @@ class DecoderBuilder:
         if self._decoders == range(1):
             return "the decoder"
         name = f"decoder {place - self._decoders.start}"
-        return f"{name} (rank {place})" if self.on_ranks else name
+        return f"{name} (rank {self._setup.mesh.rank_of(place)})" if self.on_ranks else name

@@ -8,6 +8,7 @@ from typing import Any
 from dualparal.distributed.decoders import DecoderGroups, make_decoder_groups
 from dualparal.distributed.mesh import drop_at_exit
 from dualparal.distributed.remote import EdgeGroups, make_groups, warm_up
+from dualparal.distributed.teams import TeamGroups, make_team_groups
 from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
 from dualparal.engine.texts import Texts, texts_of
@@ -32,6 +33,7 @@ class Parts:
         self._vae: Any = None
         self._light: Any = None  # what light decoders share
         self._groups: list[EdgeGroups] | None = None
+        self._team_groups: list[TeamGroups] | None = None
         self._decoder_groups: list[DecoderGroups] = []  # one, once they are made
 
     def load(self) -> None:
@@ -82,10 +84,19 @@ class Parts:
         """The communicators of every directed edge, opened and warmed up. The first use is collective."""
         if self._groups is None:
             mesh = self._setup.mesh
-            self._groups = make_groups(mesh.num_stages, mesh.device)
+            self._groups = make_groups(mesh.num_stages, mesh.device, mesh.places)
             drop_at_exit(self._groups)
-            warm_up(self._groups, mesh.rank, mesh.device)
+            warm_up(self._groups, mesh.rank, mesh.device, mesh.places)
         return self._groups
+
+    @property
+    def team_groups(self) -> list[TeamGroups]:
+        """The communicators of every stage's ranks; empty where a stage has one. The first use is collective."""
+        if self._team_groups is None:
+            mesh = self._setup.mesh
+            self._team_groups = make_team_groups(mesh.num_stages, mesh.places, mesh.device)
+            drop_at_exit(self._team_groups)
+        return self._team_groups
 
     def decoder_groups(self, ranks: Sequence[int]) -> DecoderGroups:
         """The communicators of the ranks that decode, the same in all runs. The first call is collective."""

@@ -140,6 +140,7 @@ def check_request(
     layout = Layout(setup.config.blocks, video.num_latents(temporal))
     grid = spec.grid(video.height, video.width)
     config = setup.config
+    layout.check_places(grid.tokens, config.sequence_parallel)
     if video.output_type != "latent" and (config.decode_ranks or config.decode_in_place):
         row_ranges(grid.height, config.decode_ranks or setup.num_stages)
     return Request(

@@ -173,7 +173,7 @@ class Run:
         info = run_info(self._setup, spec.scheduler, spec.requests, spec.schedule, spec.timeline, spec.resumed)
         self._store = dist.PrefixStore(f"dualparal/{next(_runs)}", dist.distributed_c10d._get_default_store())
         handshake(self._store, mesh.rank, mesh.world_size, info, HANDSHAKE_SECONDS)
-        _ = self._parts.edge_groups  # opened while all ranks are here
+        _ = self._parts.edge_groups, self._parts.team_groups  # opened while all ranks are here
         self._decoders.meet()
 
     def _encode(self) -> None:
@@ -196,6 +196,8 @@ class Run:
         # The other ranks come out of here later than the leading one went in: the folder for their parts is ready.
         offset = mesh.clock_offset() if mesh.distributed else 0.0
         recorder = Recorder(timeline, mesh.rank, mesh.world_size, offset)
+        if mesh.place:  # the first place of the stage does the same at the same time
+            return recorder, [BusyClock(mesh.device) for _ in mesh.stages]
         return recorder, [BusyClock(mesh.device, recorder.track(stage, mesh.num_stages)) for stage in mesh.stages]
 
     def _build(self, clocks: Sequence[BusyClock], recorder: Recorder | None) -> None:
@@ -208,7 +210,8 @@ class Run:
             self._decoder = self._decoders.delivery(clocks[0], tracks)
             self._keeper = builder.checkpointer(self._decoder)
         elif self._decoders.places:
-            self._service = self._decoders.service(tracks.get(mesh.rank), self._fail)
+            (place,) = self._decoders.places
+            self._service = self._decoders.service(tracks.get(place), self._fail)
         self._executors = builder.executors(clocks, self._decoder, self._keeper, self._decoding())
         if self._service is not None:
             self._service.start()
@@ -222,7 +225,7 @@ class Run:
 
     def _stop(self) -> None:
         """Ends the run on all ranks."""
-        if self._mesh.distributed and self._mesh.is_leader and self._mesh.num_stages > 1:
+        if self._mesh.distributed and self._mesh.is_leader and self._mesh.stage_ranks > 1:
             self._executors[0].stop()
 
     def _end_decoding(self) -> None:
@@ -260,16 +263,17 @@ class Run:
         if self._decoder is not None:
             done, before = self._decoder.progress, self._decoder.before
             blocks = done.blocks - before.blocks
-            whole = mesh.num_stages == len(ranks[: mesh.num_stages]) and blocks == _blocks(self.spec.schedule)
+            stages = mesh.stage_ranks if mesh.distributed else mesh.num_stages
+            whole = stages == len(ranks[:stages]) and blocks == _blocks(self.spec.schedule)
             self.stats = RunStats(
                 blocks,
                 done.frames - before.frames,
                 seconds,
                 done.first or None,
-                tuple(ranks[: mesh.num_stages]),
+                tuple(ranks[:stages]),
                 # That of N stages at once and of the whole video.
                 schedule_bubble(self.spec.schedule) if whole else None,
-                tuple(ranks[mesh.num_stages :]),
+                tuple(ranks[stages:]),
             )
 
     def _close(self, recorder: Recorder | None, clocks: Sequence[BusyClock], finished: bool) -> None:
@@ -288,6 +292,8 @@ class Run:
             # After a failure other ranks may still be writing their parts.
             if self._mesh.is_leader and (finished or not self._mesh.distributed):
                 merge_left(recorder.path)
+        for executor in self._executors:
+            executor.close()
         self._prompts, self._executors = [], []
         self._decoder = self._keeper = self._service = None
         self.running = False

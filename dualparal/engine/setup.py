@@ -63,6 +63,7 @@ class Setup:
         )
         found = cls(source, config, mesh)
         _ = found.layers  # checks the split, before weights are looked at
+        found.check_places()
         _ = found.light
         if config.attention_8bit.on:
             found.check_8bit()
@@ -103,6 +104,15 @@ class Setup:
         found: torch.dtype = getattr(torch, self.config.vae_dtype)
         return found
 
+    def check_places(self) -> None:
+        """Checks that the model has heads for all ranks of a stage. Raises ValueError."""
+        places, heads = self.mesh.places, self.source.spec.heads
+        if places > heads:
+            raise ValueError(
+                f"sequence_parallel={places} with a model of {heads} heads: every rank of a stage takes one at least; "
+                f"use {heads} at most"
+            )
+
     def check_8bit(self) -> None:
         """Checks that the model and the device have 8-bit attention like this. Raises ValueError when not."""
         eight_bit, spec, device = self.config.attention_8bit, self.source.spec, self.mesh.device
@@ -142,14 +152,16 @@ def _mesh(config: EngineConfig, device: torch.device) -> Mesh:
     if not in_distributed_run():
         if stages is None:
             stages = 1 if split is None else len(split)
-        return Mesh.local(device, stages)
-    mesh = Mesh.join(device.type, config.decode_ranks)
+        return Mesh.local(device, stages, config.sequence_parallel)
+    mesh = Mesh.join(device.type, config.decode_ranks, config.sequence_parallel)
     if stages not in (None, mesh.num_stages):
         rule = "every rank owns one stage"
         if config.decode_ranks:
             rule = f"{config.decode_ranks} decode and every other one owns one stage"
+        if mesh.places > 1:
+            rule = rule.replace("owns one stage", f"shares a stage with {mesh.places - 1}")
         raise ValueError(
             f"stages={stages} with {mesh.world_size} ranks: in a distributed run {rule}; leave stages out or start "
-            f"{(stages or 0) + config.decode_ranks} ranks"
+            f"{(stages or 0) * mesh.places + config.decode_ranks} ranks"
         )
     return mesh

@@ -40,6 +40,7 @@ class Failure:
     Attributes:
         stage, block, step, phase: as the rank said last; None: it did not say.
         decoder: its number among those that only decode, in place of a stage.
+        place: its number among the ranks of its stage; None: the stage has one.
         exit_code: that of the whole run (``launch.exit_codes``).
         last_committed_block, resume_command: see ``launch.supervisor.Kept``.
     """
@@ -55,12 +56,14 @@ class Failure:
     last_committed_block: int | None = None
     resume_command: str | None = None
     decoder: int | None = None
+    place: int | None = None
 
     def __str__(self) -> str:
         if self.exit_code == BAD_INPUT:
             return self.cause  # the caller's mistake: whichever rank found it
-        roles = (("stage", self.stage), ("decoder", self.decoder))
-        role = "".join(f" ({name} {number})" for name, number in roles if number is not None)
+        roles = (("stage", self.stage), ("place", self.place), ("decoder", self.decoder))
+        names = ", ".join(f"{name} {number}" for name, number in roles if number is not None)
+        role = f" ({names})" if names else ""
         places = [
             f"{name} {value}" for name, value in (("block", self.block), ("step", self.step)) if value is not None
         ]
@@ -94,6 +97,7 @@ class RankState:
     heard: float  # any line
     moved: float  # any line but a tick, by the rank's own account
     stage: int | None = None
+    place: int | None = None
     decoder: int | None = None
     block: int | None = None
     step: int | None = None
@@ -145,6 +149,7 @@ class RankState:
         at = message.get("at")
         self.moved = min(now, at) if isinstance(at, float) else now
         self.stage = _int(message.get("stage"), self.stage)
+        self.place = _int(message.get("place"), self.place)
         self.decoder = _int(message.get("decoder"), self.decoder)
         if "phase" in message:
             self.phase = str(message["phase"])
@@ -263,7 +268,7 @@ def _peer_lost(states: Sequence[RankState], limits: Limits, now: float) -> Failu
 
 def _failure(state: RankState, cause: str, exit_code: int, hint: str) -> Failure:
     where = state.stage, state.block, state.step, state.phase
-    return Failure(state.rank, *where, cause, exit_code, hint, decoder=state.decoder)
+    return Failure(state.rank, *where, cause, exit_code, hint, decoder=state.decoder, place=state.place)
 
 
 def _hint_for(text: str) -> str:

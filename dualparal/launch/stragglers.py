@@ -21,25 +21,35 @@ class SlowStages:
     which a decoder works beside a stage is not held against it.
 
     Attributes:
-        warned: the stage that was warned of; None: none so far.
+        warned: the rank that was warned of; None: none so far.
     """
 
-    def __init__(self, num_stages: int) -> None:
-        # By iteration, not yet compared.
-        self._totals: list[dict[int, tuple[float, float]]] = [{} for _ in range(num_stages)]
-        self._last = [(0.0, 0.0)] * num_stages
-        self._streak = [0] * num_stages
-        self.warned: int | None = None
-
-    def note(self, stage: int, iteration: int, busy: float, decoding: float = 0.0) -> None:
-        """Notes ``busy``, the seconds per layer that a stage had spent in units when the iteration began.
+    def __init__(self, num_stages: int, places: int = 1) -> None:
+        """Makes one for a run.
 
         Args:
+            num_stages: stages of the run.
+            places: ranks of each; every one counts like a stage.
+        """
+        # By iteration, not yet compared.
+        ranks, self._places = num_stages * places, places
+        self._totals: list[dict[int, tuple[float, float]]] = [{} for _ in range(ranks)]
+        self._last = [(0.0, 0.0)] * ranks
+        self._streak = [0] * ranks
+        self.warned: int | None = None
+
+    def note(self, rank: int, iteration: int, busy: float, decoding: float = 0.0) -> None:
+        """Notes ``busy``, the seconds per layer that a stage's rank had spent in units when the iteration began.
+
+        Args:
+            rank: of a stage.
+            iteration: its number.
+            busy: seconds per layer.
             decoding: the same of the decoder beside it, which slows units by as much at the worst.
         """
         if self.warned is not None:
             return
-        self._totals[stage][iteration] = busy, decoding
+        self._totals[rank][iteration] = busy, decoding
         if all(iteration in totals for totals in self._totals):
             self._compare([totals[iteration] for totals in self._totals])
             # A message may be lost: what is older will not be completed any more.
@@ -59,5 +69,5 @@ class SlowStages:
             logger.warning(
                 "stage %d (rank %d) takes %.1f times as long per layer as the others: everybody waits for it; "
                 "is its card shared, hot, or another model?",
-                worst, worst, spent[worst] / usual if usual else float("inf"),
+                worst // self._places, worst, spent[worst] / usual if usual else float("inf"),
             )  # fmt: skip

@@ -99,8 +99,12 @@ class Slice(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def embed(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents [1, C, F, H, W] to hidden states [tokens, inner]. First slice only."""
+    def patches(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [1, C, F, H, W] as the numbers of each token, [tokens, patch], in the slice's dtype. Any slice."""
+        ...
+
+    def embed(self, patches: torch.Tensor) -> torch.Tensor:
+        """Tokens of latents [tokens, patch] to hidden states [tokens, inner]. First slice only."""
         ...
 
     def time(self, timestep: torch.Tensor) -> TimeCondition:
@@ -150,8 +154,12 @@ class Slice(Protocol):
         """Hidden states [tokens, inner] with nothing pending, to hand to the next slice."""
         ...
 
-    def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition, grid: Grid) -> torch.Tensor:
-        """The velocity [1, C, F, H, W] of whole frames of tokens. Last slice only."""
+    def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition) -> torch.Tensor:
+        """The velocity of tokens [tokens, patch]. Last slice only."""
+        ...
+
+    def picture(self, patches: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The velocity [1, C, F, H, W] of whole frames of tokens [tokens, patch]. Any slice."""
         ...
 
 

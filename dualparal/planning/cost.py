@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 from dualparal.planning.devices import Device, Link
-from dualparal.planning.memory import edge_elements
 from dualparal.planning.workload import Workload
 from dualparal.schedule.actions import DECODE_BOUND, Unit
 from dualparal.schedule.replay import Costs
@@ -19,6 +17,11 @@ from dualparal.schedule.schedule import Schedule
 PASSES = 20
 # Passes over C frames of keys and values to lend and to borrow them, per neighbour: bench/count_passes.py.
 FEATURE_PASSES = 4
+# Passes over a place's tokens to give queries, keys and values to other places and to take theirs, and to take the
+# result: counted in runtime/shares.py, all read and written.
+SHARE_PASSES = 14
+# Groups of a place's heads in the pipelined form (``runtime.shares.GROUPS``).
+SHARE_GROUPS = 4
 # The same of features kept in 8 bits, in bytes per number beside one pass in its dtype: a slot's copy reads and writes
 # one byte, and the conversion reads or writes another.
 PACKED_BYTES = 3
@@ -52,25 +55,57 @@ class Arithmetic(NamedTuple):
 
 
 def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0, lent: int = 0) -> Arithmetic:
-    """Work of one layer; of an average one, where the linears of some have 8 bits.
+    """Work of one layer; of an average one, where the linears of some have 8 bits. Where cards share a stage, that of
+    the card with the most tokens and heads.
 
     Args:
         work: the video and the model.
-        queries: own tokens.
+        queries: own tokens, of whole frames where cards share a stage.
         keys: tokens attended to, borrowed ones included.
         borrowed: tokens of neighbours' keys that are copied in.
         lent: own tokens whose keys are copied out.
     """
+    window, queries, heads = queries, work.place_tokens(queries), work.head_share
     h, linear = work.model.inner, float(queries * work.model.linear_flops)
     share = sum(map(work.engine.linear_8bit.covers, range(work.model.num_layers))) / work.model.num_layers
     plain = work.itemsize * (FEATURE_PASSES * borrowed + FEATURE_PASSES / 2 * lent)
     packed = (work.itemsize + PACKED_BYTES) * 2 * (borrowed + lent)  # keys and values
     kept = _kept_in_fp8(work)
-    moved = h * (work.itemsize * PASSES * queries + (1 - kept) * plain + kept * packed)
+    passes = PASSES + (SHARE_PASSES if work.places > 1 else 0)
+    moved = h * (work.itemsize * passes * queries + heads * ((1 - kept) * plain + kept * packed))
     quantised = share * (work.itemsize + 1) * queries * work.model.linears.inputs  # read as they are, written in 8 bits
     return Arithmetic(
-        4.0 * queries * (keys + work.text_tokens) * h, (1 - share) * linear, moved + quantised, share * linear
+        4.0 * h * (heads * window * keys + queries * work.text_tokens),
+        (1 - share) * linear,
+        moved + quantised,
+        share * linear,
     )
+
+
+def exchange_seconds(work: Workload, queries: int, keys: int, wire: Link | None, device: Device) -> float:
+    """Seconds in which the cards of a stage wait for each other's numbers in one layer; 0 where it has one card.
+
+    Queries, keys and values go to the card of their heads, and the result comes back. Of uneven shares the largest
+    counts. In the pipelined form only what attention does not hide of the way back.
+
+    Args:
+        work: the video and the model.
+        queries: own tokens, of whole frames.
+        keys: tokens attended to.
+        wire: between the cards of the stage, each of which sends and receives at its rate.
+        device: the card.
+    """
+    if wire is None:
+        return 0.0
+    h, rows, heads = work.model.inner, work.place_tokens(queries), work.head_share
+    numbers = h * max(rows * (1 - 1 / work.places), (queries - queries / work.places) * heads)
+    back = numbers * work.itemsize / wire.bandwidth
+    there = 3 * back
+    if work.engine.sequence_parallel_form == "pipelined":
+        attention = Arithmetic(4.0 * h * heads * queries * keys, 0.0, 0.0).in_a_run(device)
+        hidden = min(back, attention) * (SHARE_GROUPS - 1) / SHARE_GROUPS
+        return there + back - hidden + (1 + SHARE_GROUPS) * wire.latency
+    return there + back + 2 * wire.latency
 
 
 def _kept_in_fp8(work: Workload) -> float:
@@ -90,6 +125,13 @@ def unit_arithmetic(work: Workload, schedule: Schedule, unit: Unit) -> Arithmeti
     return layer_arithmetic(work, queries, queries + reads * lent, reads * lent, writes * lent)
 
 
+def unit_exchange(work: Workload, schedule: Schedule, unit: Unit, wire: Link | None, device: Device) -> float:
+    """Seconds of a unit's exchanges between the cards of a stage, in one layer."""
+    queries = len(work.layout.window(unit.block, schedule.refreshes(unit))) * work.tokens
+    keys = queries + len(schedule.reads(unit)) * work.blocks.context_frames * work.tokens
+    return exchange_seconds(work, queries, keys, wire, device)
+
+
 class Costing:
     """Seconds of everything in a schedule, for ``simulate``.
 
@@ -97,9 +139,10 @@ class Costing:
         work: the video and the model.
         schedule: the order of work.
         split: layers of every stage.
-        devices: one per stage, then one per place that only decodes.
+        devices: one per stage, of its cards, then one per place that only decodes.
         links: edge k leads from stage k to the next one, the last back to stage 0; then, where places only decode,
             from the last stage to the first of them, and from each of them to the next.
+        wires: between the cards of each stage; empty: it has one.
     """
 
     def __init__(
@@ -109,8 +152,10 @@ class Costing:
         split: Sequence[int],
         devices: Sequence[Device],
         links: Sequence[Link],
+        wires: Sequence[Link] = (),
     ) -> None:
         self.work, self.schedule, self.split, self.devices, self.links = work, schedule, split, devices, links
+        self.wires: Sequence[Link | None] = wires or [None] * len(split)
         self._kinds: dict[Unit, tuple[int, int, int]] = {}
         self._seconds: dict[tuple[int, tuple[int, int, int]], float] = {}
 
@@ -141,7 +186,9 @@ class Costing:
 
     def _run(self, stage: int, unit: Unit) -> float:
         device = self.devices[stage]
-        seconds = self.split[stage] * unit_arithmetic(self.work, self.schedule, unit).in_a_run(device)
+        layer = unit_arithmetic(self.work, self.schedule, unit).in_a_run(device)
+        layer += unit_exchange(self.work, self.schedule, unit, self.wires[stage], device)
+        seconds = self.split[stage] * layer
         frames = len(self.work.layout.window(unit.block, self.schedule.refreshes(unit)))
         return seconds + self.ends(stage, frames, device)
 
@@ -153,25 +200,27 @@ class Costing:
             frames: latent frames of the unit.
             device: the stage's card.
         """
-        model, tokens = self.work.model, frames * self.work.tokens
+        model, tokens = self.work.model, self.work.place_tokens(frames * self.work.tokens)
         first, last = stage == 0, stage == len(self.split) - 1
         flops = 2.0 * tokens * model.inner * model.patch**2 * (first * model.in_channels + last * model.out_channels)
         moved = self.work.itemsize * tokens * model.inner * (2 * first + 3 * last)
-        return Arithmetic(0.0, flops, moved).in_a_run(device)
+        wire, between = self.wires[stage], 0.0
+        if first and wire is not None:  # its first card has the latents
+            numbers = 2 * (self.work.places - 1) / self.work.places * frames * self.work.pixels * model.in_channels
+            between = numbers * self.work.itemsize / wire.bandwidth + 2 * wire.latency
+        return Arithmetic(0.0, flops, moved).in_a_run(device) + between
 
     def transfer(self, edge: int, unit: Unit) -> float:
-        """Seconds of a message on an edge, without latency.
-
-        Buffers travel whole: the largest window's hidden states, or the largest block's velocity.
-        """
-        return self._transfers[edge]
-
-    @cached_property
-    def _transfers(self) -> list[float]:
-        hidden, velocity = edge_elements(self.work)
-        elements = [*[hidden] * (len(self.split) - 1), velocity]
-        size = self.work.itemsize
-        return [count * size / link.bandwidth for count, link in zip(elements, self.links, strict=False)]
+        """Seconds of a message on an edge, without latency: the hidden states of a window, or a velocity. Where cards
+        share a stage, each sends its part at once."""
+        refresh, work = self.schedule.refreshes(unit), self.work
+        frames = len(work.layout.window(unit.block, refresh))
+        if edge == len(self.split) - 1:
+            own = frames - work.layout.fed_context(unit.block, refresh)
+            elements = work.model.in_channels * work.pixels * own / work.places
+        else:
+            elements = work.model.inner * work.place_tokens(frames * work.tokens)
+        return elements * work.itemsize / self.links[edge].bandwidth
 
     def hand_over(self, block: int) -> float:
         """Seconds until a block's latents are at other places that decode, all of which get all rows."""
@@ -180,7 +229,7 @@ class Costing:
             return 0.0
         size = 4 * self.work.layout.frames(block) * self.work.model.in_channels * self.work.pixels
         count = len(self.split)
-        wire = _slowest((*self.links[: count - 1], *self.links[count:]))
+        wire = slowest((*self.links[: count - 1], *self.links[count:]))
         return places * size / wire.bandwidth + wire.latency
 
     def decode_alone(self, place: int) -> float:
@@ -204,7 +253,7 @@ class Costing:
         if parts == 1:
             return 0.0
         work, count = self.work, len(self.split)
-        wire = _slowest(self.links[count + 1 :] if self.schedule.decode_ranks else self.links[: count - 1])
+        wire = slowest(self.links[count + 1 :] if self.schedule.decode_ranks else self.links[: count - 1])
         borders = work.decoder.borders(work.pixels // work.rows)
         neighbours = min(2, parts - 1)
         numbers = neighbours * borders.numbers + borders.gathered * work.pixels * (parts - 1) / parts
@@ -212,7 +261,8 @@ class Costing:
         return numbers * work.decode_itemsize / wire.bandwidth + messages * wire.latency
 
 
-def _slowest(links: Sequence[Link]) -> Link:
+def slowest(links: Sequence[Link]) -> Link:
+    """The link with the lowest rate."""
     return min(links, key=lambda link: link.bandwidth)
 
 

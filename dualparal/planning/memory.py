@@ -8,6 +8,7 @@ from itertools import zip_longest
 
 from dualparal.planning.workload import Workload
 from dualparal.schedule.actions import DECODE_BOUND
+from dualparal.schedule.layout import TOKEN_TILE
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import Sizes
 
@@ -20,9 +21,10 @@ SAMPLER_COPIES = 4
 
 
 def edge_elements(work: Workload) -> tuple[int, int]:
-    """Elements of a message between stages, and of one from the last stage to stage 0."""
-    hidden = work.layout.max_window_frames * work.tokens * work.model.inner
-    return hidden, work.layout.first_frames * work.model.in_channels * work.pixels
+    """Elements of the largest message between stages, and of that from the last stage to stage 0; of one card of each,
+    where cards share a stage."""
+    hidden = work.place_tokens(work.layout.max_window_frames * work.tokens) * work.model.inner
+    return hidden, -(-work.layout.first_frames * work.model.in_channels * work.pixels // work.places)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Memory:
         return max(self.running, self.weights + self.load, self.before)
 
 
-def place_memory(work: Workload, schedule: Schedule, split: Sequence[int], place: int) -> Memory:
+def place_memory(work: Workload, schedule: Schedule, split: Sequence[int], place: int, leads: bool = True) -> Memory:
     """Bytes that the engine allocates on the rank of a stage or, from their number on, of a place that only decodes.
 
     Args:
@@ -76,23 +78,25 @@ def place_memory(work: Workload, schedule: Schedule, split: Sequence[int], place
         schedule: the order of work.
         split: layers of every stage.
         place: number of the place.
+        leads: of the ranks of a stage, the first.
     """
     if place < schedule.num_stages:
-        return stage_memory(work, schedule, split, place)
+        return stage_memory(work, schedule, split, place, leads)
     if place not in schedule.decoders:  # latents are the result
         return Memory(0, 0, 0, 0, 0, 0, 0, 0)
     waiting = DECODE_BOUND * 4 * work.model.in_channels * work.pixels * work.layout.first_frames
     return Memory(0, 0, 0, 0, 0, 0, latents=waiting, decode=decode_bytes(work, len(schedule.decoders)))
 
 
-def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage: int) -> Memory:
-    """Bytes that the engine allocates on the rank of a stage.
+def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage: int, leads: bool = True) -> Memory:
+    """Bytes that the engine allocates on the rank of a stage; where ranks share it, with the most tokens and heads.
 
     Args:
         work: the video and the model.
         schedule: the order of work, which says whether the stage's place decodes.
         split: layers of every stage.
         stage: number of the stage.
+        leads: of the ranks of a stage, the first, which alone has latents and decodes.
     """
     model, size, h, tokens = work.model, work.itemsize, work.model.inner, work.tokens
     layers, first, last = split[stage], stage == 0, stage == len(split) - 1
@@ -100,6 +104,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     branches, steps, experts = schedule.branches, schedule.num_steps, model.experts
     lent = work.blocks.context_frames * tokens
     window = work.layout.max_window_frames * tokens
+    rows, heads = work.place_tokens(window), work.head_share
     slots = {side: schedule.slots(side) for side in ("head", "tail")}
     hidden, velocity = edge_elements(work)
     inbound, outbound = velocity if first else hidden, velocity if last else hidden
@@ -108,27 +113,39 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     owned = range(sum(split[:stage]), sum(split[: stage + 1]))
     means = blocks * sum(map(work.engine.attention_8bit.covers, owned)) * 4 * h
     lends = sum(count * slot_bytes(work, owned, side) for side, count in slots.items())
+    leading, decodes = first and leads, leads and stage in schedule.decoders
     noise = videos * 4 * model.in_channels * work.pixels * (work.blocks.frames_per_block + work.blocks.context_frames)
     return Memory(
         weights=experts * slice_bytes(work, split, stage),
-        features=(lends + means) * branches,
-        workspace=2 * (window + sum(map(bool, slots.values())) * lent) * h * size,
+        features=int((lends * heads + means) * branches),
+        workspace=int(2 * (window + sum(map(bool, slots.values())) * lent) * heads * h * size)
+        + _exchange_bytes(work, window),
         buffers=work.engine.depth * (inbound + outbound) * size if len(split) > 1 else 0,
-        activations=window * (model.layer_activations * size + (linears.widest if in_8bit else 0)),
+        activations=rows * (model.layer_activations * size + (linears.widest if in_8bit else 0)),
         conditions=(
             videos * experts * branches * layers * 2 * work.text_tokens * h * size
             + 4 * steps * (6 * layers + 2 * last) * h
-            + (schedule.windows + 1) * 4 * window * model.head_dim  # and one being made
+            + (schedule.windows * rows + window) * 4 * model.head_dim  # and one being made
             + videos * branches * work.text_tokens * model.text_dim * size
         ),
-        latents=(latents * SAMPLER_COPIES * (blocks + videos) + noise) if first else 0,
-        decode=(decode_bytes(work, len(schedule.decoders)) if stage in schedule.decoders else 0)
-        + (_joined_bytes(work, schedule) if first else 0),
+        latents=(latents * SAMPLER_COPIES * (blocks + videos) + noise) if leading else 0,
+        decode=(decode_bytes(work, len(schedule.decoders)) if decodes else 0)
+        + (_joined_bytes(work, schedule) if leading else 0),
         # A matrix to be quantised is there in float32 at the worst.
         load=((layers - in_8bit) * size + in_8bit) * model.joined_parameters
         + (4 * linears.widest * h if in_8bit else 0),
-        before=model.text_encoder * size if first and not work.engine.encodes_elsewhere else 0,
+        before=model.text_encoder * size if leading and not work.engine.encodes_elsewhere else 0,
     )
+
+
+def _exchange_bytes(work: Workload, window: int) -> int:
+    """Bytes with which a card of a stage gives its keys and values to others and takes theirs (``runtime.shares``):
+    own ones of all heads, queries, keys and values packed, and as they come, whole queries, and the result."""
+    if work.places == 1:
+        return 0
+    rows, columns = work.place_tokens(window), work.head_share * work.model.inner
+    own = 2 * min(window, -(-window // work.places) + 2 * TOKEN_TILE) + 3 * rows + 2 * rows
+    return int((own * work.model.inner + (3 + 2) * window * columns) * work.itemsize)
 
 
 def slice_bytes(work: Workload, split: Sequence[int], stage: int) -> int:
@@ -231,7 +248,7 @@ def decode_bytes(work: Workload, parts: int = 1) -> int:
 def sizes(work: Workload, split: Sequence[int], stage: int, memory: Memory) -> Sizes:
     """Bytes on a stage's rank for ``Simulation.memory``: those held all the time, and those that come and go."""
     layers = range(sum(split[:stage]), sum(split[: stage + 1]))
-    slots = {side: slot_bytes(work, layers, side) for side in ("head", "tail")}
+    slots = {side: int(slot_bytes(work, layers, side) * work.head_share) for side in ("head", "tail")}
     latents = SAMPLER_COPIES * 4 * work.model.in_channels * work.pixels * work.blocks.frames_per_block
     fixed = memory.running - memory.features - memory.latents - memory.decode
     return Sizes(fixed, slots, latents if stage == 0 else 0, memory.decode)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dualparal.config.units import GIB
-from dualparal.planning.cost import UPDATE_SECONDS, Costing, Estimate, layer_arithmetic
+from dualparal.planning.cost import UPDATE_SECONDS, Costing, Estimate, exchange_seconds, layer_arithmetic, slowest
 from dualparal.planning.devices import Band, Device, Link
 from dualparal.planning.memory import Memory, place_memory
 from dualparal.planning.workload import Workload
@@ -26,15 +26,42 @@ class NoPlan(ValueError):
 
 @dataclass(frozen=True)
 class Cards:
-    """The cards in order, edge k leading from card k to the next one, and bytes usable on each."""
+    """The cards in order, edge k leading from card k to the next one, and bytes usable on each.
+
+    Where cards share a stage (``grouped``), one stands for those of each stage, and ``wires`` are between these.
+    """
 
     devices: tuple[Device, ...]
     links: tuple[Link, ...]
     usable: tuple[int, ...]
+    wires: tuple[Link, ...] = ()
 
     def first(self, count: int) -> Cards:
         """The first ``count`` cards; the way back takes the link of the last one."""
-        return Cards(self.devices[:count], (*self.links[: count - 1], self.links[-1]), self.usable[:count])
+        links = (*self.links[: count - 1], self.links[-1])
+        return Cards(self.devices[:count], links, self.usable[:count], self.wires[:count])
+
+    def grouped(self, places: int, decoders: int) -> Cards | None:
+        """A card for each stage of ``places``, then the last ``decoders`` as they are.
+
+        None when the cards are not enough for whole stages, or those of a stage are not alike.
+        """
+        count = len(self.devices) - decoders
+        if places == 1:
+            return self
+        if count < places or count % places:
+            return None
+        groups = [range(first, first + places) for first in range(0, count, places)]
+        if any(len({self.devices[card] for card in group}) > 1 for group in groups):
+            return None
+        # From a place to the same one of the next stage, over all that lies between.
+        hops = [slowest(self.links[group.start : group.start + 2 * places - 1]) for group in groups[:-1]]
+        return Cards(
+            (*(self.devices[group[0]] for group in groups), *self.devices[count:]),
+            (*hops, *self.links[count - 1 :]),
+            (*(min(self.usable[card] for card in group) for group in groups), *self.usable[count:]),
+            tuple(slowest(self.links[group.start : group.stop - 1]) for group in groups),
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +70,7 @@ class Plan:
 
     Attributes:
         work: model, video and blocks, and who decodes.
-        cards: one per stage, then those that only decode.
+        cards: one per stage (for its cards, where these are several), then those that only decode.
         split: layers of every stage.
         estimate: times in closed form.
         note: the difference from the request, for people.
@@ -81,6 +108,12 @@ class Plan:
     def schedule(self) -> Schedule:
         """The schedule that the engine would walk."""
         return self.work.schedule(len(self.split))
+
+    @property
+    def all_devices(self) -> list[Device]:
+        """Every card: those of the stages, then those that only decode."""
+        count, places = len(self.split), self.work.places
+        return [card for card in self.cards.devices[:count] for _ in range(places)] + [*self.cards.devices[count:]]
 
     @property
     def decode(self) -> str:
@@ -151,8 +184,8 @@ class Plan:
             return 0.0
         frames = self.work.layout.kept_frames(1)
         decode = frames * self.costing.decode_alone(self.schedule.decoders[0])
-        denoise = self._stage_seconds * self._units_per_block
-        return len(self.cards.devices) * decode / (decode + denoise)
+        denoise = self._stage_seconds * self._units_per_block * self.work.places
+        return len(self.all_devices) * decode / (decode + denoise)
 
     @property
     def error(self) -> Band:
@@ -176,13 +209,14 @@ class Plan:
             "context_version": blocks.context_version,
             "decode_ranks": self.schedule.decode_ranks,
             "decode_in_place": self.schedule.decode_in_place,
+            "sequence_parallel": self.work.places,
         }
 
     def describe(self) -> str:
         """Describes the plan in one line for people."""
         blocks = self.work.blocks
         cap = "" if blocks.max_blocks_in_flight is None else f", K={blocks.max_blocks_in_flight}"
-        cards = count_names(self.cards.devices)
+        cards = count_names(self.all_devices) + (f", {self.work.places} a stage" if self.work.places > 1 else "")
         most = max(memory.peak for memory in self.memory) / GIB
         vae = f", VAE on {self.decode}" if self.work.decode else ""
         seconds = f"{self.frames_per_second:.2f} frames/s" if self.is_endless else f"{self.seconds:.0f} s"
@@ -214,7 +248,7 @@ def costing(work: Workload, schedule: Schedule, split: Sequence[int], cards: Car
     """Seconds of everything in a schedule on the cards of its stages and of the places that only decode."""
     count = len(split)
     links = (*cards.first(count).links, *(cards.links[count - 1 : -1] if schedule.decode_ranks else ()))
-    return Costing(work, schedule, split, cards.devices, links)
+    return Costing(work, schedule, split, cards.devices, links, cards.wires)
 
 
 def costs_per_layer(work: Workload, schedule: Schedule, cards: Cards) -> tuple[list[float], list[float]]:
@@ -223,11 +257,17 @@ def costs_per_layer(work: Workload, schedule: Schedule, cards: Cards) -> tuple[l
     block = min(1, (work.layout.num_blocks or 2) - 1)
     queries, lent = len(work.layout.window(block)) * work.tokens, blocks.context_frames * work.tokens
     sides = 0 if work.layout.num_blocks == 1 else schedule.policy.neighbours_read
-    layer = layer_arithmetic(work, queries, queries + sides * lent, sides * lent, sides * lent)
-    costing = Costing(work, schedule, [1] * count, cards.devices, cards.links)
+    keys = queries + sides * lent
+    layer = layer_arithmetic(work, queries, keys, sides * lent, sides * lent)
+    costing = Costing(work, schedule, [1] * count, cards.devices, cards.links, cards.wires)
     extra = [costing.ends(stage, len(work.layout.window(block)), card) for stage, card in enumerate(cards.devices)]
     extra[0] += UPDATE_SECONDS / schedule.branches
-    return [layer.in_a_run(card) for card in cards.devices], extra
+    wires = cards.wires or [None] * count
+    one = [
+        layer.in_a_run(card) + exchange_seconds(work, queries, keys, wire, card)
+        for card, wire in zip(cards.devices, wires, strict=True)
+    ]
+    return one, extra
 
 
 def count_names(devices: Sequence[Device]) -> str:

@@ -47,7 +47,8 @@ def plan(
             num_inference_steps, timesteps ...), and of ``EngineConfig`` and ``BlockConfig`` (frames_per_block, context,
             dtype ...). Blocks and context are kept, unless nothing fits; without ``max_blocks_in_flight`` there is no
             limit, or where that does not fit the largest that does (for memory with "newest" features, which take
-            fewer slots). Without ``decode_ranks`` and ``decode_in_place`` the fastest way to decode is searched.
+            fewer slots). Without ``decode_ranks`` and ``decode_in_place`` the fastest way to decode is searched, and
+            without ``sequence_parallel`` the fastest number of cards a stage.
 
     Raises:
         NoPlan: it cannot be done; says why, and what can.
@@ -55,6 +56,7 @@ def plan(
     """
     names = {item.name for item in fields(VideoConfig)} & set(options)
     video = VideoConfig.of(**{"num_frames": 1025, **{name: options.pop(name) for name in names}})
+    places = "sequence_parallel" not in options
     work = Workload(model_sizes(model), video, EngineConfig.of(**options))
     search = not {"decode_ranks", "decode_in_place"} & set(options)
     groups = parse_gpus(gpus, extra_devices) if isinstance(gpus, str) else [list(group) for group in gpus]
@@ -62,6 +64,7 @@ def plan(
         work,
         groups,
         search_decoders=search,
+        search_places=places,
         link=link,
         between=between,
         memory_limit=memory_limit,
@@ -74,6 +77,7 @@ def plan_for(
     groups: Sequence[Sequence[Device]],
     *,
     search_decoders: bool = False,
+    search_places: bool = False,
     link: str | None = None,
     between: str | None = None,
     memory_limit: float | None = None,
@@ -85,6 +89,7 @@ def plan_for(
         work: the video and the model.
         groups: cards in order, by machine: those of the stages, then those that only decode.
         search_decoders: who decodes is chosen here; otherwise it is as ``work.engine`` says.
+        search_places: the cards of a stage are, too.
         link, between, memory_limit, first_frame_limit: as in ``plan``.
 
     Raises:
@@ -102,7 +107,7 @@ def plan_for(
         tuple(links(groups, link, between)),
         tuple(card.usable if most is None else min(card.usable, most) for card in devices),
     )
-    search = Search(cards, first_frame_limit, search_decoders)
+    search = Search(cards, first_frame_limit, search_decoders, search_places)
     found = search.candidates(work)
     if not found:
         raise search.refusal(work)

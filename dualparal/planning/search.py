@@ -1,4 +1,5 @@
-"""The search for a cut of a model and of a video, and for who decodes, on some cards: in closed form. No torch."""
+"""The search for a cut of a model and of a video, for the cards of a stage, and for who decodes: in closed form. No
+torch."""
 
 from __future__ import annotations
 
@@ -32,20 +33,28 @@ class Search:
         cards: all of them.
         first_frame_limit: seconds, or None.
         searches_decoders: who decodes is open; otherwise it is as each workload says.
+        searches_places: the cards of a stage are open, too.
     """
 
-    def __init__(self, cards: Cards, first_frame_limit: float | None, searches_decoders: bool = False) -> None:
+    def __init__(
+        self,
+        cards: Cards,
+        first_frame_limit: float | None,
+        searches_decoders: bool = False,
+        searches_places: bool = False,
+    ) -> None:
         self.cards = cards
         self.first_frame_limit = first_frame_limit
         self.searches_decoders = searches_decoders
+        self.searches_places = searches_places
 
     def best(self, work: Workload, note: str = "") -> Plan | None:
         """The fastest plan in closed form, or None when nothing fits."""
         return next(iter(self.candidates(work, note)), None)
 
     def candidates(self, work: Workload, note: str = "") -> list[Plan]:
-        """The few best plans with other places that decode, fastest first: those whose closed forms are too near to
-        say which. No more places that decode are tried than can be faster."""
+        """The few best plans with other places that decode and other cards of a stage, fastest first: those whose
+        closed forms are too near to say which. No more ways are tried than can be faster."""
         found: list[Plan] = []
         ways = [(self._least(way), number, way) for number, way in enumerate(self._ways(work))]
         for least, _, way in sorted(ways, key=lambda each: each[:2]):
@@ -59,33 +68,50 @@ class Search:
     def _near(self, work: Workload) -> float:
         """A factor within which the closed form of a workload does not tell."""
         schedule = work.schedule(1)
-        stages = len(self.cards.devices) - schedule.decode_ranks
+        stages = (len(self.cards.devices) - schedule.decode_ranks) // work.places
         return NEAR if schedule.max_in_flight * schedule.branches >= stages else NEAR_WITH_FEW
 
     def _ways(self, work: Workload) -> Iterator[Workload]:
-        """Yields the workload with each way to decode that is open."""
+        """Yields the workload with each way to decode and each number of cards of a stage that is open."""
+        for way in self._ways_to_decode(work):
+            yield way
+            if self.searches_places and way.places == 1:
+                stages = len(self.cards.devices) - way.schedule(1).decode_ranks
+                for places in range(2, 1 + min(stages, way.heads)):
+                    if self.cards.grouped(places, way.schedule(1).decode_ranks) and can_share(way, places):
+                        yield with_places(way, places)
+
+    def _ways_to_decode(self, work: Workload) -> Iterator[Workload]:
         count = len(self.cards.devices)
         if not self.searches_decoders or not work.decode:
             yield work
             return
-        for ranks in range(max(0, count - work.model.num_layers), min(count, 1 + work.rows)):
+        fewest = 0 if self.searches_places else count - work.model.num_layers * work.places
+        for ranks in range(max(0, fewest), min(count, 1 + work.rows)):
             yield with_decoders(work, ranks)
-        if 1 < count <= min(work.rows, work.model.num_layers):
+        if 1 < count // work.places <= min(work.rows, work.model.num_layers):
             yield with_decoders(work, in_place=True)
 
     def _least(self, work: Workload) -> float:
         """A pace that no plan of the workload exceeds by much: layers cut as if they could be halved, room for all."""
-        count = len(self.cards.devices) - work.schedule(1).decode_ranks
-        if count < 1:
+        all_cards = self._grouped(work)
+        count = 0 if all_cards is None else len(all_cards.devices) - work.schedule(1).decode_ranks
+        if count < 1 or all_cards is None:
             return math.inf
-        cards, schedule = self.cards.first(count), work.schedule(count)
+        cards, schedule = all_cards.first(count), work.schedule(count)
         one, extra = costs_per_layer(work, schedule, cards)
         rates = sum(1 / seconds for seconds in one)
         slowest = (work.model.num_layers + sum(more / each for more, each in zip(extra, one, strict=True))) / rates
-        part = costing(work, schedule, [1] * count, self.cards).decode(1)
+        part = costing(work, schedule, [1] * count, all_cards).decode(1)
         beside = schedule.decode and not schedule.decode_ranks and not schedule.decode_in_place
         free = replace(schedule, decode_ranks=1) if beside else schedule  # stage 0 may have few layers
         return pace(work, closed_form(free, [slowest] * count, 0.0, part))
+
+    def _grouped(self, work: Workload) -> Cards | None:
+        """The cards as a workload uses them, one for each stage; None: they cannot share its stages."""
+        if not can_share(work, work.places):
+            return None
+        return self.cards.grouped(work.places, work.schedule(1).decode_ranks)
 
     def _within(self, work: Workload, note: str) -> Plan | None:
         """A plan of these choices that fits and is fast, or None.
@@ -127,19 +153,22 @@ class Search:
 
     def _cut(self, work: Workload) -> Plan | None:
         """The best split, or None when it does not fit."""
-        count = len(self.cards.devices) - work.schedule(1).decode_ranks
+        all_cards = self._grouped(work)
+        if all_cards is None:
+            return None
+        count = len(all_cards.devices) - work.schedule(1).decode_ranks
         if not 1 <= count <= work.model.num_layers:
             return None
-        cards, schedule = self.cards.first(count), work.schedule(count)
+        cards, schedule = all_cards.first(count), work.schedule(count)
         if len(schedule.decoders) > work.rows:
             return None
-        for place in range(count, len(self.cards.devices)):
-            if place_memory(work, schedule, [1] * count, place).peak > self.cards.usable[place]:
+        for place in range(count, len(all_cards.devices)):
+            if place_memory(work, schedule, [1] * count, place).peak > all_cards.usable[place]:
                 return None
         most = [_most_layers(work, schedule, cards, stage) for stage in range(count)]
         one, extra = costs_per_layer(work, schedule, cards)
         hop = sum(edge_elements(work)[0] * work.itemsize / link.bandwidth + link.latency for link in cards.links[:-1])
-        decode = costing(work, schedule, [1] * count, self.cards).decode(1)
+        decode = costing(work, schedule, [1] * count, all_cards).decode(1)
         found: list[Plan] = []
         # Decoding falls into the last part of a run: how few layers make up for it only a trial can tell
         for fewer in range(most[0] if schedule.decoders == range(1) else 1):
@@ -149,7 +178,7 @@ class Search:
             if found and tuple(split) == found[-1].split:
                 continue
             stages = [layers * seconds + more for layers, seconds, more in zip(split, one, extra)]
-            found.append(Plan(work, self.cards, tuple(split), closed_form(schedule, stages, hop, decode)))
+            found.append(Plan(work, all_cards, tuple(split), closed_form(schedule, stages, hop, decode)))
         least = min((each.pace for each in found), default=0.0)
         # Of equals the one with the fewest layers on stage 0, whose units go at half speed while it decodes.
         return next((each for each in reversed(found) if each.pace <= EQUAL * least), None)
@@ -175,7 +204,7 @@ class Search:
             return []
         for version in reversed(POLICIES[best.work.blocks.context].versions):
             work = with_blocks(best.work, max_blocks_in_flight=EARLY_BLOCKS, context_version=version)
-            found = Search(self.cards, None, self.searches_decoders).candidates(work)
+            found = Search(self.cards, None, self.searches_decoders, self.searches_places).candidates(work)
             if found:
                 return [plan for plan in found if plan.estimate.first_frame < best.estimate.first_frame]
         return []
@@ -201,6 +230,10 @@ class Search:
             kinds.setdefault(kind, []).append((way, f"VAE on {describe_decoders(way)}"))
         kinds.pop((work.engine.decode_ranks > 0, work.engine.decode_in_place), None)
         yield from kinds.values()
+        alone = Search(self.cards, None, searches_places=True)._ways(with_places(work, 1))
+        others = [(way, f"{way.places} cards a stage") for way in alone if way.places != work.places]
+        if others:
+            yield others
         if blocks.max_blocks_in_flight is None:  # as few as keep all stages busy
             k = -(-best.schedule.num_stages // best.schedule.branches) + 1
             yield [(with_blocks(work, max_blocks_in_flight=k), "earlier frames")]
@@ -213,18 +246,21 @@ class Search:
         if ranks >= count:
             cards = f"{count} card{'s' if count > 1 else ''}"
             return NoPlan(f"decode_ranks={ranks} with {cards}: the stages need one, too; use {count - 1} or fewer")
+        if self._grouped(work) is None:
+            return self._unshared(work)
+        count = ranks + (count - ranks) // work.places
         parts = len(work.schedule(count - ranks).decoders)
         if parts > work.rows:
             return NoPlan(f"{parts} cards that decode and {work.rows} rows of latents: each needs one; use fewer")
         if count - ranks > layers:
-            keep = layers + ranks
+            keep = layers * work.places + ranks
             nearest = Search(self.cards.first(keep), self.first_frame_limit, self.searches_decoders).best(work)
             return _no_plan(
-                f"{count} cards for a model of {layers} layers: every stage owns at least one layer; use {keep} or "
-                "fewer" + (", or let the others decode" if work.decode else ""),
+                f"{len(self.cards.devices)} cards for a model of {layers} layers: every stage owns at least one "
+                f"layer; use {keep} or fewer" + (", or let the others decode" if work.decode else ""),
                 nearest,
             )
-        if Search(self.cards, None, self.searches_decoders).best(work) is not None:
+        if Search(self.cards, None, self.searches_decoders, self.searches_places).best(work) is not None:
             assert self.first_frame_limit is not None
             soonest = self._soonest(work)
             return _no_plan(
@@ -233,12 +269,26 @@ class Search:
                 soonest,
             )
         need, have, where = self._shortage(work)
+        card = self.cards.devices[where * work.places if where < count - ranks else -1]
         return _no_plan(
             f"{work.model.name} at {work.video.width}x{work.video.height} does not fit: "
             f"{'stage' if where < count - ranks else 'decoder'} {where} "
-            f"({self.cards.devices[where].name}) needs {need / GIB:.1f} GiB and may use {have / GIB:.1f}",
+            f"({card.name}) needs {need / GIB:.1f} GiB and may use {have / GIB:.1f}",
             self._nearest(work),
         )
+
+    def _unshared(self, work: Workload) -> NoPlan:
+        """The reason for which cards cannot share the stages of a workload."""
+        places, ranks = work.places, work.schedule(1).decode_ranks
+        what = f"sequence_parallel={places}"
+        stages = len(self.cards.devices) - ranks
+        if stages % places or stages < places:
+            return NoPlan(f"{what} with {stages} cards for stages: every stage takes {places}; use a multiple of that")
+        if self.cards.grouped(places, ranks) is None:
+            return NoPlan(f"{what}: the cards of a stage must be alike; give them another order, or use 1")
+        if places > work.heads:
+            return NoPlan(f"{what} with a model of {work.heads} heads: every card of a stage takes one; use fewer")
+        return NoPlan(f"{what}: windows of this size have too few tokens for so many; use fewer")
 
     def _soonest(self, work: Workload) -> Plan:
         free = Search(self.cards, None)
@@ -247,8 +297,10 @@ class Search:
 
     def _shortage(self, work: Workload) -> tuple[int, int, int]:
         """Returns (bytes needed, bytes there, place) of the worst place when layers are spread by memory alone."""
-        count = len(self.cards.devices) - work.schedule(1).decode_ranks
-        schedule, usable = work.schedule(count), self.cards.usable
+        cards = self._grouped(work)
+        assert cards is not None, "refused before"
+        count = len(cards.devices) - work.schedule(1).decode_ranks
+        schedule, usable = work.schedule(count), cards.usable
         split = balance(
             [1 / room for room in usable[:count]],
             [0.0] * count,
@@ -277,7 +329,7 @@ class Search:
         for change in changes:
             if found := self.best(with_blocks(work, **change)):
                 return found
-        elsewhere = Search(self.cards, self.first_frame_limit, searches_decoders=True)
+        elsewhere = Search(self.cards, self.first_frame_limit, True, self.searches_places)
         if found := elsewhere.best(work, "VAE elsewhere"):
             return found
         last = len(self.cards.devices) - 1
@@ -288,7 +340,7 @@ class Search:
                 (*self.cards.links, *[self.cards.links[-1]] * more),
                 (*self.cards.usable, *[self.cards.usable[-1]] * more),
             )
-            if found := Search(cards, self.first_frame_limit, self.searches_decoders).best(work):
+            if found := Search(cards, self.first_frame_limit, self.searches_decoders, self.searches_places).best(work):
                 return replace(found, note=f"{more} cards more")
         return None
 
@@ -302,6 +354,26 @@ def with_blocks(work: Workload, **change: object) -> Workload:
 def with_decoders(work: Workload, ranks: int = 0, in_place: bool = False) -> Workload:
     """The same video, decoded by others."""
     return replace(work, engine=replace(work.engine, decode_ranks=ranks, decode_in_place=in_place))
+
+
+def with_places(work: Workload, places: int) -> Workload:
+    """The same video, with so many cards a stage."""
+    return replace(work, engine=replace(work.engine, sequence_parallel=places))
+
+
+def can_share(work: Workload, places: int) -> bool:
+    """True when so many cards can share a stage of a workload: there are heads and tokens for all, and nothing else
+    in its options speaks against it."""
+    if places == 1:
+        return True
+    if places > work.heads:
+        return False
+    try:
+        with_places(work, places)
+        work.layout.check_places(work.tokens, places)
+    except ValueError:
+        return False
+    return True
 
 
 def _no_plan(reason: str, nearest: Plan | None) -> NoPlan:

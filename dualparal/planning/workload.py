@@ -11,7 +11,7 @@ from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import DTYPE_BYTES, EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.models.sizes import ModelSizes, VaeSizes
-from dualparal.schedule.layout import Layout
+from dualparal.schedule.layout import Layout, token_ranges
 from dualparal.schedule.schedule import Schedule
 
 
@@ -94,6 +94,27 @@ class Workload:
     def rows(self) -> int:
         """Rows of a latent frame, which may be decoded in parts."""
         return self.video.height // self.model.vae.spatial_factor
+
+    @property
+    def heads(self) -> int:
+        """Heads of self-attention."""
+        return self.model.inner // self.model.head_dim
+
+    @property
+    def places(self) -> int:
+        """Cards of each stage, P."""
+        return self.engine.sequence_parallel
+
+    @property
+    def head_share(self) -> float:
+        """The largest share of the heads that a place of a stage has."""
+        return -(-self.heads // self.places) / self.heads
+
+    def place_tokens(self, tokens: int) -> int:
+        """The most tokens that a place of a stage has of so many, those of whole frames."""
+        if self.places == 1:
+            return tokens
+        return max(map(len, token_ranges(tokens // self.tokens, self.tokens, self.places)))
 
     def part_rows(self, parts: int) -> int:
         """Rows of the largest of so many parts, at most ``rows``."""

@@ -13,9 +13,12 @@ from dualparal.decoding.chunks import NonFiniteError
 from dualparal.distributed.edges import Inbound, Outbound
 from dualparal.distributed.messages import Header, Kind, TransportError
 from dualparal.distributed.prompts import PromptChannel
+from dualparal.distributed.teams import STOP, Team
 from dualparal.runtime.latents import LatentQueue
 from dualparal.runtime.nonfinite import FirstMark, mark
+from dualparal.runtime.places import FirstPlaces
 from dualparal.runtime.stage import Stage, UnitPlan
+from dualparal.runtime.threads import ThreadedStage
 from dualparal.schedule.actions import Action, Op, Unit
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.schedule import Schedule
@@ -34,12 +37,13 @@ class Stopped(Exception):
 class Links:
     """Connections of a stage: edges from the stage before and to the one after, and the channel of prompts.
 
-    The edges are None with a single stage.
+    The edges are None with a single stage. ``team`` has the ranks of stage 0, where these are several.
     """
 
     prompts: PromptChannel
     inbound: Inbound | None = None
     outbound: Outbound | None = None
+    team: Team | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class StageExecutor:
         stage: its layers.
         links: its connections to the other stages.
         clock: adds up the time spent in units, and times actions for the timeline.
-        leading: for stage 0, and only for it.
+        leading: for stage 0, and only for it; of several ranks of it, for the first.
         report: called with a phase (the value of an ``Op``) and the unit before every action.
     """
 
@@ -80,7 +84,7 @@ class StageExecutor:
         schedule: Schedule,
         layout: Layout,
         index: int,
-        stage: Stage,
+        stage: Stage | ThreadedStage,
         links: Links,
         clock: BusyClock,
         leading: FirstStage | None = None,
@@ -92,6 +96,7 @@ class StageExecutor:
         self.stage = stage
         self.inbound, self.outbound, self.prompts = links.inbound, links.outbound, links.prompts
         self.leading = leading
+        self.places = None if links.team is None else _first_places(links.team, stage)
         self.report = report or (lambda phase, unit: None)
         self.clock = clock
         self.under_way = 0  # stage 0: units sent and not yet back
@@ -99,6 +104,8 @@ class StageExecutor:
         self._mark: torch.Tensor | None = None  # of the unit under way
         self._first_mark = FirstMark(leading.queues[0].device) if leading else None
         self._prompt = 0
+        self._units_left = schedule.num_units  # None: no end
+        self._unsent: Unit | None = None  # has run here
         self._prompt_of: dict[tuple[int, int], int] = {}  # by video and block
         self._handlers: dict[Op, Callable[[Unit], None]] = {
             Op.RECV: self._receive_velocity if leading else self._receive_hidden,
@@ -108,6 +115,9 @@ class StageExecutor:
             Op.EMIT: self._emit,
             Op.DECODE: self._decode,
         }
+        if self.places is not None and not leading:
+            self._handlers |= {Op.RECV: self._pass_velocity, Op.RUN: self._run_beside}
+            self._handlers |= dict.fromkeys((Op.UPDATE, Op.EMIT, Op.DECODE), lambda unit: None)
 
     @property
     def _leading(self) -> FirstStage:
@@ -135,13 +145,21 @@ class StageExecutor:
 
     def stop(self) -> None:
         """Ends a distributed run early on all ranks; called on stage 0. Units under way are thrown away."""
-        assert self.inbound is not None and self.outbound is not None
+        if self.places is not None:
+            if self._unsent is not None and self.outbound is not None:
+                self._send(self._unsent)  # other places have sent their part of it
+            if self.places.team.leads and self._units_left != 0:
+                self.places.team.tell(STOP)
         while self.under_way:
-            self.inbound.receive()
+            assert self.inbound is not None
+            header, tensor = self.inbound.receive()
+            if self.places is not None:
+                self._join(header.unit, tensor)
             self.inbound.release()
             self.under_way -= 1
-        self.outbound.stop()
-        self.inbound.stop()
+        for edge in (self.outbound, self.inbound):
+            if edge is not None:
+                edge.stop()
         self._finish()
 
     def _finish(self) -> None:
@@ -149,6 +167,12 @@ class StageExecutor:
             if edge is not None:
                 edge.finish()
         self.prompts.finish()
+        if self.places is not None:
+            self.places.team.finish()
+
+    def close(self) -> None:
+        """Ends what runs beside the stage."""
+        self.stage.close()
 
     def waited(self) -> float:
         """Seconds that the host was blocked by other stages, so far."""
@@ -187,9 +211,24 @@ class StageExecutor:
         assert self.inbound is not None
         _, tensor = self._receive(unit)
         queue = self._leading.queues[unit.video]
-        shape = queue.velocity_shape(unit)
-        queue.take(unit, tensor[: shape.numel()].view(shape))
-        self._take_mark(unit, tensor[-1:])
+        velocity, found = (tensor[:-1], tensor[-1:]) if self.places is None else self._join(unit, tensor)
+        queue.take(unit, velocity.view(queue.velocity_shape(unit)))
+        self._take_mark(unit, found)
+        self.inbound.release()
+        self.under_way -= 1
+
+    def _join(self, unit: Unit, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The velocity and mark of a unit from the message of every place of stage 0; on others its own part."""
+        assert self.places is not None
+        velocity, found = tensor[:-1], tensor[-1:]
+        if self.leading is not None:
+            return self.places.collect(velocity, found, self.plan(unit))
+        self.places.give(velocity, found)
+        return velocity, found
+
+    def _pass_velocity(self, unit: Unit) -> None:
+        assert self.inbound is not None
+        self._join(unit, self._receive(unit)[1])
         self.inbound.release()
         self.under_way -= 1
 
@@ -199,17 +238,39 @@ class StageExecutor:
         if not self.stage.knows_prompt(self._prompt):
             embeds = queue.embeds_of(self._prompt)
             self.stage.add_prompt(self._prompt, embeds)
-            if self.schedule.num_stages > 1:
+            if self.schedule.num_stages > 1 or self.places is not None:
                 self.prompts.publish(self._prompt, embeds)
-        window = queue.window(unit)
-        self._mark = mark(window, None, None)
-        result = self._run(window, unit)
-        if self.schedule.num_stages == 1:
-            queue.take(unit, result)
-            assert self._mark is not None
-            self._take_mark(unit, self._mark)
+        hidden = queue.window(unit)
+        self._mark = mark(hidden, None, None)
+        if self.places is not None:
+            self.places.team.tell(self._prompt)
+            hidden = self.places.spread(hidden, self._mark, self.plan(unit))
+        result = self._run(hidden, unit)
+        if self.schedule.num_stages > 1:
+            self._hidden, self._unsent = result, unit
+            return
+        assert self._mark is not None
+        if self.places is not None:
+            result, self._mark = self.places.collect(result, self._mark, self.plan(unit))
+        queue.take(unit, result)
+        self._take_mark(unit, self._mark)
+
+    def _run_beside(self, unit: Unit) -> None:
+        """Runs this place's part of a unit of stage 0, if the first place says that there is one."""
+        assert self.places is not None
+        self._prompt = self.places.team.hear()
+        if self._prompt == STOP:
+            self.stop()
+            raise Stopped
+        if not self.stage.knows_prompt(self._prompt):
+            self.stage.add_prompt(self._prompt, self.prompts.fetch(self._prompt))
+        hidden, self._mark = self.places.take(self.plan(unit))
+        result = self._run(hidden, unit)
+        if self.schedule.num_stages > 1:
+            self._hidden, self._unsent = result, unit
         else:
-            self._hidden = result
+            assert self._mark is not None
+            self.places.give(result, self._mark)
 
     def _run_later(self, unit: Unit) -> None:
         assert self._hidden is not None and self.inbound is not None
@@ -219,6 +280,8 @@ class StageExecutor:
     def _run(self, hidden: torch.Tensor, unit: Unit) -> torch.Tensor:
         if (unit.video, unit.block) not in self._prompt_of:
             self._admit(unit)
+        if self._units_left is not None:
+            self._units_left -= 1
         with self.clock:
             result = self.stage.run(hidden, self.plan(unit))
         assert self._mark is not None
@@ -249,7 +312,7 @@ class StageExecutor:
     def _send(self, unit: Unit) -> None:
         assert self._hidden is not None and self.outbound is not None
         self.outbound.send(Header(Kind.UNIT, unit, self._prompt), self._hidden, self._mark)
-        self._hidden = self._mark = None
+        self._hidden = self._mark = self._unsent = None
         self.under_way += 1
 
     def _update(self, unit: Unit) -> None:
@@ -284,6 +347,11 @@ class StageExecutor:
     def _decode(self, unit: Unit) -> None:
         assert self._leading.on_decode is not None, "the schedule decodes"
         self._leading.on_decode(unit.video, unit.block)
+
+
+def _first_places(team: Team, stage: Stage | ThreadedStage) -> FirstPlaces:
+    assert isinstance(stage, Stage), "ranks have no threads for their places"
+    return FirstPlaces(team, stage)
 
 
 def run_together(executors: Sequence[StageExecutor]) -> Iterator[None]:

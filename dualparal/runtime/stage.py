@@ -25,8 +25,10 @@ from dualparal.kernels.qk_norm_rope import Lend
 from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, Slice, TimeCondition, attend_here
 from dualparal.models.keys_values import Context8, Format, KeysValues, Packed, to_8bit, to_16bit
 from dualparal.runtime.features import FeatureStore
+from dualparal.runtime.shares import Cut, Share, Ulysses
 from dualparal.runtime.workspace import Read, View, Workspace, Workspace8
 from dualparal.schedule.actions import Features, Unit
+from dualparal.schedule.layout import TOKEN_TILE, token_ranges
 
 
 class StepShape(NamedTuple):
@@ -45,7 +47,7 @@ class StepShape(NamedTuple):
 class StepInputs(NamedTuple):
     """The tensors of a unit. ``text`` and ``time`` are shared between units and never written to."""
 
-    hidden: torch.Tensor  # first stage: latents [1, C, F, H, W]; otherwise hidden states [tokens, inner]
+    hidden: torch.Tensor  # as ``Stage.run`` takes them
     text: torch.Tensor  # [layers, 2, tokens, inner]
     time: TimeCondition
     rotary: Rotary
@@ -89,6 +91,7 @@ class StageSpec:
         eight_bit: the layers and steps at which self-attention has 8 bits.
         refreshes: True when the run has refreshes.
         features_8bit: features of attention in 16 bits are kept in 8.
+        patch: numbers of a token's latents.
         windows: number of windows, of all blocks in flight, whose rotary angles are kept.
     """
 
@@ -105,6 +108,7 @@ class StageSpec:
     eight_bit: EightBitPolicy = OFF
     refreshes: bool = False
     features_8bit: bool = False
+    patch: int = 0
     windows: int = 1
 
     @property
@@ -126,6 +130,7 @@ class Stage:
         spec: facts of the stage.
         attention: the strategy with which its layers attend to themselves and their neighbours.
         wrap: goes around ``forward``, such as ``graphs.Graphed``.
+        share: the place's of a stage that has several; None: it has one.
     """
 
     def __init__(
@@ -134,8 +139,10 @@ class Stage:
         spec: StageSpec,
         attention: AttentionStrategy = attend_here,
         wrap: Callable[[Forward], Forward] | None = None,
+        share: Share | None = None,
     ) -> None:
         self.experts = experts
+        self.share = share
         self.spec = spec
         self.attention = attention
         slice_ = experts[0]
@@ -148,10 +155,16 @@ class Stage:
         self._always_8bit = all(self._on) and not spec.refreshes
         self._workspace = self._workspace8 = None
         self._lent = spec.context_tokens
-        if not (all(self._covered) and self._always_8bit):
-            self._workspace = Workspace(
-                spec.max_tokens, len(starts), self._lent, self.inner_dim, slice_.dtype, slice_.device
+        self._scratch: KeysValues | None = None  # own keys and values of all heads, on their way to other places
+        width = self.inner_dim
+        if share is not None:
+            rows = min(spec.max_tokens, -(-spec.max_tokens // share.exchange.count) + 2 * TOKEN_TILE)
+            width, shape = share.width, (rows, self.inner_dim)
+            self._scratch = KeysValues(
+                *(torch.empty(shape, dtype=slice_.dtype, device=slice_.device) for _ in range(2))
             )
+        if not (all(self._covered) and self._always_8bit):
+            self._workspace = Workspace(spec.max_tokens, len(starts), self._lent, width, slice_.dtype, slice_.device)
         if any(self._on):
             values = FP8 if self._fp8 else slice_.dtype
             self._workspace8 = Workspace8(
@@ -190,26 +203,33 @@ class Stage:
         """Runs one unit through the layers.
 
         Args:
-            hidden: first stage: latents [1, C, F, H, W]; otherwise hidden states [tokens, inner].
+            hidden: first stage: latents [1, C, F, H, W]; otherwise hidden states [tokens, inner]. With places those of
+                this one's tokens, and on the first stage their patches [tokens, patch].
             plan: everything that schedule and layout say about the unit.
 
         Returns:
-            Hidden states [tokens, inner], or on the last stage the velocity [1, C, own frames, H, W]. Good until the
-            next unit.
+            Hidden states [tokens, inner], or on the last stage the velocity [1, C, own frames, H, W]. With places
+            those of this one's tokens, and on the last stage the velocity [own tokens, patch]. Good until the next
+            unit.
         """
-        unit, window, spec, shape = plan.unit, plan.window, self.spec, self.shape(plan)
-        if not spec.first:
-            hidden = hidden[: len(window) * spec.grid.tokens]  # a message is as long as the largest
+        unit, window, shape = plan.unit, plan.window, self.shape(plan)
+        rows = None if self.share is None else self.cut(len(window), plan.fed_context).rows[self.share.index]
         inputs = StepInputs(
             hidden,
             self._text_condition(plan.prompt, unit.branch, shape.expert),
             self._time_condition(unit.step),
-            self._angles(window.start, len(window)),
+            self._angles(window.start, len(window), rows),
             tuple(self._row(features) for features in plan.reads),
             tuple(self._row(features) for features in plan.writes),
             (self.store.row("mean", plan.place, unit.branch),) if shape.eight_bit else (),
         )
         return self._step(shape, inputs)
+
+    def cut(self, frames: int, fed_context: int) -> Cut:
+        """A window over the places of the stage; arguments as in ``StepShape``."""
+        assert self.share is not None, "a stage of one place is not cut"
+        tokens = self.spec.grid.tokens
+        return Cut(token_ranges(frames, tokens, self.share.exchange.count), fed_context * tokens)
 
     def shape(self, plan: UnitPlan) -> StepShape:
         """All that decides the operations of a unit."""
@@ -229,18 +249,22 @@ class Stage:
     def forward(self, shape: StepShape, inputs: StepInputs) -> torch.Tensor:
         """Computes a unit from its shape and tensors; nothing else decides the result (see ``run``)."""
         expert, tokens = self.experts[shape.expert], self.spec.grid.tokens
-        hidden = expert.embed(inputs.hidden) if self.spec.first else inputs.hidden
-        first_own = shape.fed_context * tokens
-        places = {"head": first_own, "tail": len(hidden) - self._lent}
+        hidden = inputs.hidden
+        if self.spec.first:
+            hidden = expert.embed(hidden if self.share else expert.patches(hidden))
+        first_own, own = shape.fed_context * tokens, shape.frames * tokens
+        places = {"head": first_own, "tail": own - self._lent}
         starts = {side: places[side] for side in shape.writes}
-        views = self._views(shape, len(hidden), starts)
+        views = self._views(shape, own, starts)
+        context, attend = self._shared(shape, views, len(hidden))
         pending: Pending | None = None
         for index in range(expert.num_layers):
             eight_bit = shape.eight_bit and self._covered[index]
             view = views[eight_bit]
             self._read(index, eight_bit, view, shape, inputs)
             text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
-            lends = {} if eight_bit or self.spec.features_8bit else self._lends(index, starts, inputs)
+            saved = eight_bit or self.spec.features_8bit or self.share is not None
+            lends = {} if saved else self._lends(index, starts, inputs)
             hidden, pending = expert.layer(
                 index,
                 hidden,
@@ -248,9 +272,9 @@ class Stage:
                 inputs.time,
                 text,
                 inputs.rotary,
-                view.context,
+                context or view.context,
                 list(lends.values()),
-                self.attention,
+                attend,
             )
             for side, at in zip(shape.writes, inputs.write_at, strict=True):
                 if side not in lends:
@@ -264,7 +288,25 @@ class Stage:
         if not self.spec.last:
             return expert.finish(hidden, pending)
         assert pending is not None, "a stage has at least one layer"
-        return expert.head(hidden[first_own:], (pending[0][first_own:], pending[1]), inputs.time, self.spec.grid)
+        if self.share is not None:  # of all rows, whose number is that of a tile or more
+            counted = self.cut(shape.frames, shape.fed_context).own(self.share.index)
+            return expert.head(hidden, pending, inputs.time)[counted.start :]
+        velocity = expert.head(hidden[first_own:], (pending[0][first_own:], pending[1]), inputs.time)
+        return expert.picture(velocity, self.spec.grid)
+
+    def _shared(
+        self, shape: StepShape, views: Mapping[bool, View], rows: int
+    ) -> tuple[KeysValues | None, AttentionStrategy]:
+        """Memory in which layers leave their own keys and values for other places, and the strategy that takes them
+        there. With one place (None, the strategy as it was given): layers write to their view."""
+        if self.share is None or self._scratch is None:
+            return None, self.attention
+        target, cut = views[False].context, self.cut(shape.frames, shape.fed_context)
+        assert isinstance(target, KeysValues)
+        return self._scratch.rows(0, rows), Ulysses(self.share, cut.rows, target, self.attention)
+
+    def close(self) -> None:
+        """Ends what runs beside the stage: nothing."""
 
     def _views(self, shape: StepShape, own: int, starts: Mapping[str, int]) -> dict[bool, View]:
         """The workspaces as the unit's layers see them; True: for layers that attend in 8 bits."""
@@ -343,11 +385,14 @@ class Stage:
             self._text[key] = self.experts[expert].text(self._prompts[prompt][branch])
         return self._text[key]
 
-    def _angles(self, start: int, frames: int) -> Rotary:
+    def _angles(self, start: int, frames: int, rows: range | None) -> Rotary:
         window = start, frames
         found = self._rotary.get(window)
         if found is None:
-            found = self._rotary[window] = self.experts[0].rotary(start, frames, self.spec.grid)
+            found = self.experts[0].rotary(start, frames, self.spec.grid)
+            if rows is not None:
+                found = Rotary(*(angles[rows.start : rows.stop].clone() for angles in found))
+            self._rotary[window] = found
             if len(self._rotary) > self.spec.windows:
                 del self._rotary[min(self._rotary)]  # its block has left before the others
         return found

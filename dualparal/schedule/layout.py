@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.decoding import row_ranges
 from dualparal.schedule.policies import POLICIES
+
+TOKEN_TILE = 64  # rows of a matrix product from which on its bits do not depend on their number
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,51 @@ class Layout:
         blocks = range(1 if self.num_blocks == 1 else 2)
         return max(len(self.window(block, self.blocks.refresh_every is not None)) for block in blocks)
 
+    def check_places(self, tokens: int, places: int) -> None:
+        """Checks that every window can be shared by the ``places`` of a stage.
+
+        Args:
+            tokens: of a latent frame.
+            places: their number, P.
+
+        Raises:
+            ValueError: a window is too small.
+        """
+        for block in range(1 if self.num_blocks == 1 else 2) if places > 1 else ():
+            token_ranges(len(self.window(block)), tokens, places)
+
     def kept_frames(self, block: int) -> int:
         """Own latent frames of ``block`` that belong to the video (the last block may have a surplus)."""
         if self.num_latents is None:
             return self.frames(block)
         return min(self.frames(block), self.num_latents - self.start(block))
+
+
+def token_ranges(frames: int, tokens: int, places: int) -> list[range]:
+    """The tokens of a window that each place of a stage has: whole frames, or rows of ``TOKEN_TILE`` where the frames
+    do not divide; the last ones with what is left.
+
+    Products of fewer rows than a tile have other last bits; with more they do not depend on the cut.
+
+    Args:
+        frames: latent frames of the window.
+        tokens: tokens of a frame.
+        places: their number, P.
+
+    Raises:
+        ValueError: a place would have less than a tile.
+    """
+    total = frames * tokens
+    tile = tokens if frames % places == 0 and total // places >= TOKEN_TILE else TOKEN_TILE
+    tiles = total // tile
+    if tiles < places:
+        raise ValueError(
+            f"sequence_parallel={places} with windows of {total} tokens: every place takes {TOKEN_TILE} or more; use "
+            f"{max(1, tiles)} at most, a larger picture or larger blocks"
+        )
+    ends = [range_.stop * tile for range_ in row_ranges(tiles, places)]
+    ends[-1] = total
+    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def split_layers(num_layers: int, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[range]:

@@ -56,7 +56,7 @@ class Run:
 
     def __init__(
         self, folder: Path, model: Path, fault: str, frames: int = 801, more: tuple[str, ...] = (), ranks: int = 2,
-        **env: str,
+        places: int = 1, **env: str,
     ) -> None:  # fmt: skip
         self.out = folder / "a.mp4"
         self.messages: list[tuple[float, int, dict[str, Any]]] = []
@@ -65,7 +65,7 @@ class Run:
         self.warnings: list[str] = []
         handler.emit = self._log  # type: ignore[method-assign]
         logger.addHandler(handler)
-        slow, committed = SlowStages(2), []
+        slow, committed = SlowStages(2, places), []
 
         def hear(rank: int, message: dict[str, Any]) -> None:
             self.messages.append((time.monotonic(), rank, message))
@@ -160,6 +160,16 @@ def test_a_rank_that_decodes_is_named_by_its_role(
     run.check(2, code, *words, role="decoder 1")
     assert run.committed == list(range(6)) or run.committed == list(range(5))  # the last one on its way out
     assert run.error is not None and run.error["decoder"] == 1 and run.error["stage"] is None
+
+
+def test_a_rank_that_shares_a_stage_is_named_by_its_place(tmp_path: Path, wan21: Path) -> None:
+    """Not the one that waits for it in the same unit."""
+    size = ("--height", "128", "--width", "128", "--num-frames", "61")
+    more = (*size, "--sequence-parallel", "2", "--stages", "2")
+    run = Run(tmp_path, wan21, "kill:3", more=more, ranks=4, places=2, FAULT_BLOCK="4")
+    text, code = str(run.result.failure), run.result.exit_code
+    assert code == 3 and text.startswith("rank 3 (stage 1, place 1) failed at block 4, step 0, phase 'run': killed by")
+    assert run.error is not None and (run.error["stage"], run.error["place"]) == (1, 1)
 
 
 def test_nan_of_a_rank_that_decodes_is_named_by_its_role(tmp_path: Path, wan21: Path) -> None:

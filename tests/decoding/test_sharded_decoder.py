@@ -214,7 +214,7 @@ def test_a_part_that_fails_wakes_the_others_and_is_torn() -> None:
         decoder.push(latents)
         if rows.index == 1:
             raise MemoryError("no memory")
-        with pytest.raises(PeerLost, match=r"rows \d -> \d: the decoder of part 1 has stopped"):
+        with pytest.raises(PeerLost, match=r"rows of decoder \d for decoder \d: decoder 1 has stopped"):
             decoder.push(latents)
         with pytest.raises(RuntimeError, match=r"reset\(\)"):
             decoder.push(latents)

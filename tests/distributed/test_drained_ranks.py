@@ -91,7 +91,13 @@ def test_ranks_load_their_code_before_a_run(monkeypatch: pytest.MonkeyPatch, giv
     told = {}
     monkeypatch.setattr(supervisor, "supervise", lambda *_, **how: told.update(how["env"]) or Result(0))
     job = SimpleNamespace(
-        engine=SimpleNamespace(layers_per_stage=None), stages=2, ranks=2, threads=1, timeline=None, outs=[], out=None
+        engine=SimpleNamespace(layers_per_stage=None, sequence_parallel=1),
+        stages=2,
+        ranks=2,
+        threads=1,
+        timeline=None,
+        outs=[],
+        out=None,
     )
     monkeypatch.setattr(leader, "display_of", lambda _: nullcontext())
     monkeypatch.setattr(leader, "error_file", lambda _: None)

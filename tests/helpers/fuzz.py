@@ -241,7 +241,7 @@ def header(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     """Message headers: noise, bits and fields changed, with the old checksum or a right one, cut, for another size."""
     import torch
 
-    from dualparal.distributed.messages import Header, Kind, TransportError, pack_header, unpack_header
+    from dualparal.distributed.messages import Header, Kind, Lengths, TransportError, pack_header, unpack_header
     from dualparal.schedule.actions import Unit
 
     def number(rng: random.Random) -> int:
@@ -271,7 +271,7 @@ def header(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
             order = rng.sample(range(len(fields)), len(fields))
             fields = fields[order]
         wanted = number(rng) if change == "size" else elements
-        received = unpack_header(fields, wanted, "edge 0 -> 1")
+        received = unpack_header(fields, Lengths.fixed(wanted), "edge 0 -> 1")
         assert torch.equal(pack_header(received, wanted), fields), "taken for what was not sent"
         assert change == "forged" or (received == sent and wanted == elements), "a change went unnoticed"
 

@@ -18,7 +18,7 @@ import torch
 
 from dualparal.distributed import remote
 from dualparal.distributed.after_device import AfterDevice
-from dualparal.distributed.messages import Header, Kind
+from dualparal.distributed.messages import Header, Kind, Lengths
 from dualparal.distributed.remote import EdgeGroups, ReceiveEdge, SendEdge
 from dualparal.schedule.actions import Unit
 from late_device import Host, LateDevice, join
@@ -124,7 +124,7 @@ def exchange(
                 used = torch.ones(1 + SIZE, device=CARD) * 7  # in memory that the buffers may get
                 kept = used * 2
                 del used
-                given = EdgeGroups("control", "data"), 1 + SIZE, depth, messages, torch.float32, CARD
+                given = EdgeGroups("control", "data"), Lengths.fixed(1 + SIZE), depth, messages, torch.float32, CARD
                 ends.append(kind("edge 0 -> 1", 1 - rank, *given))
                 del kept
         sender, receiver = ends

@@ -107,7 +107,7 @@ MUTANTS = [
     Mutant(
         "an edge copies on the stages' stream",
         "dualparal.distributed.edges:LocalEdge.send",
-        "fill(self.name, self._buffers[slot], tensor, mark)",
+        "fill(self.name, self._buffers[slot][: self._length(header.unit)], tensor, mark)",
         _OWN_STREAM,
         GRAPHS,
         "race order",

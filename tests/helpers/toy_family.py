@@ -96,8 +96,11 @@ class ToySlice:
         self._tensors = tensors
         self._layers = [tensors[f"layers.{k}"] for k in layers]
 
-    def embed(self, latents: torch.Tensor) -> torch.Tensor:
-        return F.linear(latents[0].flatten(1).T.to(self.dtype), self._tensors["embed"])
+    def patches(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents[0].flatten(1).T.to(self.dtype)
+
+    def embed(self, patches: torch.Tensor) -> torch.Tensor:
+        return F.linear(patches, self._tensors["embed"])
 
     def time(self, timestep: torch.Tensor) -> TimeCondition:
         row = self._tensors["time"].float() * timestep.float() / 1000
@@ -139,9 +142,11 @@ class ToySlice:
     def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
         return hidden if pending is None else torch.tanh(hidden + pending[0])
 
-    def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition, grid: Grid) -> torch.Tensor:
-        velocity = F.linear(self.finish(hidden, pending), self._tensors["head"])
-        return velocity.T.unflatten(1, (-1, grid.height, grid.width)).unsqueeze(0).contiguous()
+    def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition) -> torch.Tensor:
+        return F.linear(self.finish(hidden, pending), self._tensors["head"])
+
+    def picture(self, patches: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return patches.T.unflatten(1, (-1, grid.height, grid.width)).unsqueeze(0).contiguous()
 
 
 def _attention(queries: torch.Tensor, context: KeysValues | Context8, heads: int) -> torch.Tensor:

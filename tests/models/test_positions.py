@@ -115,13 +115,13 @@ def test_frame_100000_works(engine: Callable[..., Engine]) -> None:
     time, text = expert.time(torch.tensor(500)), expert.text(torch.zeros(16, expert.config["text_dim"]))
 
     def velocity(start: int) -> torch.Tensor:
-        hidden, pending = expert.embed(latents), None
+        hidden, pending = expert.embed(expert.patches(latents)), None
         for index in range(expert.num_layers):
             context = KeysValues(torch.empty_like(hidden), torch.empty_like(hidden))
             keys_values = KeysValues(text[index, 0], text[index, 1])
             rotary = expert.rotary(start, 4, GRID)
             hidden, pending = expert.layer(index, hidden, pending, time, keys_values, rotary, context)
-        return expert.head(hidden, pending, time, GRID)
+        return expert.picture(expert.head(hidden, pending, time), GRID)
 
     with torch.inference_mode():
         assert (velocity(0) - velocity(100_000)).abs().max() < 1e-5

@@ -26,7 +26,7 @@ def test_patches_are_embedded_as_a_convolution_does(dtype: torch.dtype) -> None:
     latents = torch.randn(1, 16, 3, 4, 6, generator=generator)
     kernel, bias = (weights.tensors[f"patch_embedding.{name}"] for name in ("weight", "bias"))
     with Traffic() as traffic:
-        made = weights.ours.embed(latents)
+        made = weights.ours.embed(weights.ours.patches(latents))
     assert made.is_contiguous() and made.dtype == dtype
     assert not [name for name in traffic.launches if "conv" in name]
 
@@ -45,9 +45,9 @@ def test_a_stage_calls_no_convolution_and_no_gelu_on_a_card(monkeypatch: pytest.
     inputs = Inputs(weights, SHAPE.frames)
     head = inputs.time._replace(head=torch.empty(2, SHAPE.inner, device="meta"))
     with Traffic() as traffic:
-        hidden = weights.ours.embed(torch.empty(1, 16, 3, 4, 6, device="meta"))
+        hidden = weights.ours.embed(weights.ours.patches(torch.empty(1, 16, 3, 4, 6, device="meta")))
         ours_step(weights, inputs, [[]] * SHAPE.layers)
-        velocity = weights.ours.head(hidden, (hidden, None), head, SHAPE.grid)
+        velocity = weights.ours.picture(weights.ours.head(hidden, (hidden, None), head), SHAPE.grid)
     assert velocity.shape == (1, 16, 3, 4, 6)
     names = set(traffic.launches)
     assert not [name for name in names if "conv" in name or "gelu" in name]

@@ -27,7 +27,7 @@ from dualparal.models.wan.sizes import MODELS, WanVaeSizes
 from dualparal.models.wan.spec import WanSpec
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.models.wan.vae import StreamingDecoder
-from dualparal.planning.cost import Costing, balance, closed_form, layer_arithmetic, unit_arithmetic
+from dualparal.planning.cost import Costing, balance, closed_form, exchange_seconds, layer_arithmetic, unit_arithmetic
 from dualparal.planning.devices import DEVICES, LINKS
 from dualparal.planning.memory import decode_bytes, place_memory, slice_bytes, slot_bytes, stage_memory
 from dualparal.planning.workload import Workload
@@ -133,6 +133,44 @@ def test_seconds_of_a_part_by_hand() -> None:
     keys = keys / 6 * 7 / 8 * 7
     exchange = 4 * (2 * borders.numbers + keys) / 10e9 + (borders.messages + 1) * 30e-6
     assert in_place.decode(1) == pytest.approx(8 * (8 / 60 * vae.flops(6240) / rate + exchange))
+
+
+def test_seconds_of_places_by_hand() -> None:
+    """Two cards have half of each layer, and five have the share of three of twelve heads; the wire is waited for."""
+    alone, cards, wire = Workload(MODELS["wan2.1-t2v-1.3b"]), [DEVICES["h100"]] * 2, LINKS["nvlink4"]
+    own, h = 8 * alone.tokens, alone.model.inner
+    plain = layer_arithmetic(alone, own, 2 * own)
+    for places, heads in ((2, 6), (5, 3)):
+        work = replace(alone, engine=EngineConfig.of(sequence_parallel=places))
+        rows = work.place_tokens(own)
+        assert rows == own / 2 if places == 2 else own / 5 <= rows < own / 5 + 64
+        found = layer_arithmetic(work, own, 2 * own)
+        text = 4.0 * h * rows * 512
+        assert found.attention == pytest.approx((plain.attention - 4.0 * h * own * 512) * heads / 12 + text)
+        assert found.linear == pytest.approx(plain.linear * rows / own)
+        assert found.moved == pytest.approx(plain.moved * rows / own * (20 + 14) / 20)
+        least = 4 * 2 * h * (own / places) * (1 - 1 / places) / wire.bandwidth
+        waits = exchange_seconds(work, own, 2 * own, wire, cards[0])
+        assert least <= waits - 2 * wire.latency <= 1.26 * least
+        engine = replace(work.engine, sequence_parallel_form="pipelined")
+        slow = [
+            exchange_seconds(each, own, 2 * own, LINKS["pcie4"], cards[0])
+            for each in (work, replace(work, engine=engine))
+        ]
+        assert 0.8 * slow[0] < slow[1] < slow[0], "attention hides the way back of all groups of heads but one"
+    assert exchange_seconds(alone, own, 2 * own, None, cards[0]) == 0
+
+
+def test_memory_of_places() -> None:
+    """Features by heads, messages by tokens, weights whole, and latents on the first rank of a stage alone."""
+    alone = Workload(MODELS["wan2.1-t2v-14b"])
+    work = replace(alone, engine=EngineConfig.of(sequence_parallel=2))
+    one = stage_memory(alone, alone.schedule(2), [20, 20], 0)
+    first, second = (stage_memory(work, work.schedule(2), [20, 20], 0, leads) for leads in (True, False))
+    assert first.features == one.features / 2 and first.weights == one.weights
+    assert first.buffers == pytest.approx(one.buffers / 2, rel=1e-6) and first.activations == one.activations / 2
+    assert second.latents == second.decode == second.before == 0 < first.latents == one.latents
+    assert second.features == first.features and second.running < first.running < one.running
 
 
 def test_the_slowest_card_and_link_decide_for_all_parts() -> None:

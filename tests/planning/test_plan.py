@@ -89,6 +89,44 @@ def test_a_better_split_is_not_found_by_moving_a_layer() -> None:
                 assert other.seconds > 0.97 * found.seconds, split
 
 
+SHORT = {"num_frames": 4 * (8 * 32 - 1) + 1, "num_inference_steps": 4, "guidance_scale": 1.0}  # M = 32, T = 4
+
+
+def test_few_steps_on_many_cards_are_shared() -> None:
+    """Four units in flight keep half of eight stages busy; four stages of two cards are as quick and all busy."""
+    given = {**SHORT, "output_type": "latent"}
+    eight, shared, four = (plan(BIG, "8xh100", sequence_parallel=places, **given) for places in (1, 2, 4))
+    assert len(shared.split) == 4 and shared.work.places == 2 and len(shared.all_devices) == 8
+    assert shared.replay and shared.seconds <= 0.65 * eight.seconds and four.seconds <= 0.65 * eight.seconds
+    assert eight.bubble > 0.4 and shared.bubble < 0.1
+    slow = [plan(BIG, "8xh100", link="10gbe", sequence_parallel=places, **given).seconds for places in (1, 2)]
+    assert slow[1] > 2 * slow[0], "not over a slow wire"
+    found = plan(BIG, "8xh100", **SHORT)
+    assert found.work.places > 1 and found.engine_options["sequence_parallel"] == found.work.places
+    assert f", {found.work.places} a stage" in found.describe()
+    for memory, card in zip(found.memory, found.cards.usable, strict=True):
+        assert memory.peak <= card
+
+
+def test_steps_that_fill_the_pipe_are_not_shared() -> None:
+    assert plan("wan2.1-t2v-1.3b", "4xrtx4090", num_frames=257, decode_ranks=0).work.places == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "words"),
+    [
+        ("8xh100", {"sequence_parallel": 3}, "sequence_parallel=3 with 8 cards for stages: every stage takes 3"),
+        ("1xh100,1xrtx4090", {"sequence_parallel": 2}, "the cards of a stage must be alike"),
+        ("16xh100", {"sequence_parallel": 16}, "sequence_parallel=16 with a model of 12 heads"),
+        ("2xh100", {"sequence_parallel": 2, "height": 16, "width": 16}, "too few tokens"),
+        ("2xh100", {"sequence_parallel": 2, "attention_8bit": "int8"}, "attention_8bit='int8' with sequence_para"),
+    ],
+)
+def test_cards_that_cannot_share_are_refused(gpus: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan("wan2.1-t2v-1.3b", gpus, num_frames=81, decode_ranks=0, **options)
+
+
 @pytest.mark.slow
 def test_limits_on_blocks_in_flight() -> None:
     free = plan(BIG, "4xh100")
@@ -137,7 +175,7 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does() -> None:
     with pytest.raises(
         NoPlan, match=r"64 cards for a model of 40 layers.*use 40 or fewer.*nearest.*layers 1\+1"
     ) as few:
-        plan(BIG, "64xh100", decode_ranks=0)
+        plan(BIG, "64xh100", decode_ranks=0, sequence_parallel=1)
     assert few.value.nearest is not None and len(few.value.nearest.split) == 40
     with pytest.raises(NoPlan, match=r"stage 0 \(rtx4090\) needs \d+\.\d GiB and may use 21.*nearest.*prior") as one:
         plan("wan2.1-t2v-1.3b", "1xrtx4090", max_blocks_in_flight=40)
@@ -284,10 +322,10 @@ def test_an_endless_video_has_a_rate() -> None:
 def test_the_share_of_decoding_is_said() -> None:
     """PipeDiT's rule by hand, on equal cards: N T_dec / (T_dec + T_den) with the times of one card."""
     for steps, scale, rule in ((50, 5.0, 0.45), (4, 1.0, 4.8)):
-        found = plan("wan2.1-t2v-1.3b", "8xrtx4090", num_inference_steps=steps, guidance_scale=scale)
+        alone: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale, "sequence_parallel": 1}
+        found = plan("wan2.1-t2v-1.3b", "8xrtx4090", **alone)
         assert found.decode_rule == pytest.approx(rule, rel=0.02)
-        options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale, "decode_ranks": 0}
-        beside = plan("wan2.1-t2v-1.3b", "8xrtx4090", **options)
+        beside = plan("wan2.1-t2v-1.3b", "8xrtx4090", **alone, decode_ranks=0)
         assert beside.decode_rule == pytest.approx(found.decode_rule, rel=0.01)
         one = plan("wan2.1-t2v-1.3b", "1xh200", num_inference_steps=steps, guidance_scale=scale)
         costing = one.costing

@@ -45,7 +45,7 @@ def run(engine: Engine, case: dict[str, Any], rank: int) -> dict[str, torch.Tens
             break
     chunks.close()  # type: ignore[attr-defined]
     if engine.stats is not None:
-        assert len(engine.stats.ranks) == engine.mesh.num_stages
+        assert len(engine.stats.ranks) == engine.mesh.stage_ranks
         assert len(engine.stats.ranks + engine.stats.decoders) == engine.mesh.world_size
     if not parts[0]:
         return None
@@ -84,6 +84,13 @@ def drain_and_tell(heartbeat: Heartbeat, phase: str, **where: Any) -> None:
     torch.cuda.synchronize()
 
 
+def interrupt_and_tell(heartbeat: Heartbeat, at: int, phase: str, **where: Any) -> None:
+    """Interrupts the run before a unit of block ``at`` runs on stage 0, and so between that and its message."""
+    heartbeat.phase(phase, **where)
+    if phase == "run" and where["block"] == at and os.environ["RANK"] == "0":
+        engines[0].interrupt()
+
+
 engines: list[Engine] = []  # alive when Python ends
 
 
@@ -98,6 +105,8 @@ def main(path: Path) -> None:
             options["attention_8bit"] = EightBitPolicy(**case.get("eight_bit", {}))
             device = case.get("device", "cpu")
             report = partial(drain_and_tell, heartbeat) if case.get("drains") else heartbeat.phase
+            if "interrupt_at" in case:
+                report = partial(interrupt_and_tell, heartbeat, case["interrupt_at"])
             engine = Engine.from_pretrained(case["model"], device=device, report=report, **options)
             engines[:] = [engine]
             if index == 1:  # all is imported: engines collect garbage, and need not look at that

@@ -81,14 +81,18 @@ class WanSlice:
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._condition[f"{name}.weight"], self._condition[f"{name}.bias"])
 
-    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+    def patches(self, latents: torch.Tensor) -> torch.Tensor:
+        """The patches of WanTransformer3DModel's ``patch_embedding``, which are disjoint: [tokens, C * p_h * p_w]."""
+        _, p_h, p_w = self.config["patch_size"]
+        patches = latents.to(self.dtype)[0].unflatten(3, (-1, p_w)).unflatten(2, (-1, p_h))  # [C, F, h, p_h, w, p_w]
+        return patches.permute(1, 2, 4, 0, 3, 5).flatten(3).flatten(0, 2)
+
+    def embed(self, patches: torch.Tensor) -> torch.Tensor:
         """Patch embedding of WanTransformer3DModel.forward, its convolution as a product: patches are disjoint."""
         assert self._patch is not None, "only the first slice embeds"
         # Not as a convolution: in 16 bits cuDNN's is 10 to 20 times slower in some versions, and wrong in others.
         weight, bias = self._patch  # [inner, C, 1, p_h, p_w]
-        _, p_h, p_w = self.config["patch_size"]
-        patches = latents.to(self.dtype)[0].unflatten(3, (-1, p_w)).unflatten(2, (-1, p_h))  # [C, F, h, p_h, w, p_w]
-        return F.linear(patches.permute(1, 2, 4, 0, 3, 5).flatten(3).flatten(0, 2), weight.flatten(1), bias)
+        return F.linear(patches, weight.flatten(1), bias)
 
     def time(self, timestep: torch.Tensor) -> TimeCondition:
         """The ``scale_shift_table`` of each layer and of the head plus the embedded timestep, 1 added to the scales."""
@@ -217,16 +221,20 @@ class WanSlice:
     def finish(self, hidden: torch.Tensor, pending: Pending | None) -> torch.Tensor:
         return hidden if pending is None else residual(hidden, *pending)
 
-    def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition, grid: Grid) -> torch.Tensor:
-        """Last norm, ``proj_out`` and unpatching, as in WanTransformer3DModel.forward."""
+    def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition) -> torch.Tensor:
+        """Last norm and ``proj_out``, as in WanTransformer3DModel.forward."""
         assert self._head is not None and time.head is not None, "only the last slice has the head"
         weight, bias, _ = self._head
         y, gate = pending or (None, None)
         _, normed = residual_norm(hidden, y, gate, time.head[1], time.head[0], eps=self.eps)
+        return F.linear(normed, weight, bias)
+
+    def picture(self, patches: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Unpatching, as in WanTransformer3DModel.forward."""
         _, p_h, p_w = self.config["patch_size"]
-        frames = len(hidden) // grid.tokens
-        patches = F.linear(normed, weight, bias).reshape(frames, grid.tokens_height, grid.tokens_width, p_h, p_w, -1)
-        return patches.permute(5, 0, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).unsqueeze(0).contiguous()
+        frames = len(patches) // grid.tokens
+        pixels = patches.reshape(frames, grid.tokens_height, grid.tokens_width, p_h, p_w, -1)
+        return pixels.permute(5, 0, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).unsqueeze(0).contiguous()
 
 
 def _attention(queries: Any, context: KeysValues | Context8, heads: int) -> torch.Tensor:
