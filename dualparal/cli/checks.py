@@ -12,7 +12,7 @@ from dualparal.models.folder import folder_of
 from dualparal.models.json_files import ModelError
 from dualparal.models.registry import family_in
 from dualparal.planning.workload import Workload
-from dualparal.schedule.layout import split_layers
+from dualparal.schedule.layout import check_heads, split_layers
 
 
 def check_job(job: Job) -> None:
@@ -64,6 +64,8 @@ def _check_sizes(job: Job, model: Path) -> None:
         return  # nothing is known of it here; who loads it says what is wrong
     work = Workload(sizes, job.video, job.engine, len(job.prompts))
     split_layers(sizes.num_layers, job.stages, job.engine.layers_per_stage)
+    check_heads(work.heads, work.places)
+    work.layout.check_places(work.tokens, work.places)
     job.engine.attention_8bit.check(sizes.num_layers)
     job.engine.attention_8bit.check_steps(job.video.num_inference_steps)
     job.engine.linear_8bit.check(sizes.num_layers)

@@ -17,7 +17,7 @@ from dualparal.models.base import LightFile
 from dualparal.models.files import ModelFiles
 from dualparal.models.loaded import LoadedPipeline
 from dualparal.models.source import ModelSource, resolve_model
-from dualparal.schedule.layout import split_layers
+from dualparal.schedule.layout import check_heads, split_layers
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Setup:
         )
         found = cls(source, config, mesh)
         _ = found.layers  # checks the split, before weights are looked at
-        found.check_places()
+        check_heads(found.source.spec.heads, mesh.places)
         _ = found.light
         if config.attention_8bit.on:
             found.check_8bit()
@@ -103,15 +103,6 @@ class Setup:
         """The dtype of what decodes."""
         found: torch.dtype = getattr(torch, self.config.vae_dtype)
         return found
-
-    def check_places(self) -> None:
-        """Checks that the model has heads for all ranks of a stage. Raises ValueError."""
-        places, heads = self.mesh.places, self.source.spec.heads
-        if places > heads:
-            raise ValueError(
-                f"sequence_parallel={places} with a model of {heads} heads: every rank of a stage takes one at least; "
-                f"use {heads} at most"
-            )
 
     def check_8bit(self) -> None:
         """Checks that the model and the device have 8-bit attention like this. Raises ValueError when not."""

@@ -95,6 +95,15 @@ class Layout:
         return min(self.frames(block), self.num_latents - self.start(block))
 
 
+def check_heads(heads: int, places: int) -> None:
+    """Checks that a model has heads for all ``places`` of a stage. Raises ValueError."""
+    if places > heads:
+        raise ValueError(
+            f"sequence_parallel={places} with a model of {heads} heads: every rank of a stage takes one at least; "
+            f"use {heads} at most"
+        )
+
+
 def token_ranges(frames: int, tokens: int, places: int) -> list[range]:
     """The tokens of a window that each place of a stage has: whole frames, or rows of ``TOKEN_TILE`` where the frames
     do not divide; the last ones with what is left.
