@@ -245,7 +245,7 @@ class Engine:
         checkpoint: Checkpoint | None,
         resumed: Resumed | None = None,
     ) -> Iterator[Chunk]:
-        self.config.attention_8bit.check_steps(len(requests[0].sampler))
+        self.config.attention_8bit.check_steps(len(requests[0].steps.runs))
         if self._run is not None and self._run.running:
             raise RuntimeError(_BUSY)
         if timeline is not None:

@@ -43,6 +43,7 @@ class Sampler:
     Attributes:
         timesteps: [T], in the sampler's dtype, on the CPU.
         num_train_timesteps: the timestep of pure noise.
+        levels: noise levels of the steps, T of them, decreasing from 1 at most.
 
     Raises:
         ValueError: a class that is not supported, or one that draws noise in its steps.
@@ -60,6 +61,10 @@ class Sampler:
         self._fresh.set_begin_index(0)
         self.timesteps: torch.Tensor = self._fresh.timesteps
         self.num_train_timesteps: int = config.num_train_timesteps
+        # Timesteps may be rounded to integers, and extrapolation divides by their differences.
+        flow = name.startswith("FlowMatch") or config.get("use_flow_sigmas")
+        levels = self._fresh.sigmas[: len(self.timesteps)] if flow else self.timesteps / self.num_train_timesteps
+        self.levels: tuple[float, ...] = tuple(levels.tolist())
 
     def __len__(self) -> int:
         """Steps T of a block (a sampler may take more than it was asked for)."""
