@@ -67,13 +67,21 @@ def generate(
     def lent_by(layer: int, side: str, block: int, step: int, branch: int) -> KeysValues | Features8:
         return features[layer, side, block, step, 0 if step in plan.conditional_only else branch]
 
-    def velocity_at(block: int, branch: int, at: int, last: int) -> torch.Tensor:
-        """The velocity of a branch at a step of the sampler: run, or of those run up to step ``last`` of it."""
-        if at == last and (block, branch, at) in run:
-            return run[block, branch, at]
-        known = [step for step in range(last + 1) if (block, branch, step) in run][-1 - reuse.order :]
-        made = [run[block, branch, step].float() for step in known]
-        return extrapolate(made, [sampler.levels[step] for step in known], sampler.levels[at])
+    def velocity_at(block: int, at: int, last: int, scale: float | None) -> torch.Tensor:
+        """The velocity at a step of the sampler, from those run up to its step ``last``. No scale: no guidance."""
+
+        def guess(branch: int) -> torch.Tensor:
+            """The conditional velocity, or how far the unconditional one (1) is from it."""
+            known = [step for step in range(last + 1) if (block, branch, step) in run][-1 - reuse.order :]
+            made = [run[block, branch, step].float() - branch * run[block, 0, step].float() for step in known]
+            return extrapolate(made, [sampler.levels[step] for step in known], sampler.levels[at])
+
+        cond = run[block, 0, at] if at == last else guess(0)
+        if scale is None:
+            return cond
+        if at == last and (block, 1, at) in run:
+            return combine_guidance(cond, run[block, 1, at], scale)
+        return combine_guidance(cond.float(), cond.float() + guess(1), scale)
 
     def forward(block: int, step: int, branch: int, newest: int, refresh: bool) -> torch.Tensor:
         timestep = sampler.timesteps[plan.runs[step]]
@@ -129,13 +137,8 @@ def generate(
                 run[block, branch, last] = forward(block, step, branch, newest, refresh)
             for at in range(last, plan.runs[step + 1] if step + 1 < steps else len(sampler)):
                 expert_index = spec.expert(float(sampler.timesteps[at]), sampler.num_train_timesteps)
-                guided = velocity_at(block, 0, at, last)
-                if plan.guided[step]:
-                    uncond = velocity_at(block, 1, at, last)
-                    if guided.dtype != uncond.dtype:
-                        guided, uncond = guided.float(), uncond.float()
-                    guided = combine_guidance(guided, uncond, guidance_scales[expert_index])
-                latents[block] = states[block].step(guided, at, latents[block])
+                velocity = velocity_at(block, at, last, guidance_scales[expert_index] if plan.guided[step] else None)
+                latents[block] = states[block].step(velocity, at, latents[block])
         # The next iteration reads what was made at most ``gap`` iterations before it.
         features = {n: kv for n, kv in features.items() if n[2] * gap + n[3] > iteration - gap}
     return torch.cat(latents, dim=2)[:, :, : layout.num_latents]

@@ -14,7 +14,16 @@ from typing import NoReturn
 import typer
 
 from dualparal.cli.checks import check_job
-from dualparal.cli.flags import BlockFlags, EightBitFlags, ModelFlags, OutputFlags, PlaceFlags, PromptFlags, VideoFlags
+from dualparal.cli.flags import (
+    BlockFlags,
+    EightBitFlags,
+    ModelFlags,
+    OutputFlags,
+    PlaceFlags,
+    PromptFlags,
+    ReuseFlags,
+    VideoFlags,
+)
 from dualparal.cli.job import Job, error_file, say_how_to_resume
 from dualparal.cli.leader import draw_timeline, lead
 from dualparal.cli.place import choose_device, choose_threads, count_stages, leads, parse_layers
@@ -23,12 +32,13 @@ from dualparal.cli.resumed import resumed_job
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import EngineConfig
+from dualparal.config.reuse import Reuse
 from dualparal.config.video import VideoConfig
 from dualparal.launch.heartbeat import Heartbeat
 from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
 from dualparal.schedule.policies import POLICIES
 
-GROUPS = (PromptFlags, VideoFlags, ModelFlags, EightBitFlags, BlockFlags, PlaceFlags, OutputFlags)
+GROUPS = (PromptFlags, VideoFlags, ModelFlags, EightBitFlags, ReuseFlags, BlockFlags, PlaceFlags, OutputFlags)
 
 
 def generate(
@@ -37,6 +47,7 @@ def generate(
     video: VideoFlags,
     model: ModelFlags,
     eight_bit: EightBitFlags,
+    reuse: ReuseFlags,
     blocks: BlockFlags,
     place: PlaceFlags,
     output: OutputFlags,
@@ -50,7 +61,7 @@ def generate(
         _run_job(resumed_job(call, output.resume, model, place, output), heartbeat)
     if not prompts.prompt:
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
-    job = _job(prompts, video, model, eight_bit, blocks, place, output)
+    job = _job(prompts, video, model, eight_bit, reuse, blocks, place, output)
     if place.plan is not None and not heartbeat.supervised:
         given = place.stages is not None or place.decode_gpus > 0 or place.decode_in_place
         job = _planned(job, place.plan, search_decoders=place.gpus is not None and not given)
@@ -68,6 +79,7 @@ def _job(
     video: VideoFlags,
     model: ModelFlags,
     eight_bit: EightBitFlags,
+    reuse: ReuseFlags,
     blocks: BlockFlags,
     place: PlaceFlags,
     output: OutputFlags,
@@ -81,12 +93,13 @@ def _job(
     if split and place.gpus is None and stages is None and "RANK" not in os.environ:
         stages = len(split)
     stages = count_stages(place.gpus, stages, place.device, place.decode_gpus)
+    skipped = Reuse.of(reuse.reuse)
     return Job(
         prompts=_prompts(texts, prompts.prompt_at or [], video.num_frames),
         negative_prompt=prompts.negative_prompt,
         video=_video(video, model.model, "latent" if out is None else "uint8"),
         engine=EngineConfig(
-            blocks=_blocks(blocks, output.checkpoint, video.num_inference_steps),
+            blocks=_blocks(blocks, output.checkpoint, len(skipped.runs(video.num_inference_steps))),
             stages=stages,
             layers_per_stage=split,
             device=choose_device(place.device, place.gpus),
@@ -98,6 +111,7 @@ def _job(
             decode_in_place=place.decode_in_place,
             depth=place.depth,
             graphs=place.graphs,
+            reuse=skipped,
             allow_nonfinite=model.allow_nonfinite,
             **eight_bit.options(),
         ),

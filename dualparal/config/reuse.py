@@ -1,4 +1,4 @@
-"""Steps that the model does not run: a fixed pattern, and their velocities are extrapolated from those before. No torch.
+"""Steps that the model does not run, by a fixed pattern: velocities are extrapolated from those before. No torch.
 
 The pattern is a function of the number of steps (and, where guidance is confined to some noise levels, of these): the
 same for every block, whatever the video and the number of stages.
@@ -6,6 +6,7 @@ same for every block, whatever the video and the number of stages.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -94,7 +95,9 @@ class Reuse:
         for name in ("low", "high"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"{name}={value!r} of reuse: a noise level; use a number from 0 (a video) to 1 (noise)")
+                raise ValueError(
+                    f"{name}={value!r} of reuse: a noise level; use a number from 0 (a video) to 1 (noise)"
+                )
         if self.low >= self.high:
             raise ValueError(f"low={self.low} and high={self.high} of reuse: no noise level is between; use low < high")
 
@@ -109,14 +112,14 @@ class Reuse:
         if text in PRESETS:
             return PRESETS[text]
         kinds = {"low": float, "high": float}
-        names = {item.name: item.name for item in fields(cls) if item.name not in kinds} | {"from": "low", "to": "high"}
+        names = {{"low": "from", "high": "to"}.get(item.name, item.name): item.name for item in fields(cls)}
         found: dict[str, int | float] = {}
         for part in text.split(","):
             name, _, value = (piece.strip() for piece in part.partition("="))
             if name not in names or names[name] in found:
                 raise ValueError(
-                    f"reuse={text!r}: {part!r} is not understood; use one of {', '.join(PRESETS)}, or each at most once "
-                    f"of {', '.join(f'{name}=' for name in names)} with a number"
+                    f"reuse={text!r}: {part!r} is not understood; use one of {', '.join(PRESETS)}, or a number for any "
+                    f"of {', '.join(names)}, once each, such as steps=2,uncond=2"
                 )
             try:
                 found[names[name]] = kinds.get(names[name], int)(value)
@@ -129,6 +132,11 @@ class Reuse:
         """True unless everything is run."""
         return self.steps > 1 or self.uncond > 1 or self.low > 0 or self.high < 1
 
+    def runs(self, num_steps: int) -> tuple[int, ...]:
+        """The steps of ``num_steps`` at which the model runs."""
+        first, last = self.first, num_steps - self.last
+        return tuple(t for t in range(num_steps) if t < first or t >= last or (t - first + 1) % self.steps == 0)
+
     def plan(self, levels: Sequence[float], guidance: bool) -> StepPlan:
         """The steps that are run, of a sampler with these noise levels.
 
@@ -140,12 +148,11 @@ class Reuse:
             ValueError: levels that do not decrease, between which nothing can be extrapolated.
         """
         total = len(levels)
-        if self.on and any(not after < before for before, after in zip(levels, levels[1:], strict=False)):
+        if self.on and any(not after < before for before, after in itertools.pairwise(levels)):
             raise ValueError(
                 f"reuse with {total} steps: some have the same noise level; use fewer steps, or leave reuse out"
             )
-        first, last = min(self.first, total), total - self.last
-        runs = [t for t in range(total) if t < first or t >= last or (t - first + 1) % self.steps == 0]
+        first, last, runs = self.first, total - self.last, self.runs(total)
         guided, only, since = [], [], math.inf
         for number, step in enumerate(runs):
             guided.append(guidance and (not self.on or self.low <= levels[step] <= self.high))
@@ -154,7 +161,7 @@ class Reuse:
                 since = 0
             elif guidance:
                 only.append(number)
-        return StepPlan(total, tuple(runs), tuple(only), tuple(guided), self.order, tuple(map(float, levels)))
+        return StepPlan(total, runs, tuple(only), tuple(guided), self.order, tuple(map(float, levels)))
 
 
 REUSE_OFF = Reuse()

@@ -77,7 +77,7 @@ def _kept_in_fp8(work: Workload) -> float:
     """The share of layers and steps whose features ``features_8bit`` keeps: all but those that attend in 8 bits."""
     if not work.engine.features_8bit:
         return 0.0
-    policy, steps, layers = work.engine.attention_8bit, work.video.num_inference_steps, work.model.num_layers
+    policy, steps, layers = work.engine.attention_8bit, len(work.steps.runs), work.model.num_layers
     on = sum(policy.at(step, steps) for step in range(steps)) * sum(map(policy.covers, range(layers)))
     return 1 - on / (steps * layers)
 
@@ -88,6 +88,11 @@ def unit_arithmetic(work: Workload, schedule: Schedule, unit: Unit) -> Arithmeti
     lent = work.blocks.context_frames * work.tokens
     reads, writes = len(schedule.reads(unit)), len(schedule.writes(unit))
     return layer_arithmetic(work, queries, queries + reads * lent, reads * lent, writes * lent)
+
+
+def update_seconds(work: Workload, schedule: Schedule) -> float:
+    """Seconds of the sampler's steps per unit: all of them are taken, those that are not run too."""
+    return UPDATE_SECONDS * (work.steps.num_steps / schedule.units_per_block)
 
 
 class Costing:
@@ -121,7 +126,7 @@ class Costing:
             run=self.run,
             transfer=self.transfer,
             latency=lambda edge: self.links[edge].latency,
-            update=UPDATE_SECONDS,
+            update=UPDATE_SECONDS * (self.work.steps.num_steps / self.schedule.num_steps),
             decode=self.decode,
             decode_shares=True,
             hand_over=self.hand_over,
@@ -273,7 +278,8 @@ def closed_form(schedule: Schedule, stages: Sequence[float], hop: float, decode:
         decode: seconds of a block's part on each place that decodes.
     """
     slowest, around = max(stages), sum(stages) + hop
-    least = around + (schedule.branches * schedule.policy.blocks_awaited - 1) * slowest
+    units = schedule.units_per_block / schedule.num_steps  # of a step
+    least = around + (units * schedule.policy.blocks_awaited - 1) * slowest
     beside = None if schedule.decode_ranks else slowest if schedule.decode_in_place else stages[0]
     clock = _Clock(schedule, (slowest, least), decode, beside)
     gap, blocks = schedule.gap, schedule.num_blocks
@@ -292,7 +298,7 @@ def closed_form(schedule: Schedule, stages: Sequence[float], hop: float, decode:
             return Estimate(math.inf, clock.first, block)
         iteration += int(more) * gap
     if math.isnan(block):  # a video too short to fill the pipe
-        block = max(schedule.num_steps * schedule.branches * slowest, decode)
+        block = max(schedule.units_per_block * slowest, decode)
     return Estimate(clock.now + clock.backlog, clock.first, block)
 
 
@@ -314,7 +320,8 @@ class _Clock:
 
     def pass_iteration(self, iteration: int) -> None:
         """Passes an iteration of the schedule."""
-        units = len(self.schedule.in_flight(iteration)) * self.schedule.branches
+        own = self.schedule
+        units = sum(own.branches_at(iteration - block * own.gap) for block in own.in_flight(iteration))
         duration = max(units * self.slowest, self.least)
         left = self.backlog - (duration - units * self.beside)
         self.now, self.backlog = self.now + duration, max(0.0, left)

@@ -62,7 +62,7 @@ class LatentQueue:
         self._states: dict[int, BlockSampler] = {}
         self._prompts: dict[int, int] = {}
         self._velocity: dict[tuple[int, int], torch.Tensor] = {}  # by block and branch
-        self._kept: dict[tuple[int, int], list[torch.Tensor]] = {}  # the same: float32, as ``StepPlan.known`` says
+        self._kept: dict[tuple[int, int], list[torch.Tensor]] = {}  # as ``BlockState.velocities``
 
     def state(self) -> dict[int, BlockState]:
         """Latents and sampler states of the blocks in flight, which nobody will write to."""
@@ -120,10 +120,11 @@ class LatentQueue:
         self._velocity[unit.block, unit.branch] = velocity.clone()
 
     def update(self, block: int, step: int) -> None:
-        """Takes the sampler's steps that follow from the velocities of the block's branches at a step of the schedule."""
+        """Takes the sampler's steps that follow from the block's velocities at a step of the schedule."""
         run = [self._velocity.pop((block, branch)) for branch in range(self.schedule.branches_at(step))]
-        for branch, velocity in enumerate(run):
-            self._keep(block, step, branch, velocity)
+        self._keep(block, step, 0, run[0])
+        if len(run) == 2:
+            self._keep(block, step, 1, run[1].float() - run[0].float())
         for at in self.steps.span(step):
             velocity = self._velocity_at(block, step, at, run)
             latents = self._states[block].step(velocity, at, self._latents[block])
@@ -132,7 +133,7 @@ class LatentQueue:
             self._latents[block] = latents
 
     def _keep(self, block: int, step: int, branch: int, velocity: torch.Tensor) -> None:
-        """Keeps a branch's velocity as long as others are extrapolated from it."""
+        """Keeps what a branch was at a step as long as others are extrapolated from it."""
         if count := len(self.steps.known(step, branch)):
             kept = [*self._kept.get((block, branch), []), velocity.float()]  # a new list: a snapshot may have the other
             self._kept[block, branch] = kept[-count:]
@@ -144,14 +145,14 @@ class LatentQueue:
             run: velocities of the branches that were run at ``step``.
         """
         own = run if at == self.steps.runs[step] else ()
-        branches = [
-            own[branch] if branch < len(own) else self._extrapolated(block, step, at, branch)
-            for branch in range(1 + self.steps.guided[step])
-        ]
-        if len(branches) == 1:
-            return branches[0]
-        cond, uncond = branches if len(own) == 2 else (velocity.float() for velocity in branches)
-        return combine_guidance(cond, uncond, self.guidance_scales[at])
+        scale = self.guidance_scales[at]
+        if len(own) == 2 and self.steps.guided[step]:
+            return combine_guidance(own[0], own[1], scale)
+        cond = own[0] if own else self._extrapolated(block, step, at, 0)
+        if not self.steps.guided[step]:
+            return cond
+        cond = cond.float()
+        return combine_guidance(cond, cond + self._extrapolated(block, step, at, 1), scale)
 
     def _extrapolated(self, block: int, step: int, at: int, branch: int) -> torch.Tensor:
         levels = [self.steps.levels[known] for known in self.steps.known(step, branch)]

@@ -16,7 +16,8 @@ class BlockState:
     Attributes:
         latents: [1, C, F, H, W] float32.
         sampler: the memory of its sampler (``BlockSampler.state``).
-        velocities: of each branch, those that later ones are extrapolated from, oldest first, as ``latents``.
+        velocities: those that later ones are extrapolated from (``StepPlan.known``), oldest first, as ``latents``: of
+            the conditional branch, and the unconditional branch's less these.
     """
 
     latents: torch.Tensor

@@ -9,7 +9,6 @@ that.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from dualparal.config.engine import EngineConfig
 from dualparal.config.reuse import StepPlan
 from dualparal.config.video import VideoConfig
 from dualparal.schedule.actions import Action, Features, Op, Unit
+from dualparal.schedule.first_stage import first_stage
 from dualparal.schedule.policies import POLICIES, BlockQueue, Policy
 
 
@@ -144,11 +144,11 @@ class Schedule:
 
     def branches_at(self, step: int) -> int:
         """Units of a block at ``step``."""
-        return 1 if step in self._conditional_only else self.branches
+        return self._branches[step]
 
     @cached_property
-    def _conditional_only(self) -> frozenset[int]:
-        return frozenset(self.conditional_only)
+    def _branches(self) -> list[int]:
+        return [1 if step in set(self.conditional_only) else self.branches for step in range(self.num_steps)]
 
     def completes(self, unit: Unit) -> bool:
         """True when the unit is the last one of its block's step."""
@@ -388,41 +388,9 @@ class Schedule:
                 yield Action(op, stage, unit)
 
     def _first_stage(self) -> Iterator[Action]:
-        """The actions of stage 0, which takes a velocity when a unit needs it, and at the latest when the pipe is full.
+        return first_stage(self)
 
-        A velocity is back after N ticks; asking for it sooner would make stage 0 wait, much later would fill the
-        buffers between the stages. ``depth - 1`` ticks of slack absorb jitter.
-        """
-        lag = self.num_stages + self.depth - 1
-        out: deque[Unit] = deque()  # units on their way through the stages, oldest first
-
-        def receive() -> Iterator[Action]:
-            unit = out.popleft()
-            if self.num_stages > 1:
-                yield Action(Op.RECV, 0, unit)
-            if self.completes(unit):
-                block = unit._replace(branch=0)
-                yield Action(Op.UPDATE, 0, block)
-                if unit.step == self.num_steps - 1:
-                    yield Action(Op.EMIT, 0, block)
-                    if self.decode:
-                        yield Action(Op.DECODE, 0, block)
-
-        for unit in self.units():
-            needs = self._needs(unit)
-            while out and (len(out) >= lag or any(u._replace(branch=0) in needs for u in out)):
-                yield from receive()
-            yield Action(Op.RUN, 0, unit)
-            if self.num_stages > 1:
-                yield Action(Op.SEND, 0, unit)
-            out.append(unit)
-            if self.num_stages == 1 and self.completes(unit):
-                while out:  # nothing travels: the velocities are there at once
-                    yield from receive()
-        while out:
-            yield from receive()
-
-    def _needs(self, unit: Unit) -> set[Unit]:
+    def needs(self, unit: Unit) -> set[Unit]:
         """Updates that must be done before the unit can run; branch is 0 and means the block."""
         needs = {unit._replace(step=unit.step - 1, branch=0)}
         version = self.previous_latents(unit)
