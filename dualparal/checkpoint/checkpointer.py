@@ -243,7 +243,7 @@ def check_fits(
                 raise SnapshotError(f"a snapshot with latents of shape {list(state.latents.shape)}, not {list(size)}")
             done = schedule.steps_done(block)
             _check_sampler(state.sampler, sampler.start().state(), steps.first_step(done), state.latents)
-            kept = [len(steps.known(done - 1, branch)) for branch in range(schedule.branches)]
+            kept = [len(steps.known(done - 1, branch)) for branch in range(schedule.branches if steps.kept else 0)]
             fits = all(v.shape == size and v.dtype == torch.float32 for branch in state.velocities for v in branch)
             if list(map(len, state.velocities)) != kept or not fits:
                 raise SnapshotError(f"a snapshot without the velocities that block {block} goes on from")

@@ -28,7 +28,7 @@ from dualparal.sampling.state import BlockState
 logger = logging.getLogger("dualparal")
 
 FORMAT = "dualparal-snapshot"
-VERSION = 2
+VERSION = 1
 KEEP = 2  # snapshots: one may turn out to be damaged
 
 _HEADER_LIMIT = 1 << 20  # bytes; a legal header of 81 MB takes seconds and gigabytes to parse

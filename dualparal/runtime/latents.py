@@ -66,11 +66,10 @@ class LatentQueue:
 
     def state(self) -> dict[int, BlockState]:
         """Latents and sampler states of the blocks in flight, which nobody will write to."""
+        branches = range(self.schedule.branches if self.steps.kept else 0)
         return {
             block: BlockState(
-                self._latents[block],
-                state.state(),
-                [self._kept.get((block, branch), []) for branch in range(self.schedule.branches)],
+                self._latents[block], state.state(), [self._kept.get((block, branch), []) for branch in branches]
             )
             for block, state in self._states.items()
         }
