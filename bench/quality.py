@@ -92,6 +92,8 @@ VARIANTS = {
         *(Variant(f"cached K{k} newest", max_blocks_in_flight=k, context_version="newest") for k in (5, 10)),
         *(Variant(f"{p} R{r}", context=p, refresh_every=r) for p in ("cached", "prior") for r in (2, 5, 10)),
         *(Variant(f"whole T{t}", frames_per_block=None, context_frames=0, steps=t) for t in (4, 8, 50)),
+        *(Variant(f"cached {name}", reuse=name) for name in ("mild", "strong")),
+        *(Variant(f"cached T50 {name}", steps=50, reuse=name) for name in ("mild", "strong")),
         Variant("whole euler", frames_per_block=None, context_frames=0, sampler="euler"),
     ]
 }
