@@ -33,8 +33,6 @@ class Schedule:
         context, max_blocks_in_flight, context_version, refresh_every: see ``config.blocks.BlockConfig``.
         context_frames: latent frames that a neighbour lends, C; 0: no reads between blocks.
         guidance: a block has a conditional and an unconditional unit per step, and not the conditional one alone.
-        conditional_only: steps at which a block has its conditional unit alone, increasing; with guidance only. Where
-            a neighbour's unconditional features would be read, its conditional ones of that step stand in for them.
         decode: finished blocks are turned into frames.
         depth: messages that fit between two neighbouring stages (buffers of one directed edge).
         num_videos: independent videos of the same length, V. In each iteration they follow each other, so that one
@@ -44,6 +42,8 @@ class Schedule:
         decode_ranks: places that decode and do nothing else, D, after those of the stages; each decodes a part of the
             picture's rows. 0: stage 0's place decodes, beside its units.
         decode_in_place: the place of every stage decodes a part of the picture's rows beside its units.
+        conditional_only: steps at which a block has its conditional unit alone, increasing; with guidance only. Where
+            a neighbour's unconditional features would be read, its conditional ones of that step stand in for them.
 
     Raises:
         ValueError: a number is out of range, or the schedule cannot start at ``start``.
@@ -55,7 +55,6 @@ class Schedule:
     context: str = "cached"
     context_frames: int = 4  # C
     guidance: bool = True
-    conditional_only: tuple[int, ...] = ()
     decode: bool = True
     depth: int = 2
     max_blocks_in_flight: int | None = None  # K
@@ -66,6 +65,7 @@ class Schedule:
     start: int = 0
     decode_ranks: int = 0  # D
     decode_in_place: bool = False
+    conditional_only: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, low in (

@@ -289,7 +289,7 @@ class _OneSlot(Schedule):
 class _EarlyRun(Schedule):
     """Does not wait for the block's own update."""
 
-    def _needs(self, unit: Unit) -> set[Unit]:
+    def needs(self, unit: Unit) -> set[Unit]:
         return set()
 
 
