@@ -2,8 +2,9 @@
 
     python bench/bench_reuse.py
 
-wall: seconds of two processes over gloo (one thread each) with a preset over those without, beside the ratio of the
-units that they run. Layers compute; all are measured in turn, and the row has the median of the ratios.
+wall: seconds of two processes over gloo with a preset over those without, beside the ratio of the units that they run.
+Layers only sleep, so that it can be told on a machine where others are at work; engine and transport are the real ones.
+All are measured in turn, and the row has the median of the ratios.
 
 cores: core-seconds of the latents of a finished frame, in one process, with the package's own model: ours against the
 ``paper`` policy with every step run, in turn in one run; and what the planner predicts for eight RTX 4090 and
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_engine import run
 from harness.options import parser
 from harness.ranks import as_rank, in_processes
 from harness.record import record
+from harness.synthetic import embeds, synthetic_engine
 
 import dualparal
 from dualparal.config.reuse import PRESETS, Reuse
@@ -32,7 +33,8 @@ from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.planning.planner import plan
 
 MODEL = str(Path(dualparal.__file__).with_name("moving_shapes"))
-WALL = {"height": 96, "width": 96, "num_frames": 157, "num_inference_steps": 20, "output_type": "latent"}
+UNIT = 0.04  # seconds in which a stage sleeps
+WALL = {"height": 32, "width": 32, "num_frames": 253, "num_inference_steps": 20, "output_type": "latent"}
 CORES = {"height": 128, "width": 128, "num_frames": 189, "num_inference_steps": 50, "guidance_scale": 4.0}
 WAYS = {  # name: options of the engine
     "paper": {"context": "paper"},
@@ -43,7 +45,10 @@ WAYS = {  # name: options of the engine
 
 
 def as_one_of_two(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
-    tell({"seconds": run(job)})
+    engine = synthetic_engine(job["model"], UNIT, reuse=job["reuse"])
+    for chunk in engine.stream(**embeds(engine), **WALL):
+        del chunk
+    tell({"seconds": engine.stats.seconds if engine.stats else 0.0})
 
 
 def units(reuse: str, steps: int) -> int:
@@ -55,11 +60,12 @@ def units(reuse: str, steps: int) -> int:
 def wall(repeats: int) -> list[dict[str, object]]:
     found: dict[str, list[float]] = {name: [] for name in PRESETS}
     with tempfile.TemporaryDirectory() as folder:
-        model = str(build_tiny_pipeline(Path(folder) / "larger", layers=8, heads=4, head_dim=64, ffn_dim=512))
+        model = str(build_tiny_pipeline(Path(folder), layers=4))
         for _ in range(repeats):
             for name in found:
-                job = {"model": model, "call": WALL, "options": {"reuse": name}, "empty": False}
+                job = {"model": model, "reuse": name}
                 found[name].append(float(in_processes(__file__, 2, job)[-1]["seconds"]))
+                print(f"wall   {name:16s} {found[name][-1]:7.2f} s", flush=True)
     rows: list[dict[str, object]] = []
     steps = int(WALL["num_inference_steps"])  # type: ignore[call-overload]
     for name, seconds in found.items():
