@@ -60,6 +60,7 @@ class Variant:
     max_blocks_in_flight: int | None = None  # K
     context_version: str = "matching"
     refresh_every: int | None = None  # R
+    reuse: str = "off"  # a preset, or fields
 
     def starts(self, latents: int) -> list[int]:
         """Latent frames at which a block begins, without the first. The truth has none: what if it had, every 8?"""
@@ -91,6 +92,8 @@ VARIANTS = {
         *(Variant(f"cached K{k} newest", max_blocks_in_flight=k, context_version="newest") for k in (5, 10)),
         *(Variant(f"{p} R{r}", context=p, refresh_every=r) for p in ("cached", "prior") for r in (2, 5, 10)),
         *(Variant(f"whole T{t}", frames_per_block=None, context_frames=0, steps=t) for t in (4, 8, 50)),
+        *(Variant(f"cached {name}", reuse=name) for name in ("mild", "strong")),
+        *(Variant(f"cached T50 {name}", steps=50, reuse=name) for name in ("mild", "strong")),
         Variant("whole euler", frames_per_block=None, context_frames=0, sampler="euler"),
     ]
 }
@@ -210,7 +213,7 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
     engine = Engine.from_pretrained(
         model, frames_per_block=block, context_frames=variant.context_frames, context=variant.context, device="cpu",
         max_blocks_in_flight=variant.max_blocks_in_flight, context_version=variant.context_version,
-        refresh_every=variant.refresh_every,
+        refresh_every=variant.refresh_every, reuse=variant.reuse,
     )  # fmt: skip
     if variant.sampler == "euler":
         engine.scheduler = FlowMatchEulerDiscreteScheduler(shift=engine.scheduler.config.flow_shift)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dualparal.config.blocks import BlockConfig
     from dualparal.config.eight_bit import EightBitPolicy, LinearPolicy
     from dualparal.config.engine import EngineConfig
+    from dualparal.config.reuse import Reuse
     from dualparal.config.video import VideoConfig
     from dualparal.decoding.chunks import Chunk
     from dualparal.engine.engine import Engine
@@ -36,6 +37,7 @@ _EXPORTS = {
     "EngineOutput": "engine.result",
     "LinearPolicy": "config.eight_bit",
     "Plan": "planning.plan",
+    "Reuse": "config.reuse",
     "Schedule": "schedule.schedule",
     "plan": "planning.planner",
     "VideoConfig": "config.video",
@@ -50,6 +52,7 @@ __all__ = [
     "EngineOutput",
     "LinearPolicy",
     "Plan",
+    "Reuse",
     "Schedule",
     "VideoConfig",
     "__version__",

@@ -2,7 +2,8 @@
 
 No schedule, no transport, no slots: neighbour features lie in a dictionary under the name of the unit that made
 them, and with 8-bit attention the means of a block's keys in another. A new block enters every ``gap`` iterations;
-block b is at step i - b * gap in iteration i (DualParal, section 3, has a gap of one).
+block b is at step i - b * gap in iteration i (DualParal, section 3, has a gap of one). Steps are those that are run;
+the sampler's between two of them follow at once, with extrapolated velocities.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dualparal.config.eight_bit import OFF, EightBitPolicy
+from dualparal.config.reuse import REUSE_OFF, Reuse
 from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, key_mean, lent, place, tiles_of
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.models.base import Grid, ModelSpec, Pending, Slice
 from dualparal.models.keys_values import Context8, Features8, KeysValues, Packed, to_8bit, to_16bit
+from dualparal.sampling.extrapolate import extrapolate
 from dualparal.sampling.sampler import Sampler
 from dualparal.schedule.layout import Layout
 
@@ -35,6 +38,7 @@ def generate(
     guidance_scales: Sequence[float],
     eight_bit: EightBitPolicy = OFF,
     features_8bit: bool = False,
+    reuse: Reuse = REUSE_OFF,
 ) -> torch.Tensor:
     """Final latents [1, C, L, H, W] float32 of a video of ``layout.num_latents`` frames.
 
@@ -45,9 +49,11 @@ def generate(
         guidance_scales: one per expert.
         eight_bit: the layers and steps in 8 bits. A block takes from its keys their mean of the step before (at its
             first such step, of this one). Features stay as made, or in 8 bits (``features_8bit``); readers convert.
+        reuse: the steps and branches that are not run. Where a neighbour's branch was not, its conditional one is read.
     """
     assert layout.num_blocks is not None, "the reference makes finite videos"
-    policy, context, steps = layout.blocks.context, layout.blocks.context_frames, len(sampler)
+    plan = reuse.plan(sampler.levels, len(prompt_embeds(0)) == 2)
+    policy, context, steps = layout.blocks.context, layout.blocks.context_frames, len(plan.runs)
     gap = layout.blocks.gap(steps)
     # Features of the previous block: of so many steps later than the reader's, at most of the last one.
     ahead = {"matching": 0, "newest": gap - 1}[layout.blocks.context_version] if policy == "cached" else gap
@@ -55,10 +61,30 @@ def generate(
     latents: list[torch.Tensor] = []
     features: dict[Name, KeysValues | Features8] = {}
     means: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer, block and branch
+    run: dict[tuple[int, int, int], torch.Tensor] = {}  # velocities by block, branch and the sampler's step
     fp8 = eight_bit.mode == "fp8"
 
+    def lent_by(layer: int, side: str, block: int, step: int, branch: int) -> KeysValues | Features8:
+        return features[layer, side, block, step, 0 if step in plan.conditional_only else branch]
+
+    def velocity_at(block: int, at: int, last: int, scale: float | None) -> torch.Tensor:
+        """The velocity at a step of the sampler, from those run up to its step ``last``. No scale: no guidance."""
+
+        def guess(branch: int) -> torch.Tensor:
+            """The conditional velocity, or how far the unconditional one (1) is from it."""
+            known = [step for step in range(last + 1) if (block, branch, step) in run][-1 - reuse.order :]
+            made = [run[block, branch, step].float() - branch * run[block, 0, step].float() for step in known]
+            return extrapolate(made, [sampler.levels[step] for step in known], sampler.levels[at])
+
+        cond = run[block, 0, at] if at == last else guess(0)
+        if scale is None:
+            return cond
+        if at == last and (block, 1, at) in run:
+            return combine_guidance(cond, run[block, 1, at], scale)
+        return combine_guidance(cond.float(), cond.float() + guess(1), scale)
+
     def forward(block: int, step: int, branch: int, newest: int, refresh: bool) -> torch.Tensor:
-        timestep = sampler.timesteps[step]
+        timestep = sampler.timesteps[plan.runs[step]]
         expert = experts[spec.expert(float(timestep), sampler.num_train_timesteps)]
         fed = layout.fed_context(block, refresh)
         window = latents[block]
@@ -73,9 +99,9 @@ def generate(
         for layer in range(expert.num_layers):
             parts = []
             if context and policy != "prior" and block < newest:
-                parts.append(features[layer, "head", block + 1, step - gap, branch])
+                parts.append(lent_by(layer, "head", block + 1, step - gap, branch))
             if context and policy != "paper" and block > 0 and not refresh:
-                parts.append(features[layer, "tail", block - 1, min(step + ahead, steps - 1), branch])
+                parts.append(lent_by(layer, "tail", block - 1, min(step + ahead, steps - 1), branch))
             keys_values: KeysValues | Context8
             if eight_bit.covers(layer) and eight_bit.at(step, steps) and not refresh:
                 read = [part if isinstance(part, Features8) else to_8bit(part, spec.heads, fp8) for part in parts]
@@ -106,13 +132,13 @@ def generate(
             means.clear()
         for block in blocks if policy == "prior" and not refresh else reversed(blocks):
             step = iteration - block * gap
-            branches = len(prompt_embeds(block))
-            velocity = [forward(block, step, branch, newest, refresh) for branch in range(branches)]
-            expert_index = spec.expert(float(sampler.timesteps[step]), sampler.num_train_timesteps)
-            guided = velocity[0]
-            if branches == 2:
-                guided = combine_guidance(*velocity, guidance_scales[expert_index])
-            latents[block] = states[block].step(guided, step, latents[block])
+            last = plan.runs[step]
+            for branch in range(1 if step in plan.conditional_only else len(prompt_embeds(block))):
+                run[block, branch, last] = forward(block, step, branch, newest, refresh)
+            for at in range(last, plan.runs[step + 1] if step + 1 < steps else len(sampler)):
+                expert_index = spec.expert(float(sampler.timesteps[at]), sampler.num_train_timesteps)
+                velocity = velocity_at(block, at, last, guidance_scales[expert_index] if plan.guided[step] else None)
+                latents[block] = states[block].step(velocity, at, latents[block])
         # The next iteration reads what was made at most ``gap`` iterations before it.
         features = {n: kv for n, kv in features.items() if n[2] * gap + n[3] > iteration - gap}
     return torch.cat(latents, dim=2)[:, :, : layout.num_latents]

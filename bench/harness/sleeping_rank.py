@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dualparal.config.blocks import BlockConfig
+from dualparal.config.reuse import REUSE_OFF
 from dualparal.distributed.mesh import Mesh
 from dualparal.distributed.messages import Lengths
 from dualparal.distributed.prompts import PromptChannel
@@ -88,6 +89,7 @@ def run(case: dict[str, Any], mesh: Mesh, groups: Sequence[Any]) -> dict[str, An
             lambda block: torch.zeros(1, CHANNELS, layout.frames(block), SIDE, SIDE),
             lambda block: 0,
             lambda prompt: torch.zeros(schedule.branches, 1, 1),
+            REUSE_OFF.plan([0.0] * schedule.num_steps, schedule.guidance),
             [1.0] * schedule.num_steps,
             mesh.device,
         )

@@ -21,6 +21,7 @@ import torch
 
 from dualparal.checkpoint import snapshot
 from dualparal.checkpoint.snapshot import Snapshot, SnapshotError
+from dualparal.config.reuse import StepPlan
 from dualparal.sampling.sampler import Sampler
 from dualparal.sampling.state import BlockState
 from dualparal.schedule.layout import Layout
@@ -206,19 +207,25 @@ class Checkpointer:
 
 
 def check_fits(
-    found: Snapshot, schedule: Schedule, layout: Layout, sampler: Sampler, shape: tuple[int, int, int], text_dim: int
+    found: Snapshot,
+    schedule: Schedule,
+    layout: Layout,
+    sampler: Sampler,
+    steps: StepPlan,
+    shape: tuple[int, int, int],
+    text_dim: int,
 ) -> None:
     """Checks that a snapshot holds what a run needs at the start of its schedule.
 
     Args:
         found: the snapshot that was read.
         schedule: the resumed run's; its ``start`` is the snapshot's iteration.
-        layout, sampler: the resumed run's.
+        layout, sampler, steps: the resumed run's.
         shape: channels, height and width of a latent frame.
         text_dim: width of a prompt's embeddings [branches, tokens, text_dim].
 
     Raises:
-        SnapshotError: other blocks, shapes, dtypes or sampler states than the run would have there.
+        SnapshotError: other blocks, shapes, dtypes, sampler states or kept velocities than the run would have there.
     """
     expected = {block for block in schedule.in_flight(schedule.start) if schedule.steps_done(block)}
     for prompts, blocks in zip(found.prompts, found.blocks, strict=True):
@@ -234,7 +241,12 @@ def check_fits(
             size = (1, shape[0], layout.frames(block), *shape[1:])
             if state.latents.shape != size or state.latents.dtype != torch.float32:
                 raise SnapshotError(f"a snapshot with latents of shape {list(state.latents.shape)}, not {list(size)}")
-            _check_sampler(state.sampler, sampler.start(block).state(), schedule.steps_done(block), state.latents)
+            done = schedule.steps_done(block)
+            _check_sampler(state.sampler, sampler.start(block).state(), steps.first_step(done), state.latents)
+            kept = [len(steps.known(done - 1, branch)) for branch in range(schedule.branches if steps.kept else 0)]
+            fits = all(v.shape == size and v.dtype == torch.float32 for branch in state.velocities for v in branch)
+            if list(map(len, state.velocities)) != kept or not fits:
+                raise SnapshotError(f"a snapshot without the velocities that block {block} goes on from")
 
 
 def _check_sampler(state: Mapping[str, Any], fresh: Mapping[str, Any], steps: int, latents: torch.Tensor) -> None:

@@ -50,7 +50,7 @@ class Snapshot:
         iteration: the one that a resumed run begins with.
         run: description of the run, JSON values (``engine.identity.snapshot_info``).
         prompts: for each video, first block -> embeddings [branches, tokens, text_dim].
-        blocks: for each video, block in flight -> latents [1, C, F, H, W] float32 and sampler state.
+        blocks: for each video, block in flight -> latents [1, C, F, H, W] float32, sampler state and kept velocities.
     """
 
     iteration: int
@@ -63,8 +63,15 @@ class Snapshot:
             "iteration": self.iteration,
             "prompts": [{str(block): embeds for block, embeds in video.items()} for video in self.prompts],
             "blocks": [
-                {str(block): {"latents": state.latents, "sampler": dict(state.sampler)} for block, state in v.items()}
-                for v in self.blocks
+                {
+                    str(block): {
+                        "latents": state.latents,
+                        "sampler": dict(state.sampler),
+                        "velocities": [list(branch) for branch in state.velocities],
+                    }
+                    for block, state in video.items()
+                }
+                for video in self.blocks
             ],
         }
 
@@ -141,7 +148,14 @@ def read(path: Path) -> Snapshot:
         run, state = json.loads(metadata["run"]), _fill(json.loads(metadata["state"]), tensors)
         prompts = [{_number(block): _tensor(t, 3) for block, t in video.items()} for video in state["prompts"]]
         blocks = [
-            {_number(block): BlockState(_tensor(s["latents"], 5), dict(s["sampler"])) for block, s in video.items()}
+            {
+                _number(block): BlockState(
+                    _tensor(s["latents"], 5),
+                    dict(s["sampler"]),
+                    [[_tensor(velocity, 5) for velocity in branch] for branch in s["velocities"]],
+                )
+                for block, s in video.items()
+            }
             for video in state["blocks"]
         ]
         if not isinstance(run, dict) or len(prompts) != len(blocks) or not prompts:

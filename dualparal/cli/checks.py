@@ -67,7 +67,7 @@ def _check_sizes(job: Job, model: Path) -> None:
     check_heads(work.heads, work.places)
     work.layout.check_places(work.tokens, work.places)
     job.engine.attention_8bit.check(sizes.num_layers)
-    job.engine.attention_8bit.check_steps(job.video.num_inference_steps)
+    job.engine.attention_8bit.check_steps(len(work.steps.runs))
     job.engine.linear_8bit.check(sizes.num_layers)
     if job.outs and (job.engine.decode_ranks or job.engine.decode_in_place):
         row_ranges(work.rows, job.engine.decode_ranks or job.stages)

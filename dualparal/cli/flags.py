@@ -163,6 +163,19 @@ def _kept_layers(flag: str, text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class ReuseFlags:
+    """Steps that are not run"""
+
+    reuse: Annotated[
+        str,
+        typer.Option(
+            help="mild, strong, or such as steps=2,uncond=2,order=0,first=3,from=0.1,to=1.0 (docs/api.md): some steps, "
+            "and guidance's unconditional branch at some, are extrapolated, not run. Another video, near that of off."
+        ),
+    ] = "off"
+
+
+@dataclass(frozen=True)
 class BlockFlags:
     """Blocks"""
 

@@ -21,6 +21,7 @@ from dualparal.cli.flags import (
     OutputFlags,
     PlaceFlags,
     PromptFlags,
+    ReuseFlags,
     VideoFlags,
     parse_steps,
 )
@@ -32,13 +33,24 @@ from dualparal.cli.resumed import resumed_job
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import EngineConfig
+from dualparal.config.reuse import Reuse
 from dualparal.config.video import VideoConfig
 from dualparal.launch.blame import Limits
 from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
 from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
 from dualparal.schedule.policies import POLICIES
 
-GROUPS = (PromptFlags, VideoFlags, ModelFlags, EightBitFlags, BlockFlags, PlaceFlags, OutputFlags, LimitFlags)
+GROUPS = (
+    PromptFlags,
+    VideoFlags,
+    ModelFlags,
+    EightBitFlags,
+    ReuseFlags,
+    BlockFlags,
+    PlaceFlags,
+    OutputFlags,
+    LimitFlags,
+)
 
 
 def generate(
@@ -47,6 +59,7 @@ def generate(
     video: VideoFlags,
     model: ModelFlags,
     eight_bit: EightBitFlags,
+    reuse: ReuseFlags,
     blocks: BlockFlags,
     place: PlaceFlags,
     output: OutputFlags,
@@ -60,7 +73,7 @@ def generate(
         _run_job(resumed_job(call, output.resume, model, place, output), heartbeat, limits)
     if not prompts.prompt:
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
-    job = _job(prompts, video, model, eight_bit, blocks, place, output)
+    job = _job(prompts, video, model, eight_bit, reuse, blocks, place, output)
     if place.plan is not None and not heartbeat.supervised:
         given = place.stages is not None or place.decode_gpus > 0 or place.decode_in_place
         search = place.gpus is not None and not given
@@ -79,6 +92,7 @@ def _job(
     video: VideoFlags,
     model: ModelFlags,
     eight_bit: EightBitFlags,
+    reuse: ReuseFlags,
     blocks: BlockFlags,
     place: PlaceFlags,
     output: OutputFlags,
@@ -94,12 +108,13 @@ def _job(
     places = place.sequence_parallel
     stages = count_stages(place.gpus, stages, place.device, place.decode_gpus, places)
     request = _video(video, model.model, "latent" if out is None else "uint8")
+    skipped = Reuse.of(reuse.reuse)
     return Job(
         prompts=_prompts(texts, prompts.prompt_at or [], video.num_frames),
         negative_prompt=prompts.negative_prompt,
         video=request,
         engine=EngineConfig(
-            blocks=_blocks(blocks, output.checkpoint, request.num_inference_steps),
+            blocks=_blocks(blocks, output.checkpoint, len(skipped.runs(request.num_inference_steps))),
             stages=stages,
             layers_per_stage=split,
             device=choose_device(place.device, place.gpus),
@@ -113,6 +128,7 @@ def _job(
             sequence_parallel=places,
             sequence_parallel_form=place.sequence_parallel_form,
             graphs=place.graphs,
+            reuse=skipped,
             allow_nonfinite=model.allow_nonfinite,
             **eight_bit.options(),
         ),

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualparal.cli.flags import BlockFlags, EightBitFlags, parse_steps
+from dualparal.cli.flags import BlockFlags, EightBitFlags, ReuseFlags, parse_steps
 from dualparal.config.blocks import DEFAULT_VERSION
 from dualparal.config.decoding import AUTO
 from dualparal.config.units import GIB
@@ -97,12 +97,14 @@ class PlanFlags:
     ] = None
 
 
-GROUPS = (PlanFlags, BlockFlags, EightBitFlags)
+GROUPS = (PlanFlags, BlockFlags, EightBitFlags, ReuseFlags)
 
 
-def plan(call: typer.Context, flags: PlanFlags, blocks: BlockFlags, eight_bit: EightBitFlags) -> None:
+def plan(
+    call: typer.Context, flags: PlanFlags, blocks: BlockFlags, eight_bit: EightBitFlags, reuse: ReuseFlags
+) -> None:
     """Says what a video will cost on some cards, before weights are downloaded. A prediction."""
-    options = {**asdict(flags), **asdict(blocks), **eight_bit.options()}
+    options = {**asdict(flags), **asdict(blocks), **eight_bit.options(), **asdict(reuse)}
     height, width = _size(options.pop("size"))
     options |= {name: parse_steps(f"--{name}", options[name]) for name in ("timesteps", "sigmas")}
     options |= _places(options.pop("sequence_parallel"))
@@ -119,11 +121,15 @@ def plan(call: typer.Context, flags: PlanFlags, blocks: BlockFlags, eight_bit: E
 
 def show(found: Plan, console: Console) -> None:
     """Prints a plan as tables for people."""
-    video, blocks = found.work.video, found.work.blocks
+    video, blocks, steps = found.work.video, found.work.blocks, found.work.steps
+    skipped = ""
+    if found.work.engine.reuse.on:
+        units = found.schedule.units_per_block
+        skipped = f" ({units} of {steps.num_steps * found.schedule.branches} forwards of a block are run)"
     cap = "no limit" if blocks.max_blocks_in_flight is None else f"at most {blocks.max_blocks_in_flight}"
     console.print(
         f"[bold]{found.work.model.name}[/], {video.num_frames} frames of {video.width}x{video.height}, "
-        f"{video.num_inference_steps} steps{'' if video.guidance else ', no guidance'}: "
+        f"{video.num_inference_steps} steps{skipped}{'' if video.guidance else ', no guidance'}: "
         f"{found.work.layout.num_blocks} blocks of {blocks.frames_per_block} latents, context {blocks.context} of "
         f"{blocks.context_frames}, blocks in flight: {cap}{f' ({found.note})' if found.note else ''}",
         highlight=False,

@@ -10,6 +10,7 @@ from typing import Any
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.decoding import AUTO
 from dualparal.config.eight_bit import LINEAR_OFF, OFF, EightBitPolicy, LinearPolicy
+from dualparal.config.reuse import REUSE_OFF, Reuse
 
 # Of the transformer, and of the VAE: bytes per element.
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -47,6 +48,8 @@ class EngineConfig:
             near that of "off"; the same for any number of stages.
         features_8bit: neighbours' features of attention in 16 bits are kept in fp8, in half the memory (in a quarter,
             with float32). Another video, near that of False; the same for any number of stages.
+        reuse: steps at which the model does not run, and velocities are extrapolated instead. Another video, near that
+            of "off"; the same for any number of stages.
         allow_nonfinite: give out blocks that hold NaN or infinity, with a warning, and do not stop.
 
     Raises:
@@ -70,6 +73,7 @@ class EngineConfig:
     attention_8bit: EightBitPolicy = OFF
     linear_8bit: LinearPolicy = LINEAR_OFF
     features_8bit: bool = False
+    reuse: Reuse = REUSE_OFF
     allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
@@ -162,7 +166,7 @@ class EngineConfig:
         Args:
             options: fields of this class and of ``BlockConfig`` (frames_per_block, context_frames, context, ...).
                 Dtypes and ``device`` may be torch's own objects, ``attention_8bit`` and ``linear_8bit`` names of
-                modes, ``layers_per_stage`` any sequence.
+                modes, ``reuse`` a text (``Reuse.of``), ``layers_per_stage`` any sequence.
 
         Raises:
             ValueError: as the classes raise it; an option that neither has, with the nearest one; or ``blocks``
@@ -185,6 +189,7 @@ class EngineConfig:
         found["attention_8bit"] = mode if isinstance(mode, EightBitPolicy) else EightBitPolicy(mode)
         mode = found.get("linear_8bit", LINEAR_OFF)
         found["linear_8bit"] = mode if isinstance(mode, LinearPolicy) else LinearPolicy(mode)
+        found["reuse"] = Reuse.of(found.get("reuse", REUSE_OFF))
         if found.get("layers_per_stage") is not None:
             found["layers_per_stage"] = tuple(found["layers_per_stage"])
         for name in ("device", "dtype", "vae_dtype"):
@@ -204,5 +209,6 @@ class EngineConfig:
                 "blocks": BlockConfig(**values["blocks"]),
                 "attention_8bit": EightBitPolicy(**{**eight_bit, "keep_layers": tuple(eight_bit["keep_layers"])}),
                 "linear_8bit": LinearPolicy(linear["mode"], tuple(linear["keep_layers"])),
+                "reuse": Reuse(**values["reuse"]),
             }
         )

@@ -166,13 +166,13 @@ class Builder:
             decoder.warm_up(torch.zeros(1, channels, 2, grid.height, grid.width, device=device))
 
     def _expert_of_step(self) -> list[int]:
-        """The index of the transformer that runs each denoising step (Wan2.2 has two)."""
+        """The index of the transformer that runs each step of the sampler (Wan2.2 has two)."""
         sampler = self.request.sampler
         return [self.setup.source.spec.expert(float(t), sampler.num_train_timesteps) for t in sampler.timesteps]
 
     def _stage_spec(self, index: int, experts: Sequence[int]) -> StageSpec:
         setup, schedule, blocks, grid = self.setup, self.schedule, self.setup.config.blocks, self.request.grid
-        lent = blocks.context_frames * grid.tokens
+        lent, runs = blocks.context_frames * grid.tokens, self.request.steps.runs
         slots = {side: schedule.slots(side) for side in ("head", "tail")}
         if setup.config.attention_8bit.on:
             slots["mean"] = schedule.places
@@ -180,8 +180,8 @@ class Builder:
             layers=setup.layers[index],
             num_layers=setup.source.spec.num_layers,
             grid=grid,
-            expert_of_step=experts,
-            timesteps=self.request.sampler.timesteps,
+            expert_of_step=[experts[step] for step in runs],
+            timesteps=self.request.sampler.timesteps[list(runs)],
             slots=slots,
             branches=schedule.branches,
             max_tokens=self.layout.max_window_frames * grid.tokens,
@@ -233,6 +233,7 @@ class Builder:
             BlockNoise(request.layout, shape, video.seed, request.latents),
             lambda block: prompts.of(block) * count + index,  # ids of all videos' prompts are different
             lambda prompt: prompts.embeds(prompt // count),
+            request.steps,
             [scales[e] for e in experts],
             self.setup.mesh.device,
             _step_callback(request, index),

@@ -255,7 +255,7 @@ class Engine:
         checkpoint: Checkpoint | None,
         resumed: Resumed | None = None,
     ) -> Iterator[Chunk]:
-        self.config.attention_8bit.check_steps(len(requests[0].sampler))
+        self.config.attention_8bit.check_steps(len(requests[0].steps.runs))
         if self.mesh.is_leader and (warning := requests[0].sampler.warning) is not None:
             logger.warning(warning)
         if self._run is not None and self._run.running:

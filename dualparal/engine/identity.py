@@ -148,6 +148,7 @@ def _identity(setup: Setup, scheduler: Any) -> dict[str, Any]:
         "attention_8bit": asdict(setup.config.attention_8bit),
         "features_8bit": setup.config.features_8bit,
         "linear_8bit": asdict(setup.config.linear_8bit),
+        "reuse": asdict(setup.config.reuse),
         "sampler": type(scheduler).__name__,
         "sampler_config": {k: v for k, v in sorted(sampler.items()) if isinstance(v, (bool, int, float, str))},
     }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dualparal.config.decoding import row_ranges
+from dualparal.config.reuse import StepPlan
 from dualparal.config.video import VideoConfig
 from dualparal.engine.setup import Setup
 from dualparal.models.base import Grid
@@ -29,6 +30,7 @@ class Request:
         layout: the places of its blocks.
         grid: the latent patches of a frame.
         sampler: the denoising steps.
+        steps: those at which the model runs.
         prompts: first block -> text; empty when embeddings were given.
         negative_prompt: a text; None: an empty one.
         embeds: [1 or 2 (guidance), tokens, text_dim] when they were given instead of a text.
@@ -41,6 +43,7 @@ class Request:
     layout: Layout
     grid: Grid
     sampler: Sampler
+    steps: StepPlan
     prompts: dict[int, str]
     negative_prompt: str | None
     embeds: torch.Tensor | None
@@ -143,13 +146,15 @@ def check_request(
     layout.check_places(grid.tokens, config.sequence_parallel)
     if video.output_type != "latent" and (config.decode_ranks or config.decode_in_place):
         row_ranges(grid.height, config.decode_ranks or setup.num_stages)
+    sampler = Sampler(
+        scheduler, video.num_inference_steps, timesteps=video.timesteps, sigmas=video.sigmas, seed=video.seed
+    )
     return Request(
         video=video,
         layout=layout,
         grid=grid,
-        sampler=Sampler(
-            scheduler, video.num_inference_steps, timesteps=video.timesteps, sigmas=video.sigmas, seed=video.seed
-        ),
+        sampler=sampler,
+        steps=config.reuse.plan(sampler.levels, video.guidance),
         prompts={} if inputs.prompt is None else _prompts(inputs.prompt, layout, temporal),
         negative_prompt=inputs.negative_prompt,
         embeds=_embeds(inputs.prompt_embeds, inputs.negative_prompt_embeds, video.guidance, spec.text_dim),
@@ -165,7 +170,7 @@ def schedule_of(setup: Setup, requests: Sequence[Request], start: int = 0) -> Sc
         setup.config,
         request.video,
         num_stages=setup.num_stages,
-        num_steps=len(request.sampler),
+        steps=request.steps,
         num_blocks=request.layout.num_blocks,
         num_videos=len(requests),
         start=start,

@@ -44,7 +44,7 @@ def requests_of(
     grid, spec = requests[0].grid, setup.source.spec
     shape = spec.in_channels, grid.height, grid.width
     schedule = schedule_of(setup, requests, found.iteration)
-    check_fits(found, schedule, requests[0].layout, requests[0].sampler, shape, spec.text_dim)
+    check_fits(found, schedule, requests[0].layout, requests[0].sampler, requests[0].steps, shape, spec.text_dim)
     return requests
 
 

@@ -112,7 +112,7 @@ def _kept_in_fp8(work: Workload) -> float:
     """The share of layers and steps whose features ``features_8bit`` keeps: all but those that attend in 8 bits."""
     if not work.engine.features_8bit:
         return 0.0
-    policy, steps, layers = work.engine.attention_8bit, work.video.num_inference_steps, work.model.num_layers
+    policy, steps, layers = work.engine.attention_8bit, len(work.steps.runs), work.model.num_layers
     on = sum(policy.at(step, steps) for step in range(steps)) * sum(map(policy.covers, range(layers)))
     return 1 - on / (steps * layers)
 
@@ -130,6 +130,11 @@ def unit_exchange(work: Workload, schedule: Schedule, unit: Unit, wire: Link | N
     queries = len(work.layout.window(unit.block, schedule.refreshes(unit))) * work.tokens
     keys = queries + len(schedule.reads(unit)) * work.blocks.context_frames * work.tokens
     return exchange_seconds(work, queries, keys, wire, device)
+
+
+def update_seconds(work: Workload, schedule: Schedule) -> float:
+    """Seconds of the sampler's steps per unit: all of them are taken, those that are not run too."""
+    return UPDATE_SECONDS * (work.steps.num_steps / schedule.units_per_block)
 
 
 class Costing:
@@ -166,7 +171,7 @@ class Costing:
             run=self.run,
             transfer=self.transfer,
             latency=lambda edge: self.links[edge].latency,
-            update=UPDATE_SECONDS,
+            update=UPDATE_SECONDS * (self.work.steps.num_steps / self.schedule.num_steps),
             decode=self.decode,
             decode_shares=True,
             hand_over=self.hand_over,
@@ -323,7 +328,8 @@ def closed_form(schedule: Schedule, stages: Sequence[float], hop: float, decode:
         decode: seconds of a block's part on each place that decodes.
     """
     slowest, around = max(stages), sum(stages) + hop
-    least = around + (schedule.branches * schedule.policy.blocks_awaited - 1) * slowest
+    units = schedule.units_per_block / schedule.num_steps  # of a step
+    least = around + (units * schedule.policy.blocks_awaited - 1) * slowest
     beside = None if schedule.decode_ranks else slowest if schedule.decode_in_place else stages[0]
     clock = _Clock(schedule, (slowest, least), decode, beside)
     gap, blocks = schedule.gap, schedule.num_blocks
@@ -342,7 +348,7 @@ def closed_form(schedule: Schedule, stages: Sequence[float], hop: float, decode:
             return Estimate(math.inf, clock.first, block)
         iteration += int(more) * gap
     if math.isnan(block):  # a video too short to fill the pipe
-        block = max(schedule.num_steps * schedule.branches * slowest, decode)
+        block = max(schedule.units_per_block * slowest, decode)
     return Estimate(clock.now + clock.backlog, clock.first, block)
 
 
@@ -364,7 +370,8 @@ class _Clock:
 
     def pass_iteration(self, iteration: int) -> None:
         """Passes an iteration of the schedule."""
-        units = len(self.schedule.in_flight(iteration)) * self.schedule.branches
+        own = self.schedule
+        units = sum(own.branches_at(iteration - block * own.gap) for block in own.in_flight(iteration))
         duration = max(units * self.slowest, self.least)
         left = self.backlog - (duration - units * self.beside)
         self.now, self.backlog = self.now + duration, max(0.0, left)

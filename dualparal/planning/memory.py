@@ -128,7 +128,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
             + (schedule.windows * rows + window) * 4 * model.head_dim  # and one being made
             + videos * branches * work.text_tokens * model.text_dim * size
         ),
-        latents=(latents * SAMPLER_COPIES * (blocks + videos) + noise) if leading else 0,
+        latents=(latents * (SAMPLER_COPIES * (blocks + videos) + work.steps.kept * blocks) + noise) if leading else 0,
         decode=(decode_bytes(work, len(schedule.decoders)) if decodes else 0)
         + (_joined_bytes(work, schedule) if leading else 0),
         # A matrix to be quantised is there in float32 at the worst.
@@ -180,7 +180,7 @@ def slot_bytes(work: Workload, layers: range, side: str) -> int:
     if work.blocks.context_frames == 0:
         return 0
     plain, eight, policy = _plain_slot(work), _slot_8bit(work, side), work.engine.attention_8bit
-    steps = work.video.num_inference_steps
+    steps = len(work.steps.runs)
     always = all(policy.at(step, steps) for step in range(steps)) and work.blocks.refresh_every is None
     total = 0
     for layer in layers:
@@ -249,6 +249,7 @@ def sizes(work: Workload, split: Sequence[int], stage: int, memory: Memory) -> S
     """Bytes on a stage's rank for ``Simulation.memory``: those held all the time, and those that come and go."""
     layers = range(sum(split[:stage]), sum(split[: stage + 1]))
     slots = {side: int(slot_bytes(work, layers, side) * work.head_share) for side in ("head", "tail")}
-    latents = SAMPLER_COPIES * 4 * work.model.in_channels * work.pixels * work.blocks.frames_per_block
+    copies = SAMPLER_COPIES + work.steps.kept
+    latents = copies * 4 * work.model.in_channels * work.pixels * work.blocks.frames_per_block
     fixed = memory.running - memory.features - memory.latents - memory.decode
     return Sizes(fixed, slots, latents if stage == 0 else 0, memory.decode)

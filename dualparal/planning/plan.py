@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dualparal.config.units import GIB
-from dualparal.planning.cost import UPDATE_SECONDS, Costing, Estimate, exchange_seconds, layer_arithmetic, slowest
+from dualparal.planning.cost import Costing, Estimate, exchange_seconds, layer_arithmetic, slowest, update_seconds
 from dualparal.planning.devices import Band, Device, Link
 from dualparal.planning.memory import Memory, place_memory
 from dualparal.planning.workload import Workload
@@ -163,7 +163,7 @@ class Plan:
 
     @property
     def _units_per_block(self) -> int:
-        return self.schedule.num_steps * self.schedule.branches
+        return self.schedule.units_per_block
 
     @property
     def frames_per_second(self) -> float:
@@ -261,7 +261,7 @@ def costs_per_layer(work: Workload, schedule: Schedule, cards: Cards) -> tuple[l
     layer = layer_arithmetic(work, queries, keys, sides * lent, sides * lent)
     costing = Costing(work, schedule, [1] * count, cards.devices, cards.links, cards.wires)
     extra = [costing.ends(stage, len(work.layout.window(block)), card) for stage, card in enumerate(cards.devices)]
-    extra[0] += UPDATE_SECONDS / schedule.branches
+    extra[0] += update_seconds(work, schedule)
     wires = cards.wires or [None] * count
     one = [
         layer.in_a_run(card) + exchange_seconds(work, queries, keys, wire, card)

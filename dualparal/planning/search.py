@@ -146,7 +146,7 @@ class Search:
         yield work
         if work.blocks.max_blocks_in_flight is not None:
             return
-        steps = work.video.num_inference_steps
+        steps = len(work.steps.runs)
         for k in dict.fromkeys(-(-steps // gap) for gap in range(2, steps + 1)):
             for version in POLICIES[work.blocks.context].versions:
                 yield with_blocks(work, max_blocks_in_flight=k, context_version=version)

@@ -9,10 +9,13 @@ from pathlib import Path
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import DTYPE_BYTES, EngineConfig
+from dualparal.config.reuse import StepPlan
 from dualparal.config.video import VideoConfig
 from dualparal.models.sizes import ModelSizes, VaeSizes
 from dualparal.schedule.layout import Layout, token_ranges
 from dualparal.schedule.schedule import Schedule
+
+FLOW_SHIFT = 5.0  # of Wan's samplers at 720p, and the default of ``dualparal/moving_shapes``
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,22 @@ class Workload:
         """Rows of the largest of so many parts, at most ``rows``."""
         return -(-self.rows // parts)
 
+    @cached_property
+    def steps(self) -> StepPlan:
+        """The steps at which the model runs. Noise levels, which matter where guidance is confined to some, are those
+        of ``FLOW_SHIFT``: config files of weights alone do not tell the sampler's."""
+        count = self.video.num_inference_steps
+        noise = [1 - step / count for step in range(count)]
+        levels = [FLOW_SHIFT * level / (1 + (FLOW_SHIFT - 1) * level) for level in noise]
+        return self.engine.reuse.plan(levels, self.video.guidance)
+
     def schedule(self, num_stages: int) -> Schedule:
         """The very schedule that the engine walks."""
         return Schedule.of(
             self.engine,
             self.video,
             num_stages=num_stages,
-            num_steps=self.video.num_inference_steps,
+            steps=self.steps,
             num_blocks=self.layout.num_blocks,
             num_videos=self.num_videos,
         )

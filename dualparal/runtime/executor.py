@@ -298,7 +298,7 @@ class StageExecutor:
             window=self.layout.window(unit.block, refresh),
             fed_context=self.layout.fed_context(unit.block, refresh),
             refresh=refresh,
-            after_refresh=unit.step > 0 and self.schedule.refreshes(unit._replace(step=unit.step - 1)),
+            before=self.schedule.before(unit),
             reads=self.schedule.reads(unit),
             writes=self.schedule.writes(unit),
         )

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from dualparal.config.reuse import StepPlan
 from dualparal.device import to_device
 from dualparal.kernels.combine_guidance import combine_guidance
+from dualparal.sampling.extrapolate import extrapolate
 from dualparal.sampling.sampler import BlockSampler, Sampler
 from dualparal.sampling.state import BlockState
 from dualparal.schedule.actions import Unit
@@ -27,9 +29,10 @@ class LatentQueue:
         noise: block -> initial latents [1, C, F, H, W], float32.
         prompt_of: block -> id of its prompt, asked once, when the block enters.
         embeds_of: id of a prompt -> its embeddings [branches, sequence, text_dim].
-        guidance_scales: one per step.
+        steps: those of the sampler at which the model runs; between, velocities are extrapolated.
+        guidance_scales: one per step of the sampler.
         device: of the latents.
-        callback: (block, step, timestep, latents) -> latents, after every update.
+        callback: (block, step, timestep, latents) -> latents, after every step of the sampler.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class LatentQueue:
         noise: Callable[[int], torch.Tensor],
         prompt_of: Callable[[int], int],
         embeds_of: Callable[[int], torch.Tensor],
+        steps: StepPlan,
         guidance_scales: Sequence[float],
         device: torch.device,
         callback: StepCallback | None = None,
@@ -50,6 +54,7 @@ class LatentQueue:
         self.noise = noise
         self.prompt_of = prompt_of
         self.embeds_of = embeds_of
+        self.steps = steps
         self.guidance_scales = guidance_scales
         self.device = device
         self.callback = callback
@@ -57,10 +62,17 @@ class LatentQueue:
         self._states: dict[int, BlockSampler] = {}
         self._prompts: dict[int, int] = {}
         self._velocity: dict[tuple[int, int], torch.Tensor] = {}  # by block and branch
+        self._kept: dict[tuple[int, int], list[torch.Tensor]] = {}  # as ``BlockState.velocities``
 
     def state(self) -> dict[int, BlockState]:
         """Latents and sampler states of the blocks in flight, which nobody will write to."""
-        return {block: BlockState(self._latents[block], state.state()) for block, state in self._states.items()}
+        branches = range(self.schedule.branches if self.steps.kept else 0)
+        return {
+            block: BlockState(
+                self._latents[block], state.state(), [self._kept.get((block, branch), []) for branch in branches]
+            )
+            for block, state in self._states.items()
+        }
 
     def restore(self, blocks: Mapping[int, BlockState], before: torch.Tensor | None) -> None:
         """Restores a ``state``.
@@ -76,6 +88,8 @@ class LatentQueue:
             self._latents[block] = blocks[block].latents.to(self.device)
             self._states[block] = self.sampler.start(block)
             self._states[block].restore(blocks[block].sampler, self.device)
+            for branch, kept in enumerate(blocks[block].velocities):
+                self._kept[block, branch] = [velocity.to(self.device) for velocity in kept]
 
     def prompt(self, unit: Unit) -> int:
         """Id of the prompt of the unit's block. The first unit of a block makes it enter."""
@@ -105,13 +119,43 @@ class LatentQueue:
         self._velocity[unit.block, unit.branch] = velocity.clone()
 
     def update(self, block: int, step: int) -> None:
-        """Takes one sampler step from the velocities of the block's branches."""
-        velocity = [self._velocity.pop((block, branch)) for branch in range(self.schedule.branches)]
-        guided = combine_guidance(*velocity, self.guidance_scales[step]) if len(velocity) == 2 else velocity[0]
-        latents = self._states[block].step(guided, step, self._latents[block])
-        if self.callback is not None:
-            latents = self.callback(block, step, self.sampler.timesteps[step], latents)
-        self._latents[block] = latents
+        """Takes the sampler's steps that follow from the block's velocities at a step of the schedule."""
+        run = [self._velocity.pop((block, branch)) for branch in range(self.schedule.branches_at(step))]
+        self._keep(block, step, 0, run[0])
+        if len(run) == 2:
+            self._keep(block, step, 1, run[1].float() - run[0].float())
+        for at in self.steps.span(step):
+            velocity = self._velocity_at(block, step, at, run)
+            latents = self._states[block].step(velocity, at, self._latents[block])
+            if self.callback is not None:
+                latents = self.callback(block, at, self.sampler.timesteps[at], latents)
+            self._latents[block] = latents
+
+    def _keep(self, block: int, step: int, branch: int, velocity: torch.Tensor) -> None:
+        """Keeps what a branch was at a step as long as others are extrapolated from it."""
+        if count := len(self.steps.known(step, branch)):
+            kept = [*self._kept.get((block, branch), []), velocity.float()]  # a new list: a snapshot may have the other
+            self._kept[block, branch] = kept[-count:]
+
+    def _velocity_at(self, block: int, step: int, at: int, run: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The velocity that the sampler takes at its step ``at``, after step ``step`` of the schedule.
+
+        Args:
+            run: velocities of the branches that were run at ``step``.
+        """
+        own = run if at == self.steps.runs[step] else ()
+        scale = self.guidance_scales[at]
+        if len(own) == 2 and self.steps.guided[step]:
+            return combine_guidance(own[0], own[1], scale)
+        cond = own[0] if own else self._extrapolated(block, step, at, 0)
+        if not self.steps.guided[step]:
+            return cond
+        cond = cond.float()
+        return combine_guidance(cond, cond + self._extrapolated(block, step, at, 1), scale)
+
+    def _extrapolated(self, block: int, step: int, at: int, branch: int) -> torch.Tensor:
+        levels = [self.steps.levels[known] for known in self.steps.known(step, branch)]
+        return extrapolate(self._kept[block, branch], levels, self.steps.levels[at])
 
     def emit(self, block: int) -> torch.Tensor:
         """Gives out the final latents [1, C, F, H, W] of a block.
@@ -119,6 +163,8 @@ class LatentQueue:
         Its successor may still read them; its predecessor is forgotten.
         """
         del self._states[block]
+        for branch in range(self.schedule.branches):
+            self._kept.pop((block, branch), None)
         self._latents.pop(block - 1, None)
         self._prompts.pop(block - 1, None)
         return self._latents[block]

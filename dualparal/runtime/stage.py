@@ -68,7 +68,7 @@ class UnitPlan(NamedTuple):
     window: range  # absolute indices of the frames that are fed
     fed_context: int  # leading frames that belong to the previous block (``paper``, refreshes)
     refresh: bool  # the unit is one of a refresh
-    after_refresh: bool  # the block's last unit of this branch was
+    before: int | None  # the step of the block's last unit of this branch; None: none, or a refresh came after it
     reads: Sequence[Features]  # in the order in which their keys follow the own ones
     writes: Sequence[Features]
 
@@ -81,8 +81,8 @@ class StageSpec:
         layers: indices of its layers in the model.
         num_layers: layers of the whole model.
         grid: size of a latent frame.
-        expert_of_step: index of the transformer that runs at each step.
-        timesteps: the sampler's, [T].
+        expert_of_step: index of the transformer that runs at each step of the schedule.
+        timesteps: the sampler's at these steps.
         slots: number of slots of the feature store, by side ("head", "tail"), and of a block's own state ("mean").
         branches: 2 with guidance, otherwise 1.
         max_tokens: own tokens of the largest window.
@@ -243,7 +243,7 @@ class Stage:
             tuple((f.side, self._on[f.step] and not f.refresh) for f in plan.reads),
             tuple(f.side for f in plan.writes),
             eight_bit,
-            eight_bit and (plan.after_refresh or not (unit.step and self._on[unit.step - 1])),
+            eight_bit and (plan.before is None or not self._on[plan.before]),
         )
 
     def forward(self, shape: StepShape, inputs: StepInputs) -> torch.Tensor:

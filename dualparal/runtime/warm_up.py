@@ -73,7 +73,7 @@ def _units(schedule: Schedule) -> Iterator[Unit]:
         blocks = {block for block in blocks | set(last) if first <= block < schedule.num_blocks}
     for block in sorted(blocks):
         for step in range(schedule.steps_done(block), schedule.num_steps):
-            for branch in range(schedule.branches):
+            for branch in range(schedule.branches_at(step)):
                 yield Unit(block, step, branch)
 
 

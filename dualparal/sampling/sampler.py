@@ -80,6 +80,7 @@ class Sampler:
     Attributes:
         timesteps: [T], in the sampler's dtype, on the CPU.
         num_train_timesteps: the timestep of pure noise.
+        levels: noise levels of the steps, T of them, decreasing from 1 at most.
 
     Raises:
         ValueError: a class that is not supported, an option of it that is not, a config that gives no steps, or a list
@@ -107,6 +108,10 @@ class Sampler:
             self._set_list(timesteps, sigmas)
         self._fresh.set_begin_index(0)
         self.timesteps: torch.Tensor = self._fresh.timesteps
+        # Timesteps may be rounded to integers, and extrapolation divides by their differences.
+        flow = type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas")
+        levels = self._fresh.sigmas[: len(self.timesteps)] if flow else self.timesteps / self.num_train_timesteps
+        self.levels: tuple[float, ...] = tuple(levels.tolist())
 
     def _set_list(self, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> None:
         """Sets steps from a list, as diffusers' ``retrieve_timesteps`` does. Raises ValueError."""

@@ -24,6 +24,8 @@ class BlockQueue(NamedTuple):
         gap: iterations between the entries of two blocks, and steps between neighbours; 1 to T.
         num_videos: videos that are made side by side, V.
         version: one of ``CONTEXT_VERSIONS``.
+        stands_in: an unconditional unit may read the features of a neighbour's conditional one, after its own block's
+            conditional unit has left some.
     """
 
     num_steps: int
@@ -31,6 +33,7 @@ class BlockQueue(NamedTuple):
     gap: int
     num_videos: int
     version: str
+    stands_in: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,9 @@ class Cached(Policy):
 
     def tail_slot(self, queue: BlockQueue, unit: Unit) -> int:
         slots, copies = self._video_slots(queue), self._copies(queue)
-        if slots < self._relay_slots(queue):  # few blocks: each keeps its own
+        if queue.version == "newest" and queue.stands_in:  # as nothing is taken over
+            slot = unit.block % slots
+        elif slots < self._relay_slots(queue):  # few blocks: each keeps its own
             slot = unit.block * copies + unit.step % copies
         elif queue.version == "matching":
             slot = unit.step  # the only reader is the block after, at this step, which then writes there
@@ -139,7 +144,9 @@ class Cached(Policy):
     def _relay_slots(queue: BlockQueue) -> int:
         """Slots of a video with any number of blocks, where a block takes over its predecessor's: one per step
         ("matching") or per block in flight ("newest")."""
-        return queue.num_steps if queue.version == "matching" else -(-queue.num_steps // queue.gap)
+        if queue.version == "matching":
+            return queue.num_steps
+        return -(-queue.num_steps // queue.gap) + queue.stands_in
 
 
 @dataclass(frozen=True)
@@ -154,11 +161,19 @@ class Prior(Policy):
         return queue.gap
 
     def tail_slots(self, queue: BlockQueue) -> int:
-        """One per video for the tail that a finished block left, and one for all that are read at once."""
-        return queue.num_videos + (queue.num_blocks != 2 and queue.gap + 1 < queue.num_steps)
+        """One per video for the tail that a finished block left, and one or two for all that are read at once."""
+        return queue.num_videos + self._relay_slots(queue)
 
     def tail_slot(self, queue: BlockQueue, unit: Unit) -> int:
-        return unit.video if unit.step == queue.num_steps - 1 else self.tail_slots(queue) - 1
+        if unit.step == queue.num_steps - 1:
+            return unit.video
+        shared = self._relay_slots(queue)
+        return queue.num_videos + unit.block % shared if shared else queue.num_videos - 1
+
+    @staticmethod
+    def _relay_slots(queue: BlockQueue) -> int:
+        """Slots through which a tail goes to the block that reads it next."""
+        return (1 + queue.stands_in) * (queue.num_blocks != 2 and queue.gap + 1 < queue.num_steps)
 
 
 @dataclass(frozen=True)

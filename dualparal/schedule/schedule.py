@@ -9,15 +9,16 @@ that.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from dualparal.config.blocks import CONTEXT_VERSIONS, admission_gap
 from dualparal.config.engine import EngineConfig
+from dualparal.config.reuse import StepPlan
 from dualparal.config.video import VideoConfig
 from dualparal.schedule.actions import Action, Features, Op, Unit
+from dualparal.schedule.first_stage import first_stage
 from dualparal.schedule.policies import POLICIES, BlockQueue, Policy
 
 
@@ -26,7 +27,8 @@ class Schedule:
     """All numbers that decide the order of work. Equal schedules give equal actions.
 
     Attributes:
-        num_stages, num_steps: N stages, T denoising steps of a block.
+        num_stages, num_steps: N stages, and the denoising steps of a block that are run: all T, unless the velocities
+            of some are extrapolated (``config.reuse``), which is stage 0's own affair. Steps are counted among these.
         num_blocks: blocks of a video, M; None: endless, and then ``actions`` and ``units`` are endless iterators.
         context, max_blocks_in_flight, context_version, refresh_every: see ``config.blocks.BlockConfig``.
         context_frames: latent frames that a neighbour lends, C; 0: no reads between blocks.
@@ -40,6 +42,8 @@ class Schedule:
         decode_ranks: places that decode and do nothing else, D, after those of the stages; each decodes a part of the
             picture's rows. 0: stage 0's place decodes, beside its units.
         decode_in_place: the place of every stage decodes a part of the picture's rows beside its units.
+        conditional_only: steps at which a block has its conditional unit alone, increasing; with guidance only. Where
+            a neighbour's unconditional features would be read, its conditional ones of that step stand in for them.
 
     Raises:
         ValueError: a number is out of range, or the schedule cannot start at ``start``.
@@ -61,6 +65,7 @@ class Schedule:
     start: int = 0
     decode_ranks: int = 0  # D
     decode_in_place: bool = False
+    conditional_only: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -78,6 +83,12 @@ class Schedule:
             raise ValueError(
                 f"context_version={self.context_version!r} is not a version of features; use one of {CONTEXT_VERSIONS}"
             )
+        only = self.conditional_only
+        if only and (not self.guidance or sorted(set(only) & set(range(self.num_steps))) != list(only)):
+            raise ValueError(
+                f"conditional_only={only}: steps without their unconditional unit; use increasing ones from 0 to "
+                f"{self.num_steps - 1}, with guidance"
+            )
         if self.decode_ranks and self.decode_in_place:
             raise ValueError(f"decode_ranks={self.decode_ranks} with decode_in_place=True: one of them decodes")
         if not self.decode and (self.decode_ranks or self.decode_in_place):
@@ -94,7 +105,7 @@ class Schedule:
         video: VideoConfig,
         *,
         num_stages: int,
-        num_steps: int,
+        steps: StepPlan,
         num_blocks: int | None,
         num_videos: int,
         start: int = 0,
@@ -103,16 +114,17 @@ class Schedule:
 
         Args:
             engine: how the model is run. video: what is made.
-            num_steps: length of the sampler's list of timesteps.
+            steps: those at which the model runs.
         """
         blocks, decode = engine.blocks, video.output_type != "latent"
         return cls(
             num_stages=num_stages,
-            num_steps=num_steps,
+            num_steps=len(steps.runs),
             num_blocks=num_blocks,
             context=blocks.context,
             context_frames=blocks.context_frames,
             guidance=video.guidance,
+            conditional_only=steps.conditional_only,
             decode=decode,
             depth=engine.depth,
             max_blocks_in_flight=blocks.max_blocks_in_flight,
@@ -127,8 +139,25 @@ class Schedule:
 
     @property
     def branches(self) -> int:
-        """Units of a block per step: 2 with guidance, otherwise 1."""
+        """Units of a block per step, at most: 2 with guidance, otherwise 1."""
         return 2 if self.guidance else 1
+
+    def branches_at(self, step: int) -> int:
+        """Units of a block at ``step``."""
+        return self._branches[step]
+
+    @cached_property
+    def _branches(self) -> list[int]:
+        return [1 if step in set(self.conditional_only) else self.branches for step in range(self.num_steps)]
+
+    def completes(self, unit: Unit) -> bool:
+        """True when the unit is the last one of its block's step."""
+        return unit.branch == self.branches_at(unit.step) - 1
+
+    @cached_property
+    def units_per_block(self) -> int:
+        """Units of a block in all of its steps."""
+        return self.num_steps * self.branches - len(self.conditional_only)
 
     @property
     def gap(self) -> int:
@@ -142,7 +171,8 @@ class Schedule:
 
     @cached_property
     def _queue(self) -> BlockQueue:
-        return BlockQueue(self.num_steps, self.num_blocks, self.gap, self.num_videos, self.context_version)
+        stands_in = bool(self.conditional_only)
+        return BlockQueue(self.num_steps, self.num_blocks, self.gap, self.num_videos, self.context_version, stands_in)
 
     # The order of units -------------------------------------------------------------------------------------
 
@@ -159,8 +189,9 @@ class Schedule:
         while blocks := self.in_flight(iteration):
             for video in range(self.num_videos):
                 for block in blocks if self._oldest_first(iteration) else reversed(blocks):
-                    for branch in range(self.branches):
-                        yield Unit(block, iteration - block * self.gap, branch, video)
+                    step = iteration - block * self.gap
+                    for branch in range(self.branches_at(step)):
+                        yield Unit(block, step, branch, video)
             iteration += 1
 
     @property
@@ -168,8 +199,9 @@ class Schedule:
         """Units of the whole schedule, from ``start`` on; None: endless."""
         if self.num_blocks is None:
             return None
-        done = sum(self.steps_done(block) for block in range(min(self.num_blocks, self.start // self.gap + 1)))
-        return self.num_videos * (self.num_blocks * self.num_steps - done) * self.branches
+        begun = range(min(self.num_blocks, self.start // self.gap + 1))
+        done = sum(self.branches_at(step) for block in begun for step in range(self.steps_done(block)))
+        return self.num_videos * (self.num_blocks * self.units_per_block - done)
 
     def iteration(self, unit: Unit) -> int:
         """The iteration in which a unit runs, from 0 on."""
@@ -247,7 +279,7 @@ class Schedule:
         if not self.policy.reads_previous or unit.block == 0 or self.context_frames == 0 or self.refreshes(unit):
             return None
         step = min(unit.step + self.policy.steps_ahead(self._queue), self.num_steps - 1)
-        return self._tail(unit._replace(block=unit.block - 1, step=step))
+        return self._tail(self._lender(unit._replace(block=unit.block - 1, step=step)))
 
     def next_features(self, unit: Unit) -> Features | None:
         """Features of block b+1 that the unit reads: ``gap`` steps noisier, made just before in this iteration.
@@ -256,7 +288,7 @@ class Schedule:
             return None
         if self.num_blocks is not None and unit.block + 1 >= self.num_blocks:
             return None
-        return self._head(unit._replace(block=unit.block + 1, step=unit.step - self.gap))
+        return self._head(self._lender(unit._replace(block=unit.block + 1, step=unit.step - self.gap)))
 
     def reads(self, unit: Unit) -> tuple[Features, ...]:
         """Features that the unit reads, in the order in which their keys follow its own ones: next, previous."""
@@ -265,7 +297,7 @@ class Schedule:
     def writes(self, unit: Unit) -> tuple[Features, ...]:
         """Features that the unit leaves behind, because a later one reads them: head, tail."""
         found = []
-        if self.slots("head") and unit.block > 0 and unit.step + self.gap < self.num_steps:
+        if self.slots("head") and unit.block > 0 and self._is_run(unit._replace(step=unit.step + self.gap)):
             found.append(self._head(unit))
         last = self.num_blocks is not None and unit.block + 1 >= self.num_blocks
         if self.slots("tail") and not last and self._tail_is_read(unit):
@@ -278,21 +310,42 @@ class Schedule:
         first = unit.step - self.policy.steps_ahead(self._queue)
         steps = range(first, self.num_steps) if unit.step == self.num_steps - 1 else [first]
         after = unit._replace(block=unit.block + 1)
-        return any(step >= 0 and not self.refreshes(after._replace(step=step)) for step in steps)
+        readers = (after._replace(step=step) for step in steps)
+        return any(reader.step >= 0 and self._is_run(reader) and not self.refreshes(reader) for reader in readers)
+
+    def _is_run(self, unit: Unit) -> bool:
+        """True when a step has this branch."""
+        return unit.step < self.num_steps and unit.branch < self.branches_at(unit.step)
+
+    def _lender(self, unit: Unit) -> Unit:
+        """The unit whose features are read where those of ``unit`` are wanted: itself, or the conditional one."""
+        return unit if self._is_run(unit) else unit._replace(branch=0)
+
+    def before(self, unit: Unit) -> int | None:
+        """The step of the block's last unit of this branch, if no refresh lies between or is that unit; else None."""
+        for step in reversed(range(unit.step)):
+            earlier = unit._replace(step=step)
+            if self.refreshes(earlier):
+                return None
+            if self._is_run(earlier):
+                return step
+        return None
 
     def slots(self, side: str) -> int:
         """Slots per layer and branch that a store of features needs for ``side``, "head" or "tail": as few as will do.
 
-        What a unit overwrites it may read first. Hence "head" needs one, since it is read at once.
+        What a unit overwrites it may read first. Hence "head" needs one, since it is read at once; two, where the
+        unconditional unit may read what the conditional one before it would overwrite.
         """
         if self.context_frames == 0 or self.num_blocks == 1:
             return 0
         if side == "head":
-            return int(self.policy.reads_next and self.gap < self.num_steps)
+            return (1 + self._queue.stands_in) * (self.policy.reads_next and self.gap < self.num_steps)
         return self.policy.tail_slots(self._queue) if self.policy.reads_previous else 0
 
     def _head(self, unit: Unit) -> Features:
-        return Features("head", unit.block, unit.step, unit.branch, 0, unit.video, self.refreshes(unit))
+        slot = unit.block % 2 if self._queue.stands_in else 0
+        return Features("head", unit.block, unit.step, unit.branch, slot, unit.video, self.refreshes(unit))
 
     def _tail(self, unit: Unit) -> Features:
         slot = self.policy.tail_slot(self._queue, unit)
@@ -326,7 +379,7 @@ class Schedule:
         while ``DECODE_BOUND`` others are not decoded.
         """
         for unit in self.units():
-            if unit.step == self.num_steps - 1 and unit.branch == self.branches - 1:
+            if unit.step == self.num_steps - 1 and self.completes(unit):
                 yield Action(Op.DECODE, place, unit._replace(branch=0))
 
     def _later_stage(self, stage: int) -> Iterator[Action]:
@@ -335,41 +388,9 @@ class Schedule:
                 yield Action(op, stage, unit)
 
     def _first_stage(self) -> Iterator[Action]:
-        """The actions of stage 0, which takes a velocity when a unit needs it, and at the latest when the pipe is full.
+        return first_stage(self)
 
-        A velocity is back after N ticks; asking for it sooner would make stage 0 wait, much later would fill the
-        buffers between the stages. ``depth - 1`` ticks of slack absorb jitter.
-        """
-        lag = self.num_stages + self.depth - 1
-        out: deque[Unit] = deque()  # units on their way through the stages, oldest first
-
-        def receive() -> Iterator[Action]:
-            unit = out.popleft()
-            if self.num_stages > 1:
-                yield Action(Op.RECV, 0, unit)
-            if unit.branch == self.branches - 1:
-                block = unit._replace(branch=0)
-                yield Action(Op.UPDATE, 0, block)
-                if unit.step == self.num_steps - 1:
-                    yield Action(Op.EMIT, 0, block)
-                    if self.decode:
-                        yield Action(Op.DECODE, 0, block)
-
-        for unit in self.units():
-            needs = self._needs(unit)
-            while out and (len(out) >= lag or any(u._replace(branch=0) in needs for u in out)):
-                yield from receive()
-            yield Action(Op.RUN, 0, unit)
-            if self.num_stages > 1:
-                yield Action(Op.SEND, 0, unit)
-            out.append(unit)
-            if self.num_stages == 1 and unit.branch == self.branches - 1:
-                while out:  # nothing travels: the velocities are there at once
-                    yield from receive()
-        while out:
-            yield from receive()
-
-    def _needs(self, unit: Unit) -> set[Unit]:
+    def needs(self, unit: Unit) -> set[Unit]:
         """Updates that must be done before the unit can run; branch is 0 and means the block."""
         needs = {unit._replace(step=unit.step - 1, branch=0)}
         version = self.previous_latents(unit)

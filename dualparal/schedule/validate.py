@@ -76,7 +76,7 @@ def _check_video(schedule: Schedule, actions: list[Action], complete: bool) -> N
         if action.op is (Op.RECV if schedule.num_stages > 1 else Op.RUN):
             velocities.setdefault((unit.block, unit.step), set()).add(unit.branch)
         if action.op is Op.UPDATE:
-            if velocities.pop((unit.block, unit.step), set()) != set(range(schedule.branches)):
+            if velocities.pop((unit.block, unit.step), set()) != set(range(schedule.branches_at(unit.step))):
                 raise ScheduleError(f"{action} <- a branch is missing")
             version[unit.block] = unit.step + 1
         if action.op is Op.EMIT:

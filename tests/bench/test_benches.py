@@ -77,6 +77,15 @@ def test_an_op_that_is_wrong_is_not_timed(
     assert not list(tmp_path.iterdir())
 
 
+def test_reuse_is_compared_with_every_step_run(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+    small = {"height": 64, "width": 64, "num_frames": 61, "num_inference_steps": 10, "guidance_scale": 4.0}
+    bench("bench_reuse", "--repeats", "1", "--only", "cores", CORES=small)
+    found = {row["way"]: row for row in rows(tmp_path / "reuse.csv")}
+    assert set(found) == {"paper", "cached", "cached, mild", "cached, strong"} and found["paper"]["ratio"] == "1.0"
+    predicted = [float(row["predicted_ratio"]) for row in found.values()]
+    assert predicted == sorted(predicted, reverse=True) and predicted[-1] < 0.4
+
+
 DEMO = """demo:
 \t@sleep {first}; echo 'block 1/2, 29 frames' >&2; sleep {rest}; echo 'block 2/2, 61 frames' >&2
 \t@echo 'v.mp4: 61 frames in 2 blocks, {whole} s (1 frames/s), first frames after {first} s, bubble 1 %' >&2

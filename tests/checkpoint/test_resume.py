@@ -74,13 +74,14 @@ class Disk:
         self.count += 1
 
 
-@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
+@pytest.mark.parametrize("policy, reuse", [("cached", "off"), ("prior", "off"), ("paper", "off"),
+                                           ("cached", "steps=2,uncond=2,order=1")])  # fmt: skip
 def test_every_crash_point(
-    engine: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, exhaustive: bool
+    engine: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, reuse: str, exhaustive: bool
 ) -> None:
     """The disk as a kill would leave it before each rename and removal, of latents, segments and snapshots: a run that
     goes on from there, with another number of stages, has the same latents and the same video files."""
-    options = {"frames_per_block": 2, "context_frames": 1, "context": policy, "refresh_every": 3}
+    options = {"frames_per_block": 2, "context_frames": 1, "context": policy, "refresh_every": 3, "reuse": reuse}
     built = engine(stages=2, **options)
     folder = tmp_path / "run"
 
@@ -142,6 +143,9 @@ KINDS: dict[str, dict[str, Any]] = {
         )
     },
     "two experts": {"model": "wan22"},
+    "reuse": {"reuse": "steps=2,uncond=2,order=2,first=2"},
+    "reuse, two experts, paper": {"reuse": "uncond=3,order=1", "model": "wan22", "context": "paper"},
+    "reuse, 8 bits": {"reuse": "steps=2,uncond=2,order=1", "attention_8bit": "int8", "dtype": "bfloat16"},
 }
 
 
@@ -307,6 +311,36 @@ def test_blocks_that_a_resume_needs(frames: int, first: int, history: int, block
 
 
 # Snapshots that cannot be used --------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_without_a_velocity_is_refused(engine: Build, tmp_path: Path) -> None:
+    """Those that later ones are extrapolated from: as many as the steps behind a block say, shaped as its latents."""
+    options = {"frames_per_block": 2, "context_frames": 1, "context": "paper", "reuse": "steps=2,uncond=2,order=1"}
+    built = engine(**options)
+    chunks = slowly(
+        built.stream(**embeds(built), **call(output_type="latent"), checkpoint=Checkpoint(tmp_path / "kept", every=1))
+    )
+    next(chunks)
+    next(chunks)
+    chunks.close()
+    folder = tmp_path / "kept"
+    resumed = snapshot.newest(folder)
+    (folder / resumed.name).unlink()
+    for old in snapshot._snapshots(folder):
+        old.unlink()
+    for wrong in (lambda v: (), lambda v: [v[0][:-1], v[1]], lambda v: [v[0], [x[:, :1] for x in v[1]]]):
+        blocks = [
+            {b: BlockState(s.latents, s.sampler, wrong(s.velocities)) for b, s in video.items()}
+            for video in resumed.snapshot.blocks
+        ]
+        assert blocks[0], "blocks are in flight"
+        path = replace(resumed.snapshot, blocks=blocks).write(folder)
+        with pytest.raises(SnapshotError, match="a snapshot without the velocities that block"):
+            engine(**options).resume(folder)
+        path.unlink()
+    with pytest.raises(SnapshotError, match=r"another run: reuse: .*'steps': 2.* there, .*'steps': 1.* here"):
+        resumed.snapshot.write(folder)
+        engine(**{**options, "reuse": "off"}).resume(folder)
 
 
 def test_a_damaged_snapshot_is_passed_over(kept: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -42,4 +42,5 @@ def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: A
         [video.guidance_scale, second],
         engine.config.attention_8bit,
         engine.config.features_8bit,
+        engine.config.reuse,
     )

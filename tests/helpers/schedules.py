@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -32,6 +33,14 @@ schedules = st.builds(
     num_videos=st.sampled_from([1, 1, 2, 3]),
     refresh_every=st.none() | st.integers(1, 9),
 )
+
+
+@st.composite
+def partial_schedules(draw: st.DrawFn) -> Schedule:
+    """Those with guidance, at some steps of which the unconditional units are left out."""
+    whole = replace(draw(schedules), guidance=True)
+    only = tuple(step for step in range(whole.num_steps) if draw(st.booleans()))
+    return replace(whole, conditional_only=only)
 
 
 class TooLate(Schedule):

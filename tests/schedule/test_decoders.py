@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualparal.config.engine import EngineConfig
+from dualparal.config.reuse import REUSE_OFF
 from dualparal.config.video import VideoConfig
 from dualparal.schedule.actions import DECODE_BOUND, Action, Op
 from dualparal.schedule.replay import Costs, ScheduleError, grid, replay
@@ -88,7 +89,8 @@ def test_the_validator_finds_blocks_that_are_not_decoded_as_they_leave(
 
 def test_places_that_decode_are_a_choice_of_the_engine() -> None:
     def of(video: VideoConfig, **options: Any) -> Schedule:
-        return Schedule.of(EngineConfig.of(**options), video, num_stages=3, num_steps=2, num_blocks=4, num_videos=1)
+        steps = REUSE_OFF.plan([1.0, 0.5], video.guidance)
+        return Schedule.of(EngineConfig.of(**options), video, num_stages=3, steps=steps, num_blocks=4, num_videos=1)
 
     frames, latents = VideoConfig(), VideoConfig(output_type="latent")
     assert of(frames).decoders == range(1)

@@ -21,7 +21,7 @@ from dualparal.schedule.replay import ScheduleError, bubble, grid, makespan, rep
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.validate import validate
 from places import GOLDEN
-from schedules import TooLate, schedules
+from schedules import TooLate, partial_schedules, schedules
 
 
 @settings(max_examples=400)
@@ -40,8 +40,27 @@ def test_every_schedule_runs_and_reads_what_it_names(schedule: Schedule) -> None
     assert set(runs) == expected and set(runs.values()) == {schedule.num_stages}
 
 
+@settings(max_examples=300)
+@given(partial_schedules())
+def test_units_that_do_not_exist_are_neither_run_nor_read(schedule: Schedule) -> None:
+    """Where a branch is not run the conditional one of the very same block and step is read in its place."""
+    events = validate(schedule)
+    units = list(schedule.units())
+    assert len(units) == schedule.num_units == len(set(units))
+    for op in (Op.RUN, Op.SEND) if schedule.num_stages > 1 else (Op.RUN,):
+        done = Counter(e.action.unit for e in events if e.action.op is op)
+        assert set(done) == set(units) and set(done.values()) == {schedule.num_stages}
+    assert {u.step for u in units if u.branch} == set(range(schedule.num_steps)) - set(schedule.conditional_only)
+    made = {features for unit in units for features in schedule.writes(unit)}
+    assert made == {features for unit in units for features in schedule.reads(unit)}
+    whole = replace(schedule, conditional_only=())
+    for unit in units:
+        wanted = [f._replace(branch=f.branch * (f.step not in schedule.conditional_only)) for f in whole.reads(unit)]
+        assert [f._replace(slot=0) for f in schedule.reads(unit)] == [f._replace(slot=0) for f in wanted]
+
+
 @settings(max_examples=200)
-@given(schedules, st.data())
+@given(schedules | partial_schedules(), st.data())
 def test_a_schedule_goes_on_from_latents_alone(schedule: Schedule, data: st.DataObject) -> None:
     """From a restartable iteration: the same units, in the same order, that read what is made after it."""
     assert schedule.num_blocks is not None
@@ -270,7 +289,7 @@ class _OneSlot(Schedule):
 class _EarlyRun(Schedule):
     """Does not wait for the block's own update."""
 
-    def _needs(self, unit: Unit) -> set[Unit]:
+    def needs(self, unit: Unit) -> set[Unit]:
         return set()
 
 
@@ -358,3 +377,22 @@ def test_actions_print_readably() -> None:
 def test_impossible_numbers_are_refused(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field}=0"):
         replace(Schedule(2, 2, 2), **{field: 0})
+
+
+def test_units_that_stand_in_take_as_few_slots_as_will_do() -> None:
+    """One or two more than without, whatever the steps and blocks; fewer could be overwritten before they are read."""
+    only = (1, 3)
+    for context, version, limit, more in (
+        ("cached", "matching", None, {"head": 1, "tail": 0}),
+        ("cached", "newest", 2, {"head": 1, "tail": 1}),
+        ("prior", "matching", None, {"head": 0, "tail": 1}),
+        ("paper", "matching", None, {"head": 1, "tail": 0}),
+    ):
+        whole = Schedule(2, 6, 9, context, max_blocks_in_flight=limit, context_version=version)
+        some = replace(whole, conditional_only=only)
+        assert {side: some.slots(side) - whole.slots(side) for side in ("head", "tail")} == more
+    for wrong in ((3, 1), (1, 1), (6,), (-1,)):
+        with pytest.raises(ValueError, match="conditional_only="):
+            Schedule(2, 6, 9, conditional_only=wrong)
+    with pytest.raises(ValueError, match="with guidance"):
+        Schedule(2, 6, 9, guidance=False, conditional_only=only)

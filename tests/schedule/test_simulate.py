@@ -12,6 +12,7 @@ from harness.sleeping_rank import CHANNELS, SIDE, PlainSampler, SleepingStage
 from hypothesis import given, settings
 
 from dualparal.config.blocks import CONTEXT_POLICIES, BlockConfig
+from dualparal.config.reuse import REUSE_OFF
 from dualparal.distributed.messages import Header
 from dualparal.distributed.prompts import PromptChannel
 from dualparal.runtime.executor import FirstStage, Links, StageExecutor, run_together
@@ -170,7 +171,9 @@ def execute(schedule: Schedule, seconds: list[float]) -> tuple[float, float, lis
     queues = [LatentQueue(
         schedule, layout, PlainSampler(schedule.num_steps),  # type: ignore[arg-type]
         lambda block: torch.zeros(1, CHANNELS, layout.frames(block), SIDE, SIDE), lambda block: 0,
-        lambda prompt: torch.zeros(schedule.branches, 1, 1), [1.0] * schedule.num_steps, torch.device("cpu"),
+        lambda prompt: torch.zeros(schedule.branches, 1, 1),
+        REUSE_OFF.plan([0.0] * schedule.num_steps, schedule.guidance), [1.0] * schedule.num_steps,
+        torch.device("cpu"),
     ) for _ in range(schedule.num_videos)]  # fmt: skip
     channel = PromptChannel((schedule.branches, 1, 1), torch.float32, 0, 1, local_readers=n - 1)
     stages = [VirtualStage(clocks, k, seconds[k], k == 0, k == n - 1) for k in range(n)]
