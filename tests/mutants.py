@@ -127,7 +127,7 @@ GUARDS = (
           (HANDSHAKE, "-k", "wrong_world_size")),
     Guard("a header's checksum", "dualparal/distributed/messages.py",
           " or values[-1] != zlib.crc32(fields[:-1].numpy().tobytes()):", ":", (TRANSPORT, "-k", "flipped_bit")),
-    _off("a message's size", "dualparal/distributed/messages.py", "values[7] != elements",
+    _off("a message's size", "dualparal/distributed/messages.py", "values[7] != elements or not 0 <= elements <= lengths.most",
          TRANSPORT, "-k", "another_size"),
     _off("a message's dtype", "dualparal/distributed/messages.py", "values[8] != _DTYPES.index(dtype)",
          TRANSPORT, "-k", "another_dtype"),

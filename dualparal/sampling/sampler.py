@@ -60,7 +60,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: NaN or infinity, or a number of timesteps that cannot be.
     """
-    odd = [name for name, value in config.items() if isinstance(value, float) and not math.isfinite(value)]
+    bounds = {name: value for name, value in config.items() if name != "lambda_min_clipped"}  # -inf: nothing is clipped
+    odd = [name for name, value in bounds.items() if isinstance(value, float) and not math.isfinite(value)]
     if odd:
         raise ValueError(f"sampler with {odd[0]}={config[odd[0]]}: use a number (flow_shift: 3.0 or 5.0)")
     train = config.get("num_train_timesteps", 1000)
