@@ -17,14 +17,18 @@ def check_job(job: Job) -> None:
     Raises:
         ValueError: a mistake of the user's, in one line.
     """
-    from dualparal.checkpoint.snapshot import check_empty
+    from dualparal.checkpoint.snapshot import FINISHED, JOINED, check_empty
     from dualparal.io.latents import read_latents
     from dualparal.io.output import check_file, check_out
     from dualparal.models.source import resolve_model
 
+    if job.end == JOINED:
+        return
     for out in job.outs:
         check_out(out, job.overwrite, job.resume)
-    if job.checkpoint is not None and not job.resume:
+    if job.resume:
+        _check_kept(job)
+    elif job.checkpoint is not None:
         check_file(job.checkpoint, "--checkpoint", overwrite=True, folder=True)
         check_empty(job.checkpoint)
     if not job.outs and (job.engine.decode_ranks or job.engine.decode_in_place):
@@ -33,12 +37,13 @@ def check_job(job: Job) -> None:
     if job.checkpoint is None and job.checkpoint_every is not None:
         raise ValueError("--checkpoint-every without --checkpoint: say in which folder")
     if job.latents_out is not None:
-        check_file(job.latents_out, "--latents-out", job.overwrite)
+        # Where all blocks are finished it may be there already: it is looked at when it is to be written.
+        check_file(job.latents_out, "--latents-out", job.overwrite or job.end == FINISHED)
         for out in job.outs:
             if out.resolve() in (job.latents_out.resolve(), *job.latents_out.resolve().parents):
                 raise ValueError(f"--latents-out {job.latents_out} lies where --out {out} goes; choose another place")
     if job.timeline is not None:
-        _check_timeline(job.timeline, job.overwrite)
+        _check_timeline(job.timeline, job.overwrite or job.restartable)  # an earlier try's
     if not 1 / 1001 <= job.fps <= 1000:
         raise ValueError(f"--fps {job.fps}: use a rate from 1/1001 to 1000; Wan's own is 16")
     if job.flow_shift is not None and not 0 < job.flow_shift < math.inf:
@@ -63,6 +68,31 @@ def check_job(job: Job) -> None:
             return
         latents = None if job.latents_in is None else read_latents(job.latents_in)
         engine.stream(latents=latents, **call_arguments(job))
+
+
+def _check_kept(job: Job) -> None:
+    """Checks what a run that is gone on with has left, before work begins.
+
+    Raises:
+        ValueError: a segment is missing or was changed, and so were the latents from which it could be made again;
+            ``SnapshotError``: latents that are damaged, or another run's.
+    """
+    from dualparal.checkpoint.snapshot import SnapshotError, check_blocks, newest, read_blocks
+    from dualparal.io.output import missing_blocks
+
+    assert job.checkpoint is not None
+    found = newest(job.checkpoint).snapshot
+    check_blocks(found, job.checkpoint, len(job.receipts[0]))
+    for video, (out, receipts) in enumerate(zip(job.outs, job.receipts, strict=bool(job.outs))):
+        missing = missing_blocks(out, receipts)
+        try:
+            for block in range(max(missing, default=-1) + 1):
+                read_blocks(job.checkpoint, found.id, video, range(block, block + 1))
+        except SnapshotError as error:
+            raise ValueError(
+                f"--out {out}: what block {missing[0]} became is missing or was changed, and cannot be made again: "
+                f"{error}"
+            ) from None
 
 
 def _check_timeline(path: Path, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -15,15 +16,16 @@ import typer
 
 from dualparal.cli.checks import check_job
 from dualparal.cli.flags import BlockFlags, EightBitFlags, ModelFlags, OutputFlags, PlaceFlags, PromptFlags, VideoFlags
-from dualparal.cli.job import Job, error_file, say_how_to_resume
+from dualparal.cli.job import Job, error_file, salted, say_how_to_resume
 from dualparal.cli.leader import draw_timeline, lead
 from dualparal.cli.place import choose_device, choose_threads, count_stages, leads, parse_layers
 from dualparal.cli.rank import work
-from dualparal.cli.resumed import resumed_job
+from dualparal.cli.resumed import resumed_job, started_or_resumed
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
+from dualparal.io.locks import Locks
 from dualparal.launch.heartbeat import Heartbeat
 from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
 from dualparal.schedule.policies import POLICIES
@@ -46,12 +48,60 @@ def generate(
     if not heartbeat.supervised:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)  # until there is something to keep
-    if output.resume is not None:
-        _run_job(resumed_job(call, output.resume, model, place, output), heartbeat)
+    with Locks() as locks:
+        # Held for the life of the run, by whoever starts it: ranks of ours work for a parent that has them.
+        hold = locks.hold if leads() and not heartbeat.supervised else None
+        if hold is not None and (folder := output.resume or output.resume_or_start or output.checkpoint) is not None:
+            hold(folder, "--checkpoint")
+        if output.resume is not None:
+            job, note = resumed_job(call, output.resume, model, place, output), ""
+        else:
+            job, note = _asked_for(call, heartbeat.supervised, prompts, video, model, eight_bit, blocks, place, output)
+        if hold is not None:
+            _hold_outputs(job, hold)
+        code = _run_job(job, heartbeat, place.plan is not None and not job.resume, note)
+        if "RANK" in os.environ and job.ranks > 1:
+            # Its work is done and on disk: nothing that libraries do while they unload can change that now.
+            locks.release()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    raise typer.Exit(code)
+
+
+def _hold_outputs(job: Job, hold: Callable[[Path, str], None]) -> None:
+    """Locks all files that a job will write. Raises OutputError when another run holds one; OSError."""
+    for out in job.outs:
+        hold(out, "--out")
+    for path, flag in ((job.latents_out, "--latents-out"), (job.timeline, "--timeline")):
+        if path is not None:
+            hold(path, flag)
+
+
+def _asked_for(
+    call: typer.Context,
+    supervised: bool,
+    prompts: PromptFlags,
+    video: VideoFlags,
+    model: ModelFlags,
+    eight_bit: EightBitFlags,
+    blocks: BlockFlags,
+    place: PlaceFlags,
+    output: OutputFlags,
+) -> tuple[Job, str]:
+    """The job that the flags ask for, be it begun already, and a line for the user. Raises ValueError."""
     if not prompts.prompt:
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
+    if output.resume_or_start is not None:
+        if output.checkpoint is not None:
+            raise ValueError("--resume-or-start with --checkpoint: it names that folder itself; leave --checkpoint out")
+        output = replace(output, checkpoint=output.resume_or_start)
     job = _job(prompts, video, model, eight_bit, blocks, place, output)
-    if place.plan is not None and not heartbeat.supervised:
+    if output.resume_or_start is not None:
+        job = started_or_resumed(call, job, place.plan is not None, model, place, output)
+        if job.resume:
+            return job, ""
+    if place.plan is not None and not supervised:
         given = place.stages is not None or place.decode_gpus > 0 or place.decode_in_place
         job = _planned(job, place.plan, search_decoders=place.gpus is not None and not given)
     every, note = job.engine.blocks.refresh_every, ""
@@ -60,7 +110,7 @@ def generate(
             f"--checkpoint with --context {blocks.context}: every {every} iterations are refreshes, so that the run "
             f"can go on from there (--refresh-every {every}); the video is another one than without"
         )
-    _run_job(job, heartbeat, place.plan is not None, note)
+    return job, note
 
 
 def _job(
@@ -114,6 +164,8 @@ def _job(
         overwrite=output.overwrite,
         checkpoint=output.checkpoint,
         checkpoint_every=output.checkpoint_every,
+        restartable=output.resume_or_start is not None,
+        texts=salted(_prompts(texts, prompts.prompt_at or [], video.num_frames), prompts.negative_prompt),
     )
 
 
@@ -224,8 +276,8 @@ def _planned(job: Job, mode: str, search_decoders: bool) -> Job:
     return replace(job, engine=engine)
 
 
-def _run_job(job: Job, heartbeat: Heartbeat, planned: bool = False, note: str = "") -> NoReturn:
-    """Runs a job as a rank, as the only process or as the parent of ranks, and exits with its code.
+def _run_job(job: Job, heartbeat: Heartbeat, planned: bool, note: str) -> int:
+    """Runs a job as a rank, as the only process or as the parent of ranks, and returns the exit code.
 
     Args:
         planned: layers per stage, blocks in flight and who decodes are the planner's; the ranks have to be told.
@@ -238,7 +290,7 @@ def _run_job(job: Job, heartbeat: Heartbeat, planned: bool = False, note: str = 
         typer.echo(note, err=True)
     if not is_rank:
         error_file(job).unlink(missing_ok=True)  # of an earlier run
-    if is_rank or count == 1:
+    if is_rank or count == 1 or job.end:
         started = time.time()
         code = work(job, heartbeat)
         if not heartbeat.supervised and leads():
@@ -248,12 +300,7 @@ def _run_job(job: Job, heartbeat: Heartbeat, planned: bool = False, note: str = 
                 say_how_to_resume(job)
     else:
         code = lead(job, planned)
-    if is_rank and count > 1:
-        # Its work is done and on disk: nothing that libraries do while they unload can change that now.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise typer.Exit(code)
+    return code
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -6,9 +6,10 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -51,7 +52,7 @@ def work(job: Job, heartbeat: Heartbeat) -> int:
     if leads():
         _quiet_libraries()
     try:
-        interrupted = _stream(job, heartbeat)
+        interrupted = _finish(job, heartbeat) if job.end else _stream(job, heartbeat)
     except (PeerLost, TimeoutError) as error:  # another rank is gone, or did not come
         heartbeat.error(error, peer=True, exit_code=RANK_FAILED)
         return _fail(job, str(error), RANK_FAILED, heartbeat)
@@ -92,6 +93,24 @@ def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
     return code
 
 
+def _finish(job: Job, heartbeat: Heartbeat) -> int:
+    """Does what is left to do when all blocks are finished. Of several ranks the one that leads does it. Returns 0."""
+    from dualparal.checkpoint.snapshot import JOINED
+    from dualparal.cli.results import Results, tidy_again
+
+    # Ranks meet when their engines are made; a process alone needs one only if segments are missing.
+    engine = make_engine(job) if "RANK" in os.environ and job.end != JOINED else None
+    if not leads():
+        return 0
+
+    def decode_again(folder: Path, blocks: Sequence[int], video: int) -> Iterator[tuple[int, Any]]:
+        return (engine or make_engine(job)).decode_again(folder, blocks, video)
+
+    names = tidy_again(job) if job.end == JOINED else Results(job).close(True, decode_again)
+    typer.echo(f"{' and '.join(names)}: all blocks were finished already", err=True)
+    return 0
+
+
 def _stream(job: Job, heartbeat: Heartbeat) -> int:
     """Runs the engine and writes what comes. Returns the signal that ended it early, or 0."""
     from dualparal.cli.results import Results
@@ -102,7 +121,7 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
     display = display_of(job) if leads() and not heartbeat.supervised else None
     engine = make_engine(job, _report(heartbeat, display))
     leading = engine.mesh.is_leader
-    checkpoint = checkpoint_of(job)
+    checkpoint = checkpoint_of(job, lambda end: results.receipts(end))
     if job.resume:
         chunks = engine.resume(checkpoint, timeline=job.timeline)
     else:
@@ -123,7 +142,7 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
         raise
     if results.written:
         heartbeat.phase("write")
-    names = results.close(complete=not engine.interrupted)
+    names = results.close(not engine.interrupted, engine.decode_again)
     if engine.stats is not None:
         summary = f"{' and '.join(names)}: {engine.stats.summary()}"
         if heartbeat.supervised:
