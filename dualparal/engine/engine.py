@@ -242,7 +242,7 @@ class Engine:
         callback = callback_on_step_end and partial(callback_on_step_end, self)
         requests = requests_of(self.setup, self.scheduler, resumed.snapshot, checkpoint.folder, callback)
         if not requests:
-            return iter(())
+            return (chunk for chunk in ())
         check_restartable(self.setup, requests)
         check_requests(self.setup, self.parts, requests, None)
         return self._begin(requests, timeline, checkpoint, resumed)

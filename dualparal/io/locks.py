@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from dualparal.io.output import OutputError
+from dualparal.io.output import OutputError, check_file
 
 logger = logging.getLogger("dualparal")
 
@@ -32,6 +32,7 @@ class Locks:
 
     def __init__(self) -> None:
         self._held: dict[Path, int] = {}  # lock file -> descriptor, which no child inherits
+        self._made: list[Path] = []  # folders
 
     def __enter__(self) -> Locks:
         return self
@@ -49,14 +50,15 @@ class Locks:
             flag: who wants it, for the message.
 
         Raises:
-            OutputError: another run holds it; says which.
+            OutputError: another run holds it, and it says which; or nothing can be written there.
             OSError: the lock file cannot be made.
         """
+        check_file(path, flag, overwrite=True, folder=True)
         place = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
         file = place.with_name(place.name + _ENDING)
         if file in self._held:
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
+        self._make(file.parent)
         while True:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
             try:
@@ -67,6 +69,13 @@ class Locks:
                 os.close(descriptor)
                 raise
             os.close(descriptor)  # its holder has just removed it
+
+    def _make(self, folder: Path) -> None:
+        """Makes a folder, and notes what was not there. Raises OSError."""
+        new = [each for each in (folder, *folder.parents) if not each.exists()]
+        if new:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._made += reversed(new)
 
     def _lock(self, descriptor: int, file: Path, path: Path, flag: str) -> bool:
         """Locks an open file and writes down who we are. False: it is no longer the one under that name."""
@@ -100,6 +109,9 @@ class Locks:
             with contextlib.suppress(OSError):  # left behind it locks nobody out
                 file.unlink()  # before it is freed: nobody else has it
             os.close(descriptor)
+        while self._made:
+            with contextlib.suppress(OSError):  # it is not empty: something was written
+                self._made.pop().rmdir()
 
 
 def _holder(descriptor: int) -> str:
