@@ -142,7 +142,13 @@ def _stream(job: Job, heartbeat: Heartbeat) -> int:
         raise
     if results.written:
         heartbeat.phase("write")
-    names = results.close(not engine.interrupted, engine.decode_again)
+
+    def decode_again(folder: Path, blocks: Sequence[int], video: int) -> Iterator[tuple[int, Any]]:
+        for block, frames in engine.decode_again(folder, blocks, video):
+            heartbeat.phase("write", block=block)
+            yield block, frames
+
+    names = results.close(not engine.interrupted, decode_again)
     if engine.stats is not None:
         summary = f"{' and '.join(names)}: {engine.stats.summary()}"
         if heartbeat.supervised:

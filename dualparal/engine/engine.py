@@ -242,7 +242,8 @@ class Engine:
         callback = callback_on_step_end and partial(callback_on_step_end, self)
         requests = requests_of(self.setup, self.scheduler, resumed.snapshot, checkpoint.folder, callback)
         if not requests:
-            return (chunk for chunk in ())
+            nothing: Sequence[Chunk] = ()
+            return (chunk for chunk in nothing)
         check_restartable(self.setup, requests)
         check_requests(self.setup, self.parts, requests, None)
         return self._begin(requests, timeline, checkpoint, resumed)

@@ -13,7 +13,7 @@ _PIECE = 1 << 20  # bytes read at once
 
 
 class Receipt(NamedTuple):
-    """What a block became: ``frames`` and the ``checksum`` of its files; "" where no files are written."""
+    """The number of frames of a block, and the checksum of its files; "" where no files are written."""
 
     frames: int
     checksum: str

@@ -37,7 +37,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def runs(wan21: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of runs: whole ones by what they write, and the same broken before the fourth block; and a foreign one."""
+    """Folders of runs: whole ones by what they write, the same broken before the fourth block, and a foreign one."""
     folder = tmp_path_factory.mktemp("runs")
     jobs = {
         "a": ["--out", "a.mp4", "--latents-out", "a.safetensors"],

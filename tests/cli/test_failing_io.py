@@ -1,4 +1,4 @@
-"""A call of a whole run that fails, tears or is the last: the same command then has the same bytes. A sample of them."""
+"""A call of a whole run fails, tears or is the last; then the same command has the same bytes. A sample of them."""
 
 from __future__ import annotations
 
