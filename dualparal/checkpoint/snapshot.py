@@ -189,7 +189,8 @@ def write_block(folder: Path, run: str, video: int, block: int, latents: torch.T
 
 
 def _block_metadata(run: str, video: int, block: int) -> dict[str, str]:
-    return {"format": FORMAT, "id": run, "video": str(video), "block": str(block)}
+    # In one entry: safetensors writes several in any order, and the same latents would be another file.
+    return {"block": json.dumps([FORMAT, run, video, block])}
 
 
 def read_blocks(folder: Path, run: str, video: int, blocks: range) -> list[torch.Tensor]:
@@ -211,9 +212,17 @@ def read_blocks(folder: Path, run: str, video: int, blocks: range) -> list[torch
 def _read_block(path: Path, run: str, video: int, block: int) -> torch.Tensor:
     tensors, metadata = sealed.read(path)
     if metadata != _block_metadata(run, video, block):
-        what = "another block or video" if metadata.get("id") == run else "another run"
+        what = "another block or video" if _run_of(metadata) == run else "another run"
         raise SnapshotError(f"{path} is of {what}; put back the file that belongs there, or start anew")
     return _tensor(tensors.get("latents"), 5)
+
+
+def _run_of(metadata: dict[str, Any]) -> Any:
+    """The id of the run that a file of latents says it belongs to; None: it says none."""
+    try:
+        return json.loads(metadata["block"])[1]
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def check_blocks(found: Snapshot, folder: Path, first: int) -> None:
@@ -226,7 +235,10 @@ def check_blocks(found: Snapshot, folder: Path, first: int) -> None:
         for path in paths:
             if block < first:
                 _read_block(path, found.id, video, block)
-            elif sealed.told(path).get("id", found.id) != found.id:  # it will be made again, and replaces a damaged one
+            elif _run_of(sealed.told(path)) not in (
+                found.id,
+                None,
+            ):  # it will be made again, and replaces a damaged one
                 raise SnapshotError(f"{path} is of another run; remove it, or start anew")
 
 

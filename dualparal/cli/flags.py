@@ -254,7 +254,7 @@ class OutputFlags:
     resume_or_start: Annotated[
         Path | None,
         typer.Option(
-            help="As --checkpoint, for a command that is restarted as it is (torchrun --max-restarts, a requeued job): "
+            help="As --checkpoint, for a command that is restarted as it is (a requeued job, Kubernetes): "
             "it begins where the folder has no snapshot, else it goes on; once done it says so and ends with 0.",
             show_default=False,
         ),

@@ -355,6 +355,19 @@ def test_bytes_of_a_snapshot(tmp_path: Path) -> None:
             snapshot.read(path)
 
 
+def test_the_same_latents_are_the_same_file_and_of_one_block(tmp_path: Path) -> None:
+    """A block that is made again with the same bits gives no warning; its file says whose it is."""
+    latents = torch.randn(1, 2, 2, 2, 2)
+    assert len({snapshot.write_block(tmp_path, "run", 0, 3, latents) for _ in range(20)}) == 1
+    assert torch.equal(snapshot.read_blocks(tmp_path, "run", 0, range(3, 4))[0], latents)
+    with pytest.raises(SnapshotError, match="is of another run"):
+        snapshot.read_blocks(tmp_path, "other", 0, range(3, 4))
+    only = next(tmp_path.iterdir())
+    only.rename(tmp_path / only.name.replace("video-000", "video-001"))
+    with pytest.raises(SnapshotError, match="is of another block or video"):
+        snapshot.read_blocks(tmp_path, "run", 1, range(3, 4))
+
+
 def test_files_that_are_not_ours(tmp_path: Path) -> None:
     def forged(metadata: dict[str, str], tensors: dict[str, torch.Tensor] | None = None) -> Path:
         return sealed.write(tmp_path, "snapshot-0000000001", tensors or {"a": torch.zeros(1)}, metadata)
