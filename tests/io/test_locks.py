@@ -36,10 +36,12 @@ def test_a_killed_run_locks_nobody_out(tmp_path: Path) -> None:
         signal.pause()
     os.read(read, 1)
     with Locks() as locks:
-        with pytest.raises(OutputError, match=f"process {child} on"):
-            locks.hold(tmp_path / "kept", "--checkpoint")
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        try:
+            with pytest.raises(OutputError, match=f"process {child} on"):
+                locks.hold(tmp_path / "kept", "--checkpoint")
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         assert (tmp_path / "kept.lock").exists()
         locks.hold(tmp_path / "kept", "--checkpoint")
     assert not list(tmp_path.iterdir())
