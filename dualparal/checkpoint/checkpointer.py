@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Checkpoint:
             at most 2 % of the time.
         notes: JSON values that whoever resumes wants to find again.
         keep_latents: keep the final latents of all blocks, not only of those that a resume needs.
+        receipts: (block) -> JSON values on what was made of the blocks before, for whoever resumes; asked when the
+            consumer has them all. None: there are none.
 
     Raises:
         ValueError: ``every`` is less than 1.
@@ -53,6 +55,7 @@ class Checkpoint:
     every: int | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
     keep_latents: bool = False
+    receipts: Callable[[int], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
@@ -87,6 +90,7 @@ class Checkpointer:
         resumed: str = "",
     ) -> None:
         self.folder, self.every, self.keep_latents = checkpoint.folder, checkpoint.every, checkpoint.keep_latents
+        self._receipts = checkpoint.receipts or (lambda block: None)
         self.run, self.schedule, self.layout, self.history, self.prompts = run, schedule, layout, history, prompts
         snapshot.remove_leftovers(self.folder, resumed)
         self._delivered = [schedule.first_block] * schedule.num_videos  # blocks that the consumer has
@@ -97,6 +101,7 @@ class Checkpointer:
         self._seconds = 0.0  # that the last one took
         self._idle_since = time.monotonic()
         self._writing: Future[None] | None = None
+        self._closed = self._failed = False
         self._tasks: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="dualparal-checkpoint")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -140,8 +145,18 @@ class Checkpointer:
         self._write_when_ready()
 
     def close(self) -> None:
-        """Writes what can be written, waits for it, and ends the thread."""
-        self._write_when_ready()
+        """Writes what can be written, waits for it, and ends the thread. Once all blocks are delivered, that is a
+        snapshot that says so."""
+        blocks = self.schedule.num_blocks
+        if not self._closed and blocks is not None and min(self._delivered) == blocks:
+            self._collect(0)  # latents first: without them it would not be true
+            nothing: list[dict[int, BlockState]] = [{} for _ in self._delivered]
+            after = (blocks - 1) * self.schedule.gap + self.schedule.num_steps
+            last = Snapshot(after, self.run, self.prompts(), nothing, snapshot.FINISHED, self._receipts(blocks))
+            self._submit(lambda: self._write(last, blocks, None))
+        else:
+            self._write_when_ready()
+        self._closed = True
         self._pool.shutdown(wait=True)
         self._collect()
 
@@ -158,6 +173,7 @@ class Checkpointer:
         if taken is None or self._writing is not None or min(self._delivered) < first:
             return
         ready, self._pending = self._ready, None
+        taken = replace(taken, receipts=self._receipts(first))
         self._writing = self._submit(lambda: self._write(taken, first, ready))
 
     def _write(self, taken: Snapshot, first: int, ready: torch.cuda.Event | None) -> None:
@@ -176,7 +192,7 @@ class Checkpointer:
 
     def _write_block(self, video: int, block: int, latents: torch.Tensor, ready: torch.cuda.Event | None) -> None:
         with self._beside(ready):
-            snapshot.write_block(self.folder, video, block, latents)
+            snapshot.write_block(self.folder, self.run["id"], video, block, latents)
 
     def _event(self) -> torch.cuda.Event | None:
         if self._stream is None:
@@ -193,9 +209,19 @@ class Checkpointer:
         return torch.cuda.stream(self._stream)
 
     def _submit(self, task: Callable[[], None]) -> Future[None]:
-        future = self._pool.submit(task)
+        future = self._pool.submit(self._perform, task)
         self._tasks.append(future)
         return future
+
+    def _perform(self, task: Callable[[], None]) -> None:
+        """Performs a task on the thread, unless one before has failed: a snapshot may rest on it."""
+        if self._failed:
+            return
+        try:
+            task()
+        except BaseException:
+            self._failed = True
+            raise
 
     def _collect(self, waiting: int | None = None) -> None:
         """Raises what a finished task raised; waits until at most ``waiting`` are left."""

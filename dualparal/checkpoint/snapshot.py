@@ -1,45 +1,37 @@
 """Snapshots of a run on disk: latents, sampler states and prompts at the start of an iteration that can be restarted.
 
-A folder holds the final latents of finished blocks, a file each, and the last snapshots. Every file is written aside,
-synced and renamed, and its name ends in a checksum of all its bytes: safetensors loads a flipped bit without a word.
-What is read is data from outside: nothing is trusted before the checksum and the shapes fit.
+A folder holds the final latents of finished blocks, a file each, and the last snapshots, all of them sealed by a
+checksum and with the id of their run. What is read is data from outside: nothing is trusted before the contents fit.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
-from dualparal.io.files import whole_file
+from dualparal.checkpoint import sealed
+from dualparal.checkpoint.sealed import SnapshotError
 from dualparal.sampling.state import BlockState
 
 logger = logging.getLogger("dualparal")
 
 FORMAT = "dualparal-snapshot"
-VERSION = 1
+VERSION = 2
 KEEP = 2  # snapshots: one may turn out to be damaged
 
-_HEADER_LIMIT = 1 << 20  # bytes; a legal header of 81 MB takes seconds and gigabytes to parse
+UNDER_WAY, FINISHED, JOINED = ENDS = "", "finished", "joined"
+
 _SNAPSHOT = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})\.safetensors")
 _BLOCK = re.compile(r"video-(\d{3,})-block-(\d{6,})-([0-9a-f]{32})\.safetensors")
 _NOISE = re.compile(r"noise-([0-9a-f]{32})\.safetensors")
 _TENSOR = "tensor:"  # in the JSON tree of a snapshot: the name of a tensor in the file
-
-
-class SnapshotError(ValueError):
-    """A snapshot that cannot be read or does not fit; names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +40,24 @@ class Snapshot:
 
     Attributes:
         iteration: the one that a resumed run begins with.
-        run: description of the run, JSON values (``engine.identity.snapshot_info``).
+        run: description of the run, JSON values (``engine.identity.snapshot_info``); "id" is in all of its files.
         prompts: for each video, first block -> embeddings [branches, tokens, text_dim].
         blocks: for each video, block in flight -> latents [1, C, F, H, W] float32, sampler state and kept velocities.
+        end: one of ``ENDS``: blocks are in flight, all are finished, or what was to be made of them is there, too.
+        receipts: JSON values of the consumer on the blocks that are finished (``Checkpoint.receipts``).
     """
 
     iteration: int
     run: dict[str, Any]
     prompts: Sequence[Mapping[int, torch.Tensor]]
     blocks: Sequence[Mapping[int, BlockState]]
+    end: str = UNDER_WAY
+    receipts: Any = None
+
+    @property
+    def id(self) -> str:
+        """The id of the run."""
+        return str(self.run.get("id"))
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -73,6 +74,9 @@ class Snapshot:
                 }
                 for video in self.blocks
             ],
+            "end": self.end,
+            # Bytes of a tensor: of long videos they would be too much for a header.
+            "receipts": torch.frombuffer(bytearray(json.dumps(self.receipts).encode()), dtype=torch.uint8),
         }
 
     def write(self, folder: Path) -> Path:
@@ -94,10 +98,11 @@ class Snapshot:
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),
+            "id": self.id,
             "run": json.dumps(self.run),
             "state": json.dumps(state),
         }
-        path = _write(folder, f"snapshot-{self.iteration:010d}", tensors, metadata)
+        path = sealed.write(folder, f"snapshot-{self.iteration:010d}", tensors, metadata)
         for old in _snapshots(folder)[KEEP:]:
             old.unlink(missing_ok=True)
         return path
@@ -118,6 +123,10 @@ def newest(folder: Path) -> Resumed:
         SnapshotError: there is none; says what is wrong with each.
     """
     found = _snapshots(folder)
+    runs = {path: told["id"] for path in found if "id" in (told := sealed.told(path))}
+    if len(set(runs.values())) > 1:
+        names = " and ".join(path.name for path in list(runs)[:3])
+        raise SnapshotError(f"{folder} holds snapshots of several runs ({names}): remove those that do not belong here")
     reasons = []
     for path in found:
         try:
@@ -130,13 +139,18 @@ def newest(folder: Path) -> Resumed:
     raise SnapshotError(f"no snapshot in {folder} can be used: " + "; ".join(reasons))
 
 
+def has_snapshots(folder: Path) -> bool:
+    """True when there is a snapshot in a folder, be it damaged."""
+    return bool(_snapshots(folder))
+
+
 def read(path: Path) -> Snapshot:
     """Reads a snapshot file.
 
     Raises:
         SnapshotError: anything but a whole snapshot of this format and version.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = sealed.read(path)
     if metadata.get("format") != FORMAT:
         raise SnapshotError(f"{path} is not a snapshot of dualparal")
     if metadata.get("version") != str(VERSION):
@@ -160,18 +174,23 @@ def read(path: Path) -> Snapshot:
         ]
         if not isinstance(run, dict) or len(prompts) != len(blocks) or not prompts:
             raise ValueError("the run it belongs to is not described")
-        iteration = _number(state["iteration"])
+        iteration, end = _number(state["iteration"]), state["end"]
+        if end not in ENDS or (end != UNDER_WAY and any(blocks)):
+            raise ValueError(f"an end {str(end)[:20]!r}")
+        receipts = json.loads(bytes(state["receipts"].numpy()))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise SnapshotError(f"{path}: not a snapshot's contents ({type(error).__name__}: {error})") from None
-    return Snapshot(iteration, run, prompts, blocks)
+    return Snapshot(iteration, run, prompts, blocks, end, receipts)
 
 
-def write_block(folder: Path, video: int, block: int, latents: torch.Tensor) -> Path:
+def write_block(folder: Path, run: str, video: int, block: int, latents: torch.Tensor) -> Path:
     """Writes the final latents [1, C, F, H, W] of a block, and returns the path of the file.
 
     A file that was there with other contents is replaced, and a warning says so. Raises OSError.
     """
-    path = _write(folder, f"video-{video:03d}-block-{block:06d}", {"latents": latents}, {"format": FORMAT})
+    path = sealed.write(
+        folder, f"video-{video:03d}-block-{block:06d}", {"latents": latents}, _block_metadata(run, video, block)
+    )
     for old in _blocks(folder).get((video, block), []):
         if old != path:
             logger.warning(
@@ -183,11 +202,16 @@ def write_block(folder: Path, video: int, block: int, latents: torch.Tensor) -> 
     return path
 
 
-def read_blocks(folder: Path, video: int, blocks: range) -> list[torch.Tensor]:
-    """Reads the final latents [1, C, F, H, W] of some blocks of a video, in their order.
+def _block_metadata(run: str, video: int, block: int) -> dict[str, str]:
+    # In one entry: safetensors writes several in any order, and the same latents would be another file.
+    return {"block": json.dumps([FORMAT, run, video, block])}
+
+
+def read_blocks(folder: Path, run: str, video: int, blocks: range) -> list[torch.Tensor]:
+    """Reads the final latents [1, C, F, H, W] of some blocks of a run's video, in their order.
 
     Raises:
-        SnapshotError: one is missing or damaged.
+        SnapshotError: one is missing, damaged, or another block's or run's.
     """
     files = _blocks(folder)
     result = []
@@ -195,9 +219,41 @@ def read_blocks(folder: Path, video: int, blocks: range) -> list[torch.Tensor]:
         paths = files.get((video, block), [])
         if not paths:
             raise SnapshotError(f"{folder}: the latents of block {block} are missing; start anew")
-        tensors, _ = _read(paths[-1])
-        result.append(_tensor(tensors.get("latents"), 5))
+        result.append(_read_block(paths[-1], run, video, block))
     return result
+
+
+def _read_block(path: Path, run: str, video: int, block: int) -> torch.Tensor:
+    tensors, metadata = sealed.read(path)
+    if metadata != _block_metadata(run, video, block):
+        what = "another block or video" if _run_of(metadata) == run else "another run"
+        raise SnapshotError(f"{path} is of {what}; put back the file that belongs there, or start anew")
+    return _tensor(tensors.get("latents"), 5)
+
+
+def _run_of(metadata: dict[str, Any]) -> Any:
+    """The id of the run that a file of latents says it belongs to; None: it says none."""
+    try:
+        return json.loads(metadata["block"])[1]
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def check_blocks(found: Snapshot, folder: Path, first: int) -> None:
+    """Checks the final latents in a folder: all of them are the run's, and those before block ``first`` are whole.
+
+    Raises:
+        SnapshotError: one is not.
+    """
+    for (video, block), paths in _blocks(folder).items():
+        for path in paths:
+            if block < first:
+                _read_block(path, found.id, video, block)
+            elif _run_of(sealed.told(path)) not in (
+                found.id,
+                None,
+            ):  # it will be made again, and replaces a damaged one
+                raise SnapshotError(f"{path} is of another run; remove it, or start anew")
 
 
 def forget_blocks(folder: Path, video: int, before: int) -> None:
@@ -213,7 +269,7 @@ def write_noise(folder: Path, noise: torch.Tensor) -> str:
 
     Raises OSError.
     """
-    return _write(folder, "noise", {"latents": noise}, {"format": FORMAT}).name
+    return sealed.write(folder, "noise", {"latents": noise}, {"format": FORMAT}).name
 
 
 def read_noise(folder: Path, name: str) -> torch.Tensor:
@@ -224,7 +280,7 @@ def read_noise(folder: Path, name: str) -> torch.Tensor:
     """
     if not _NOISE.fullmatch(name):
         raise SnapshotError(f"{name!r} is not the name of a file with noise")
-    return _tensor(_read(folder / name)[0].get("latents"), 5)
+    return _tensor(sealed.read(folder / name)[0].get("latents"), 5)
 
 
 def prepare(folder: Path) -> None:
@@ -232,13 +288,24 @@ def prepare(folder: Path) -> None:
     check_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
+    for path in list(folder.iterdir()):
+        path.unlink()  # see there
 
 
 def check_empty(folder: Path) -> None:
-    """Checks that a folder is absent or empty. Raises SnapshotError when it holds something."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Checks that a folder is absent or empty, but for what a run left that was killed before its first snapshot.
+
+    Raises SnapshotError when it holds something else.
+    """
+    if folder.exists() and (not folder.is_dir() or not all(_is_before_the_first(path) for path in folder.iterdir())):
         what = "snapshots of an earlier run: resume it" if folder.is_dir() and _snapshots(folder) else "something else"
         raise SnapshotError(f"checkpoint {folder} holds {what}, or choose an empty folder")
+
+
+def _is_before_the_first(path: Path) -> bool:
+    """True for initial noise, and for a file that was not finished: without a snapshot they serve nothing."""
+    name = path.name.removesuffix(".tmp")
+    return _is_ours(name) and (name != path.name or bool(_NOISE.fullmatch(name)))
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
@@ -254,9 +321,16 @@ def remove_leftovers(folder: Path, name: str) -> None:
             path.unlink()
 
 
-def clear(folder: Path) -> None:
-    """Removes all files of this module from a folder, and the folder if nothing else is in it."""
-    for path in list(folder.iterdir()):
+def close(folder: Path, keep: bool = False) -> None:
+    """Removes all files of this module from a folder, the last snapshot last, and the folder if it is empty then.
+
+    Args:
+        keep: the last snapshot stays, which says that the run is done.
+    """
+    if not folder.is_dir():
+        return
+    last = _snapshots(folder)[:1]
+    for path in [*(path for path in folder.iterdir() if path not in last), *([] if keep else last)]:
         if _is_ours(path.name.removesuffix(".tmp")):
             path.unlink()
     if not any(folder.iterdir()):
@@ -281,43 +355,6 @@ def _blocks(folder: Path) -> dict[tuple[int, int], list[Path]]:
         if match := _BLOCK.fullmatch(path.name):
             found.setdefault((int(match[1]), int(match[2])), []).append(path)
     return found
-
-
-def _write(folder: Path, stem: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> Path:
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-    path = folder / f"{stem}-{_checksum(data)}.safetensors"
-    with whole_file(path, mode=0o600) as file:  # embeddings tell of the prompt
-        file.write(data)
-    return path
-
-
-def _checksum(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]  # half of it: against damage, not against forgers
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Reads tensors and metadata of a file of ours, after its checksum. Raises SnapshotError."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise SnapshotError(f"{path} is not a file")
-            data = file.read()
-    except OSError as error:
-        raise SnapshotError(f"{path} cannot be read: {error.strerror}") from None
-    if not path.stem.endswith("-" + _checksum(data)):
-        raise SnapshotError(f"{path} is damaged: its checksum is not the one in its name")
-    if len(data) < 8 or not 2 <= int.from_bytes(data[:8], "little") <= min(_HEADER_LIMIT, len(data) - 8):
-        raise SnapshotError(f"{path} has no header, or one of more than {_HEADER_LIMIT} bytes")
-    try:
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        # Copies, since those of safetensors lie in its bytes, and where a tensor lies may decide its rounding.
-        tensors = {name: tensor.clone() for name, tensor in load(data).items()}
-    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise SnapshotError(f"{path} is not a safetensors file: {error}") from None
-    if not isinstance(metadata, dict):
-        raise SnapshotError(f"{path} has no metadata")
-    return tensors, metadata
 
 
 def _strip(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:

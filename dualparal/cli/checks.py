@@ -23,10 +23,19 @@ def check_job(job: Job) -> None:
     """
     from dualparal.io.output import check_file, check_out
 
+    finished = False
+    if job.end:
+        from dualparal.checkpoint.snapshot import FINISHED, JOINED  # which imports torch
+
+        if job.end == JOINED:
+            return
+        finished = job.end == FINISHED
     for out in job.outs:
         check_out(out, job.overwrite, job.resume)
-    if job.checkpoint is not None and not job.resume:
-        from dualparal.checkpoint.snapshot import check_empty  # which imports torch
+    if job.resume:
+        _check_kept(job)
+    elif job.checkpoint is not None:
+        from dualparal.checkpoint.snapshot import check_empty
 
         check_file(job.checkpoint, "--checkpoint", overwrite=True, folder=True)
         check_empty(job.checkpoint)
@@ -36,12 +45,13 @@ def check_job(job: Job) -> None:
     if job.checkpoint is None and job.checkpoint_every is not None:
         raise ValueError("--checkpoint-every without --checkpoint: say in which folder")
     if job.latents_out is not None:
-        check_file(job.latents_out, "--latents-out", job.overwrite)
+        # Where all blocks are finished it may be there already: it is looked at when it is to be written.
+        check_file(job.latents_out, "--latents-out", job.overwrite or finished)
         for out in job.outs:
             if out.resolve() in (job.latents_out.resolve(), *job.latents_out.resolve().parents):
                 raise ValueError(f"--latents-out {job.latents_out} lies where --out {out} goes; choose another place")
     if job.timeline is not None:
-        _check_timeline(job.timeline, job.overwrite)
+        _check_timeline(job.timeline, job.overwrite or job.restartable)  # an earlier try's
     if not 1 / 1001 <= job.fps <= 1000:
         raise ValueError(f"--fps {job.fps}: use a rate from 1/1001 to 1000; Wan's own is 16")
     check_sampler(job.sampler)
@@ -72,6 +82,31 @@ def _check_sizes(job: Job, model: Path) -> None:
     if job.outs and (job.engine.decode_ranks or job.engine.decode_in_place):
         row_ranges(work.rows, job.engine.decode_ranks or job.stages)
     work.schedule(job.stages)
+
+
+def _check_kept(job: Job) -> None:
+    """Checks what a run that is gone on with has left, before work begins.
+
+    Raises:
+        ValueError: a segment is missing or was changed, and so were the latents from which it could be made again;
+            ``SnapshotError``: latents that are damaged, or another run's.
+    """
+    from dualparal.checkpoint.snapshot import SnapshotError, check_blocks, newest, read_blocks
+    from dualparal.io.output import missing_blocks
+
+    assert job.checkpoint is not None
+    found = newest(job.checkpoint).snapshot
+    check_blocks(found, job.checkpoint, len(job.receipts[0]))
+    for video, (out, receipts) in enumerate(zip(job.outs, job.receipts, strict=bool(job.outs))):
+        missing = missing_blocks(out, receipts)
+        try:
+            for block in range(max(missing, default=-1) + 1):
+                read_blocks(job.checkpoint, found.id, video, range(block, block + 1))
+        except SnapshotError as error:
+            raise ValueError(
+                f"--out {out}: what block {missing[0]} became is missing or was changed, and cannot be made again: "
+                f"{error}"
+            ) from None
 
 
 def _check_timeline(path: Path, overwrite: bool) -> None:

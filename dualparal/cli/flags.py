@@ -305,6 +305,14 @@ class OutputFlags:
         Path | None,
         typer.Option(help="Go on from this folder's last snapshot, on any number of stages; all else is known there."),
     ] = None
+    resume_or_start: Annotated[
+        Path | None,
+        typer.Option(
+            help="As --checkpoint, for a command that is restarted as it is (a requeued job, Kubernetes): "
+            "it begins where the folder has no snapshot, else it goes on; once done it says so and ends with 0.",
+            show_default=False,
+        ),
+    ] = None
     overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False
 
 

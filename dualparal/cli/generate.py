@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -25,16 +26,17 @@ from dualparal.cli.flags import (
     VideoFlags,
     parse_steps,
 )
-from dualparal.cli.job import Job, error_file, say_how_to_resume
+from dualparal.cli.job import Job, error_file, salted, say_how_to_resume
 from dualparal.cli.leader import draw_timeline, lead
 from dualparal.cli.place import choose_device, choose_threads, count_stages, leads, parse_layers
 from dualparal.cli.rank import work
-from dualparal.cli.resumed import resumed_job
+from dualparal.cli.resumed import resumed_job, started_or_resumed
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import EngineConfig
 from dualparal.config.reuse import Reuse
 from dualparal.config.video import VideoConfig
+from dualparal.io.locks import Locks
 from dualparal.launch.blame import Limits
 from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
 from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
@@ -69,12 +71,63 @@ def generate(
     heartbeat = Heartbeat.from_env()
     on_stop_signals(heartbeat.pass_on if heartbeat.supervised else _leave)  # until there is something to keep
     limits = patience.limits(distributed="RANK" in os.environ)
-    if output.resume is not None:
-        _run_job(resumed_job(call, output.resume, model, place, output), heartbeat, limits)
+    with Locks() as locks:
+        # Held for the life of the run, by whoever starts it: ranks of ours work for a parent that has them.
+        hold = locks.hold if leads() and not heartbeat.supervised else None
+        if hold is not None and (folder := output.resume or output.resume_or_start or output.checkpoint) is not None:
+            hold(folder, "--checkpoint")
+        if output.resume is not None:
+            job, note = resumed_job(call, output.resume, model, place, output), ""
+        else:
+            job, note = _asked_for(
+                call, heartbeat.supervised, prompts, video, model, eight_bit, reuse, blocks, place, output
+            )
+        if hold is not None:
+            _hold_outputs(job, hold)
+        code = _run_job(job, heartbeat, limits, place.plan is not None and not job.resume, note)
+        if "RANK" in os.environ and job.ranks > 1:
+            # Its work is done and on disk: nothing that libraries do while they unload can change that now.
+            locks.release()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    raise typer.Exit(code)
+
+
+def _hold_outputs(job: Job, hold: Callable[[Path, str], None]) -> None:
+    """Locks all files that a job will write. Raises OutputError when another run holds one; OSError."""
+    for out in job.outs:
+        hold(out, "--out")
+    for path, flag in ((job.latents_out, "--latents-out"), (job.timeline, "--timeline")):
+        if path is not None:
+            hold(path, flag)
+
+
+def _asked_for(
+    call: typer.Context,
+    supervised: bool,
+    prompts: PromptFlags,
+    video: VideoFlags,
+    model: ModelFlags,
+    eight_bit: EightBitFlags,
+    reuse: ReuseFlags,
+    blocks: BlockFlags,
+    place: PlaceFlags,
+    output: OutputFlags,
+) -> tuple[Job, str]:
+    """The job that the flags ask for, be it begun already, and a line for the user. Raises ValueError."""
     if not prompts.prompt:
         raise ValueError("--prompt is missing: say what the video shows, or --resume a folder; see --help")
+    if output.resume_or_start is not None:
+        if output.checkpoint is not None:
+            raise ValueError("--resume-or-start with --checkpoint: it names that folder itself; leave --checkpoint out")
+        output = replace(output, checkpoint=output.resume_or_start)
     job = _job(prompts, video, model, eight_bit, reuse, blocks, place, output)
-    if place.plan is not None and not heartbeat.supervised:
+    if output.resume_or_start is not None:
+        job = started_or_resumed(call, job, place.plan is not None, model, place, output)
+        if job.resume:
+            return job, ""
+    if place.plan is not None and not supervised:
         given = place.stages is not None or place.decode_gpus > 0 or place.decode_in_place
         search = place.gpus is not None and not given
         job = _planned(job, place.plan, search, search_places=search and place.sequence_parallel == 1)
@@ -84,7 +137,7 @@ def generate(
             f"--checkpoint with --context {blocks.context}: every {every} iterations are refreshes, so that the run "
             f"can go on from there (--refresh-every {every}); the video is another one than without"
         )
-    _run_job(job, heartbeat, limits, place.plan is not None, note)
+    return job, note
 
 
 def _job(
@@ -145,6 +198,8 @@ def _job(
         overwrite=output.overwrite,
         checkpoint=output.checkpoint,
         checkpoint_every=output.checkpoint_every,
+        restartable=output.resume_or_start is not None,
+        texts=salted(_prompts(texts, prompts.prompt_at or [], video.num_frames), prompts.negative_prompt),
     )
 
 
@@ -260,8 +315,8 @@ def _planned(job: Job, mode: str, search_decoders: bool, search_places: bool) ->
     return replace(job, engine=engine)
 
 
-def _run_job(job: Job, heartbeat: Heartbeat, limits: Limits, planned: bool = False, note: str = "") -> NoReturn:
-    """Runs a job as a rank, as the only process or as the parent of ranks, and exits with its code.
+def _run_job(job: Job, heartbeat: Heartbeat, limits: Limits, planned: bool, note: str) -> int:
+    """Runs a job as a rank, as the only process or as the parent of ranks, and returns the exit code.
 
     Args:
         limits: of the patience with ranks.
@@ -275,7 +330,7 @@ def _run_job(job: Job, heartbeat: Heartbeat, limits: Limits, planned: bool = Fal
         typer.echo(note, err=True)
     if not is_rank:
         error_file(job).unlink(missing_ok=True)  # of an earlier run
-    if is_rank or count == 1:
+    if is_rank or count == 1 or job.end:
         started = time.time()
         code = work(job, heartbeat, limits)
         if not heartbeat.supervised and leads():
@@ -285,12 +340,7 @@ def _run_job(job: Job, heartbeat: Heartbeat, limits: Limits, planned: bool = Fal
                 say_how_to_resume(job)
     else:
         code = lead(job, limits, planned)
-    if is_rank and count > 1:
-        # Its work is done and on disk: nothing that libraries do while they unload can change that now.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise typer.Exit(code)
+    return code
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +16,7 @@ import typer
 from dualparal.cli.progress import Display
 from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
+from dualparal.io.receipts import Receipts
 
 if TYPE_CHECKING:
     from dualparal.engine.engine import Engine
@@ -45,6 +48,9 @@ class Job:
         overwrite: replace outputs that exist.
         checkpoint, checkpoint_every: the folder of snapshots, and iterations from one to the next.
         resume: go on from ``checkpoint``.
+        restartable: the same command may come again: what it left is gone on with, and that it is done stays known.
+        texts: a salted checksum of the prompts, by which such a command is known to be the same.
+        end, receipts: of the snapshot that is gone on from, see ``Snapshot``; receipts for each video.
     """
 
     prompts: list[dict[int, str]]
@@ -65,6 +71,10 @@ class Job:
     checkpoint: Path | None
     checkpoint_every: int | None
     resume: bool = False
+    restartable: bool = False
+    texts: str = ""
+    end: str = ""
+    receipts: tuple[Receipts, ...] = ()
 
     @property
     def stages(self) -> int:
@@ -86,7 +96,8 @@ class Job:
     def notes(self) -> dict[str, Any]:
         """The job as JSON values, for a snapshot to keep. No prompt is among them."""
         found = asdict(self)
-        del found["prompts"], found["negative_prompt"]
+        for name in ("prompts", "negative_prompt", "end", "receipts"):
+            del found[name]
         notes: dict[str, Any] = json.loads(json.dumps({**found, "videos": len(self.prompts)}, default=str))
         return notes
 
@@ -147,13 +158,21 @@ def _sampler(current: Any, job: Job) -> Any:
     return kind.from_config(current.config, **options)
 
 
-def checkpoint_of(job: Job) -> Any:
-    """The ``Checkpoint`` of a job; None: it keeps no snapshots."""
+def salted(prompts: list[dict[int, str]], negative_prompt: str | None, salt: str = "") -> str:
+    """A checksum of texts, with its salt: it tells whether they are the same, not what they are."""
+    salt = salt or secrets.token_hex(16)
+    texts = json.dumps([salt, [sorted(each.items()) for each in prompts], negative_prompt])
+    return f"{salt}:{hashlib.sha256(texts.encode()).hexdigest()}"
+
+
+def checkpoint_of(job: Job, receipts: Callable[[int], Any] | None = None) -> Any:
+    """The ``Checkpoint`` of a job; None: it keeps no snapshots. receipts: see there."""
     from dualparal.checkpoint.checkpointer import Checkpoint
 
     if job.checkpoint is None:
         return None
-    return Checkpoint(job.checkpoint, job.checkpoint_every, job.notes(), keep_latents=job.latents_out is not None)
+    # All latents stay: from them the video's segments can be made again.
+    return Checkpoint(job.checkpoint, job.checkpoint_every, job.notes(), keep_latents=True, receipts=receipts)
 
 
 def resume_command(job: Job) -> str | None:

@@ -6,9 +6,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -60,7 +61,7 @@ def work(job: Job, heartbeat: Heartbeat, limits: Limits) -> int:
     if leads():
         _quiet_libraries()
     try:
-        interrupted = _stream(job, heartbeat, limits)
+        interrupted = _finish(job, heartbeat) if job.end else _stream(job, heartbeat, limits)
     except Stopped as stopped:
         return int(stopped.code or 0)
     except (PeerLost, TimeoutError) as error:  # another rank is gone, or did not come
@@ -100,6 +101,24 @@ def _fail(job: Job, text: str, code: int, heartbeat: Heartbeat) -> int:
             error_file(job), Failure(0, **where, cause=text, exit_code=code, resume_command=resume_command(job))
         )
     return code
+
+
+def _finish(job: Job, heartbeat: Heartbeat) -> int:
+    """Does what is left to do when all blocks are finished. Of several ranks the one that leads does it. Returns 0."""
+    from dualparal.checkpoint.snapshot import JOINED
+    from dualparal.cli.results import Results, tidy_again
+
+    # Ranks meet when their engines are made; a process alone needs one only if segments are missing.
+    engine = make_engine(job) if "RANK" in os.environ and job.end != JOINED else None
+    if not leads():
+        return 0
+
+    def decode_again(folder: Path, blocks: Sequence[int], video: int) -> Iterator[tuple[int, Any]]:
+        return (engine or make_engine(job)).decode_again(folder, blocks, video)
+
+    names = tidy_again(job) if job.end == JOINED else Results(job).close(True, decode_again)
+    typer.echo(f"{' and '.join(names)}: all blocks were finished already", err=True)
+    return 0
 
 
 def _stream(job: Job, heartbeat: Heartbeat, limits: Limits) -> int:
@@ -150,7 +169,7 @@ def _write(job: Job, engine: Engine, heartbeat: Heartbeat, display: Display | No
     from dualparal.io.latents import read_latents
 
     leading = engine.mesh.is_leader
-    checkpoint = checkpoint_of(job)
+    checkpoint = checkpoint_of(job, lambda end: results.receipts(end))
     if job.resume:
         chunks = engine.resume(checkpoint, timeline=job.timeline)
     else:
@@ -171,7 +190,13 @@ def _write(job: Job, engine: Engine, heartbeat: Heartbeat, display: Display | No
         raise
     if results.written:
         heartbeat.phase("write")
-    names = results.close(complete=not engine.interrupted)
+
+    def decode_again(folder: Path, blocks: Sequence[int], video: int) -> Iterator[tuple[int, Any]]:
+        for block, frames in engine.decode_again(folder, blocks, video):
+            heartbeat.phase("write", block=block)
+            yield block, frames
+
+    names = results.close(not engine.interrupted, decode_again)
     if engine.stats is not None:
         summary = f"{' and '.join(names)}: {engine.stats.summary()}"
         if heartbeat.supervised:

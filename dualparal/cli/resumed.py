@@ -6,12 +6,17 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dualparal.cli.flags import ModelFlags, OutputFlags, PlaceFlags
-from dualparal.cli.job import Job
+from dualparal.cli.job import Job, salted
 from dualparal.cli.place import choose_device, choose_threads, count_stages, parse_layers
+from dualparal.io.receipts import read_receipts
+
+if TYPE_CHECKING:
+    from dualparal.checkpoint.snapshot import Snapshot
 
 logger = logging.getLogger("dualparal")
 
@@ -22,6 +27,13 @@ _MAY_CHANGE = {
     "heartbeat_limit", "progress_limit", "startup_limit", "grace",
     "sequence_parallel", "sequence_parallel_form",
 }  # fmt: skip
+# Fields of a job that follow from these flags, from the machine, or from where the command is called.
+_MAY_DIFFER = {
+    "resume", "restartable", "checkpoint", "timeline", "overwrite", "threads", "checkpoint_every", "stages", "device",
+    "layers_per_stage", "text_encoder_device", "depth", "graphs", "decoder", "vae_dtype", "decode_ranks",
+    "decode_in_place",
+}  # fmt: skip
+_PLANNED = {"max_blocks_in_flight", "context_version"}
 
 
 def resumed_job(call: typer.Context, folder: Path, model: ModelFlags, place: PlaceFlags, output: OutputFlags) -> Job:
@@ -36,22 +48,81 @@ def resumed_job(call: typer.Context, folder: Path, model: ModelFlags, place: Pla
         ValueError: flags that cannot be changed.
         SnapshotError: a folder that cannot be used.
     """
-    from dualparal.checkpoint.snapshot import SnapshotError, newest
+    from dualparal.checkpoint.snapshot import newest
     from dualparal.io.output import check_file
 
     check_file(folder, "--resume", overwrite=True, folder=True)
-    sources = {name: call.get_parameter_source(name) for name in call.params}
-    # By name: typer may have its own copy of click.
-    asked = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    asked = _typed(call)
     fixed = [parameter.opts[0] for parameter in call.command.params if parameter.name in asked - _MAY_CHANGE]
     if fixed:
         flags = ", ".join(fixed)
         raise ValueError(f"--resume {folder} with {flags}: the snapshot says that already; leave it out")
-    notes = newest(folder).snapshot.run.get("notes")
+    return _going_on(newest(folder).snapshot, asked, folder, model, place, output)
+
+
+def started_or_resumed(
+    call: typer.Context, job: Job, planned: bool, model: ModelFlags, place: PlaceFlags, output: OutputFlags
+) -> Job:
+    """The job of ``--resume-or-start``: as it is where its folder has no snapshot, else that of the last snapshot.
+
+    Args:
+        call: typer's context.
+        job: of the flags.
+        planned: layers, blocks in flight and who decodes are the planner's choice.
+        model, place, output: the flags.
+
+    Raises:
+        ValueError: flags that are not those of the run in the folder.
+        SnapshotError: a folder that cannot be used.
+    """
+    from dualparal.checkpoint.snapshot import has_snapshots, newest
+
+    folder = job.checkpoint
+    assert folder is not None
+    if not has_snapshots(folder):
+        return job
+    kept = _going_on(newest(folder).snapshot, _typed(call) & _MAY_CHANGE, folder, model, place, output)
+    texts = salted(job.prompts, job.negative_prompt, kept.texts.partition(":")[0])
+    begun, now = _decisive(kept), _decisive(replace(job, texts=texts))
+    different = sorted(name for name in now if now[name] != begun.get(name) and not (planned and name in _PLANNED))
+    if different:
+        raise ValueError(
+            f"--resume-or-start {folder}: the run there was begun with other values of {', '.join(different)}; use "
+            "another folder for another run"
+        )
+    return kept
+
+
+def _decisive(job: Job) -> dict[str, Any]:
+    """The values of a job that must be the same in a command that comes again, by name."""
+    notes = job.notes()
+    engine, video = notes.pop("engine"), notes.pop("video")
+    blocks = engine.pop("blocks")
+    return {name: value for name, value in {**notes, **engine, **video, **blocks}.items() if name not in _MAY_DIFFER}
+
+
+def _typed(call: typer.Context) -> set[str]:
+    """Names of the flags that were typed."""
+    sources = {name: call.get_parameter_source(name) for name in call.params}
+    # By name: typer may have its own copy of click.
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _going_on(
+    found: Snapshot, asked: set[str], folder: Path, model: ModelFlags, place: PlaceFlags, output: OutputFlags
+) -> Job:
+    """The job of a snapshot, on the machine that is there now. Raises ValueError, SnapshotError."""
+    from dualparal.checkpoint.snapshot import SnapshotError
+
+    notes = found.run.get("notes")
     if not isinstance(notes, dict) or not notes:
         raise SnapshotError(f"--resume {folder}: the run was not one of 'dualparal generate'; use Engine.resume")
     try:
-        return _elsewhere(Job.of_notes(notes), asked, folder, model, place, output)
+        receipts = tuple(read_receipts(video) for video in found.receipts or [[]] * len(found.prompts))
+        if len(receipts) != len(found.prompts) or len({len(each) for each in receipts}) != 1:
+            raise TypeError("receipts of other videos")
+        job = _elsewhere(Job.of_notes(notes), asked, folder, model, place, output)
+        return replace(job, end=found.end, receipts=receipts, restartable=output.resume_or_start is not None)
     except (KeyError, TypeError, AttributeError) as error:
         raise SnapshotError(f"--resume {folder}: the snapshot does not describe a run ({error!r})") from None
 

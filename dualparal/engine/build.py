@@ -204,7 +204,7 @@ class Builder:
         def emit(video: int, block: int, latents: torch.Tensor) -> None:
             self.prompts[video].forget(block + 1)
             if keeper is not None:
-                keeper.emit(video, block, latents)
+                keeper.emit(video, block, latents[:, :, : self.layout.kept_frames(block)])
             decoder.emit(video, block, latents)
 
         def on_snapshot_point(iteration: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,15 @@ from dualparal.decoding.chunks import Chunk
 from dualparal.distributed.mesh import Mesh
 from dualparal.engine.build import RunSpec
 from dualparal.engine.capacity import ResultKind, check_requests
+from dualparal.engine.claimed import Claimed
+from dualparal.engine.identity import check_same_run
 from dualparal.engine.parts import Parts
 from dualparal.engine.request import Prompt, Request, check_request, schedule_of, split_videos
 from dualparal.engine.result import EngineOutput, join_chunks
-from dualparal.engine.resume import check_restartable, requests_of
+from dualparal.engine.resume import check_restartable, decode_again, requests_of
 from dualparal.engine.run import Run
 from dualparal.engine.setup import Setup
+from dualparal.kernels.backend import current
 from dualparal.models.source import ModelSource
 from dualparal.trace.stats import RunStats
 from dualparal.trace.timeline import check_name
@@ -60,6 +64,7 @@ class Engine:
         self.stats: RunStats | None = None
         self.parts = Parts(setup)
         self._run: Run | None = None  # the last one that was asked for, or that is under way
+        self._claim = threading.Lock()  # held from a stream's being asked for to its end
 
     @classmethod
     def from_pretrained(
@@ -190,7 +195,8 @@ class Engine:
 
         Raises:
             ValueError: a request that cannot be run; names the value, the rule and the way out.
-            RuntimeError: this engine is making a video.
+            RuntimeError: this engine is making a video, perhaps in another thread: it is taken from here on until the
+                iterator has ended, was closed or dropped.
 
         While the iterator runs it raises what ``engine.run.Run.chunks`` raises.
         """
@@ -228,6 +234,7 @@ class Engine:
 
         The request is the snapshot's, prompts included; the text encoder is not loaded. The engine must have the
         model, blocks, dtype, 8-bit attention and sampler of that run; with another ``vae_dtype`` it goes on, and warns.
+        A run whose blocks are all finished has no chunks left.
         Chunks come from the first block that the snapshot does not count as finished, with the bits of an unbroken run
         on cards of the same type with the same torch; a block that had been given out already comes again.
 
@@ -244,6 +251,9 @@ class Engine:
         checkpoint = replace(checkpoint, notes=resumed.snapshot.run.get("notes", {}))
         callback = callback_on_step_end and partial(callback_on_step_end, self)
         requests = requests_of(self.setup, self.scheduler, resumed.snapshot, checkpoint.folder, callback)
+        if not requests:
+            nothing: Sequence[Chunk] = ()
+            return (chunk for chunk in nothing)
         check_restartable(self.setup, requests)
         check_requests(self.setup, self.parts, requests, None)
         return self._begin(requests, timeline, checkpoint, resumed)
@@ -258,24 +268,47 @@ class Engine:
         self.config.attention_8bit.check_steps(len(requests[0].steps.runs))
         if self.mesh.is_leader and (warning := requests[0].sampler.warning) is not None:
             logger.warning(warning)
-        if self._run is not None and self._run.running:
-            raise RuntimeError(_BUSY)
         if timeline is not None:
             timeline = Path(timeline)
             check_name(timeline)
         schedule = schedule_of(self.setup, requests, 0 if resumed is None else resumed.snapshot.iteration)
         spec = RunSpec(requests, schedule, self.scheduler, timeline, checkpoint, resumed, self.report)
-        self._run = Run(self.setup, self.parts, spec)
-        return self._follow(self._run)
-
-    def _follow(self, run: Run) -> Iterator[Chunk]:
-        if self._run is not None and self._run.running:
+        if not self._claim.acquire(blocking=False):
             raise RuntimeError(_BUSY)
-        self._run = run
+        self._run = Run(self.setup, self.parts, spec)
+        return Claimed(self._follow(self._run), self._claim)
+
+    def _follow(self, run: Run) -> Generator[Chunk, None, None]:
         try:
             yield from run.chunks()
         finally:
             self.stats = run.stats or self.stats
+
+    def decode_again(self, checkpoint: str | Path, blocks: Sequence[int], video: int = 0) -> Iterator[tuple[int, Any]]:
+        """Decodes finished blocks of a checkpointed run once more, from the latents that its folder keeps.
+
+        Args:
+            checkpoint: the folder of a run with ``Checkpoint(keep_latents=True)``, made with an engine like this one.
+            blocks: in their order.
+            video: index of the video.
+
+        Yields:
+            A block and its frames, as the run's ``output_type`` has them, with the bits that they had.
+
+        Raises:
+            SnapshotError: no such run, or latents that are missing or damaged.
+            RuntimeError: this engine is making a video.
+        """
+        folder = Path(checkpoint)
+        found = snapshot.newest(folder).snapshot
+        check_same_run(self.setup, self.scheduler, found)
+        if not self._claim.acquire(blocking=False):
+            raise RuntimeError(_BUSY)
+        try:
+            with current(self.mesh.device):
+                yield from decode_again(self.setup, self.parts, found, folder, video, blocks)
+        finally:
+            self._claim.release()
 
     def set_prompt(self, prompt: str, negative_prompt: str | None = None, *, video: int = 0) -> int:
         """Changes a video's prompt while it runs: blocks in flight keep theirs, new ones take this. Leading rank only.

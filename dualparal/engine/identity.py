@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -70,6 +71,7 @@ def snapshot_info(
         notes: values of whoever started the run.
     """
     return {
+        "id": secrets.token_hex(8),
         "videos": [asdict(request.video) for request in requests],
         "noise": noise,
         "notes": dict(notes),

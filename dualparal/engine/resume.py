@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,20 @@ from dualparal.checkpoint.checkpointer import blocks_to_restore, check_fits
 from dualparal.checkpoint.snapshot import Snapshot, SnapshotError
 from dualparal.config.video import VideoConfig
 from dualparal.decoding.delivery import Delivery
+from dualparal.decoding.parts import PartDecoder
 from dualparal.engine.identity import check_same_run
+from dualparal.engine.parts import Parts
 from dualparal.engine.request import Request, UserCallback, VideoInputs, check_request, schedule_of
 from dualparal.engine.setup import Setup
 from dualparal.runtime.latents import LatentQueue
+from dualparal.schedule.layout import Layout
 from dualparal.schedule.schedule import Schedule
 
 
 def requests_of(
     setup: Setup, scheduler: Any, found: Snapshot, folder: Path, callback: UserCallback | None
 ) -> list[Request]:
-    """The request of every video in a snapshot.
+    """The request of every video in a snapshot; none where all blocks are finished.
 
     Args:
         setup: the engine's.
@@ -32,10 +35,13 @@ def requests_of(
         callback: called after every step, see ``Request``.
 
     Raises:
-        SnapshotError: it is of another run, or does not describe one that this engine could make.
+        SnapshotError: it is of another run, or does not describe one that this engine could make; or the latents
+            beside it are damaged or another run's.
     """
     try:
         check_same_run(setup, scheduler, found)
+        if found.end:
+            return []
         requests = _read_requests(setup, scheduler, found, folder, callback)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise SnapshotError(f"iteration {found.iteration} of {folder} does not describe a run ({error!r})") from None
@@ -45,6 +51,8 @@ def requests_of(
     shape = spec.in_channels, grid.height, grid.width
     schedule = schedule_of(setup, requests, found.iteration)
     check_fits(found, schedule, requests[0].layout, requests[0].sampler, requests[0].steps, shape, spec.text_dim)
+    if setup.mesh.is_leader:
+        snapshot.check_blocks(found, folder, schedule.first_block)
     return requests
 
 
@@ -94,9 +102,42 @@ def restore(
     """
     first = schedule.first_block
     before = [
-        snapshot.read_blocks(folder, video, blocks_to_restore(queue.layout, first, decoder.history))
+        snapshot.read_blocks(folder, found.id, video, blocks_to_restore(queue.layout, first, decoder.history))
         for video, queue in enumerate(queues)
     ]
     for queue, blocks, latents in zip(queues, found.blocks, before, strict=True):
         queue.restore(blocks, latents[-1] if latents else None)
     decoder.resume(first, before)
+
+
+def decode_again(
+    setup: Setup, parts: Parts, found: Snapshot, folder: Path, video: int, blocks: Sequence[int]
+) -> Iterator[tuple[int, Any]]:
+    """Decodes finished blocks again, from their latents, with the bits that they had.
+
+    Args:
+        setup, parts: the engine's.
+        found: the last snapshot in ``folder``, where all latents lie.
+        video: index of the video.
+        blocks: in their order.
+
+    Yields:
+        A block and its frames, as the run's ``output_type`` has them.
+
+    Raises:
+        SnapshotError: latents that are needed are missing or damaged.
+    """
+    asked = VideoConfig(**found.run["videos"][video])
+    layout = Layout(setup.config.blocks, asked.num_latents(setup.source.spec.temporal_factor))
+    decoder, device = parts.decoders(1)[0], setup.mesh.device
+    part = PartDecoder([decoder], asked.output_type, device, allow_nonfinite=setup.config.allow_nonfinite)
+    last = -1
+    for block in blocks:
+        if last < 0 or block != last + 1:
+            decoder.reset()
+            before = blocks_to_restore(layout, block, part.history) if block else range(0)
+            for seen in before:
+                part.push(None, 0, snapshot.read_blocks(folder, found.id, video, range(seen, seen + 1))[0].to(device))
+        (latents,) = snapshot.read_blocks(folder, found.id, video, range(block, block + 1))
+        yield block, part.decode(None, 0, block, latents.to(device))
+        last = block

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from pathlib import Path
 
@@ -47,10 +49,25 @@ def _check_header(path: Path) -> None:
         raise OSError(f"a header of {size} bytes, at most {_MAX_HEADER_BYTES} expected")
 
 
-def write_latents(path: Path, latents: torch.Tensor) -> None:
-    """Writes one tensor ``latents`` [videos, C, L, H, W] as float32, aside, synced and renamed. Raises OSError."""
+def write_latents(path: Path, latents: torch.Tensor, replace: bool = True) -> None:
+    """Writes one tensor ``latents`` [videos, C, L, H, W] as float32, aside, synced and renamed.
+
+    Args:
+        path: the file.
+        latents: the tensor.
+        replace: the file may be another one's; False: it may be there already, but with these bytes only.
+
+    Raises:
+        FileExistsError: another file is there.
+        OSError: it cannot be written.
+    """
     from safetensors.torch import save
 
+    data = save({"latents": latents.float().contiguous().cpu()})
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not replace and os.path.lexists(path):
+        if path.is_symlink() or not path.is_file() or path.read_bytes() != data:
+            raise FileExistsError(errno.EEXIST, "another file is there; move it away or pass --overwrite", str(path))
+        return
     with whole_file(path) as file:
-        file.write(save({"latents": latents.float().contiguous().cpu()}))
+        file.write(data)

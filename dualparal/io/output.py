@@ -10,8 +10,13 @@ import logging
 import os
 import re
 import shutil
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from dualparal.io.receipts import Receipt, Receipts, checksum_of, is_whole
+
+_UNFINISHED = re.compile(r"block-\d{6,}\.mp4\.tmp").fullmatch
 
 logger = logging.getLogger("dualparal")
 
@@ -20,60 +25,113 @@ class OutputError(ValueError):
     """An output path that cannot be used, found before any work."""
 
 
+class Output(Protocol):
+    """The place of a video's frames, as they come.
+
+    Attributes:
+        path: the value of --out.
+        missing: blocks that an earlier run has written and that are not there, or not what it wrote.
+    """
+
+    path: Path
+    missing: list[int]
+
+    def write(self, block: int, frames: Any) -> Receipt:
+        """Writes the frames of a block, uint8 [F, H, W, 3]. Raises ValueError, OSError."""
+        ...
+
+    def close(self) -> int:
+        """Makes the video of what is there, up to the first missing block; returns the number of frames.
+
+        Raises ValueError, OSError.
+        """
+        ...
+
+    def remove_blocks(self) -> None:
+        """Removes what nobody will go on with, after ``close``. Raises OSError."""
+        ...
+
+
 class VideoOutput:
     """``NAME.mp4`` by way of ``NAME.mp4.blocks/``."""
 
-    def __init__(self, path: Path, fps: float, resume_at: int = 0) -> None:
+    def __init__(self, path: Path, fps: float, receipts: Receipts | None = None) -> None:
         """Opens the folder of segments.
 
         Args:
             path: the video file, made by ``close``.
             fps: frames per second.
-            resume_at: the block to go on with; segments before it must be there.
+            receipts: of the segments that an earlier run has written; all others are removed. None: it begins.
 
         Raises:
-            OutputError: finished blocks before it are missing.
             ValueError: as ``SegmentWriter`` raises it.
+            OSError: a folder or file cannot be made or removed.
         """
-        from dualparal.io.video import SegmentWriter
+        from dualparal.io.video import SegmentWriter, segments_in
 
         self.path = path
-        self.folder = path.with_name(path.name + ".blocks")
-        self._writer = SegmentWriter(self.folder, fps, resume=resume_at > 0)
-        missing = set(range(resume_at)) - self._writer.blocks
-        if missing:
-            raise OutputError(f"{self.folder}: the segment of block {min(missing)} is missing; start anew")
+        self.folder = blocks_of(path)
+        self.missing = missing_blocks(path, receipts or {})
+        if receipts is not None and self.folder.is_dir():
+            for block, segment in segments_in(self.folder).items():
+                if block not in receipts or block in self.missing:
+                    segment.unlink()  # it will be made again
+        self._writer = SegmentWriter(self.folder, fps, resume=receipts is not None)
 
-    def write(self, block: int, frames: Any) -> None:
+    def write(self, block: int, frames: Any) -> Receipt:
         """Writes the frames of a block, uint8 [F, H, W, 3]. Raises ValueError, OSError."""
-        self._writer.write(block, frames)
+        path = self._writer.write(block, frames)
+        self.missing = [other for other in self.missing if other != block]
+        return Receipt(len(frames), checksum_of([path]))
 
     def close(self) -> int:
-        """Joins the segments that are there; returns the number of frames. Raises ValueError, OSError."""
+        """Joins the segments before the first missing one; returns the number of frames. Raises ValueError, OSError."""
         from dualparal.io.video import join
 
-        segments = self._writer.segments
+        segments = self._writer.segments_before(min(self.missing, default=None))
         return join(segments, self.path) if segments else 0
 
     def remove_blocks(self) -> None:
-        """Removes the segments, after ``close``, when nobody will go on with them."""
-        shutil.rmtree(self.folder)
+        """Removes the segments, after ``close``, when nobody will go on with them. Raises OSError."""
+        remove_blocks(self.path)
 
 
 class PictureOutput:
     """A folder of ``frame-00000001.png`` and so on."""
 
-    def __init__(self, path: Path, frames: int = 0) -> None:
-        """Opens a folder. frames: number of pictures that an earlier run left there, to go on after."""
-        from dualparal.io.pictures import PngWriter
+    def __init__(self, path: Path, receipts: Receipts | None = None) -> None:
+        """Opens a folder.
+
+        Args:
+            path: the folder.
+            receipts: of the blocks that an earlier run has left there; all other pictures are removed. None: it begins.
+
+        Raises OSError.
+        """
+        from dualparal.io.pictures import PngWriter, pictures_in
 
         self.path = path
-        self._writer = PngWriter(path, resume_at=frames + 1 if frames else None)
-        self._frames = frames
+        known = receipts or {}
+        self.missing = missing_blocks(path, known)
+        self._places = _first_frames(known)  # block -> index of its first frame
+        self._frames = sum(receipt.frames for receipt in known.values())
+        if receipts is not None and path.is_dir():
+            whole = {p.name for block in known if block not in self.missing for p in _files(path, known, block)}
+            for picture in pictures_in(path).values():
+                if picture.name not in whole:
+                    picture.unlink()
+        later = {1 + self._places[block] + n for block in self.missing for n in range(known[block].frames)}
+        self._writer = PngWriter(path, resume_at=self._frames + 1 if self._frames else None, later=later)
 
-    def write(self, block: int, frames: Any) -> None:
+    def write(self, block: int, frames: Any) -> Receipt:
         """Writes the frames of a block, uint8 [F, H, W, 3]. Raises ValueError, OSError."""
-        self._frames += len(self._writer.write(block, frames))
+        if block in self.missing:
+            paths = self._writer.write_again(1 + self._places[block], frames)
+            self.missing.remove(block)
+        else:
+            paths = self._writer.write(block, frames)
+            self._frames += len(frames)
+        return Receipt(len(frames), checksum_of(paths))
 
     def close(self) -> int:
         """Returns the number of frames; every picture is closed already."""
@@ -81,6 +139,39 @@ class PictureOutput:
 
     def remove_blocks(self) -> None:
         """Leaves everything as it is: there are no segments."""
+
+
+def blocks_of(path: Path) -> Path:
+    """The folder of the segments of a video file."""
+    return path.with_name(path.name + ".blocks")
+
+
+def remove_blocks(path: Path) -> None:
+    """Removes the segments of a video file that are left; pictures are no segments. Raises OSError."""
+    if path.suffix == ".mp4" and blocks_of(path).is_dir():
+        shutil.rmtree(blocks_of(path))
+
+
+def missing_blocks(path: Path, receipts: Receipts) -> list[int]:
+    """The blocks whose files at an output are not those that the receipts were given for."""
+    return [block for block, receipt in receipts.items() if not is_whole(receipt, _files(path, receipts, block))]
+
+
+def _files(path: Path, receipts: Receipts, block: int) -> list[Path]:
+    """The files of a block at an output."""
+    from dualparal.io.pictures import picture_name
+    from dualparal.io.video import segment_name
+
+    if path.suffix == ".mp4":
+        return [blocks_of(path) / segment_name(block)]
+    first = 1 + _first_frames(receipts)[block]
+    return [path / picture_name(number) for number in range(first, first + receipts[block].frames)]
+
+
+def _first_frames(receipts: Receipts) -> dict[int, int]:
+    """The index of the first frame of each block."""
+    sizes = [receipts[block].frames for block in range(len(receipts))]
+    return dict(enumerate(accumulate(sizes[:-1], initial=0))) if sizes else {}
 
 
 def check_out(path: Path, overwrite: bool, resume: bool = False) -> None:
@@ -94,7 +185,7 @@ def check_out(path: Path, overwrite: bool, resume: bool = False) -> None:
     Raises:
         OutputError: it cannot.
     """
-    blocks = path.with_name(path.name + ".blocks")
+    blocks = blocks_of(path)
     overwrite = overwrite or (resume and (path.suffix == "" or blocks.is_dir()))
     _check_name(path, "--out")
     if path.suffix not in (".mp4", ""):
@@ -108,7 +199,8 @@ def check_out(path: Path, overwrite: bool, resume: bool = False) -> None:
     check_file(path, "--out", overwrite or path.suffix == "", folder=path.suffix == "")
     if path.suffix == ".mp4" and blocks.is_symlink():
         raise OutputError(f"--out {path}: {blocks} is a link, which is not followed; remove it")
-    if path.suffix == ".mp4" and blocks.exists() and not overwrite:
+    # Of a run that was killed before its first block, an empty folder is left.
+    if path.suffix == ".mp4" and blocks.exists() and not overwrite and not (blocks.is_dir() and _holds_nothing(blocks)):
         raise OutputError(
             f"--out {path}: {blocks} holds finished blocks of a run that did not end (playlist.m3u plays them); "
             "move them away, choose another name, or pass --overwrite to drop them"
@@ -160,37 +252,43 @@ def remove_unfinished(path: Path) -> None:
         logger.warning("%s: unfinished files were not removed: %s", folder, error)
 
 
+def _holds_nothing(blocks: Path) -> bool:
+    """True when a folder of segments holds none, nor anything that is not ours."""
+    from dualparal.io.video import PLAYLIST
+
+    return all(entry.name in (PLAYLIST, PLAYLIST + ".tmp") or _UNFINISHED(entry.name) for entry in os.scandir(blocks))
+
+
 def what_is_left(path: Path, since: float) -> str:
     """A line on the place of the finished frames of a run that broke; empty: there are none.
 
     since: start of the run, seconds since the epoch.
     """
     if path.suffix == ".mp4":
-        blocks = path.with_name(path.name + ".blocks")
+        blocks = blocks_of(path)
         count = sum(1 for _ in blocks.glob("block-*.mp4"))
         if count:
             return f"{blocks}: {count} finished block{'s' if count > 1 else ''}; playlist.m3u there plays them"
     return f"{path} has the finished frames" if path.exists() and path.stat().st_mtime >= since else ""
 
 
-def open_output(path: Path, fps: float, block: int = 0, frames: int = 0) -> VideoOutput | PictureOutput:
+def open_output(path: Path, fps: float, receipts: Receipts | None = None) -> Output:
     """Opens an output that ``check_out`` has passed. A video that begins clears what an earlier run left there.
 
     Args:
         path: a ``.mp4`` file, or a folder for PNG files.
         fps: frames per second of a video file.
-        block, frames: the block that a resumed video goes on with, and the number of frames before it.
+        receipts: of the blocks that a resumed video has; what is not theirs is removed. None: it begins.
 
     Raises:
-        OutputError: segments before the block are missing.
         ValueError, OSError: as the writers raise them.
     """
     if path.suffix == ".mp4":
-        if block == 0:
-            shutil.rmtree(path.with_name(path.name + ".blocks"), ignore_errors=True)
+        if receipts is None:
+            shutil.rmtree(blocks_of(path), ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return VideoOutput(path, fps, block)
-    if block == 0:
+        return VideoOutput(path, fps, receipts)
+    if receipts is None:
         for old in path.glob("frame-*.png"):
             old.unlink()
-    return PictureOutput(path, frames)
+    return PictureOutput(path, receipts)

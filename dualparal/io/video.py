@@ -105,7 +105,11 @@ class SegmentWriter:
     @property
     def segments(self) -> list[Path]:
         """The segments on disk in the order of their blocks, as `join` takes them."""
-        return [self._path(block) for block in sorted(self._frames)]
+        return self.segments_before(None)
+
+    def segments_before(self, end: int | None) -> list[Path]:
+        """The segments of the blocks before `end`; None: all."""
+        return [self._path(block) for block in sorted(self._frames) if end is None or block < end]
 
     def write(self, block: int, frames: Frames) -> Path:
         """Writes the frames of one block, uint8 [F, H, W, 3], any F; returns the path once it is safe on disk.
@@ -133,7 +137,7 @@ class SegmentWriter:
         return path
 
     def _path(self, block: int) -> Path:
-        return self._directory / f"block-{block:06d}.mp4"
+        return self._directory / segment_name(block)
 
     def _adopt(self, block: int, path: Path) -> None:
         info = probe(path)
@@ -182,6 +186,16 @@ class SegmentWriter:
             lines += [f"#EXTINF:{seconds},block {block}", self._path(block).name]
         with whole_file(self._directory / PLAYLIST) as file:
             file.write("\n".join([*lines, ""]).encode())
+
+
+def segment_name(block: int) -> str:
+    """The name of a block's segment."""
+    return f"block-{block:06d}.mp4"
+
+
+def segments_in(directory: Path) -> dict[int, Path]:
+    """The files (or links) with names of segments in a folder, by block. Raises OSError."""
+    return numbered(directory, _SEGMENT_NAME)
 
 
 def join(segments: Iterable[Path], out: str | Path) -> int:

@@ -17,6 +17,7 @@ from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.json_files import ModelError, read_config, read_json
 from dualparal.models.linear import placed
+from dualparal.models.loading import one_at_a_time
 from dualparal.models.registry import Component, Family, family_in, resolve
 from dualparal.models.sizes import ModelSizes
 from dualparal.models.weights import WeightFiles, channels_last, check_part, check_tensors
@@ -110,6 +111,7 @@ class ModelFiles:
             parts.append(f"{len(found.shapes)} tensors, {elements} elements, {size} bytes")
         return "; ".join(parts)
 
+    @one_at_a_time
     def check_weights(self, parts: bool = True) -> None:
         """Compares names and shapes of all weight files with the configs, from the headers alone, and the sampler's.
 
@@ -153,6 +155,7 @@ class ModelFiles:
             if kind is not None and kind not in classes:
                 raise ModelError(f"{path}: tokenizer_class={kind!r}; supported: {', '.join(classes)}")
 
+    @one_at_a_time
     def load_slices(
         self, layers: range, dtype: torch.dtype, device: torch.device, linear_8bit: LinearPolicy = LINEAR_OFF
     ) -> list[Slice]:
@@ -166,6 +169,7 @@ class ModelFiles:
             slices.append(self.spec.build(tensors, layers))
         return slices
 
+    @one_at_a_time
     def load_scheduler(self) -> Any:
         """The diffusers scheduler that model_index.json names.
 
@@ -177,6 +181,7 @@ class ModelFiles:
         with _named(self.path / "scheduler"):
             return getattr(diffusers, self.index["scheduler"][1]).from_pretrained(self.path / "scheduler")
 
+    @one_at_a_time
     def load_vae(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
         """The VAE on ``device``, in float32 unless asked otherwise; raises ModelError for files that do not fit.
 
@@ -186,6 +191,7 @@ class ModelFiles:
         vae = self._load("vae", dtype).to(device).eval()
         return channels_last(vae) if device.type == "cuda" and dtype.itemsize == 2 else vae
 
+    @one_at_a_time
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
         """Returns (tokenizer, text encoder on ``device``). Only one rank calls this.
 

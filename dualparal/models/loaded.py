@@ -12,6 +12,7 @@ from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.files import EXPERTS
 from dualparal.models.json_files import ModelError
 from dualparal.models.linear import placed
+from dualparal.models.loading import one_at_a_time
 from dualparal.models.registry import Family, family_of, supported_pipelines
 
 
@@ -42,6 +43,7 @@ class LoadedPipeline:
         """The number of elements of each transformer, for ranks to compare (no checksum of the data)."""
         return "; ".join(f"{sum(p.numel() for p in m.parameters())} elements" for m in self._modules)
 
+    @one_at_a_time
     def load_slices(
         self, layers: range, dtype: torch.dtype, device: torch.device, linear_8bit: LinearPolicy = LINEAR_OFF
     ) -> list[Slice]:

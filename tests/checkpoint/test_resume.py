@@ -20,7 +20,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dualparal.checkpoint import snapshot
+from dualparal.checkpoint import sealed, snapshot
 from dualparal.checkpoint.checkpointer import Checkpoint, blocks_to_restore
 from dualparal.checkpoint.snapshot import Snapshot, SnapshotError
 from dualparal.config.blocks import BlockConfig
@@ -219,12 +219,19 @@ def test_noise_that_was_given_and_a_resume_of_a_resume(engine: Build, tmp_path: 
     assert starts == sorted(starts) and starts[-1] > 0 and made[-1].block == whole[-1].block
 
 
-def test_a_finished_run_has_nothing_left_to_do_but_what_its_last_snapshot_lacks(engine: Build, tmp_path: Path) -> None:
+def test_a_finished_run_has_nothing_left_to_do_and_decodes_again_what_is_wanted(engine: Build, tmp_path: Path) -> None:
     built = engine(frames_per_block=2, context_frames=1, context="paper")
-    whole = list(built.stream(**embeds(built), **call(output_type="latent"), checkpoint=tmp_path / "kept"))
-    again = list(built.resume(tmp_path / "kept"))
-    assert [torch.equal(c.latents, whole[c.block].latents) for c in again] == [True] * len(again)
-    snapshot.clear(tmp_path / "kept")
+    checkpoint = Checkpoint(tmp_path / "kept", keep_latents=True)
+    whole = list(built.stream(**embeds(built), **call(output_type="uint8"), checkpoint=checkpoint))
+    found = snapshot.newest(tmp_path / "kept").snapshot
+    assert found.end == snapshot.FINISHED and found.blocks == [{}]
+    other = engine(frames_per_block=2, context_frames=1, context="paper", stages=2)
+    assert list(other.resume(tmp_path / "kept")) == []
+    for block, frames in other.decode_again(tmp_path / "kept", [0, 2, 3, 5]):
+        assert np.array_equal(frames, whole[block].frames)
+    snapshot.close(tmp_path / "kept", keep=True)
+    assert [path.name[:8] for path in (tmp_path / "kept").iterdir()] == ["snapshot"]
+    snapshot.close(tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
 
@@ -390,14 +397,27 @@ def test_bytes_of_a_snapshot(tmp_path: Path) -> None:
             snapshot.read(path)
 
 
+def test_the_same_latents_are_the_same_file_and_of_one_block(tmp_path: Path) -> None:
+    """A block that is made again with the same bits gives no warning; its file says whose it is."""
+    latents = torch.randn(1, 2, 2, 2, 2)
+    assert len({snapshot.write_block(tmp_path, "run", 0, 3, latents) for _ in range(20)}) == 1
+    assert torch.equal(snapshot.read_blocks(tmp_path, "run", 0, range(3, 4))[0], latents)
+    with pytest.raises(SnapshotError, match="is of another run"):
+        snapshot.read_blocks(tmp_path, "other", 0, range(3, 4))
+    only = next(tmp_path.iterdir())
+    only.rename(tmp_path / only.name.replace("video-000", "video-001"))
+    with pytest.raises(SnapshotError, match="is of another block or video"):
+        snapshot.read_blocks(tmp_path, "run", 1, range(3, 4))
+
+
 def test_files_that_are_not_ours(tmp_path: Path) -> None:
     def forged(metadata: dict[str, str], tensors: dict[str, torch.Tensor] | None = None) -> Path:
-        return snapshot._write(tmp_path, "snapshot-0000000001", tensors or {"a": torch.zeros(1)}, metadata)
+        return sealed.write(tmp_path, "snapshot-0000000001", tensors or {"a": torch.zeros(1)}, metadata)
 
-    ours = {"format": snapshot.FORMAT, "version": "1"}
+    ours = {"format": snapshot.FORMAT, "version": "2"}
     for metadata, why in [
         ({}, "is not a snapshot of dualparal"),
-        ({"format": snapshot.FORMAT, "version": "2"}, "version '2' of the format, and this dualparal reads 1"),
+        ({"format": snapshot.FORMAT, "version": "1"}, "version '1' of the format, and this dualparal reads 2"),
         ({**ours, "run": "{}", "state": "{}"}, "not a snapshot's contents"),
         ({**ours, "run": "[", "state": "{}"}, "not a snapshot's contents"),
         ({**ours, "run": "{}", "state": '{"iteration": -1, "prompts": [{}], "blocks": [{}]}'}, "not a snapshot's"),
@@ -446,14 +466,14 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_snapshot(
     )
     next(chunks)
     next(chunks)
-    wrote = snapshot.whole_file
+    wrote = sealed.whole_file
 
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(snapshot, "whole_file", full)
+    monkeypatch.setattr(sealed, "whole_file", full)
     with pytest.raises(OSError, match="No space left"):
         for _ in chunks:
             pass
-    monkeypatch.setattr(snapshot, "whole_file", wrote)
+    monkeypatch.setattr(sealed, "whole_file", wrote)
     assert [c.block for c in built.resume(tmp_path / "kept")][-1] == 5

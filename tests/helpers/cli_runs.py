@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,3 +80,25 @@ class Run:
         """Frames of the video, or of its blocks where it was not joined."""
         video = self.folder / "a.mp4"
         return decode(video) if video.exists() else sum(map(decode, self.segments()))
+
+
+def generate_here(folder: Path, *arguments: object) -> Outcome:
+    """``dualparal generate`` in this process, in a folder; its handlers of signals do not stay."""
+    from dualparal.cli import main
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before, argv, said, code = Path.cwd(), sys.argv, io.StringIO(), 0
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    sys.argv = ["dualparal", "generate", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stderr(said):
+            main.main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    finally:
+        sys.argv = argv
+        os.chdir(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Outcome(code, "", said.getvalue())

@@ -357,7 +357,7 @@ def snapshot(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     import torch
     from safetensors.torch import load, save
 
-    from dualparal.checkpoint import snapshot
+    from dualparal.checkpoint import sealed, snapshot
     from dualparal.checkpoint.checkpointer import Checkpoint
     from dualparal.engine.engine import Engine
     from dualparal.models.wan.tiny import build_tiny_pipeline
@@ -428,7 +428,7 @@ def snapshot(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
             del data[rng.randrange(len(data)) :]
         elif kind == 1:
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        name = snapshot._checksum(bytes(data))
+        name = sealed.checksum(bytes(data))
         if kind == 2:
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         (kept / f"snapshot-{rng.choice([2, 4, 7]):010d}-{name}.safetensors").write_bytes(data)

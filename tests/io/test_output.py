@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from dualparal.cli import doctor, progress
 from dualparal.cli.progress import Display
 from dualparal.io.latents import read_latents, write_latents
-from dualparal.io.output import OutputError, check_file, check_out, open_output, what_is_left
+from dualparal.io.output import OutputError, check_file, check_out, missing_blocks, open_output, what_is_left
 from dualparal.io.video import count_frames
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
@@ -43,6 +43,7 @@ def test_what_is_there_is_replaced_only_on_request(tmp_path: Path) -> None:
     pictures.mkdir()
     (pictures / "mine.txt").touch()
     (tmp_path / "b.mp4.blocks").mkdir()
+    (tmp_path / "b.mp4.blocks" / "block-000000.mp4").touch()
     for path, why in ((video, "exists"), (pictures, "not empty"), (interrupted, r"b\.mp4\.blocks.*playlist\.m3u")):
         with pytest.raises(OutputError, match=f"{why}.*--overwrite"):
             check_out(path, overwrite=False)
@@ -131,23 +132,58 @@ def test_a_resumed_video_is_the_one_written_in_one_go(tmp_path: Path) -> None:
     for block in range(3):
         output.write(block, FRAMES[block : block + 2])
     output.close()
-    open_output(broken, 16).write(0, FRAMES[:2])
+    receipts = {0: open_output(broken, 16).write(0, FRAMES[:2])}
     check_out(broken, overwrite=False, resume=True)
-    again = open_output(broken, 16, block=1, frames=2)
+    again = open_output(broken, 16, receipts)
     for block in (1, 2):
-        again.write(block, FRAMES[block : block + 2])
+        receipts[block] = again.write(block, FRAMES[block : block + 2])
     assert again.close() == 6 and broken.read_bytes() == whole.read_bytes()
-    with pytest.raises(OutputError, match="the segment of block 3 is missing"):
-        open_output(broken, 16, block=4, frames=8)
+    again.remove_blocks()
+    lost = open_output(broken, 16, receipts)
+    assert lost.missing == [0, 1, 2] and lost.close() == 0
+
+
+@pytest.mark.parametrize("kind", ["mp4", "pictures"])
+def test_what_is_not_what_was_written_is_missing_and_can_be_made_again(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("a.mp4" if kind == "mp4" else "pictures")
+    folder = tmp_path / ("a.mp4.blocks" if kind == "mp4" else "pictures")
+    output = open_output(path, 16)
+    receipts = {block: output.write(block, FRAMES[block : block + 2]) for block in range(3)}
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    first, second, third = sorted(folder.glob("*[0-9].*"))[:: 1 if kind == "mp4" else 2]
+    first.unlink()
+    first.symlink_to(second)
+    data = bytearray(third.read_bytes())
+    data[len(data) // 2] ^= 4
+    third.write_bytes(data)
+    (folder / f"{first.stem[:-1]}9{first.suffix}").write_bytes(data)  # of another run
+    again = open_output(path, 16, receipts)
+    assert again.missing == [0, 2] == missing_blocks(path, receipts)
+    for block in (0, 2):
+        assert again.write(block, FRAMES[block : block + 2]) == receipts[block]
+    assert not again.missing and again.close() == 6
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
 def test_resumed_pictures_go_on_where_they_were(tmp_path: Path) -> None:
-    open_output(tmp_path / "pictures", 16).write(0, FRAMES[:3])
-    again = open_output(tmp_path / "pictures", 16, block=1, frames=2)
+    output = open_output(tmp_path / "pictures", 16)
+    receipts = {0: output.write(0, FRAMES[:2])}
+    output.write(1, FRAMES[2:3])
+    again = open_output(tmp_path / "pictures", 16, receipts)
     again.write(1, FRAMES[:2])
     assert again.close() == 4
     names = [f"frame-{number:08d}.png" for number in (1, 2, 3, 4)]
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == names
+
+
+def test_a_folder_of_segments_without_any_is_no_obstacle(tmp_path: Path) -> None:
+    blocks = tmp_path / "a.mp4.blocks"
+    blocks.mkdir()
+    (blocks / "block-000000.mp4.tmp").touch()
+    check_out(tmp_path / "a.mp4", overwrite=False)
+    (blocks / "letter.txt").touch()
+    with pytest.raises(OutputError, match="holds finished blocks"):
+        check_out(tmp_path / "a.mp4", overwrite=False)
 
 
 # Latents ----------------------------------------------------------------------------------------------------------
