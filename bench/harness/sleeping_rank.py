@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,12 @@ def run(case: dict[str, Any], mesh: Mesh, groups: Sequence[Any]) -> dict[str, An
     rank, n, before, after = mesh.rank, mesh.world_size, mesh.before, mesh.after
     hidden = layout.max_window_frames * SIDE * SIDE * INNER + 1
     most = [hidden] * (n - 1) + [layout.first_frames * CHANNELS * SIDE * SIDE + 1]
-    sizes = [Lengths.fixed(elements) for elements in most]
+
+    def length(velocity: bool, unit: Unit) -> int:
+        frames = layout.frames(unit.block) if velocity else len(layout.window(unit.block, schedule.refreshes(unit)))
+        return frames * SIDE * SIDE * (CHANNELS if velocity else INNER) + 1
+
+    sizes = [Lengths(elements, partial(length, edge == n - 1)) for edge, elements in enumerate(most)]
     common = schedule.depth, schedule.num_units, torch.float32, mesh.device
 
     def queue(video: int) -> LatentQueue:

@@ -201,6 +201,8 @@ class Mesh:
         if path is None:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=TORCHRUN_JOIN))
             store.set_timeout(TIMEOUT)
+            # torchrun's store outlives the ranks that it restarts, and with it the addresses of dead ones.
+            store = dist.PrefixStore(f"dualparal/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             _say_who_is_missing(store, rank, world_size, TORCHRUN_JOIN.total_seconds())
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
             return

@@ -297,3 +297,16 @@ def test_what_a_kill_before_the_first_snapshot_leaves_is_no_obstacle(wan21: Path
         (tmp_path / f"{folder}.lock").touch()
     assert generate_here(tmp_path, *VIDEO, "--out", "a.mp4", *AGAIN, "--model", wan21).code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "kept"]
+
+
+def test_torchrun_restarts_the_ranks_and_the_run_goes_on(
+    start: Callable[..., Run], runs: dict[str, Path], wan21: Path
+) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "3")
+    outputs = ["--out", "a.mp4", "--latents-out", "a.safetensors"]
+    run = start(*VIDEO, *outputs, *AGAIN, "--model", wan21, launcher=launcher)
+    run.wait_for_segments(2)
+    run.ranks[1].kill()
+    assert run.end(200) == 0, run.stderr
+    made = {name: data for name, data in contents(run.folder).items() if name in ("a.mp4", "a.safetensors")}
+    assert made == contents(runs["a"])
