@@ -381,6 +381,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--prompts", type=int, help="number of captions")
     parser.add_argument("--seeds", type=int, help="videos per caption")
     parser.add_argument("--guidance-scale", type=float, help="instead of the variants' own")
+    parser.add_argument("--against", metavar="NAME", help="print how the others differ from this one, by caption")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--cache", type=Path, default=Path("build/quality"))
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw curves and filmstrips there, and the table")
@@ -416,6 +417,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         for name in part.names
     ]
     console.print(quality_report.table(rows))
+    for (latents, name), found in videos.items() if options.against else ():
+        told = quality_report.differences(found, videos[latents, options.against])
+        text = ", ".join(f"{figure} {v:.2f} ({low:.2f} to {high:.2f})" for figure, (v, low, high) in told.items())
+        console.print(f"{latents} {name} against {options.against}: {text}")
     if options.figures:
         quality_report.draw(options.figures, videos, rows, jobs[0].scene().caption())
     if options.record:

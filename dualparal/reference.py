@@ -61,37 +61,19 @@ def generate(
     latents: list[torch.Tensor] = []
     features: dict[Name, KeysValues | Features8] = {}
     means: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer, block and branch
-    run: dict[tuple[int, int, int], torch.Tensor] = {}  # velocities by block, branch and the sampler's step
-    fp8 = eight_bit.mode == "fp8"
+    velocities = Velocities(sampler.levels, reuse.order)
+    scales = [guidance_scales[spec.expert(float(t), sampler.num_train_timesteps)] for t in sampler.timesteps]
+    every, fp8 = layout.blocks.refresh_every, eight_bit.mode == "fp8"
 
     def lent_by(layer: int, side: str, block: int, step: int, branch: int) -> KeysValues | Features8:
         return features[layer, side, block, step, 0 if step in plan.conditional_only else branch]
-
-    def velocity_at(block: int, at: int, last: int, scale: float | None) -> torch.Tensor:
-        """The velocity at a step of the sampler, from those run up to its step ``last``. No scale: no guidance."""
-
-        def guess(branch: int) -> torch.Tensor:
-            """The conditional velocity, or how far the unconditional one (1) is from it."""
-            known = [step for step in range(last + 1) if (block, branch, step) in run][-1 - reuse.order :]
-            made = [run[block, branch, step].float() - branch * run[block, 0, step].float() for step in known]
-            return extrapolate(made, [sampler.levels[step] for step in known], sampler.levels[at])
-
-        cond = run[block, 0, at] if at == last else guess(0)
-        if scale is None:
-            return cond
-        if at == last and (block, 1, at) in run:
-            return combine_guidance(cond, run[block, 1, at], scale)
-        return combine_guidance(cond.float(), cond.float() + guess(1), scale)
 
     def forward(block: int, step: int, branch: int, newest: int, refresh: bool) -> torch.Tensor:
         timestep = sampler.timesteps[plan.runs[step]]
         expert = experts[spec.expert(float(timestep), sampler.num_train_timesteps)]
         fed = layout.fed_context(block, refresh)
-        window = latents[block]
-        if fed:
-            window = torch.cat([latents[block - 1][:, :, -fed:], window], dim=2)
-        time = expert.time(timestep)
-        text = expert.text(prompt_embeds(block)[branch])
+        window = torch.cat([latents[block - 1][:, :, -fed:], latents[block]], dim=2) if fed else latents[block]
+        time, text = expert.time(timestep), expert.text(prompt_embeds(block)[branch])
         rotary = expert.rotary(layout.window(block, refresh).start, window.shape[2], grid)
         hidden = expert.embed(expert.patches(window))
         pending: Pending | None = None
@@ -107,9 +89,7 @@ def generate(
                 read = [part if isinstance(part, Features8) else to_8bit(part, spec.heads, fp8) for part in parts]
                 keys_values = arena(own, means.get((layer, block, branch)), read, hidden, spec.heads, fp8)
             else:
-                made = [to_16bit(part, hidden.dtype) if isinstance(part, Features8) else part for part in parts]
-                made = [KeysValues(torch.empty_like(hidden), torch.empty_like(hidden)), *made]  # own, to be written
-                keys_values = KeysValues(torch.cat([p.keys for p in made]), torch.cat([p.values for p in made]))
+                keys_values = join(parts, hidden)
             text_condition = KeysValues(text[layer, 0], text[layer, 1])
             hidden, pending = expert.layer(layer, hidden, pending, time, text_condition, rotary, keys_values)
             for side, start in (("head", first), ("tail", own - count)):
@@ -126,7 +106,6 @@ def generate(
             break
         if newest * gap == iteration:
             latents.append(noise(newest))
-        every = layout.blocks.refresh_every
         refresh = every is not None and iteration >= every and iteration % every < gap
         if refresh:
             means.clear()
@@ -134,14 +113,51 @@ def generate(
             step = iteration - block * gap
             last = plan.runs[step]
             for branch in range(1 if step in plan.conditional_only else len(prompt_embeds(block))):
-                run[block, branch, last] = forward(block, step, branch, newest, refresh)
+                velocities.run[block, branch, last] = forward(block, step, branch, newest, refresh)
             for at in range(last, plan.runs[step + 1] if step + 1 < steps else len(sampler)):
-                expert_index = spec.expert(float(sampler.timesteps[at]), sampler.num_train_timesteps)
-                velocity = velocity_at(block, at, last, guidance_scales[expert_index] if plan.guided[step] else None)
-                latents[block] = states[block].step(velocity, at, latents[block])
+                scale = scales[at] if plan.guided[step] else None
+                latents[block] = states[block].step(velocities.at(block, at, last, scale), at, latents[block])
         # The next iteration reads what was made at most ``gap`` iterations before it.
         features = {n: kv for n, kv in features.items() if n[2] * gap + n[3] > iteration - gap}
     return torch.cat(latents, dim=2)[:, :, : layout.num_latents]
+
+
+class Velocities:
+    """Velocities of the steps that are run, and with them those of the others.
+
+    Args:
+        levels: noise levels of the sampler's steps.
+        order: of extrapolation.
+
+    Attributes:
+        run: by block, branch and the sampler's step.
+    """
+
+    def __init__(self, levels: Sequence[float], order: int) -> None:
+        self.levels, self.order = levels, order
+        self.run: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def at(self, block: int, at: int, last: int, scale: float | None) -> torch.Tensor:
+        """The velocity at the sampler's step ``at``, with ``last`` the last one run. No scale: no guidance."""
+        cond = self.run[block, 0, at] if at == last else self._guess(block, 0, at, last)
+        if scale is None:
+            return cond
+        if at == last and (block, 1, at) in self.run:
+            return combine_guidance(cond, self.run[block, 1, at], scale)
+        return combine_guidance(cond.float(), cond.float() + self._guess(block, 1, at, last), scale)
+
+    def _guess(self, block: int, branch: int, at: int, last: int) -> torch.Tensor:
+        """The conditional velocity, or the distance of the unconditional one (1) from it."""
+        known = [step for step in range(last + 1) if (block, branch, step) in self.run][-1 - self.order :]
+        made = [self.run[block, branch, step].float() - branch * self.run[block, 0, step].float() for step in known]
+        return extrapolate(made, [self.levels[step] for step in known], self.levels[at])
+
+
+def join(parts: Sequence[KeysValues | Features8], hidden: torch.Tensor) -> KeysValues:
+    """Lays rows for ``hidden`` [tokens, inner], to be written, and the neighbours' features behind them into one."""
+    made = [to_16bit(part, hidden.dtype) if isinstance(part, Features8) else part for part in parts]
+    made = [KeysValues(torch.empty_like(hidden), torch.empty_like(hidden)), *made]
+    return KeysValues(torch.cat([part.keys for part in made]), torch.cat([part.values for part in made]))
 
 
 def arena(

@@ -126,6 +126,32 @@ def summarise(videos: Videos, truth: list[np.ndarray]) -> dict[str, float]:
     return row
 
 
+PAIRED = ("seam", "right", "held", "shape", "caption", "seconds")
+
+
+def differences(videos: Videos, base: Videos) -> dict[str, tuple[float, ...]]:
+    """Of a variant from another one with the same captions and seeds, figure -> (value, low, high), by caption.
+
+    Percentages are differences in points; seam and seconds are ratios.
+    """
+    prompts, found = sorted({prompt for prompt, _ in videos}), {}
+    for name in PAIRED:
+        ratio = name in ("seam", "seconds")
+
+        def of(video: Mapping[str, np.ndarray], name: str = name, ratio: bool = ratio) -> float:
+            value = float(video[f"figure {name}"])
+            return float(np.log(value)) if ratio else 100 * value
+
+        pairs = [[of(v) - of(base[key]) for key, v in videos.items() if key[0] == prompt] for prompt in prompts]
+
+        def mean(chosen: np.ndarray, pairs: list[list[float]] = pairs) -> float:
+            return float(np.nanmean(np.concatenate([pairs[i] for i in chosen])))
+
+        values = interval(mean, len(prompts))
+        found[name] = tuple(float(np.exp(x)) for x in values) if ratio else values
+    return found
+
+
 def _named(name: str, values: Any) -> dict[str, float]:
     return {key: round(float(value), 5) for key, value in zip((name, f"{name}_low", f"{name}_high"), values)}
 

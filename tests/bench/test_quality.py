@@ -285,3 +285,14 @@ def test_the_command_goes_on_where_it_stopped(
 def test_unknown_variants_are_named(model: str) -> None:
     with pytest.raises(SystemExit, match="no variant 'nonsense'"):
         quality.main(["--model", model, "--variants", "nonsense"])
+
+
+def test_differences_are_taken_by_caption() -> None:
+    """Captions far apart and a constant difference: the interval is as narrow as that difference is steady."""
+    base = {(p, 0): {f"figure {n}": np.array(0.1 + 0.2 * p) for n in quality_report.PAIRED} for p in range(4)}
+    other = {
+        key: {n: v * 2 if n in ("figure seam", "figure seconds") else v + 0.03 for n, v in found.items()}
+        for key, found in base.items()
+    }
+    for name, values in quality_report.differences(other, base).items():
+        assert values == pytest.approx([2 if name in ("seam", "seconds") else 3] * 3)
