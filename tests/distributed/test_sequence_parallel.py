@@ -77,7 +77,7 @@ def test_ranks_that_share_stages_give_the_bits_of_one(tmp_path: Path, wan21: Pat
         for name, found in made.items():
             count = found.shape[2] if name == "latents" else len(found)
             expected = whole[name][:, :, :count] if name == "latents" else whole[name]
-            assert count >= 6 and torch.equal(found, expected), (name, each)
+            assert count >= 3 and torch.equal(found, expected), (name, each)
 
 
 def test_places_of_ranks() -> None:
