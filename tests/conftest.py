@@ -6,6 +6,7 @@ torch is imported late here, so that ``make quick`` never pays for it.
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 settings.register_profile("shared", deadline=None)  # a slow machine is no failure
 settings.load_profile("shared")
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup, which what tests start would inherit
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # What `make quick` runs: files that import neither torch nor diffusers and start no ranks, and of these the tests that
 # ask for no model and are not marked `slow`.
