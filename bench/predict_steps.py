@@ -2,9 +2,9 @@
 
     python bench/predict_steps.py                     # the table of docs/plan.md
 
-1,025 frames of 832x480. Every number is ``dualparal.plan``'s: a replay of the schedule that the engine walks. "Lanes" are
-two half pipelines, one for each branch of guidance, which the engine does not have: half of the cards without guidance,
-as if the other half and the exchange of velocities cost nothing.
+1,025 frames of 832x480. Every number is ``dualparal.plan``'s: a replay of the schedule that the engine walks. "Lanes"
+are two half pipelines, one for each branch of guidance, which the engine does not have: half of the cards without
+guidance, as if the other half and the exchange of velocities cost nothing.
 """
 
 from __future__ import annotations
