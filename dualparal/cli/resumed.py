@@ -15,10 +15,11 @@ from dualparal.cli.place import choose_device, choose_threads, count_stages, par
 
 logger = logging.getLogger("dualparal")
 
-# All other flags decide latents, or where frames go: the snapshot has them, and a decoder's fingerprint.
+# All other flags decide latents, or where frames go: the snapshot has them, and fingerprints of decoder and LoRAs.
 _MAY_CHANGE = {
     "resume", "timeline", "overwrite", "gpus", "stages", "layers_per_stage", "device", "threads", "depth", "graphs",
     "checkpoint_every", "decoder", "vae_dtype", "decode_gpus", "decode_in_place",
+    "lora",
 }  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def _elsewhere(
     engine = replace(
         job.engine,
         stages=stages,
+        loras=model.loras if "lora" in asked else job.engine.loras,
         layers_per_stage=job.engine.layers_per_stage if split is None and same else split,
         device=choose_device(place.device or job.device, place.gpus),
         decoder=job.engine.decoder if model.decoder is None else str(model.decoder),
