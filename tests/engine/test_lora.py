@@ -6,8 +6,10 @@ diffusers' own ``load_lora_weights`` and ``fuse_lora`` as well.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -312,5 +314,6 @@ def test_values_of_the_flag_and_of_the_option() -> None:
             Lora.of(value)
     config = EngineConfig.of(loras=["a.safetensors", (Path("b.safetensors"), 0.5, "low")])
     assert config.loras == (Lora("a.safetensors"), Lora("b.safetensors", 0.5, "low")) and hash(config)
+    assert EngineConfig.from_json(json.loads(json.dumps(asdict(config)))) == config  # as snapshots keep it
     with pytest.raises(ValueError, match="list of files"):
         EngineConfig.of(loras="a.safetensors")
