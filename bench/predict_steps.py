@@ -9,6 +9,7 @@ guidance, as if the other half and the exchange of velocities cost nothing.
 
 from __future__ import annotations
 
+import argparse
 from typing import NamedTuple
 
 from dualparal.planning.plan import NoPlan, Plan
@@ -57,6 +58,7 @@ def cell(found: Plan | None) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for model, card in MODELS:
         print(f"\n| {model}, {card} | {' | '.join(map(str, COUNTS))} | lanes, 8 |")
         print("|---" * (len(COUNTS) + 2) + "|")

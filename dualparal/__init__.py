@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dualparal.config.blocks import BlockConfig
     from dualparal.config.eight_bit import EightBitPolicy, LinearPolicy
     from dualparal.config.engine import EngineConfig
+    from dualparal.config.lora import Lora
     from dualparal.config.reuse import Reuse
     from dualparal.config.video import VideoConfig
     from dualparal.decoding.chunks import Chunk
@@ -36,6 +37,7 @@ _EXPORTS = {
     "EngineConfig": "config.engine",
     "EngineOutput": "engine.result",
     "LinearPolicy": "config.eight_bit",
+    "Lora": "config.lora",
     "Plan": "planning.plan",
     "Reuse": "config.reuse",
     "Schedule": "schedule.schedule",
@@ -51,6 +53,7 @@ __all__ = [
     "EngineConfig",
     "EngineOutput",
     "LinearPolicy",
+    "Lora",
     "Plan",
     "Reuse",
     "Schedule",

@@ -54,6 +54,9 @@ def check_job(job: Job) -> None:
         _check_timeline(job.timeline, job.overwrite or job.restartable)  # an earlier try's
     if not 1 / 1001 <= job.fps <= 1000:
         raise ValueError(f"--fps {job.fps}: use a rate from 1/1001 to 1000; Wan's own is 16")
+    for lora in job.engine.loras:
+        if not Path(lora.file).is_file():
+            raise ValueError(f"--lora {lora.file}: there is no such file")
     check_sampler(job.sampler)
     if job.flow_shift is not None and not 0 < job.flow_shift < math.inf:
         raise ValueError(f"--flow-shift {job.flow_shift}: use a number above 0, such as 3.0 (480p) or 5.0 (720p)")

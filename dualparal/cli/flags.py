@@ -15,6 +15,7 @@ import typer
 
 from dualparal.config.decoding import AUTO
 from dualparal.config.eight_bit import EightBitPolicy, LinearPolicy
+from dualparal.config.lora import Lora
 from dualparal.launch.blame import Limits
 from dualparal.models.registry import BUILT_IN
 
@@ -87,10 +88,18 @@ class ModelFlags:
     model: Annotated[
         str,
         typer.Option(
-            help="Wan text-to-video pipeline: a directory in diffusers format, a hub id, or the small model of moving "
-            "shapes that ships with this package."
+            help="Wan text-to-video pipeline: a directory in diffusers format, a name that 'dualparal models' lists, a "
+            "hub id, or the small model of moving shapes that ships with this package."
         ),
     ] = BUILT_IN
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FILE[:WEIGHT], a LoRA (.safetensors) that is merged into the weights; may be repeated. For the two "
+            "transformers of Wan2.2 high:FILE[:WEIGHT] and low:FILE[:WEIGHT].",
+            show_default=False,
+        ),
+    ] = None
     sampler: Annotated[str | None, typer.Option(help="unipc, euler, dpm++ or lcm. Default: the model's own.")] = None
     flow_shift: Annotated[
         float | None, typer.Option(help="Shift of the sampler's noise levels. Default: the model's own.")
@@ -115,6 +124,11 @@ class ModelFlags:
     allow_nonfinite: Annotated[
         bool, typer.Option(help="Go on when a block holds NaN or infinity, instead of stopping before it.")
     ] = False
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs that the flags ask for. Raises ValueError."""
+        return tuple(Lora.parse(text) for text in self.lora or ())
 
 
 @dataclass(frozen=True)

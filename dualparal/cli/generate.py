@@ -170,6 +170,7 @@ def _job(
             blocks=_blocks(blocks, output.checkpoint, len(skipped.runs(request.num_inference_steps))),
             stages=stages,
             layers_per_stage=split,
+            loras=model.loras,
             device=choose_device(place.device, place.gpus),
             dtype=model.dtype,
             text_encoder_device=place.text_encoder_device,

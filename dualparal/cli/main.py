@@ -21,6 +21,7 @@ from dualparal.cli.leader import unpack_arguments
 from dualparal.cli.rank import one_line
 from dualparal.cli.stderr import keep_stderr
 from dualparal.launch.exit_codes import BAD_INPUT, STORAGE
+from dualparal.models.registry import BUILT_IN, known_models
 from dualparal.version import __version__
 
 logger = logging.getLogger("dualparal")
@@ -39,6 +40,13 @@ def doctor() -> None:
     from dualparal.cli.doctor import report
 
     typer.echo(report())
+
+
+@app.command()
+def models() -> None:
+    """Lists the models that --model takes by name, with the hub ids of their weights."""
+    for name, hub_id in {BUILT_IN: "ships with this package", **known_models()}.items():
+        typer.echo(f"{name:<18} {hub_id}")
 
 
 @app.command()

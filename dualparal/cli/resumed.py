@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dualparal")
 
-# All other flags decide latents, or where frames go: the snapshot has them, and a decoder's fingerprint.
+# All other flags decide latents, or where frames go: the snapshot has them, and fingerprints of decoder and LoRAs.
 _MAY_CHANGE = {
     "resume", "timeline", "overwrite", "gpus", "stages", "layers_per_stage", "device", "threads", "depth", "graphs",
     "checkpoint_every", "decoder", "vae_dtype", "decode_gpus", "decode_in_place",
     "heartbeat_limit", "progress_limit", "startup_limit", "grace",
     "sequence_parallel", "sequence_parallel_form",
+    "lora",
 }  # fmt: skip
 # Fields of a job that follow from these flags, from the machine, or from where the command is called.
 _MAY_DIFFER = {
@@ -153,6 +154,7 @@ def _elsewhere(
     engine = replace(
         job.engine,
         stages=stages,
+        loras=model.loras if "lora" in asked else job.engine.loras,
         layers_per_stage=job.engine.layers_per_stage if split is None and same else split,
         device=choose_device(place.device or job.device, place.gpus),
         decoder=job.engine.decoder if model.decoder is None else str(model.decoder),

@@ -10,6 +10,7 @@ from typing import Any
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.decoding import AUTO
 from dualparal.config.eight_bit import LINEAR_OFF, OFF, EightBitPolicy, LinearPolicy
+from dualparal.config.lora import Lora
 from dualparal.config.reuse import REUSE_OFF, Reuse
 
 # Of the transformer, and of the VAE: bytes per element.
@@ -25,6 +26,7 @@ class EngineConfig:
         blocks: the cut of a video into blocks, and what these see of each other.
         stages: number of runs of layers into which the model is cut. Default: the number of ranks.
         layers_per_stage: layers of each stage, for cards that are not alike. Default: an even split.
+        loras: files of low-rank updates that are merged into the weights while these are read, in this order.
         device: "cuda", "cuda:1" or "cpu". Default: "cuda" where there is one, else "cpu".
         dtype: of the transformer, a key of ``DTYPE_BYTES``. Default: "bfloat16" on CUDA, "float32" on the CPU.
         vae_dtype: of what decodes, a key of ``DTYPE_BYTES``, or "auto": ``config.decoding`` has its rule. Latents do
@@ -59,6 +61,7 @@ class EngineConfig:
     blocks: BlockConfig = field(default_factory=BlockConfig)
     stages: int | None = None
     layers_per_stage: tuple[int, ...] | None = None
+    loras: tuple[Lora, ...] = ()
     device: str | None = None
     dtype: str | None = None
     text_encoder_device: str | None = None
@@ -166,7 +169,8 @@ class EngineConfig:
         Args:
             options: fields of this class and of ``BlockConfig`` (frames_per_block, context_frames, context, ...).
                 Dtypes and ``device`` may be torch's own objects, ``attention_8bit`` and ``linear_8bit`` names of
-                modes, ``reuse`` a text (``Reuse.of``), ``layers_per_stage`` any sequence.
+                modes, ``reuse`` a text (``Reuse.of``), ``layers_per_stage`` any sequence, ``loras`` any sequence of what
+                ``Lora.of`` takes.
 
         Raises:
             ValueError: as the classes raise it; an option that neither has, with the nearest one; or ``blocks``
@@ -192,6 +196,9 @@ class EngineConfig:
         found["reuse"] = Reuse.of(found.get("reuse", REUSE_OFF))
         if found.get("layers_per_stage") is not None:
             found["layers_per_stage"] = tuple(found["layers_per_stage"])
+        if isinstance(found.get("loras"), (str, Mapping)):
+            raise ValueError(f"loras={found['loras']!r}: use a list of files or of (file, weight)")
+        found["loras"] = tuple(Lora.of(value) for value in found.get("loras") or ())
         for name in ("device", "dtype", "vae_dtype"):
             if found.get(name) is not None:
                 found[name] = str(found[name]).removeprefix("torch.")
@@ -210,5 +217,6 @@ class EngineConfig:
                 "attention_8bit": EightBitPolicy(**{**eight_bit, "keep_layers": tuple(eight_bit["keep_layers"])}),
                 "linear_8bit": LinearPolicy(linear["mode"], tuple(linear["keep_layers"])),
                 "reuse": Reuse(**values["reuse"]),
+                "loras": [Lora(**lora) for lora in values["loras"]],
             }
         )

@@ -38,7 +38,7 @@ def run_info(
         timeline, resumed: the run's, if it has them.
     """
     config = asdict(setup.config)
-    del config["device"], config["decoder"]  # ranks have cards and paths of their own
+    del config["device"], config["decoder"], config["loras"]  # ranks have cards and paths of their own
     return {
         "dualparal": __version__,
         "torch": torch.__version__,

@@ -15,6 +15,7 @@ from dualparal.distributed.mesh import Mesh, in_distributed_run
 from dualparal.kernels import attention_8bit, linear_8bit
 from dualparal.models.base import LightFile
 from dualparal.models.files import ModelFiles
+from dualparal.models.json_files import ModelError
 from dualparal.models.loaded import LoadedPipeline
 from dualparal.models.source import ModelSource, resolve_model
 from dualparal.schedule.layout import check_heads, split_layers
@@ -47,7 +48,7 @@ class Setup:
                 supported, or whose files do not fit its config.
             RuntimeError: a rank of a distributed run without a card.
         """
-        source: ModelSource = resolve_model(model) if isinstance(model, (str, Path)) else LoadedPipeline(model)
+        source = _source(model, config)
         device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda' but torch sees no GPU; use device='cpu', or install a CUDA build of torch")
@@ -126,6 +127,18 @@ class Setup:
                 reason = f"{name} is {list(shape)}, and both sides must divide by {divisor}"
         if reason:
             raise ValueError(f"linear_8bit={policy.mode!r} cannot run: {reason}; leave it out")
+
+
+def _source(model: Any, config: EngineConfig) -> ModelSource:
+    """The model that ``Setup.of`` was given. Raises ModelError."""
+    if isinstance(model, (str, Path)):
+        return resolve_model(model, config.loras)
+    if config.loras:
+        raise ModelError(
+            f"LoRA {config.loras[0].file} with a loaded pipeline: fuse it there (pipe.load_lora_weights(...); "
+            "pipe.fuse_lora(); pipe.unload_lora_weights()), or give the model as a directory"
+        )
+    return LoadedPipeline(model)
 
 
 def _vae_dtype(config: EngineConfig, source: ModelSource, device: torch.device) -> str:

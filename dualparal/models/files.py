@@ -14,10 +14,12 @@ import torch
 from safetensors import SafetensorError
 
 from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
+from dualparal.config.lora import Lora
 from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.json_files import ModelError, read_config, read_json
 from dualparal.models.linear import placed
 from dualparal.models.loading import one_at_a_time
+from dualparal.models.lora import LoraFile, expert_of
 from dualparal.models.registry import Component, Family, family_in, resolve
 from dualparal.models.sizes import ModelSizes
 from dualparal.models.weights import WeightFiles, channels_last, check_part, check_tensors
@@ -32,11 +34,16 @@ _SCHEDULER = Component("diffusers", SAMPLERS)
 class ModelFiles:
     """A pipeline directory whose structure has been checked. No weights are read to make one.
 
+    Attributes:
+        path: the directory.
+        loras: are merged into the transformers' weights, in this order, while these are read.
+
     Raises:
         ModelError: not a supported pipeline, an unsupported class, or missing, corrupt or foreign weight files.
     """
 
     path: Path
+    loras: tuple[Lora, ...] = ()
 
     def __post_init__(self) -> None:
         index, components = self.index, {**self.family.components, "scheduler": _SCHEDULER}
@@ -102,14 +109,25 @@ class ModelFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names, shapes and sizes of the transformer files, for ranks to compare (no checksum of the data)."""
+        """Names, shapes and sizes of the transformer files, for ranks to compare (no checksum of the data); LoRAs."""
         parts = []
         for folder in EXPERTS[: self.spec.num_experts]:
             found = WeightFiles(self.path / folder)
             size = sum(path.stat().st_size for path in set(found.owner.values()))
             elements = sum(math.prod(shape) for shape in found.shapes.values())
             parts.append(f"{len(found.shapes)} tensors, {elements} elements, {size} bytes")
+        for folder, files in zip(EXPERTS, self.lora_files):
+            parts += [f"LoRA {file.fingerprint} x {file.lora.weight:g} in {folder}" for file in files]
         return "; ".join(parts)
+
+    @cached_property
+    def lora_files(self) -> list[list[LoraFile]]:
+        """By expert, the LoRAs that change it. Raises ModelError for one that is not understood or does not fit."""
+        found: list[list[LoraFile]] = [[] for _ in range(self.spec.num_experts)]
+        for lora in self.loras:
+            shapes = self.spec.shapes(expert := expert_of(lora, self.spec.num_experts))
+            found[expert].append(LoraFile(lora, shapes, self.family.lora_names(shapes)))
+        return found
 
     @one_at_a_time
     def check_weights(self, parts: bool = True) -> None:
@@ -122,6 +140,7 @@ class ModelFiles:
         Raises:
             ModelError: tensors are missing, too many, or of another shape; lists them.
         """
+        _ = self.lora_files
         for expert, folder in enumerate(EXPERTS[: self.spec.num_experts]):
             check_tensors(self.path / folder, self.spec.shapes(expert), self.spec.is_unused)
         self._check_sampler()
@@ -159,12 +178,17 @@ class ModelFiles:
     def load_slices(
         self, layers: range, dtype: torch.dtype, device: torch.device, linear_8bit: LinearPolicy = LINEAR_OFF
     ) -> list[Slice]:
-        """One slice per expert, on ``device``. Only the tensors of these layers are read."""
+        """One slice per expert, on ``device``. Only the tensors of these layers are read, of LoRAs too.
+
+        A LoRA is added in float32 on the device, before the dtype or 8 bits round what comes of it.
+        """
         slices: list[Slice] = []
         for expert, folder in enumerate(EXPERTS[: self.spec.num_experts]):
             files = WeightFiles(self.path / folder)
             tensors: dict[str, torch.Tensor] = {}
             for name, tensor in files.read(self.spec.names(expert, layers)):
+                for lora in self.lora_files[expert]:
+                    tensor = lora.merge(name, tensor.to(device))
                 tensors |= placed(self.spec, name, tensor, dtype, device, linear_8bit)
             slices.append(self.spec.build(tensors, layers))
         return slices

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualparal.models.json_files import ModelError, shorten
-from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER
+from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER, hub_id_of
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
@@ -14,10 +14,11 @@ def folder_of(model: str | Path) -> Path:
     """The folder of a model.
 
     Args:
-        model: a directory, ``BUILT_IN``, or a hub id to download (JSON, tokenizer and safetensors files only).
+        model: a directory, ``BUILT_IN``, a name that a family knows, or a hub id; of the last two JSON, tokenizer and
+            safetensors files are downloaded.
 
     Raises:
-        ModelError: none of them, or a download that failed.
+        ModelError: none of them, a model that is known and not supported, or a download that failed.
     """
     path, name = Path(model), str(model)
     try:
@@ -28,10 +29,13 @@ def folder_of(model: str | Path) -> Path:
         raise ModelError(f"model {shorten(name)}: {error.strerror}") from None
     if name == BUILT_IN:
         return BUILT_IN_FOLDER
+    if not exists:
+        name = hub_id_of(name) or name
     if exists or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(
             f"model {shorten(name)} is not a directory in diffusers format, nor a hub id such as "
-            f"'Wan-AI/Wan2.1-T2V-1.3B-Diffusers', nor {BUILT_IN!r}, which ships with this package"
+            f"'Wan-AI/Wan2.1-T2V-1.3B-Diffusers', nor {BUILT_IN!r}, which ships with this package, nor a name that "
+            "'dualparal models' lists"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

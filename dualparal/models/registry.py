@@ -6,8 +6,8 @@ class or of a directory, and the row finds the code by an import string, "module
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BUILT_IN = "moving-shapes"  # the trained model that ships with the package
 BUILT_IN_FOLDER = Path(__file__).parents[1] / "moving_shapes"
 BUILT_IN_SIZE = (64, 64)  # height and width of its videos, pixels
+_IMAGE, _VACE, _ANIMATE = "image to video", "video from control signals (VACE)", "a character in another's motion"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,13 @@ class Family:
         spec_class, decoder_class, prompt_encoder_class: they implement the protocols of ``models.base``.
         known_sizes: a mapping from lower-case names to ``models.sizes.ModelSizes``.
         read_sizes: (directory) -> ``ModelSizes``, from config files alone. Neither of the two imports torch.
+        lora_modules: (names of a transformer's tensors) -> the name of the module, without ".weight" and ".bias", by
+            every name that LoRA files have for it; empty: they have the same names, with dots.
         light_file_class: implements ``models.base.LightFile``; empty: the family has no light decoder.
         hub_owner: lower-case; hub ids "OWNER/NAME-Diffusers" mean ``known_sizes``, too.
+        hub_ids: by names of ``known_sizes``, where their weights are, in diffusers format.
+        others: models of the same makers that are not supported, by lower-case names, with what they are.
+        other_pipelines: the same by diffusers class.
     """
 
     name: str
@@ -72,6 +78,10 @@ class Family:
     read_sizes: str
     hub_owner: str
     light_file_class: str = ""
+    lora_modules: str = ""
+    hub_ids: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
+    other_pipelines: Mapping[str, str] = field(default_factory=dict)
 
     def spec(
         self, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
@@ -106,6 +116,22 @@ class Family:
         """
         found: PromptEncoder = resolve(self.prompt_encoder_class)(load, device)
         return found
+
+    def lora_names(self, tensors: Iterable[str]) -> Mapping[str, str]:
+        """The module that each name in a LoRA file means.
+
+        Args:
+            tensors: names of a transformer's tensors.
+        """
+        if not self.lora_modules:
+            return {name: name for name in (tensor.rpartition(".")[0] for tensor in tensors)}
+        found: Mapping[str, str] = resolve(self.lora_modules)(tensors)
+        return found
+
+    def plain_name(self, model: str) -> str:
+        """A name or a hub id of the family's owner as ``known_sizes`` would have it."""
+        name = model.lower().rstrip("/").removeprefix(f"{self.hub_owner}/")
+        return name.removesuffix("-diffusers").replace("_", "-")
 
     def named_sizes(self) -> Mapping[str, ModelSizes]:
         """Sizes of the models that are known by name, by lower-case name."""
@@ -152,6 +178,29 @@ FAMILIES: dict[str, Family] = {
         read_sizes="dualparal.models.wan.sizes:read_sizes",
         hub_owner="wan-ai",
         light_file_class="dualparal.models.wan.light_decoder:LightFile",
+        lora_modules="dualparal.models.wan.lora:lora_modules",
+        hub_ids={
+            "wan2.1-t2v-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            "wan2.1-t2v-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+            "wan2.2-t2v-a14b": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        },
+        others={
+            "wan2.1-i2v-14b-480p": _IMAGE,
+            "wan2.1-i2v-14b-720p": _IMAGE,
+            "wan2.2-i2v-a14b": _IMAGE,
+            "wan2.1-flf2v-14b-720p": "first and last frame to video",
+            "wan2.2-ti2v-5b": "text and image to video with a timestep per token",
+            "wan2.1-vace-1.3b": _VACE,
+            "wan2.1-vace-14b": _VACE,
+            "wan2.2-s2v-14b": "speech to video",
+            "wan2.2-animate-14b": _ANIMATE,
+        },
+        other_pipelines={
+            "WanImageToVideoPipeline": _IMAGE,
+            "WanVACEPipeline": _VACE,
+            "WanVideoToVideoPipeline": "video to video",
+            "WanAnimatePipeline": _ANIMATE,
+        },
     ),
 }
 
@@ -172,6 +221,37 @@ def family_of(pipeline: object) -> Family | None:
     return next((family for family in FAMILIES.values() if pipeline in family.pipelines), None)
 
 
+def known_models() -> dict[str, str]:
+    """The hub id of each model that is known by name and supported."""
+    return {name: hub_id for family in FAMILIES.values() for name, hub_id in family.hub_ids.items()}
+
+
+def hub_id_of(model: str) -> str | None:
+    """The hub id of a model that is known by a name or an id, in any case; None: it is not known.
+
+    Raises:
+        ModelError: the model is known, and not supported.
+    """
+    for family in FAMILIES.values():
+        name = family.plain_name(model)
+        if name in family.hub_ids:
+            return family.hub_ids[name]
+        _refuse_other(family, model)
+    return None
+
+
+def _refuse_other(family: Family, model: str) -> None:
+    """Raises ModelError for a name or a hub id of a model that is known and not supported."""
+    name = family.plain_name(model)
+    if name in family.others:
+        raise ModelError(f"model {model!r} is {family.others[name]}, which is not supported; {_supported_models()}")
+
+
+def _supported_models() -> str:
+    """The models that would do, for messages."""
+    return "text to video is: " + ", ".join(f"{name} ({hub_id})" for name, hub_id in known_models().items())
+
+
 def family_in(directory: Path) -> Family:
     """The family of a pipeline in diffusers format on disk.
 
@@ -182,6 +262,9 @@ def family_in(directory: Path) -> Family:
     name = read_json(path).get("_class_name")
     family = family_of(name)
     if family is None:
+        kinds = {kind: what for row in FAMILIES.values() for kind, what in row.other_pipelines.items()}
+        if isinstance(name, str) and name in kinds:
+            raise ModelError(f"{path}: {name} is {kinds[name]}, which is not supported; {_supported_models()}")
         raise ModelError(f"{path}: pipeline class {name!r} is not supported; supported: {supported_pipelines()}")
     return family
 
@@ -196,15 +279,15 @@ def model_sizes(model: str) -> ModelSizes:
     Raises:
         ValueError: neither, or configs of no family (``ModelError``).
     """
-    plain = model.lower().rstrip("/")
+    path = Path(model)
     names: list[str] = []
     for family in FAMILIES.values():
-        known = family.named_sizes()
-        name = plain.removeprefix(f"{family.hub_owner}/").removesuffix("-diffusers").replace("_", "-")
+        known, name = family.named_sizes(), family.plain_name(model)
         if name in known:
             return known[name]
+        if not path.is_dir():
+            _refuse_other(family, model)
         names += known
-    path = Path(model)
     if not path.is_dir():
         raise ValueError(
             f"model {model!r} is not known; use one of {', '.join(names)}, or a directory in diffusers format "

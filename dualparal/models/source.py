@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
+from dualparal.config.lora import Lora
 from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.files import ModelFiles
 from dualparal.models.folder import folder_of
@@ -29,7 +30,7 @@ class ModelSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A short text that differs between models of other sizes, for ranks to compare."""
+        """A short text that differs between models of other sizes or LoRAs, for ranks to compare."""
         ...
 
     def load_slices(
@@ -54,10 +55,10 @@ class ModelSource(Protocol):
         ...
 
 
-def resolve_model(model: str | Path) -> ModelFiles:
-    """The files of a model, which ``folder_of`` finds.
+def resolve_model(model: str | Path, loras: tuple[Lora, ...] = ()) -> ModelFiles:
+    """The files of a model, which ``folder_of`` finds, and the LoRAs that are merged into it.
 
     Raises:
         ModelError: there is none, or its files are none of a supported pipeline.
     """
-    return ModelFiles(folder_of(model))
+    return ModelFiles(folder_of(model), loras)

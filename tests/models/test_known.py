@@ -1,0 +1,64 @@
+"""Models by name: the same for all commands, and those that are not supported named with what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from typer.testing import CliRunner
+
+from dualparal.cli.main import app
+from dualparal.models.folder import folder_of
+from dualparal.models.json_files import ModelError
+from dualparal.models.registry import FAMILIES, family_in, hub_id_of, known_models, model_sizes
+
+
+def test_every_known_model_has_sizes_and_a_hub_id_that_means_it() -> None:
+    for family in FAMILIES.values():
+        assert set(family.hub_ids) == set(family.named_sizes())
+        assert not set(family.others) & set(family.hub_ids)
+    for name, hub_id in known_models().items():
+        assert hub_id_of(name) == hub_id_of(hub_id) == hub_id_of(name.upper()) == hub_id
+        assert model_sizes(name) is model_sizes(hub_id)
+
+
+def test_a_name_is_had_from_the_hub_as_its_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
+    for name in ("wan2.1-t2v-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-1.3B", "someone/else"):
+        assert folder_of(name) == tmp_path
+    assert asked == ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"] * 3 + ["someone/else"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wan2.1-t2v-1.3b").mkdir()  # a folder of that name is what was meant
+    assert folder_of("wan2.1-t2v-1.3b") == Path("wan2.1-t2v-1.3b") and len(asked) == 4
+
+
+@pytest.mark.parametrize("name", ["wan2.2-ti2v-5b", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "wan2.1-i2v-14b-480p"])
+def test_a_model_that_is_not_supported_is_named_with_what_it_is(name: str) -> None:
+    for read in (folder_of, model_sizes):
+        with pytest.raises(ModelError, match=r"image to video.*not supported; text to video is: wan2.1-t2v-1.3b \(Wan"):
+            read(name)
+
+
+def test_a_pipeline_that_is_not_supported_is_named_with_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanVACEPipeline"}))
+    with pytest.raises(ModelError, match=r"WanVACEPipeline is video from control signals.*Wan2.2-T2V-A14B-Diffusers"):
+        family_in(tmp_path)
+
+
+def test_the_command_lists_them() -> None:
+    lines = CliRunner().invoke(app, ["models"]).output.splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [
+        ["moving-shapes", "ships with this package"],
+        *([name, hub_id] for name, hub_id in known_models().items()),
+    ]
+
+
+def test_generate_takes_loras_and_says_which_file_is_not_there(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["generate", "--prompt", "a", "--lora", f"{tmp_path}/none.safetensors:0.5",
+                                      "--out", f"{tmp_path}/a.mp4"])  # fmt: skip
+    assert isinstance(result.exception, ValueError) and "none.safetensors: there is no such file" in str(
+        result.exception
+    )
