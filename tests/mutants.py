@@ -155,8 +155,8 @@ GUARDS = (
     Guard("who is done may be silent", "dualparal/distributed/watch.py",
           ' or beat.get("done"):', ":", (WATCH, "-k", "may_be_silent")),
     # Snapshots -----------------------------------------------------------------------------------------------------
-    _off("a snapshot's checksum", "dualparal/checkpoint/snapshot.py",
-         'not path.stem.endswith("-" + _checksum(data))', RESUME, "-k", "bytes_of_a_snapshot"),
+    _off("a snapshot's checksum", "dualparal/checkpoint/sealed.py",
+         'not path.stem.endswith("-" + checksum(data))', RESUME, "-k", "bytes_of_a_snapshot"),
     _off("no snapshot of NaN", "dualparal/checkpoint/snapshot.py",
          "tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite()",
          RESUME, "-k", "goes_on_from_nan"),
@@ -164,7 +164,7 @@ GUARDS = (
          RESUME, "-k", "not_ours"),
     _off("a snapshot's version", "dualparal/checkpoint/snapshot.py", 'metadata.get("version") != str(VERSION)',
          RESUME, "-k", "not_ours"),
-    Guard("snapshots are files of this user alone", "dualparal/checkpoint/snapshot.py", "mode=0o600", "mode=0o666",
+    Guard("snapshots are files of this user alone", "dualparal/checkpoint/sealed.py", "mode=0o600", "mode=0o666",
           (FILES, "-k", "this_user_alone")),
     Guard("and so is their folder", "dualparal/checkpoint/snapshot.py", "folder.mkdir(mode=0o700, ", "folder.mkdir(",
           (FILES, "-k", "this_user_alone")),
@@ -188,7 +188,8 @@ GUARDS = (
     _off("a damaged segment is found by its boxes", "dualparal/io/video.py", "not _has_whole_boxes(file)",
          VIDEO, "-k", "damaged"),
     _off("blocks of another run are not dropped unasked", "dualparal/io/output.py",
-         'path.suffix == ".mp4" and blocks.exists() and not overwrite', OUTPUT, "-k", "only_on_request"),
+         'path.suffix == ".mp4" and blocks.exists() and not overwrite and '
+         "not (blocks.is_dir() and _holds_nothing(blocks))", OUTPUT, "-k", "only_on_request"),
     # Models --------------------------------------------------------------------------------------------------------
     _off("a config that names code", "dualparal/models/json_files.py",
          '(key in _CODE_KEYS and value) or (chooses_code and "/" in key)', MODEL, "-k", "auto_map"),

@@ -169,8 +169,8 @@ class EngineConfig:
         Args:
             options: fields of this class and of ``BlockConfig`` (frames_per_block, context_frames, context, ...).
                 Dtypes and ``device`` may be torch's own objects, ``attention_8bit`` and ``linear_8bit`` names of
-                modes, ``reuse`` a text (``Reuse.of``), ``layers_per_stage`` any sequence, ``loras`` any sequence of what
-                ``Lora.of`` takes.
+                modes, ``reuse`` a text (``Reuse.of``), ``layers_per_stage`` any sequence, ``loras`` any sequence of
+                what ``Lora.of`` takes.
 
         Raises:
             ValueError: as the classes raise it; an option that neither has, with the nearest one; or ``blocks``

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dualparal.config.units import GIB
-from dualparal.planning.cost import Costing, Estimate, exchange_seconds, layer_arithmetic, slowest, update_seconds
+from dualparal.planning.closed_form import Estimate
+from dualparal.planning.cost import Costing, exchange_seconds, layer_arithmetic, slowest, update_seconds
 from dualparal.planning.devices import Band, Device, Link
 from dualparal.planning.memory import Memory, place_memory
 from dualparal.planning.workload import Workload

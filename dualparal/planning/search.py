@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from dualparal.config.blocks import DEFAULT_VERSION
 from dualparal.config.units import GIB
-from dualparal.planning.cost import balance, closed_form
+from dualparal.planning.closed_form import closed_form
+from dualparal.planning.cost import balance
 from dualparal.planning.memory import edge_elements, place_memory
 from dualparal.planning.plan import Cards, NoPlan, Plan, costing, costs_per_layer, describe_decoders, pace
 from dualparal.planning.workload import Workload

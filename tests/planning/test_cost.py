@@ -27,7 +27,8 @@ from dualparal.models.wan.sizes import MODELS, WanVaeSizes
 from dualparal.models.wan.spec import WanSpec
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.models.wan.vae import StreamingDecoder
-from dualparal.planning.cost import Costing, balance, closed_form, exchange_seconds, layer_arithmetic, unit_arithmetic
+from dualparal.planning.closed_form import closed_form
+from dualparal.planning.cost import Costing, balance, exchange_seconds, layer_arithmetic, unit_arithmetic
 from dualparal.planning.devices import DEVICES, LINKS
 from dualparal.planning.memory import decode_bytes, place_memory, slice_bytes, slot_bytes, stage_memory
 from dualparal.planning.workload import Workload

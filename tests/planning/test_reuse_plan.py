@@ -11,7 +11,8 @@ from dualparal.cli.main import app
 from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.models.wan.sizes import MODELS
-from dualparal.planning.cost import Costing, closed_form
+from dualparal.planning.closed_form import closed_form
+from dualparal.planning.cost import Costing
 from dualparal.planning.devices import DEVICES, LINKS
 from dualparal.planning.memory import stage_memory
 from dualparal.planning.planner import plan
