@@ -133,7 +133,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "prior with a gap": {"context": "prior", "max_blocks_in_flight": 2, "refresh_every": 5},
     "no context": {"context_frames": 0, "refresh_every": None},
     "paper, any iteration": {"context": "paper", "refresh_every": None},
-    "8 bits": {"attention_8bit": "int8", "dtype": "bfloat16"},
     "8 bits, paper": {"attention_8bit": "int8", "dtype": "bfloat16", "context": "paper"},
     "euler": {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)},
     "lcm": {"scheduler": FlowMatchLCMScheduler(shift=3.0)},

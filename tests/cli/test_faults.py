@@ -150,7 +150,6 @@ DECODERS: dict[str, Any] = {"more": ("--decode-gpus", "2"), "ranks": 3, "FAULT_B
     [
         ("kill", 3, ("killed by SIGKILL", "phase 'decode'")),
         ("stop", 4, ("no heartbeat for 2.",)),
-        ("oom", 3, ("OutOfMemoryError: CUDA out of memory",)),
     ],
 )
 def test_a_rank_that_decodes_is_named_by_its_role(

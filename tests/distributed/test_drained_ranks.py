@@ -37,7 +37,7 @@ def case(model: Path, context: str, depth: int = 2, **more: Any) -> dict[str, An
     return {"model": str(model), "options": options, "call": {**CALL, **more.pop("call", {})}, **more}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [4])
 def test_drains_everywhere_change_nothing(tmp_path: Path, wan21: Path, ranks: int) -> None:
     """Also at an early end, whose messages and credits must be taken before the next run begins."""
     cases = [

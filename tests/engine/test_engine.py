@@ -335,8 +335,7 @@ def test_prompts_forget_what_no_block_can_use() -> None:
         prompts.embeds(4)
 
 
-@pytest.mark.parametrize("version", ["matching", "newest", "prior", "paper"])
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize(("version", "guidance"), [("matching", 5.0), ("newest", 1.0), ("prior", 5.0), ("paper", 1.0)])
 def test_each_of_several_videos_is_the_one_it_is_alone(
     engine: Build, wan22: Path, version: str, guidance: float
 ) -> None:

@@ -49,8 +49,7 @@ def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
     return float((x - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
-@pytest.mark.parametrize("mode", ["fp8", SOME, "both"], ids=str)
+@pytest.mark.parametrize(("policy", "mode"), [("cached", "fp8"), ("prior", SOME), ("paper", "both")], ids=str)
 def test_engine_equals_reference_for_any_number_of_stages(engine: Build, policy: str, mode: Any) -> None:
     options: dict[str, Any] = {"context": policy, "linear_8bit": "fp8" if mode == "both" else mode}
     if mode == "both":
