@@ -7,8 +7,8 @@ Layers only sleep, so that it can be told on a machine where others are at work;
 All are measured in turn, and the row has the median of the ratios.
 
 cores: core-seconds of the latents of a finished frame, in one process, with the package's own model: ours against the
-``paper`` policy with every step run, in turn in one run; and what the planner predicts for eight RTX 4090 and
-Wan2.1-1.3B at the same settings. Quality is another matter: docs/quality.md.
+``paper`` policy with every step run, in turn in one run (of its last block 4 of 52 latents are trimmed); and what the
+planner predicts for eight RTX 4090 and Wan2.1-1.3B at the same settings. Quality is another matter: docs/quality.md.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def cores(repeats: int) -> list[dict[str, object]]:
     for _ in range(repeats):
         for name, options in WAYS.items():
             found[name].append(core_seconds(options))
+            print(f"cores  {name:16s} {found[name][-1]:7.4f} s", flush=True)
     cards = {name: predicted(options) for name, options in WAYS.items()}
     rows: list[dict[str, object]] = []
     for name, seconds in found.items():

@@ -84,7 +84,7 @@ class Schedule:
                 f"context_version={self.context_version!r} is not a version of features; use one of {CONTEXT_VERSIONS}"
             )
         only = self.conditional_only
-        if only and (not self.guidance or sorted(set(only) & set(range(self.num_steps))) != list(only)):
+        if only and (not self.guidance or sorted({s for s in only if 0 <= s < self.num_steps}) != list(only)):
             raise ValueError(
                 f"conditional_only={only}: steps without their unconditional unit; use increasing ones from 0 to "
                 f"{self.num_steps - 1}, with guidance"
@@ -144,11 +144,11 @@ class Schedule:
 
     def branches_at(self, step: int) -> int:
         """Units of a block at ``step``."""
-        return self._branches[step]
+        return 1 if step in self._conditional_only else self.branches
 
     @cached_property
-    def _branches(self) -> list[int]:
-        return [1 if step in set(self.conditional_only) else self.branches for step in range(self.num_steps)]
+    def _conditional_only(self) -> frozenset[int]:
+        return frozenset(self.conditional_only)
 
     def completes(self, unit: Unit) -> bool:
         """True when the unit is the last one of its block's step."""
