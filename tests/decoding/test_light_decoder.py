@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,10 +261,11 @@ def test_the_planner_counts_it(tmp_path: Path) -> None:
 
 
 def test_a_resumed_command_may_say_where_it_lies_now_and_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumed, "replace", lambda job, **changes: SimpleNamespace(**{**vars(job), **changes}))
-    engine = SimpleNamespace(
-        decoder="old.safetensors", layers_per_stage=None, vae_dtype="float16", decode_ranks=0, decode_in_place=False
-    )
+    monkeypatch.setattr(
+        resumed, "replace",
+        lambda old, **new: replace(old, **new) if is_dataclass(old) else SimpleNamespace(**{**vars(old), **new}),
+    )  # fmt: skip
+    engine = EngineConfig(decoder="old.safetensors", vae_dtype="float16")
     job = SimpleNamespace(engine=engine, stages=1, device="cpu", threads=1, checkpoint_every=None)
     for said, wanted in ((None, "old.safetensors"), (Path("new.safetensors"), "new.safetensors")):
         flags = ModelFlags(decoder=said), PlaceFlags(), OutputFlags()
