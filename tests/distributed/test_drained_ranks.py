@@ -78,6 +78,7 @@ def test_nccl_gets_few_thread_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(remote.dist, "ProcessGroupNCCL", SimpleNamespace(Options=lambda: made), raising=False)
     monkeypatch.setattr(remote.dist, "new_group", new_group)
+    monkeypatch.setattr(remote, "host_backend", lambda: "gloo")
     found = remote.make_groups(3, torch.device("cuda"))
     assert found == [("gloo", "nccl")] * 3 and made.config.max_ctas == 4
     assert groups == [x for k in range(3) for r in [[k, (k + 1) % 3]] for x in ((r, "gloo", None), (r, "nccl", made))]
@@ -101,5 +102,5 @@ def test_ranks_load_their_code_before_a_run(monkeypatch: pytest.MonkeyPatch, giv
     )
     monkeypatch.setattr(leader, "display_of", lambda _: nullcontext())
     monkeypatch.setattr(leader, "error_file", lambda _: None)
-    assert leader.lead(job) == 0
+    assert leader.lead(job, Limits()) == 0
     assert told["CUDA_MODULE_LOADING"] == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -87,12 +88,15 @@ def test_a_resumed_run_may_decode_elsewhere(wan21: Path, tmp_path: Path) -> None
         return Engine.from_pretrained(wan21, device="cpu", context="paper", **BLOCKS, **options)
 
     first = engine(decode_ranks=2)
-    chunks = first.stream(**CALL, **embeds_of(first), output_type="uint8", checkpoint=Checkpoint(tmp_path, every=1))
+    chunks = first.stream(
+        **CALL, **embeds_of(first), output_type="uint8", checkpoint=Checkpoint(tmp_path / "kept", every=1)
+    )
     begun = [next(chunks) for _ in range(2)]
     chunks.close()  # type: ignore[attr-defined]
     frames = made(wan21, context="paper")[1]
-    for options in ({}, {"stages": 3, "decode_in_place": True}, {"decode_ranks": 1}):
-        rest = list(engine(**options).resume(tmp_path))
+    for number, options in enumerate(({}, {"stages": 3, "decode_in_place": True}, {"decode_ranks": 1})):
+        folder = shutil.copytree(tmp_path / "kept", tmp_path / str(number))  # a run that has ended leaves nothing to do
+        rest = list(engine(**options).resume(folder))
         start = rest[0].start_frame
         assert 0 < start <= sum(len(chunk.frames) for chunk in begun)
         assert np.array_equal(np.concatenate([chunk.frames for chunk in rest]), frames[start:].numpy())
