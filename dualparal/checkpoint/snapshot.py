@@ -18,6 +18,7 @@ import torch
 
 from dualparal.checkpoint import sealed
 from dualparal.checkpoint.sealed import SnapshotError
+from dualparal.io.locks import is_lock
 from dualparal.sampling.state import BlockState
 
 logger = logging.getLogger("dualparal")
@@ -289,7 +290,8 @@ def prepare(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     for path in list(folder.iterdir()):
-        path.unlink()  # see there
+        if not is_lock(path):  # of this run's own outputs
+            path.unlink()  # see there
 
 
 def check_empty(folder: Path) -> None:
@@ -297,9 +299,12 @@ def check_empty(folder: Path) -> None:
 
     Raises SnapshotError when it holds something else.
     """
-    if folder.exists() and (not folder.is_dir() or not all(_is_before_the_first(path) for path in folder.iterdir())):
-        what = "snapshots of an earlier run: resume it" if folder.is_dir() and _snapshots(folder) else "something else"
-        raise SnapshotError(f"checkpoint {folder} holds {what}, or choose an empty folder")
+    there = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+    others = sorted(path for path in there if not _is_before_the_first(path) and not is_lock(path))
+    if others:
+        earlier = folder.is_dir() and _snapshots(folder)
+        what = "snapshots of an earlier run: resume it, or" if earlier else f"something else ({others[0].name}):"
+        raise SnapshotError(f"checkpoint {folder} holds {what} choose an empty folder")
 
 
 def _is_before_the_first(path: Path) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -19,6 +19,7 @@ from dualparal.config.lora import Lora
 from dualparal.launch.blame import Limits
 from dualparal.models.registry import BUILT_IN
 
+_FEWEST_SECONDS = 3  # a few signs of life: they come every 0.3 s, under torchrun every second
 _TORCHRUN_HEARTBEAT = 60.0  # beats travel over a network, and the ranks' clocks start apart
 
 
@@ -232,7 +233,8 @@ class PlaceFlags:
         ),
     ] = None
     stages: Annotated[
-        int | None, typer.Option(help="Number of stages (processes). Default: --gpus less --decode-gpus, or 1.")
+        int | None,
+        typer.Option(help="Stages. Default: (--gpus less --decode-gpus) / --sequence-parallel, or 1."),
     ] = None
     decode_gpus: Annotated[
         int,
@@ -272,14 +274,12 @@ class PlaceFlags:
     threads: Annotated[
         int,
         typer.Option(
-            help="CPU threads per stage; 0: OMP_NUM_THREADS, or the cores divided by the stages, few for a small model."
+            help="CPU threads per process; 0: OMP_NUM_THREADS, or the cores over the processes, few for a small model."
         ),
     ] = 0
     plan: Annotated[
         str | None,
-        typer.Option(
-            help="auto: layers per stage, blocks in flight and, of --gpus, who decodes, as 'dualparal plan' has them ."
-        ),
+        typer.Option(help="auto: layers per stage, blocks in flight and roles of --gpus, as by 'dualparal plan'."),
     ] = None
 
 
@@ -356,6 +356,11 @@ class LimitFlags:
         """
         usual = _TORCHRUN_HEARTBEAT if distributed else Limits.heartbeat
         heartbeat = usual if self.heartbeat_limit is None else self.heartbeat_limit
+        for name, value in asdict(self).items():
+            least = _FEWEST_SECONDS if name == "heartbeat_limit" else 0
+            if value is not None and not value >= least:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {value:g}: seconds of patience with a process; use {least} or more")
         return Limits(heartbeat, self.progress_limit, self.startup_limit, self.grace)
 
 

@@ -130,7 +130,7 @@ def choose_threads(asked: int, stages: int, model: str | None = None) -> int:
         ValueError: a number that is none of threads.
     """
     if not 0 <= asked <= 4096:
-        raise ValueError(f"--threads {asked}: use a number from 1, or 0 for the cores divided by the stages")
+        raise ValueError(f"--threads {asked}: use a number from 1, or 0 for the cores over the processes")
     if asked:
         return asked
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is one number per level of nesting

@@ -32,8 +32,10 @@ _MAY_CHANGE = {
 _MAY_DIFFER = {
     "resume", "restartable", "checkpoint", "timeline", "overwrite", "threads", "checkpoint_every", "stages", "device",
     "layers_per_stage", "text_encoder_device", "depth", "graphs", "decoder", "vae_dtype", "decode_ranks",
-    "decode_in_place",
+    "decode_in_place", "sequence_parallel", "sequence_parallel_form",
 }  # fmt: skip
+# Fields of a job whose flag has another name.
+_FLAGS = {"texts": "prompt", "videos": "prompt", "outs": "out", "num_inference_steps": "steps"}
 _PLANNED = {"max_blocks_in_flight", "context_version"}
 
 
@@ -82,13 +84,18 @@ def started_or_resumed(
     assert folder is not None
     if not has_snapshots(folder):
         return job
-    kept = _going_on(newest(folder).snapshot, _typed(call) & _MAY_CHANGE, folder, model, place, output)
+    found, typed = newest(folder).snapshot, _typed(call)
+    kept = _going_on(found, typed & _MAY_CHANGE, folder, model, place, output)
     texts = salted(job.prompts, job.negative_prompt, kept.texts.partition(":")[0])
     begun, now = _decisive(kept), _decisive(replace(job, texts=texts))
-    different = sorted(name for name in now if now[name] != begun.get(name) and not (planned and name in _PLANNED))
+    begun["latents_in"] = found.run["notes"].get("latents_in")  # which are not read again
+    different = {name for name in now if now[name] != begun.get(name) and not (planned and name in _PLANNED)}
+    if len(different) > 1 and "refresh_every" not in typed:
+        different.discard("refresh_every")  # it follows from others
     if different:
+        flags = sorted({"--" + _FLAGS.get(name, name).replace("_", "-") for name in different})
         raise ValueError(
-            f"--resume-or-start {folder}: the run there was begun with other values of {', '.join(different)}; use "
+            f"--resume-or-start {folder}: the run there was begun with other values of {', '.join(flags)}; use "
             "another folder for another run"
         )
     return kept
@@ -140,12 +147,17 @@ def _elsewhere(
     split = parse_layers(place.layers_per_stage)
     stages = len(split) if split else job.stages
     places = place.sequence_parallel if "sequence_parallel" in asked else job.engine.sequence_parallel
+    form = place.sequence_parallel_form if "sequence_parallel_form" in asked else job.engine.sequence_parallel_form
     decoders, in_place = job.engine.decode_ranks, job.engine.decode_in_place
     if asked & {"decode_gpus", "decode_in_place"}:
         decoders, in_place = place.decode_gpus, place.decode_in_place
     elif place.gpus is not None and place.gpus <= decoders:
         logger.warning("--gpus %d: too few for the %d that only decoded; all of them have stages", place.gpus, decoders)
         decoders = 0
+    count = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else place.gpus
+    if count is not None and "sequence_parallel" not in asked and (count - decoders) % places:
+        logger.warning("%d processes for stages: stages of %d are not shared any more", count - decoders, places)
+        places = 1
     if "decode_gpus" in asked and not asked & {"gpus", "stages", "layers_per_stage"} and job.device == "cuda":
         stages = max(1, (job.ranks - decoders) // places)  # the cards stay as many
     if asked & {"gpus", "stages"} or "RANK" in os.environ:
@@ -155,19 +167,20 @@ def _elsewhere(
         job.engine,
         stages=stages,
         loras=model.loras if "lora" in asked else job.engine.loras,
-        layers_per_stage=job.engine.layers_per_stage if split is None and same else split,
+        layers_per_stage=job.engine.layers_per_stage if split is None and stages == job.stages else split,
         device=choose_device(place.device or job.device, place.gpus),
         decoder=job.engine.decoder if model.decoder is None else str(model.decoder),
         vae_dtype=model.vae_dtype if "vae_dtype" in asked else job.engine.vae_dtype,
         decode_ranks=decoders,
         decode_in_place=in_place,
         sequence_parallel=places,
-        **{name: getattr(place, name) for name in asked & {"depth", "graphs", "sequence_parallel_form"}},
+        sequence_parallel_form=form,
+        **{name: getattr(place, name) for name in asked & {"depth", "graphs"}},
     )
     return replace(
         job,
         engine=engine,
-        threads=choose_threads(place.threads or (job.threads if same else 0), stages * places + decoders),
+        threads=choose_threads(place.threads or (job.threads if same else 0), stages * places + decoders, job.model),
         checkpoint=folder,
         checkpoint_every=output.checkpoint_every if "checkpoint_every" in asked else job.checkpoint_every,
         timeline=output.timeline,

@@ -16,7 +16,7 @@ class DecoderGroups(NamedTuple):
     """The communicators of ranks that decode a part of the rows each.
 
     Attributes:
-        links: gloo, by rank: between the leading rank and that one. None for the leading rank itself.
+        links: between CPUs, by rank: between the leading rank and that one. None for the leading rank itself.
         rows: of all that decode, on the device; None: there is one.
     """
 

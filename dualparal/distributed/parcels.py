@@ -1,4 +1,4 @@
-"""Parcels between two ranks over gloo: a sign of what is wanted or told, and a tensor of any shape on the CPU.
+"""Parcels between two ranks, from CPU to CPU: a sign of what is wanted or told, and a tensor of any shape on the CPU.
 
 For what is small beside the work that it asks for, such as a finished block's latents and their frames. It never waits
 for a card, and no card waits for it.
@@ -51,7 +51,7 @@ class ParcelLink:
     Args:
         name: for error messages.
         peer: the rank at the other end.
-        group: gloo, of these two ranks alone.
+        group: between CPUs, of these two ranks alone.
     """
 
     def __init__(self, name: str, peer: int, group: Any) -> None:

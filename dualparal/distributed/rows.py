@@ -1,5 +1,5 @@
 """Rows of a picture between its decoders, or of a unit between the places of a stage: inside a process, or between
-ranks over gloo or NCCL.
+ranks, from CPU to CPU or over NCCL.
 
 Both are a ``RowExchange`` of ``models.base`` and a ``ShareExchange`` of ``runtime.shares``. All parts make the same
 exchanges in the same order, so no message needs a header, and the parts wait for nothing of each other but these.
@@ -108,8 +108,8 @@ class RankRows:
     """One of the parts, each on a rank of its own.
 
     Args:
-        group: a process group with the ranks of all parts, used for nothing else: gloo's, or NCCL's for tensors on
-            cards.
+        group: a process group with the ranks of all parts, used for nothing else: between CPUs, or NCCL's for tensors
+            on cards.
         ranks: the parts' ranks, from the first rows on.
         index: of this part.
         name: of a part, for error messages.
@@ -126,7 +126,7 @@ class RankRows:
     def swap(self, sends: Mapping[int, torch.Tensor], wanted: Mapping[int, torch.Tensor]) -> None:
         """Sends tensors to other parts and fills those that come from them; one launch of NCCL's for all of them.
 
-        With gloo it is done on return. With NCCL the current stream waits for it and the host does not: what this
+        Between CPUs it is done on return. With NCCL the current stream waits for it and the host does not: what this
         stream does next finds the tensors filled, and may change or free what was sent. The transfers themselves wait
         for what the stream was given before, and hold the card until the other parts have got there too; since all
         parts make the same exchanges in the same order, that is no circle, as long as no part waits for another

@@ -20,7 +20,7 @@ class TeamGroups(NamedTuple):
     """The communicators of the ranks of a stage.
 
     Attributes:
-        control: gloo, for words.
+        control: between CPUs, for words.
         data: for tensors; on the CPU the same one.
     """
 

@@ -27,6 +27,11 @@ _MOST_BYTES = 4096  # of what a holder says of itself
 _NOT_SUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
+def is_lock(path: Path) -> bool:
+    """True for the name of a lock file."""
+    return path.suffix == _ENDING
+
+
 class Locks:
     """Locks that this process holds until ``release``. A file ``NAME.lock`` lies beside each place meanwhile."""
 

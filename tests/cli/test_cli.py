@@ -549,6 +549,8 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "timeline exists": (["--timeline", "{folder}.mp4/there.json"], ["--timeline", "there.json", "--overwrite"]),
     "timeline below a file": (["--timeline", "{file}/a.json"], ["--timeline", "file.txt", "not a folder"]),
     "threads": (["--threads", "-1"], ["--threads -1", "from 1"]),
+    "too little patience": (["--heartbeat-limit", "0"], ["--heartbeat-limit 0", "use 3 or more"]),
+    "patience below 0": (["--grace", "-1"], ["--grace -1", "use 0 or more"]),
 }
 
 

@@ -27,9 +27,9 @@ def test_snapshots_are_for_this_user_alone(tmp_path: Path, open_to_all: None) ->
     """They hold embeddings, from which a prompt may be guessed."""
     folder = tmp_path / "runs" / "kept"
     snapshot.prepare(folder)
-    snapshot.write_block(folder, 0, 0, torch.zeros(1, 1, 1, 1, 1))
+    snapshot.write_block(folder, "run", 0, 0, torch.zeros(1, 1, 1, 1, 1))
     snapshot.write_noise(folder, torch.zeros(1, 1, 1, 1, 1))
-    snapshot.Snapshot(1, {}, [{0: torch.zeros(1, 1, 1)}], [{}]).write(folder)
+    snapshot.Snapshot(1, {"id": "run"}, [{0: torch.zeros(1, 1, 1)}], [{}]).write(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()] == [0o600] * 3
 
