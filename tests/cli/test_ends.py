@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cli_runs import Run, generate_here
 from dualparal.cli.results import Results
@@ -277,7 +279,7 @@ def test_the_same_command_begins_goes_on_and_knows_that_it_is_done(
     assert codes == [5, 0, 0] and taken[:4] != [0, 1, 2, 0] and taken[-1] == 4
     made = {name: data for name, data in contents(run).items() if not name.startswith("kept/snapshot-")}
     assert made == contents(runs["a"])
-    for more, name in ((["--seed", 3], "seed"), (["--prompt", "a dog"], "texts"), (["--fps", 8], "fps")):
+    for more, name in ((["--seed", 3], "seed"), (["--prompt", "a dog"], "--prompt"), (["--fps", 8], "fps")):
         other = generate_here(run, *same, *more)
         assert other.code == 2 and "begun with other values of" in other.stderr and name in other.stderr
     assert generate_here(run, *same, "--threads", 2, "--overwrite").code == 0
@@ -297,6 +299,27 @@ def test_what_a_kill_before_the_first_snapshot_leaves_is_no_obstacle(wan21: Path
         (tmp_path / f"{folder}.lock").touch()
     assert generate_here(tmp_path, *VIDEO, "--out", "a.mp4", *AGAIN, "--model", wan21).code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "kept"]
+
+
+def test_a_restart_may_have_noise_of_its_own_and_another_machine(wan21: Path, tmp_path: Path) -> None:
+    """And all of it may lie in the snapshots' folder, as on a volume that is all there is."""
+    (tmp_path / "run").mkdir()
+    save_file({"latents": torch.zeros(1, 16, 11, 4, 4)}, tmp_path / "run" / "noise.safetensors")
+    same = [
+        *VIDEO,
+        "--latents-in",
+        "noise.safetensors",
+        "--latents-out",
+        "kept/a.safetensors",
+        *AGAIN,
+        "--model",
+        wan21,
+    ]
+    assert generate_here(tmp_path / "run", *same).code == 0
+    again = generate_here(tmp_path / "run", *same, "--sequence-parallel", "2")
+    assert again.code == 0 and "finished already" in again.stderr
+    other = generate_here(tmp_path / "run", *same, "--steps", "3")
+    assert other.code == 2 and "other values of --steps;" in other.stderr
 
 
 def test_torchrun_restarts_the_ranks_and_the_run_goes_on(
