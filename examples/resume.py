@@ -24,8 +24,9 @@ prompt = "a green triangle drifting left on a dark background"
 engine = dualparal.Engine.from_pretrained(**model, stages=1)
 output = open_output(options.out, fps=16)
 keep = dualparal.Checkpoint(options.kept, every=2)  # in iterations; without it, 2 % of the time
+receipts = {}  # of what is on disk: whoever goes on looks whether it still is
 for chunk in engine.stream(prompt, **call, guidance_scale=4.0, output_type="uint8", checkpoint=keep):
-    output.write(chunk.block, chunk.frames)
+    receipts[chunk.block] = output.write(chunk.block, chunk.frames)
     if chunk.block == 2:
         break  # a crash would do as well
 print(f"stopped after block {chunk.block}")
@@ -36,7 +37,7 @@ output = None
 for chunk in engine.resume(options.kept):
     if output is None:
         print(f"goes on with block {chunk.block}")
-        output = open_output(options.out, 16, chunk.block, chunk.start_frame)
+        output = open_output(options.out, 16, {block: receipts[block] for block in range(chunk.block)})
     output.write(chunk.block, chunk.frames)
 output.close()
 output.remove_blocks()

@@ -191,7 +191,7 @@ def argv(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     engine.resolve_model = loading.resolve_model
     generate.work = lambda *_: 0  # type: ignore[assignment]
     generate.lead = lambda *_, **__: 0  # type: ignore[assignment]
-    generate.signal.signal = lambda *_: None  # type: ignore[assignment]
+    generate.on_stop_signals = lambda handler: None  # type: ignore[assignment]
     os.chdir(folder)
     Path("there.mp4").touch()
     Path("full").mkdir()
