@@ -253,8 +253,10 @@ def refused(
     run.mkdir()
     marks.mkdir()
     monkeypatch.chdir(run)
-    monkeypatch.setattr("dualparal.cli.generate.work", lambda *_: pytest.fail("work began"))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for part in ("slices", "text_encoder", "vae"):
+        name = f"dualparal.models.files.ModelFiles.load_{part}"
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("weights were read"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def call(*arguments: object, command: Sequence[str] = ("generate", *SMALL)) -> str:
         monkeypatch.setattr(sys, "argv", ["dualparal", *command, *map(str, arguments)])
