@@ -431,10 +431,11 @@ def test_a_plan_is_a_choice_of_options(options: dict[str, Any]) -> None:
 
 
 def test_more_cards_than_layers_are_for_decoding() -> None:
-    found = plan(gpus="32xrtx4090", num_inference_steps=4, guidance_scale=1.0)
+    call = {"num_inference_steps": 4, "guidance_scale": 1.0, "sequence_parallel": 1}
+    found = plan(gpus="32xrtx4090", **call)
     assert found.work.engine.decode_ranks >= 2 and len(found.split) <= 30
     with pytest.raises(NoPlan, match="use 30 or fewer, or let the others decode"):
-        plan(gpus="32xrtx4090", num_inference_steps=4, guidance_scale=1.0, decode_ranks=0)
+        plan(gpus="32xrtx4090", **call, decode_ranks=0)
 
 
 def test_rows_travel_among_those_that_decode_and_latents_to_them() -> None:
