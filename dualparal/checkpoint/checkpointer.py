@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,8 @@ class Checkpointer:
             nothing: list[dict[int, BlockState]] = [{} for _ in self._delivered]
             after = (blocks - 1) * self.schedule.gap + self.schedule.num_steps
             last = Snapshot(after, self.run, self.prompts(), nothing, snapshot.FINISHED, self._receipts(blocks))
-            self._submit(lambda: self._write(last, blocks, None))
+            ready = self._event()  # the embeddings
+            self._submit(lambda: self._write(last, blocks, ready))
         else:
             self._write_when_ready()
         self._closed = True
@@ -209,7 +211,7 @@ class Checkpointer:
         return torch.cuda.stream(self._stream)
 
     def _submit(self, task: Callable[[], None]) -> Future[None]:
-        future = self._pool.submit(self._perform, task)
+        future = self._pool.submit(partial(self._perform, task))  # tensors live as long as this does
         self._tasks.append(future)
         return future
 
