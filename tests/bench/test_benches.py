@@ -223,7 +223,7 @@ def test_flags_mean_the_same_and_every_script_is_described(
 ) -> None:
     """Every one starts, those that need a GPU too; what they do is in the tests above, or is named here.
 
-    bench_attention: test_calibrate.py. predict_rivals: test_plan.py. quality: test_quality.py. bench_graphs and
+    bench_attention: test_calibrate.py. quality: test_quality.py. bench_graphs and
     gpu_suite need a GPU. soak, kill_and_resume and the training of scene_classifier take minutes.
     """
     readme = (BENCH / "README.md").read_text()

@@ -364,7 +364,6 @@ def measure(path: Path, side: int, blocks: BlockConfig, steps: int, count: int) 
 
 SIZES = [
     # heads, ffn, layers, side, blocks, steps, blocks: what weighs most
-    pytest.param(16, 4096, 8, 64, BlockConfig(2, 1), 2, 3, id="weights"),
     pytest.param(8, 512, 4, 192, BlockConfig(4, 4), 5, 6, id="features"),
     pytest.param(8, 8192, 2, 256, BlockConfig(8, 2, "prior"), 2, 2, id="activations"),
 ]

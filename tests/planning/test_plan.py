@@ -21,7 +21,6 @@ from dualparal.planning.planner import plan
 from dualparal.planning.search import EARLY_BLOCKS
 from dualparal.schedule.validate import validate
 from pairwise import pairwise
-from places import BENCH, DOCS
 
 BIG = "wan2.1-t2v-14b"
 
@@ -268,15 +267,6 @@ def test_the_command() -> None:
     assert "matrix products at 568 TFLOP/s in runs of fused engines, as this one is, at 471 in eager ones" in named
     bad = run(app, ["plan", "--gpus", "8x24GB", "--size", "big"])
     assert isinstance(bad.exception, ValueError) and "--size 'big'" in str(bad.exception)
-
-
-@pytest.mark.slow
-def test_the_documented_table_is_the_commands() -> None:
-    """That of who decodes (``predict_decoders.py``) takes as long again, and shows nothing of the planner besides."""
-    done = subprocess.run(
-        [sys.executable, str(BENCH / "predict_rivals.py")], capture_output=True, text=True, check=True, timeout=280,
-    )  # fmt: skip
-    assert done.stdout.strip() in (DOCS / "plan.md").read_text()
 
 
 def test_a_size_of_memory_says_which_card_it_stands_for() -> None:
