@@ -103,7 +103,7 @@ GUARDS = (
     Guard("what a rank started goes with it", "dualparal/launch/process.py",
           "                self.signal_group(signal.SIGKILL)\n", "", (SUPERVISOR, "-k", "started_goes_with_it")),
     Guard("the end of the life pipe ends a rank", "dualparal/launch/heartbeat.py",
-          "                    _kill_self()\n", "                    return\n", (SUPERVISOR, "-k", "life_pipe")),
+          "            pipes.die()\n", "            raise SystemExit\n", (SUPERVISOR, "-k", "life_pipe")),
     Guard("a rank that cannot run dies with its parent", "dualparal/launch/heartbeat.py",
           "        _die_with_parent()\n", "", (SUPERVISOR, "-k", "outlives_its_parent")),
     Guard("a rank's children do not take its pipes for theirs", "dualparal/launch/heartbeat.py",
