@@ -97,7 +97,7 @@ GUARDS = (
     Guard("grace has an end", "dualparal/launch/supervisor.py",
           " and now < self._stop_by:", ":", (SUPERVISOR, "-k", "ignores_the_request")),
     _off("time in which the parent slept counts for nobody", "dualparal/launch/supervisor.py",
-         "away > 1.0", SUPERVISOR, "-k", "parent_slept_with"),
+         "away_since is not None", SUPERVISOR, "-k", "parent_slept_with"),
     _gone("an old error.json goes away", "dualparal/launch/supervisor.py",
           "self._error_path.unlink(missing_ok=True)", SUPERVISOR, "-k", "error_json_tells"),
     Guard("what a rank started goes with it", "dualparal/launch/process.py",

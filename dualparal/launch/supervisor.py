@@ -167,7 +167,8 @@ class Supervisor:
             self._machine.sleep(_GATHER_SECONDS)
         now = self._machine.now()
         away = now - self._listened_at
-        if away > 1.0:
+        away_since = self._listened_at if away > 1.0 else None
+        if away_since is not None:
             # The parent itself was stopped, or its terminal was: that time is not the ranks' fault.
             for rank in self._ranks:
                 rank.state.heard += away
@@ -176,15 +177,15 @@ class Supervisor:
             rank.reap()
         for rank in self._ranks:
             if rank.open:
-                self._hear(rank, now)
+                self._hear(rank, now, away_since)
         self._listened_at = now
 
-    def _hear(self, rank: Rank, now: float) -> None:
+    def _hear(self, rank: Rank, now: float, away_since: float | None) -> None:
         messages = rank.read()
         if not rank.open:
             self._machine.forget(rank.child)
         for message in messages:
-            rank.state.take(message, now)
+            rank.state.take(message, now, away_since)
             if "signal" in message:
                 self._hear_of_signal(message["signal"])
             if self._on_message is not None and "tick" not in message:

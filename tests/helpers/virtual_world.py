@@ -60,13 +60,13 @@ class StatusPipe:
     Attributes:
         capacity: bytes; more than that, and a line is refused.
         held_until: until then the parent sees nothing of it: a partition.
-        told, moved: the times of the last line that went in, and of the last one that is no tick.
+        told: lines that went in.
     """
 
     def __init__(self, world: World, capacity: int) -> None:
         self.world, self.capacity = world, capacity
         self.held_until = 0.0
-        self.told = self.moved = world.now
+        self.told = 0
         self.closed = self.forgotten = False
         self._data = bytearray()
 
@@ -77,9 +77,7 @@ class StatusPipe:
         if len(self._data) + len(line) > self.capacity:
             raise BlockingIOError
         self._data += line
-        self.told = self.world.now
-        if b'"tick"' not in line:
-            self.moved = self.world.now
+        self.told += 1
 
     @property
     def readable(self) -> bool:
@@ -95,6 +93,10 @@ class StatusPipe:
     def hold(self, seconds: float) -> None:
         self.held_until = max(self.held_until, self.world.now + seconds)
         self.world.at(self.held_until, lambda: None)  # so that who waits for it looks again
+
+
+class Hang(BaseException):
+    """Virtual time goes on, and the parent does not end."""
 
 
 class ParentKilled(BaseException):
@@ -133,7 +135,7 @@ class Process:
             return
         self.code, self.ended = code, self.world.now
         self._seen_at = self.world.now + self.world.rng.choice((0.0, 0.002, 0.02))
-        self.pipe.closed = True
+        self.pipe.closed, self.pipe.held_until = True, 0.0  # what is in it is there to read
         self.world.note(f"rank {self.pid} ends with {code}")
         self.on_end()
 
@@ -187,6 +189,7 @@ class VirtualMachine:
         decided_at: when the supervisor first sent SIGKILL to a living rank; infinite: not yet.
         away: seconds in which the parent was stopped.
         killed: it was killed.
+        ends_by: a time after which it can only be a hang.
     """
 
     def __init__(self, world: World, make: Callable[[int], Process], cost: float) -> None:
@@ -194,7 +197,7 @@ class VirtualMachine:
         self.children: list[Process] = []
         self.decided_at = float("inf")
         self.away, self._away_until = 0.0, 0.0
-        self.killed = False
+        self.killed, self.ends_by = False, float("inf")
         self._take: Callable[[int], object] | None = None
 
     def decided(self) -> None:
@@ -220,7 +223,9 @@ class VirtualMachine:
         return self._take is not None and not self.killed
 
     def _let_pass(self, seconds: float, ready: Callable[[], bool] = lambda: False) -> bool:
-        """Lets time pass for the parent, which may be stopped or killed in it."""
+        """Lets time pass for the parent, which may be stopped or killed in it. Raises Hang."""
+        if self.world.now > self.ends_by:
+            raise Hang("the supervisor does not end")
         found = self.world.advance(self.world.now + seconds, lambda: self.killed or ready())
         while self.world.now < self._away_until and not self.killed:
             self.world.advance(self._away_until, lambda: self.killed)
