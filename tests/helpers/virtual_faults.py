@@ -6,41 +6,18 @@ import logging
 import random
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from dualparal.launch.blame import Limits
 from dualparal.launch.heartbeat import STOP_SIGNALS
 from dualparal.launch.stragglers import SlowStages
 from dualparal.launch.supervisor import Kept, Result, Supervisor
 from dualparal.schedule.schedule import Schedule
+from virtual_effects import FOREVER, LIMITS, START, Effect
 from virtual_links import Edge, Gate, Run, Task
 from virtual_ranks import Rank, add_rank
-from virtual_world import START, ParentKilled, Process, VirtualMachine, World
+from virtual_world import ParentKilled, Process, VirtualMachine, World
 
-LIMITS = Limits(heartbeat=2.5, progress=6.0, startup=8.0, grace=3.0)
 DEATHS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)
-FOREVER = float("inf")
-
-
-@dataclass(frozen=True)
-class Effect:
-    """A fault as it came true.
-
-    Attributes:
-        kind: of the fault. at: the time. value: seconds, exit code or text of it.
-        active: the rank was at work, and had not complained.
-        starting, waiting: by its own account.
-    """
-
-    kind: str
-    rank: int
-    at: float
-    value: Any
-    active: bool
-    starting: bool
-    waiting: bool
-    exit_code: int | None = None
 
 
 class Scenario:
@@ -106,7 +83,8 @@ class Scenario:
     def _make(self, number: int) -> Process:
         process = Process(self.world, number, self.capacity)
         process.helper = self.rng.random() < 0.3
-        add_rank(self.run, process)
+        rank = add_rank(self.run, process)
+        rank.speed = 3.0 if rank.stage is not None and rank.stage == self.slow_stage else 1.0
         return process
 
     def _imports(self, rank: Rank) -> list[float]:
@@ -323,8 +301,6 @@ class Scenario:
         if self.run.schedule.num_stages > 1 and self.run.places == 1:
             self.slow_stage = self.rng.randrange(self.run.schedule.num_stages)
             self.run.unit_seconds = 0.12
-            self._speeds = {self.slow_stage: 3.0}
-            self.world.at(START + 0.01, lambda: setattr(self.run.ranks[self.slow_stage or 0], "speed", 3.0))
 
     def _impatient_transport(self) -> None:
         """Somebody stops, and a transport gives up before the limits do."""
@@ -351,6 +327,11 @@ class Scenario:
         self.steps += seconds
         self.machine.ends_by += seconds
         self.world.step_clock(seconds)
+        for rank in self.run.ranks.values():
+            rank.stopped_until += seconds
+            rank.process.step_clock(seconds)
+        for (_, outgoing), edge in self.run.edges.items():
+            edge.wire += seconds if outgoing else 0.0
 
     def _kill_parent(self) -> None:
         self.machine.kill()

@@ -8,14 +8,11 @@ from dualparal.launch.blame import Failure
 from dualparal.launch.exit_codes import NO_PROGRESS, RANK_FAILED
 from dualparal.launch.heartbeat import TICK_SECONDS
 from dualparal.launch.supervisor import Result
-from virtual_faults import FOREVER, LIMITS, Effect, Scenario
-from virtual_world import START, Hang
+from virtual_effects import FOREVER, LIMITS, START, Broken, Effect
+from virtual_faults import Scenario
+from virtual_world import Hang
 
 KILLED, OWN, EARLY, SILENT, STALLED, PEER = range(6)  # what beats what
-
-
-class Broken(Exception):
-    """A promise that a run did not keep."""
 
 
 def check(seed: int) -> Scenario:
@@ -93,8 +90,11 @@ class Judge:
     def known(self, effect: Effect) -> float:
         """A time at which the parent must know of an effect, apart from holds."""
         limit = {SILENT: LIMITS.heartbeat, STALLED: LIMITS.progress}.get(self.rank_of(effect), 0.0)
-        if effect.starting and limit:
+        if limit and (effect.starting or effect.kind == "mute"):  # of which the last phase may not be known
             limit = max(limit, LIMITS.startup)
+        process = self.scenario.run.ranks[effect.rank].process
+        if effect.kind == "mute" and not process.alive and not process.killed_by_parent:
+            return FOREVER  # its end was seen, and then its words
         held = [e for e in self.scenario.effects if e.kind in ("mute", "stop") and e.rank == effect.rank]
         if effect.kind in ("error", "late_error", "glitch") and held:
             return FOREVER
@@ -118,6 +118,9 @@ class Judge:
             raise Broken(f"nothing of the kind happened to that rank: {failure}")
         if result.interrupted is not None and place > OWN and self.at > self.stopping_at + self.slack:
             raise Broken(f"blamed while stopping: {failure}")
+        hold = LIMITS.peer_error_hold if place == PEER else LIMITS.error_hold
+        if place in (OWN, EARLY, PEER) and self.at < cause.at + hold - 0.01:
+            raise Broken(f"blamed before another rank could say why: {failure}")
         for other in effects:
             rank = self.rank_of(other)
             assert rank is not None
@@ -184,17 +187,18 @@ class Judge:
         if failure.phase is None or failure.phase.startswith("start"):
             # All that have loaded wait for the last one, and say that they start: it cannot be told from them.
             return next((e for e in stalled if e.starting), None)
-        # Places of a stage wait for each other within a unit.
+        # Places of a stage wait for each other within a unit, which is no wait by their own account.
+        if run.places > 1 and (found := next((e for e in stalled if e.waiting or e.kind == "drop"), None)):
+            return found
         team = {failure.rank, *run.team(run.ranks[failure.rank])} if failure.stage is not None else {failure.rank}
         return next((e for e in stalled if e.rank in team), None)
 
     def role(self, failure: Failure) -> None:
         run = self.scenario.run
-        role = run.ranks[failure.rank].role
         told = {"stage": failure.stage, "place": failure.place, "decoder": failure.decoder}
-        if failure.phase is not None and {name: value for name, value in told.items() if value is not None} != role:
-            if failure.phase != "write":
-                raise Broken(f"{told} for rank {failure.rank}, which is {role}")
+        told = {name: value for name, value in told.items() if value is not None}
+        if failure.phase is not None and told != run.ranks[failure.rank].role:
+            raise Broken(f"{told} for rank {failure.rank}, which is {run.ranks[failure.rank].role}")
 
     # Time ---------------------------------------------------------------------------------------------------------
 
@@ -214,14 +218,21 @@ class Judge:
             if by < self.stopping_at or place <= OWN:  # else the end of grace bounds it
                 deadline = min(deadline, by)
         deadline = min(deadline, self.stopping_at + LIMITS.grace + self.slack + self.away)
+        signals = [at for at, _ in scenario.signals]
+        if len(signals) > 1:
+            deadline = min(deadline, signals[1] + self.slack + self.away)
+        starting = [
+            rank for rank in scenario.run.ranks.values() if rank.heartbeat.starting and rank.process.killed_by_parent
+        ]
+        if signals and starting and all(rank.process.pipe.held_until <= START for rank in starting):
+            deadline = min(deadline, signals[0] + self.slack + self.away)
         if self.at > deadline:
             raise Broken(f"decided at {self.at - START:.2f}, {self.at - deadline:.2f} s late")
         if scenario.world.now - self.at > 1.0 + self.away:
             raise Broken(f"the end took {scenario.world.now - self.at:.2f} s")
-        done = [e for e in scenario.effects if self.rank_of(e) is not None]
-        if not done and not scenario.effects and scenario.machine.decided_at < FOREVER and self.result is not None:
-            if not scenario.lingers and not scenario.signals and not scenario.told:
-                raise Broken("somebody was killed in a good run")
+        quiet = not (scenario.effects or scenario.lingers or scenario.signals or scenario.told)
+        if quiet and self.result is not None and scenario.machine.decided_at < FOREVER:
+            raise Broken("somebody was killed in a good run")
 
     def interrupted(self, result: Result) -> None:
         """A run that a signal ends says so, and by which."""

@@ -144,7 +144,7 @@ class Rank:
             return
         try:
             self._beat()
-        except _Idle:
+        except (_Idle, SystemExit):
             self._said.clear()
         self.gate.open()
 

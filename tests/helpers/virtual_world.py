@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-START = 1000.0  # the monotonic clock is not at 0
+from virtual_effects import START
 
 
 class World:
@@ -138,6 +138,11 @@ class Process:
         self.pipe.closed, self.pipe.held_until = True, 0.0  # what is in it is there to read
         self.world.note(f"rank {self.pid} ends with {code}")
         self.on_end()
+
+    def step_clock(self, seconds: float) -> None:
+        """Moves what is to come, with the clock."""
+        self._seen_at += seconds
+        self.pipe.held_until += seconds
 
     def _ask(self) -> None:
         assert self.machine is not None
