@@ -119,7 +119,7 @@ class Judge:
         if result.interrupted is not None and place > OWN and self.at > self.stopping_at + self.slack:
             raise Broken(f"blamed while stopping: {failure}")
         hold = LIMITS.peer_error_hold if place == PEER else LIMITS.error_hold
-        if place in (OWN, EARLY, PEER) and self.at < cause.at + hold - 0.01:
+        if place in (OWN, EARLY, PEER) and self.at < cause.at + hold - 0.15:  # a round is a while
             raise Broken(f"blamed before another rank could say why: {failure}")
         for other in effects:
             rank = self.rank_of(other)
