@@ -115,7 +115,8 @@ GUARDS = (
          "found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) != 0o700",
          SUPERVISOR, "-k", "killed_run_s_folder"),
     Guard("a killed run's folder goes", "dualparal/launch/folder.py",
-          "    remove_abandoned(base, flock)\n    path, lock", "    path, lock", (SUPERVISOR, "-k", "killed_run_s_folder")),
+          "    remove_abandoned(base, flock)\n    path, lock", "    path, lock",
+          (SUPERVISOR, "-k", "killed_run_s_folder")),
     # Ranks among each other ----------------------------------------------------------------------------------------
     _gone("who hosts the store lingers until others have read", "dualparal/distributed/handshake.py",
           'wait_for(store, [_key("read", r) for r in reports], min(timeout, _LINGER_SECONDS))',
