@@ -15,6 +15,7 @@ import os
 import socket
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -35,7 +36,8 @@ def is_lock(path: Path) -> bool:
 class Locks:
     """Locks that this process holds until ``release``. A file ``NAME.lock`` lies beside each place meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, flock: Callable[[int, int], object] = fcntl.flock) -> None:
+        self._flock = flock
         self._held: dict[Path, int] = {}  # lock file -> descriptor, which no child inherits
         self._made: list[Path] = []  # folders
 
@@ -87,7 +89,7 @@ class Locks:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a file of ours", str(file))
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(
                 f"{flag} {path} is in use by {_holder(descriptor)}; wait for its end, or stop it"

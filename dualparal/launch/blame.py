@@ -141,13 +141,18 @@ class RankState:
         """The time of its own error, or else of its end."""
         return self.error.at if self.error else self.exited_at
 
-    def take(self, message: Mapping[str, Any], now: float) -> None:
-        """Updates the state from one line that was read at the time ``now``."""
+    def take(self, message: Mapping[str, Any], now: float, away_since: float | None = None) -> None:
+        """Updates the state from one line that was read at the time ``now``.
+
+        Args:
+            away_since: the parent slept from then until ``now``. That time is not the rank's, which may have slept too.
+        """
         self.heard = now
         if "tick" in message:
             return
         at = message.get("at")
-        self.moved = min(now, at) if isinstance(at, float) else now
+        said = min(now, at) if isinstance(at, float) else now
+        self.moved = said if away_since is None else said + now - max(said, away_since)
         self.stage = _int(message.get("stage"), self.stage)
         self.place = _int(message.get("place"), self.place)
         self.decoder = _int(message.get("decoder"), self.decoder)
@@ -155,13 +160,13 @@ class RankState:
             self.phase = str(message["phase"])
             self.block, self.step = _int(message.get("block")), _int(message.get("step"))
         if "error" in message:
-            self._take_error(message)
+            self._take_error(message, said)
         self.done = self.done or bool(message.get("done"))
 
-    def _take_error(self, message: Mapping[str, Any]) -> None:
+    def _take_error(self, message: Mapping[str, Any], said: float) -> None:
         code = _int(message.get("exit_code"))
         code = code if code is not None and 0 < code < 256 else RANK_FAILED
-        report = Report(str(message["error"]), self.moved, code)
+        report = Report(str(message["error"]), said, code)
         # The first word counts: what follows is the clean-up talking.
         if message.get("peer"):
             self.peer_error = self.peer_error or report

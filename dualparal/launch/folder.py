@@ -12,18 +12,27 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _PREFIX = "dualparal-run-"
+_Flock = Callable[[int, int], object]
 
 
 @contextlib.contextmanager
-def run_folder() -> Iterator[Path]:
-    """A new folder for this user alone (mode 0700), removed at the end if it is still there. Raises OSError."""
-    base = Path(tempfile.gettempdir())
-    remove_abandoned(base)
-    path, lock = _make(base)
+def run_folder(base: Path | None = None, flock: _Flock = fcntl.flock) -> Iterator[Path]:
+    """A new folder for this user alone (mode 0700), removed at the end if it is still there.
+
+    Args:
+        base: where to make it. Default: the system's folder of temporary files.
+        flock: locks a descriptor.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    base = base or Path(tempfile.gettempdir())
+    remove_abandoned(base, flock)
+    path, lock = _make(base, flock)
     try:
         yield path
     finally:
@@ -31,32 +40,32 @@ def run_folder() -> Iterator[Path]:
         os.close(lock)
 
 
-def remove_abandoned(base: Path) -> None:
+def remove_abandoned(base: Path, flock: _Flock = fcntl.flock) -> None:
     """Removes this user's run folders in ``base`` that no living run holds. Never raises: they are in nobody's way."""
     with contextlib.suppress(OSError):
         for path in base.glob(f"{_PREFIX}*"):
             with contextlib.suppress(OSError):
-                _remove_if_abandoned(path)
+                _remove_if_abandoned(path, flock)
 
 
-def _remove_if_abandoned(path: Path) -> None:
+def _remove_if_abandoned(path: Path, flock: _Flock) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         found = os.fstat(descriptor)
         if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) != 0o700:
             return
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(descriptor)
 
 
-def _make(base: Path) -> tuple[Path, int]:
+def _make(base: Path, flock: _Flock) -> tuple[Path, int]:
     """A new folder and the descriptor that holds its lock."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        flock(descriptor, fcntl.LOCK_EX)
         if path.exists():
             return path, descriptor
         os.close(descriptor)  # another run took it for an abandoned one, in the moment before it was locked

@@ -19,7 +19,8 @@ import signal
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 STATUS_FD = "DUALPARAL_STATUS_FD"
 LIFE_FD = "DUALPARAL_LIFE_FD"
@@ -40,6 +41,65 @@ _PR_SET_PDEATHSIG = 1
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
 
 
+class Pipes(Protocol):
+    """A rank's ends of its two pipes, and the clock of its machine, in seconds."""
+
+    def now(self) -> float:
+        """The time."""
+        ...
+
+    def sleep(self, seconds: float) -> object:
+        """Waits."""
+        ...
+
+    def write(self, line: bytes) -> object:
+        """Writes a line to the parent. Raises BlockingIOError: the pipe is full; OSError: the parent is gone."""
+        ...
+
+    def listen(self, seconds: float) -> bytes | None:
+        """Bytes from the parent; none when it is gone. None: it said nothing for ``seconds``."""
+        ...
+
+    def beside(self, work: Callable[[], object]) -> object:
+        """Runs ``work`` beside the rank's own."""
+        ...
+
+    def die(self) -> object:
+        """Ends the rank, and what it started. At once: its main thread may be stuck."""
+        ...
+
+
+class _OwnPipes:
+    def __init__(self, status_fd: int, life_fd: int) -> None:
+        # A rank's own children must hold neither end.
+        os.set_inheritable(status_fd, False)
+        os.set_inheritable(life_fd, False)
+        os.set_blocking(status_fd, False)
+        self._status_fd, self._life_fd = status_fd, life_fd
+        self._poller = select.poll()
+        self._poller.register(life_fd, select.POLLIN)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def write(self, line: bytes) -> None:
+        os.write(self._status_fd, line)
+
+    def listen(self, seconds: float) -> bytes | None:
+        return os.read(self._life_fd, 256) if self._poller.poll(seconds * 1000) else None
+
+    def beside(self, work: Callable[[], object]) -> None:
+        threading.Thread(target=work, name="dualparal-heartbeat", daemon=True).start()
+
+    def die(self) -> None:
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Heartbeat:
     """Tells the parent that this rank lives, where it is, and how it ended.
 
@@ -50,23 +110,27 @@ class Heartbeat:
         stop_requested: set when the parent asks the rank to stop at the next block boundary.
     """
 
-    def __init__(self, status_fd: int | None = None, life_fd: int | None = None) -> None:
+    def __init__(
+        self,
+        status_fd: int | None = None,
+        life_fd: int | None = None,
+        pipes: Callable[[int, int], Pipes] = _OwnPipes,
+    ) -> None:
         self.stop_requested = threading.Event()
-        self._fd = status_fd
+        self._pipes: Pipes | None = None
         # Re-entrant: a signal handler may report an error while the same thread is inside phase().
         self._lock = threading.RLock()
         self._where: dict[str, Any] = {}
         self._unsent = False
         self._credit = _PHASE_BURST
-        self._credit_at = time.monotonic()
+        self._credit_at = 0.0
+        self._heard = b""
         if status_fd is None or life_fd is None:
             return
-        # A rank's own children must hold neither end.
-        os.set_inheritable(status_fd, False)
-        os.set_inheritable(life_fd, False)
-        os.set_blocking(status_fd, False)
+        self._pipes = found = pipes(status_fd, life_fd)
+        self._credit_at = found.now()
         self._write(_TICK)
-        threading.Thread(target=self._watch, args=(life_fd,), name="dualparal-heartbeat", daemon=True).start()
+        found.beside(lambda: self._watch(found))
 
     @classmethod
     def from_env(cls) -> Heartbeat:
@@ -84,7 +148,7 @@ class Heartbeat:
     @property
     def supervised(self) -> bool:
         """True when a parent listens."""
-        return self._fd is not None
+        return self._pipes is not None
 
     @property
     def where(self) -> dict[str, Any]:
@@ -108,10 +172,10 @@ class Heartbeat:
         may hold the GIL for long: the parent is patient then, as it is before the first phase.
         """
         where["phase"] = name
-        if self._fd is None:
+        if self._pipes is None:
             self._where = where
             return
-        now = time.monotonic()
+        now = self._pipes.now()
         # The machine's clock: it orders what several ranks say, whatever order that is read in.
         where["at"] = now
         with self._lock:
@@ -125,7 +189,7 @@ class Heartbeat:
 
     def message(self, **fields: Any) -> None:
         """Passes fields on to the parent's ``on_message``. Dropped when the pipe is full: send totals."""
-        if self._fd is not None:
+        if self._pipes is not None:
             self._write(_line(fields))
 
     def error(self, error: BaseException | str, peer: bool = False, exit_code: int | None = None) -> None:
@@ -137,7 +201,9 @@ class Heartbeat:
             exit_code: the exit code for the whole run; None: the usual one, ``RANK_FAILED``.
         """
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        fields = {**self._where, "error": text, "peer": peer, "at": time.monotonic()}
+        if self._pipes is None:
+            return
+        fields = {**self._where, "error": text, "peer": peer, "at": self._pipes.now()}
         if exit_code is not None:
             fields["exit_code"] = exit_code
         self._write_surely(_line(fields))
@@ -148,38 +214,37 @@ class Heartbeat:
 
     def _write(self, line: bytes) -> bool:
         """Writes one line or nothing; false if the pipe is full."""
-        if self._fd is None:
+        if self._pipes is None:
             return True
         try:
-            os.write(self._fd, line)
+            self._pipes.write(line)
         except BlockingIOError:
             return False
         except OSError:
             # The parent is gone; the watching thread knows what to do about that.
-            self._fd = None
+            self._pipes = None
         return True
 
     def _write_surely(self, line: bytes) -> None:
-        while not self._write(line):
-            time.sleep(0.01)
+        while (pipes := self._pipes) is not None and not self._write(line):
+            pipes.sleep(0.01)
 
-    def _watch(self, life_fd: int) -> None:
-        """Ticks, and listens on the life pipe between two ticks."""
-        poller = select.poll()
-        poller.register(life_fd, select.POLLIN)
-        heard = b""
+    def _watch(self, pipes: Pipes) -> None:
         while True:
-            if poller.poll(TICK_SECONDS * 1000):
-                data = os.read(life_fd, 256)
-                if not data:
-                    _kill_self()
-                heard = (heard + data)[-256:]
-                if STOP in heard:
-                    self.stop_requested.set()
-                    heard = b""
-            else:
-                self._write(_TICK)
-                self._send_late_phase()
+            self._take(pipes, pipes.listen(TICK_SECONDS))
+
+    def _take(self, pipes: Pipes, data: bytes | None) -> None:
+        """Ticks, and listens on the life pipe between two ticks."""
+        if data is None:
+            self._write(_TICK)
+            self._send_late_phase()
+        elif not data:
+            pipes.die()
+        else:
+            self._heard = (self._heard + data)[-256:]
+            if STOP in self._heard:
+                self.stop_requested.set()
+                self._heard = b""
 
     def _send_late_phase(self) -> None:
         # Not waiting for the lock keeps the tick honest: this thread must never hang on the rank's own work.
@@ -226,10 +291,3 @@ def _die_with_parent() -> None:
 
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-
-
-def _kill_self() -> None:
-    """Ends this process, and its children where it leads a group. At once: the main thread may be stuck."""
-    if os.getpgrp() == os.getpid():
-        os.killpg(os.getpid(), signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)

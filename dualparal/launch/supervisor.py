@@ -12,22 +12,17 @@ import dataclasses
 import json
 import logging
 import os
-import selectors
 import signal
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from dualparal.io.files import whole_file
 from dualparal.launch.blame import Failure, Limits, RankState, blame
 from dualparal.launch.exit_codes import BAD_INPUT
-from dualparal.launch.folder import run_folder
-from dualparal.launch.heartbeat import LIFE_FD, RENDEZVOUS, STATUS_FD, on_stop_signals
+from dualparal.launch.heartbeat import RENDEZVOUS
+from dualparal.launch.machine import Machine, ThisMachine
 from dualparal.launch.process import Rank
 
 logger = logging.getLogger("dualparal")
@@ -84,6 +79,9 @@ def write_error(path: Path, failure: Failure) -> None:
 class Supervisor:
     """Runs one command as ``world_size`` ranks and waits for all of them; arguments as in ``supervise``.
 
+    Args:
+        machine: the one that it runs on.
+
     Raises:
         ValueError: no rank, or no command.
     """
@@ -98,6 +96,7 @@ class Supervisor:
         on_message: OnMessage | None = None,
         error_path: str | os.PathLike[str] | None = None,
         kept: Callable[[], Kept] | None = None,
+        machine: Machine | None = None,
     ) -> None:
         if world_size < 1:
             raise ValueError(f"world_size={world_size}: a run has at least one rank; use 1 or more")
@@ -111,11 +110,11 @@ class Supervisor:
         self._error_path = Path(error_path) if error_path is not None else None
         self._kept = kept or Kept
         self._ranks: list[Rank] = []
-        self._selector = selectors.DefaultSelector()
+        self._machine = machine or ThisMachine()
         self._signals: list[signal.Signals] = []
         self._told: signal.Signals | None = None  # by a rank that received it
         self._stop_by: float | None = None
-        self._listened_at = time.monotonic()
+        self._listened_at = self._machine.now()
 
     def interrupt(self, signum: int = signal.SIGINT) -> None:
         """Acts as a signal does: the first asks the ranks to stop at a block boundary, the second kills them."""
@@ -126,7 +125,7 @@ class Supervisor:
         if self._error_path is not None:
             # One from an earlier run would speak for this one.
             self._error_path.unlink(missing_ok=True)
-        with self._handlers(), self._selector, run_folder() as rendezvous:
+        with self._machine.signals(self.interrupt), self._machine.folder() as rendezvous:
             try:
                 for rank in range(self._world_size):
                     self._start(rank, rendezvous)
@@ -137,59 +136,21 @@ class Supervisor:
                 for each in self._ranks:
                     each.close()
 
-    @contextlib.contextmanager
-    def _handlers(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            # Python allows handlers in the main thread only; there the owner calls interrupt().
-            yield
-            return
-
-        def note(number: int, _: FrameType | None) -> None:
-            self.interrupt(number)
-
-        before = on_stop_signals(note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
     def _start(self, rank: int, rendezvous: Path) -> None:
-        status_read, status_write = os.pipe()
-        life_read, life_write = os.pipe()
-        own = {
+        env = {
+            **self._env,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(self._world_size),
             "LOCAL_WORLD_SIZE": str(self._world_size),
-            STATUS_FD: str(status_write),
-            LIFE_FD: str(life_read),
             RENDEZVOUS: str(rendezvous / "store"),
         }
-        try:
-            process = subprocess.Popen(
-                self._argv,
-                env={**os.environ, **self._env, **own},
-                stdin=subprocess.DEVNULL,
-                pass_fds=(status_write, life_read),
-                # A session of its own: ctrl-C in the terminal reaches the parent alone, which decides.
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(status_read)
-            os.close(life_write)
-            raise
-        finally:
-            os.close(status_write)
-            os.close(life_read)
-        os.set_blocking(status_read, False)
-        os.set_blocking(life_write, False)
-        now = time.monotonic()
-        self._ranks.append(Rank(process, status_read, life_write, RankState(rank, heard=now, moved=now)))
-        self._selector.register(status_read, selectors.EVENT_READ)
+        child = self._machine.start(self._argv, env)
+        now = self._machine.now()
+        self._ranks.append(Rank(child, RankState(rank, heard=now, moved=now), self._machine.now))
 
     def _supervise(self) -> Result:
-        self._listened_at = time.monotonic()
+        self._listened_at = self._machine.now()
         while True:
             self._listen()
             result = self._while_stopping() if self._signals or self._told else self._while_running()
@@ -201,12 +162,13 @@ class Supervisor:
 
         In that order, since a rank's last words are in its pipe before its exit can be seen.
         """
-        if self._selector.select(_POLL_SECONDS):
+        if self._machine.wait(_POLL_SECONDS):
             # One round for all that many busy ranks have to say: the parent must not cost a core.
-            time.sleep(_GATHER_SECONDS)
-        now = time.monotonic()
+            self._machine.sleep(_GATHER_SECONDS)
+        now = self._machine.now()
         away = now - self._listened_at
-        if away > 1.0:
+        away_since = self._listened_at if away > 1.0 else None
+        if away_since is not None:
             # The parent itself was stopped, or its terminal was: that time is not the ranks' fault.
             for rank in self._ranks:
                 rank.state.heard += away
@@ -215,15 +177,15 @@ class Supervisor:
             rank.reap()
         for rank in self._ranks:
             if rank.open:
-                self._hear(rank, now)
+                self._hear(rank, now, away_since)
         self._listened_at = now
 
-    def _hear(self, rank: Rank, now: float) -> None:
+    def _hear(self, rank: Rank, now: float, away_since: float | None) -> None:
         messages = rank.read()
         if not rank.open:
-            self._selector.unregister(rank.status_fd)
+            self._machine.forget(rank.child)
         for message in messages:
-            rank.state.take(message, now)
+            rank.state.take(message, now, away_since)
             if "signal" in message:
                 self._hear_of_signal(message["signal"])
             if self._on_message is not None and "tick" not in message:
@@ -295,12 +257,12 @@ class Supervisor:
         alive = [rank for rank in self._ranks if not rank.reap()]
         for rank in alive:
             rank.signal_group(signal.SIGKILL)
-        deadline = time.monotonic() + _KILL_SECONDS
-        while alive and time.monotonic() < deadline:
-            time.sleep(0.01)
+        deadline = self._machine.now() + _KILL_SECONDS
+        while alive and self._machine.now() < deadline:
+            self._machine.sleep(0.01)
             alive = [rank for rank in alive if not rank.reap()]
         if alive:
-            pids = [rank.process.pid for rank in alive]
+            pids = [rank.child.pid for rank in alive]
             logger.error("processes %s are still there %.0f s after SIGKILL", pids, _KILL_SECONDS)
 
 
