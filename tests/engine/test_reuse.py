@@ -46,3 +46,15 @@ def test_engine_equals_reference_with_steps_that_are_not_run(engine: Build, wan2
             assert expected.isfinite().all() and not torch.equal(expected, whole)
         made = built(**prompt, seed=3, output_type="latent", **call).frames
         assert torch.equal(made, expected), f"{stages} stages: {(made - expected).abs().max()}"
+
+
+def test_several_videos_have_the_bits_that_each_has_alone(engine: Build, wan21: Path) -> None:
+    options = {"reuse": "steps=2,uncond=2,order=1", "frames_per_block": 2, "context_frames": 1}
+    call = {"num_frames": 29, "num_inference_steps": 6, **SIZE}
+    for context, stages in (("cached", 2), ("prior", 3), ("paper", 1)):
+        built = engine(wan21, stages=stages, context=context, **options)
+        prompts = [embeds(built, seed=seed) for seed in (1, 2)]
+        both = {name: torch.cat([prompt[name] for prompt in prompts]) for name in prompts[0]}
+        made = built(**both, seed=[3, 8], output_type="latent", **call).frames
+        for video, (prompt, seed) in enumerate(zip(prompts, (3, 8), strict=True)):
+            assert torch.equal(made[video : video + 1], reference_latents(built, prompt, seed=seed, **call)), context
