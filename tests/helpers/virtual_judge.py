@@ -124,7 +124,7 @@ class Judge:
         for other in effects:
             rank = self.rank_of(other)
             assert rank is not None
-            if rank == SILENT and other.value < LIMITS.startup + 1:  # it may go on in time
+            if rank == SILENT and other.value < LIMITS.startup + 1 + self.away:  # it may go on in time
                 continue
             first = rank < place or (rank == place and place <= EARLY and other.at < cause.at - self.slack)
             if (
@@ -176,7 +176,7 @@ class Judge:
         run = self.scenario.run
         stalled = [e for e in self.scenario.effects if self.rank_of(e) in (STALLED, PEER) or e.kind in ("slow", "stop")]
         mute = next((e for e in self.scenario.effects if e.kind == "mute" and e.rank == failure.rank), None)
-        if mute is not None and self.until - mute.at > LIMITS.progress - 1:
+        if mute is not None and mute.at + mute.value + self.away > self.at and mute.value > LIMITS.heartbeat:
             return mute  # its last words are old
         if "every other rank waits" in failure.cause:
             if not (failure.phase or "").startswith("wait"):
@@ -208,7 +208,7 @@ class Judge:
         deadline = FOREVER
         for effect in scenario.effects:
             place = self.rank_of(effect)
-            enough = place != SILENT or effect.value > LIMITS.startup + 1
+            enough = place != SILENT or effect.value > LIMITS.startup + 1 + self.away
             if place is None or not enough or (effect.kind == "slow"):
                 continue
             hold = {OWN: LIMITS.error_hold, EARLY: LIMITS.error_hold, PEER: LIMITS.peer_error_hold}.get(place, 0.0)
