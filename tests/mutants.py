@@ -66,7 +66,7 @@ FILES, VIDEO, OUTPUT = "tests/io/test_files.py", "tests/io/test_video.py", "test
 SECURITY = "tests/repository/test_security.py"
 MODEL = f"{SECURITY}::test_a_model_that_brings_code_or_traps_is_refused"
 LOADING = "tests/models/test_loading.py"
-ENDINGS = "tests/cli/test_endings.py"
+SURROUNDINGS = "tests/cli/test_surroundings.py"
 
 GUARDS = (
     # Who is to blame -----------------------------------------------------------------------------------------------
@@ -207,9 +207,9 @@ GUARDS = (
          "tests/models/test_tokenizing.py"),
     # The command line and requests ---------------------------------------------------------------------------------
     Guard("nobody reads stderr any more", "dualparal/cli/stderr.py", "        except OSError:  # a closed",
-          "        except KeyboardInterrupt:  # a closed", (ENDINGS, "-k", "closed_pipe")),
+          "        except KeyboardInterrupt:  # a closed", (SURROUNDINGS, "-k", "closed_pipe")),
     Guard("modules of the current folder", "dualparal/cli/__init__.py", "\n\n_leave_out_the_current_folder()\n", "\n",
-          (ENDINGS, "-k", "pythonpath")),
+          (SURROUNDINGS, "-k", "pythonpath")),
     _off("a huge header of latents", "dualparal/io/latents.py", "size > _MAX_HEADER_BYTES",
          SECURITY, "-k", "huge_header"),
     _off("noise that is not finite", "dualparal/engine/request.py", "not torch.isfinite(latents).all()",

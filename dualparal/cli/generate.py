@@ -74,8 +74,8 @@ def generate(
     with Locks() as locks:
         # Held for the life of the run, by whoever starts it: ranks of ours work for a parent that has them.
         hold = locks.hold if leads() and not heartbeat.supervised else None
-        if hold is not None and (folder := output.resume or output.resume_or_start or output.checkpoint) is not None:
-            hold(folder, "--checkpoint")
+        if hold is not None:
+            _hold_snapshots(output, hold)
         if output.resume is not None:
             job, note = resumed_job(call, output.resume, model, place, output), ""
         else:
@@ -92,6 +92,17 @@ def generate(
             sys.stderr.flush()
             os._exit(code)
     raise typer.Exit(code)
+
+
+def _hold_snapshots(output: OutputFlags, hold: Callable[[Path, str], None]) -> None:
+    """Locks the snapshots' folder. Raises OutputError when another run holds it; OSError."""
+    for flag, folder in (
+        ("--resume", output.resume),
+        ("--resume-or-start", output.resume_or_start),
+        ("--checkpoint", output.checkpoint),
+    ):
+        if folder is not None:
+            hold(folder, flag)
 
 
 def _hold_outputs(job: Job, hold: Callable[[Path, str], None]) -> None:

@@ -1,4 +1,4 @@
-"""Edges between ranks, over torch.distributed: headers over gloo, tensors over gloo or, between cards, NCCL.
+"""Edges between ranks, over torch.distributed: headers from CPU to CPU, tensors too or, between cards, over NCCL.
 
 A transfer that NCCL was told of holds the device until the other end is told of it too, and whatever waits for the
 whole device (a capture, a module that is loaded, memory that is given back) waits for that. Hence one rule, which

@@ -1,4 +1,4 @@
-"""Stages of several ranks over gloo: the bits of one process, at early ends too."""
+"""Stages of several ranks, over private sockets: the bits of one process, at early ends too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who decodes moves no bit: beside stage 0, on ranks of their own, or in place; in one process and over gloo."""
+"""Who decodes moves no bit: beside stage 0, on ranks of their own, or in place; in one process and between ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simulator against closed forms, against the real executor in virtual time, and against processes over gloo."""
+"""The simulator against closed forms, against the real executor in virtual time, and against several processes."""
 
 from __future__ import annotations
 
