@@ -18,6 +18,7 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
+from counted_reads import noting
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.checkpoint.snapshot import SnapshotError
 from dualparal.config.engine import EngineConfig
@@ -180,27 +181,7 @@ def test_ranks_compare_the_files_and_not_their_places(
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The keys of the tensors that are read from LoRA files."""
     keys: list[str] = []
-    real = lora_module.safe_open
-
-    class Counting:
-        def __init__(self, *args: Any, **options: Any) -> None:
-            self.handle = real(*args, **options)
-
-        def __enter__(self) -> Counting:
-            self.handle.__enter__()
-            return self
-
-        def __exit__(self, *error: Any) -> None:
-            self.handle.__exit__(*error)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.handle, name)
-
-        def get_tensor(self, name: str) -> torch.Tensor:
-            keys.append(name)
-            return self.handle.get_tensor(name)
-
-    monkeypatch.setattr(lora_module, "safe_open", Counting)
+    monkeypatch.setattr(lora_module, "safe_open", noting(lora_module.safe_open, lambda path, name: keys.append(name)))
     yield keys
 
 

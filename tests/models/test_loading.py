@@ -14,6 +14,7 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
+from counted_reads import noting
 from dualparal.models import weights
 from dualparal.models.files import ModelFiles
 from dualparal.models.json_files import ModelError
@@ -75,29 +76,11 @@ def test_a_stage_reads_its_own_tensors_and_all_stages_the_whole_model(
 ) -> None:
     files = ModelFiles(wan21 if experts == 1 else wan22)
     read: Counter[str] = Counter()
-    real = weights._open
 
-    class Counting:
-        """safe_open, taking down what is read; opening and asking for shapes reads the header only."""
+    def note(path: Path, name: str) -> None:
+        read[f"{path.parent.name}/{name}"] += 1
 
-        def __init__(self, path: Path) -> None:
-            self.folder, self.handle = path.parent.name, real(path)
-
-        def __enter__(self) -> Counting:
-            self.handle.__enter__()
-            return self
-
-        def __exit__(self, *error: Any) -> None:
-            self.handle.__exit__(*error)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.handle, name)
-
-        def get_tensor(self, name: str) -> torch.Tensor:
-            read[f"{self.folder}/{name}"] += 1
-            return self.handle.get_tensor(name)
-
-    monkeypatch.setattr(weights, "_open", Counting)
+    monkeypatch.setattr(weights, "_open", noting(weights._open, note))
     files.check_weights()
     assert not read
     everything: Counter[str] = Counter()
