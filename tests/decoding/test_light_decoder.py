@@ -266,7 +266,7 @@ def test_a_resumed_command_may_say_where_it_lies_now_and_its_dtype(monkeypatch: 
         lambda old, **new: replace(old, **new) if is_dataclass(old) else SimpleNamespace(**{**vars(old), **new}),
     )  # fmt: skip
     engine = EngineConfig(decoder="old.safetensors", vae_dtype="float16")
-    job = SimpleNamespace(engine=engine, stages=1, device="cpu", threads=1, checkpoint_every=None)
+    job = SimpleNamespace(engine=engine, stages=1, device="cpu", threads=1, checkpoint_every=None, model="m")
     for said, wanted in ((None, "old.safetensors"), (Path("new.safetensors"), "new.safetensors")):
         flags = ModelFlags(decoder=said), PlaceFlags(), OutputFlags()
         found = resumed._elsewhere(job, set(), Path("kept"), *flags)  # type: ignore[arg-type]
