@@ -111,7 +111,7 @@ def test_every_crash_point(
             continue  # the run had not begun
         again = engine(stages=1 + point % 4, **options)
         rest = make(again.resume(left / "kept"), left / "segments", resume=True)
-        resumed_from.add(min(rest))
+        resumed_from.add(min(rest, default=None))  # nothing is left at the last point
         for block, latents in rest.items():
             assert torch.equal(latents, whole[block]), f"crash point {point}, block {block}"
         assert {path.name: path.read_bytes() for path in (left / "segments").iterdir()} == files
