@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,28 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--quick"):
         unwanted = [i for i in items if i.get_closest_marker("slow") or MODELS & set(getattr(i, "fixturenames", ()))]
-        config.hook.pytest_deselected(items=unwanted)
-        items[:] = [item for item in items if item not in unwanted]
+        _leave_out(config, items, unwanted)
+    if not config.getoption("--exhaustive"):
+        _leave_out(config, items, _beyond_the_sample(items))
+
+
+def _beyond_the_sample(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of the cases of each test that is marked `sampled(n)` all but the first, the n-th after it, and so on."""
+    seen: Counter[tuple[Path, str]] = Counter()
+    unwanted = []
+    for item in items:
+        if (marker := item.get_closest_marker("sampled")) is not None:
+            test = item.path, getattr(item, "originalname", item.name)
+            if seen[test] % marker.args[0]:
+                unwanted.append(item)
+            seen[test] += 1
+    return unwanted
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], unwanted: list[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=unwanted)
+    gone = set(unwanted)
+    items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture(scope="session", autouse=True)

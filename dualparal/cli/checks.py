@@ -58,6 +58,10 @@ def check_job(job: Job) -> None:
         if not Path(lora.file).is_file():
             raise ValueError(f"--lora {lora.file}: there is no such file")
     check_sampler(job.sampler)
+    if job.latents_in is not None:
+        from dualparal.io.latents import check_latents
+
+        check_latents(job.latents_in)
     if job.flow_shift is not None and not 0 < job.flow_shift < math.inf:
         raise ValueError(f"--flow-shift {job.flow_shift}: use a number above 0, such as 3.0 (480p) or 5.0 (720p)")
     if job.device == "cuda":

@@ -6,16 +6,19 @@ import errno
 import os
 import stat
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from dualparal.io.files import whole_file
 
+if TYPE_CHECKING:
+    import torch
+
 _MAX_HEADER_BYTES = 1 << 20  # of a file with one tensor; the library takes 100 MB, parsed to gigabytes of objects
+_FLOATING = ("F", "BF")  # as safetensors names the dtypes
 
 
-def read_latents(path: Path) -> torch.Tensor:
-    """The tensor ``latents`` of a safetensors file, float32.
+def check_latents(path: Path) -> None:
+    """Checks for a safetensors file with a floating-point tensor ``latents``, by its header. No torch.
 
     Raises:
         ValueError: no such file, not safetensors, or without that tensor.
@@ -24,18 +27,27 @@ def read_latents(path: Path) -> torch.Tensor:
 
     try:
         _check_header(path)
-        with safe_open(path, framework="pt") as handle:
+        with safe_open(path, framework="np") as handle:
             names = sorted(handle.keys())
             if "latents" not in names:
                 several = ", ..." if len(names) > 3 else ""
                 raise ValueError(f"--latents-in {path} holds {names[:3]}{several}; one tensor 'latents' is needed")
-            tensor: torch.Tensor = handle.get_tensor("latents")
+            dtype = handle.get_slice("latents").get_dtype()
     except FileNotFoundError:
         raise ValueError(f"--latents-in {path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"--latents-in {path} is not a safetensors file: {error}") from None
-    if not tensor.is_floating_point():
-        raise ValueError(f"--latents-in {path} holds {tensor.dtype}; latents are floating-point numbers")
+    if not dtype.startswith(_FLOATING):
+        raise ValueError(f"--latents-in {path} holds {dtype}; latents are floating-point numbers")
+
+
+def read_latents(path: Path) -> torch.Tensor:
+    """The tensor ``latents`` of a safetensors file, float32. Raises ValueError as ``check_latents`` does."""
+    from safetensors import safe_open
+
+    check_latents(path)
+    with safe_open(path, framework="pt") as handle:
+        tensor: torch.Tensor = handle.get_tensor("latents")
     return tensor.float()
 
 

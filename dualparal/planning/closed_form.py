@@ -86,7 +86,10 @@ class _Clock:
     def pass_iteration(self, iteration: int) -> None:
         """Passes an iteration of the schedule."""
         own = self.schedule
-        units = sum(own.branches_at(iteration - block * own.gap) for block in own.in_flight(iteration))
+        blocks = own.in_flight(iteration)
+        units = own.branches * len(blocks)
+        if own.conditional_only:
+            units = sum(own.branches_at(iteration - block * own.gap) for block in blocks)
         duration = max(units * self.slowest, self.least)
         left = self.backlog - (duration - units * self.beside)
         self.now, self.backlog = self.now + duration, max(0.0, left)

@@ -138,6 +138,25 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     )
 
 
+def most_layers(work: Workload, schedule: Schedule, stage: int, usable: int, likely: int) -> int:
+    """Layers that fit into ``usable`` bytes of a stage: first tried is the number ``likely``, that of the stage before.
+
+    The other stages have as many.
+    """
+
+    def fits(layers: int) -> bool:
+        return stage_memory(work, schedule, [layers] * schedule.num_stages, stage).peak <= usable
+
+    low, high, middle = 0, work.model.num_layers, likely
+    while low < high:
+        if low < middle:
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+            middle = low + 1 if middle == likely else 0  # it is likely the most
+        if not low < middle <= high:
+            middle = (low + high + 1) // 2
+    return low
+
+
 def _exchange_bytes(work: Workload, window: int) -> int:
     """Bytes with which a card of a stage gives its keys and values to others and takes theirs (``runtime.shares``):
     own ones of all heads, queries, keys and values packed, and as they come, whole queries, and the result."""

@@ -11,7 +11,7 @@ from dualparal.config.blocks import DEFAULT_VERSION
 from dualparal.config.units import GIB
 from dualparal.planning.closed_form import closed_form
 from dualparal.planning.cost import balance
-from dualparal.planning.memory import edge_elements, place_memory
+from dualparal.planning.memory import edge_elements, most_layers, place_memory
 from dualparal.planning.plan import Cards, NoPlan, Plan, costing, costs_per_layer, describe_decoders, pace
 from dualparal.planning.workload import Workload
 from dualparal.schedule.policies import POLICIES
@@ -121,10 +121,11 @@ class Search:
         little tighter saves ``WORTH`` of the time.
         """
         fitting: list[Plan] = []
-        caps = list(self._caps(work))
-        if len(caps) > 1 and self._cut(caps[-1]) is None:
-            return None  # the tightest limit takes the least memory
-        for each in caps:
+        if work.blocks.max_blocks_in_flight is None and len(work.steps.runs) > 1:
+            version = POLICIES[work.blocks.context].versions[-1]
+            if self._cut(with_blocks(work, max_blocks_in_flight=1, context_version=version)) is None:
+                return None  # the tightest limit takes the least memory
+        for each in self._caps(work):
             found = self._cut(each)
             if found is None or (
                 self.first_frame_limit is not None and found.estimate.first_frame > self.first_frame_limit
@@ -166,7 +167,10 @@ class Search:
         for place in range(count, len(all_cards.devices)):
             if place_memory(work, schedule, [1] * count, place).peak > all_cards.usable[place]:
                 return None
-        most = [_most_layers(work, schedule, cards, stage) for stage in range(count)]
+        most = [0]
+        for stage in range(count):
+            most.append(most_layers(work, schedule, stage, cards.usable[stage], likely=most[-1]))
+        del most[0]
         one, extra = costs_per_layer(work, schedule, cards)
         hop = sum(edge_elements(work)[0] * work.itemsize / link.bandwidth + link.latency for link in cards.links[:-1])
         decode = costing(work, schedule, [1] * count, all_cards).decode(1)
@@ -232,8 +236,7 @@ class Search:
         kinds.pop((work.engine.decode_ranks > 0, work.engine.decode_in_place), None)
         yield from kinds.values()
         alone = Search(self.cards, None, searches_places=True)._ways(with_places(work, 1))
-        others = [(way, f"{way.places} cards a stage") for way in alone if way.places != work.places]
-        if others:
+        if others := [(way, f"{way.places} cards a stage") for way in alone if way.places != work.places]:
             yield others
         if blocks.max_blocks_in_flight is None:  # as few as keep all stages busy
             k = -(-best.schedule.num_stages // best.schedule.branches) + 1
@@ -333,17 +336,19 @@ class Search:
         elsewhere = Search(self.cards, self.first_frame_limit, True, self.searches_places)
         if found := elsewhere.best(work, "VAE elsewhere"):
             return found
-        last = len(self.cards.devices) - 1
-        for count in range(last + 2, work.model.num_layers + 1):
-            more = count - last - 1
-            cards = Cards(
-                (*self.cards.devices, *[self.cards.devices[-1]] * more),
-                (*self.cards.links, *[self.cards.links[-1]] * more),
-                (*self.cards.usable, *[self.cards.usable[-1]] * more),
-            )
-            if found := Search(cards, self.first_frame_limit, self.searches_decoders, self.searches_places).best(work):
+        most = work.model.num_layers - len(self.cards.devices)
+        if most < 1 or self._with_more(most).best(work) is None:
+            return None
+        for more in range(1, most + 1):
+            if found := self._with_more(more).best(work):
                 return replace(found, note=f"{more} cards more")
         return None
+
+    def _with_more(self, count: int) -> Search:
+        """The search on so many more cards of the last kind."""
+        cards = self.cards
+        columns = [(*each, *each[-1:] * count) for each in (cards.devices, cards.links, cards.usable)]
+        return Search(Cards(*columns), self.first_frame_limit, self.searches_decoders, self.searches_places)
 
 
 def with_blocks(work: Workload, **change: object) -> Workload:
@@ -381,17 +386,3 @@ def _no_plan(reason: str, nearest: Plan | None) -> NoPlan:
     if nearest is None:
         return NoPlan(f"{reason}; no other context, block size or number of such cards helps: use larger cards")
     return NoPlan(f"{reason}. The nearest that works: {nearest.describe()}", nearest)
-
-
-def _most_layers(work: Workload, schedule: Schedule, cards: Cards, stage: int) -> int:
-    """Layers that fit on a stage's card; memory grows by the same with each."""
-    count = len(cards.devices)
-
-    def peak(layers: int) -> int:
-        return place_memory(work, schedule, [layers] * count, stage).peak
-
-    low, high = 0, work.model.num_layers
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if peak(middle) <= cards.usable[stage] else (low, middle - 1)
-    return low

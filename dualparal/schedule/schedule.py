@@ -159,7 +159,7 @@ class Schedule:
         """Units of a block in all of its steps."""
         return self.num_steps * self.branches - len(self.conditional_only)
 
-    @property
+    @cached_property
     def gap(self) -> int:
         """Iterations between the entries of two blocks, and steps between neighbours; 1 to T."""
         return admission_gap(self.num_steps, self.max_blocks_in_flight)

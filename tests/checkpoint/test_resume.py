@@ -74,6 +74,7 @@ class Disk:
         self.count += 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("policy, reuse", [("cached", "off"), ("prior", "off"), ("paper", "off"),
                                            ("cached", "steps=2,uncond=2,order=1")])  # fmt: skip
 def test_every_crash_point(
@@ -148,6 +149,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume(engine: Build, wan21: Path, wan22: Path, tmp_path: Path, kind: str) -> None:
     options = {"frames_per_block": 2, "context_frames": 1, "refresh_every": 3, **KINDS[kind]}

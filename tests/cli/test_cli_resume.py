@@ -22,9 +22,10 @@ VIDEO += ["--context-frames", 1, "--refresh-every", 3, "--device", "cpu", "--thr
 KEPT = ["--checkpoint", "kept", "--checkpoint-every", 1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("begun", "killed", "resumed"),
-    [("--stages 2", 1, "--stages 3"), ("--stages 1 --decode-gpus 2", 2, "--stages 2 --decode-in-place")],
+    [("--stages 1 --decode-gpus 2", 2, "--stages 2 --decode-in-place"), ("--stages 2", 1, "--stages 3")],
 )
 def test_a_killed_run_goes_on_with_another_number_of_processes(
     start: Callable[..., Run],

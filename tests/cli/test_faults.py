@@ -125,6 +125,7 @@ class Run:
         assert {path.name for path in self.out.parent.rglob("*.tmp")} <= {begun}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("fault", "rank"), [("kill", 0), ("segv", 1)])
 def test_a_dead_rank_is_named_though_no_transport_says_so(tmp_path: Path, wan21: Path, fault: str, rank: int) -> None:
     run = Run(tmp_path, wan21, f"{fault}:{rank}", FAULT_DEAF="1", FAULT_BLOCK="6")
@@ -145,6 +146,7 @@ def test_a_stopped_rank_is_named_though_no_transport_says_so(tmp_path: Path, wan
 DECODERS: dict[str, Any] = {"more": ("--decode-gpus", "2"), "ranks": 3, "FAULT_BLOCK": "6"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [

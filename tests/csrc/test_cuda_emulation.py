@@ -70,6 +70,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.sampled(4)
 @SHIFTS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
@@ -86,6 +87,7 @@ def test_ends_of_residual_norm(native):
     check_longest_row(native)
 
 
+@pytest.mark.sampled(4)
 @SHIFTS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*ROPE_CASES, *LENDING, ACROSS], ids=lambda case: case.name)
@@ -248,6 +250,7 @@ def test_the_checks_find_nothing(native, op):
     assert first_problem(native, op) == "nothing"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.op}: {mutant.name}")
 def test_the_emulation_finds(emulator, tmp_path, mutant):
     text = (CSRC / mutant.file).read_text()

@@ -102,6 +102,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("before, after", MUTANTS.values(), ids=MUTANTS.keys())
 def test_the_emulation_finds(tmp_path, before, after):
     text = KERNEL.read_text()

@@ -124,6 +124,7 @@ ROPE_CASES = [case for case in fewer_rows(rope_cases) if not case.values[0].lend
 LENDING = [pytest.param(case, id=case.name) for case in rope_cases.CASES if case.lends and case.rows < 10]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LENDING)
 def test_lent_rows_are_the_rows_made(triton_on_cpu, case, dtype):
@@ -203,6 +204,7 @@ def test_limits_are_named(triton_on_cpu):
             residual_norm(torch.zeros(1, 4), eps=eps, backend="triton")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dim", [LONGEST, LONGEST - 2])
 def test_the_longest_row_fits_the_registers(dim):
     assert not norm_kernel.offline_case("", dim).compile(90).spills
@@ -210,6 +212,7 @@ def test_the_longest_row_fits_the_registers(dim):
     assert not rope_kernel.offline_case("", dim, 2, lends=2).compile(90).spills
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("case", norm_cases.CASES, ids=lambda case: case.name)
 def test_every_case_of_residual_norm_compiles(case, dtype):
@@ -219,6 +222,7 @@ def test_every_case_of_residual_norm_compiles(case, dtype):
     assert not norm_kernel.offline_case(case.name, case.dim, absent, dtype).compile(90).spills
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("case", rope_cases.CASES, ids=lambda case: case.name)
 def test_every_case_of_qk_norm_rope_compiles(case, dtype):

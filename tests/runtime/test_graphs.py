@@ -55,6 +55,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return replays
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
 @pytest.mark.parametrize("model", ["wan21", "wan22"])
 def test_replays_give_the_bits_of_eager(
@@ -73,6 +74,7 @@ def test_replays_give_the_bits_of_eager(
         assert len(recorded) > units / 2, "most units are replays"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
 @pytest.mark.parametrize("mode", ["int8", "fp8"])
 def test_replays_with_8_bits(engine: Callable[..., Engine], recorded: list[int], policy: str, mode: str) -> None:
@@ -98,6 +100,7 @@ def test_a_prompt_change_reaches_captured_steps(engine: Callable[..., Engine], r
     assert torch.equal(built(prompt, **CALL).frames, eager) and recorded
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
 @pytest.mark.parametrize("eight_bit", [None, EightBitPolicy("int8", first_steps=1, last_steps=1)])
 def test_all_is_captured_before_the_first_unit(

@@ -72,6 +72,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("eagerness", [1.0, 0.0])
 @pytest.mark.parametrize("name", CASES)
 def test_hundreds_of_orders_give_the_bits_of_eager(toy: Path, tmp_path: Path, name: str, eagerness: float) -> None:
@@ -176,6 +177,7 @@ def _capture_here() -> None:
         pass
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_every_mutant_is_found(
     monkeypatch: pytest.MonkeyPatch, toy: Path, wan21: Path, tmp_path: Path, mutant: Mutant
