@@ -15,7 +15,6 @@ from dualparal.planning.memory import edge_elements, most_layers, place_memory
 from dualparal.planning.plan import Cards, NoPlan, Plan, costing, costs_per_layer, describe_decoders, pace
 from dualparal.planning.workload import Workload
 from dualparal.schedule.policies import POLICIES
-from dualparal.schedule.schedule import Schedule
 
 BLOCK_SIZES = (4, 6, 8, 12, 16)
 ALTERNATIVES = 6
