@@ -49,9 +49,15 @@ class ToySpec:
     spatial_factor = SPATIAL
     temporal_factor = TEMPORAL
 
+    text_tokens = None
+
     @classmethod
     def from_configs(
-        cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
+        cls,
+        transformers: Sequence[Mapping[str, Any]],
+        vae: Mapping[str, Any],
+        pipeline: Mapping[str, Any],
+        image_encoder: Mapping[str, Any] | None = None,
     ) -> ToySpec:
         (config,) = transformers
         if pipeline.get("colours", "rgb") != "rgb":
