@@ -39,6 +39,7 @@ def generate(
     eight_bit: EightBitPolicy = OFF,
     features_8bit: bool = False,
     reuse: Reuse = REUSE_OFF,
+    condition: Callable[[range], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Final latents [1, C, L, H, W] float32 of a video of ``layout.num_latents`` frames.
 
@@ -49,6 +50,7 @@ def generate(
         guidance_scales: one per expert.
         eight_bit: the layers and steps in 8 bits. A block takes from its keys their mean of the step before (at its
             first such step, of this one). Features stay as made, or in 8 bits (``features_8bit``); readers convert.
+        condition: latent frames -> what the model is told of images in them, [1, C', F, H, W]; None: nothing.
         reuse: the steps and branches that are not run. Where a neighbour's branch was not, its conditional one is read.
     """
     assert layout.num_blocks is not None, "the reference makes finite videos"
@@ -73,6 +75,8 @@ def generate(
         expert = experts[spec.expert(float(timestep), sampler.num_train_timesteps)]
         fed = layout.fed_context(block, refresh)
         window = torch.cat([latents[block - 1][:, :, -fed:], latents[block]], dim=2) if fed else latents[block]
+        if condition is not None:
+            window = torch.cat([window, condition(layout.window(block, refresh))], dim=1)
         time, text = expert.time(timestep), expert.text(prompt_embeds(block)[branch])
         rotary = expert.rotary(layout.window(block, refresh).start, window.shape[2], grid)
         hidden = expert.embed(expert.patches(window))

@@ -168,9 +168,14 @@ class ModelSpec(Protocol):
 
     @classmethod
     def from_configs(
-        cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
+        cls,
+        transformers: Sequence[Mapping[str, Any]],
+        vae: Mapping[str, Any],
+        pipeline: Mapping[str, Any],
+        image_encoder: Mapping[str, Any] | None = None,
     ) -> ModelSpec:
-        """Makes a spec from the configs of the transformers, of the VAE, and of the pipeline itself (model_index.json).
+        """Makes a spec from the configs of the transformers, of the VAE, of the pipeline itself (model_index.json), and
+        of its image encoder where it has one.
 
         Raises:
             ValueError: a variant that the adapter does not run; names the difference.
@@ -206,6 +211,26 @@ class ModelSpec(Protocol):
     @property
     def text_dim(self) -> int:
         """Width of prompt embeddings."""
+        ...
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels that the model is told of images, behind those of latents; 0: none."""
+        ...
+
+    @property
+    def image_counts(self) -> Sequence[int]:
+        """Numbers of images that a video takes, see ``config.images.check_images``."""
+        ...
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of all images that are read by attention, before the text's; 0: none."""
+        ...
+
+    @property
+    def text_tokens(self) -> int | None:
+        """Tokens that every text has to have; None: any number."""
         ...
 
     @property

@@ -9,6 +9,7 @@ import torch
 from dualparal import reference
 from dualparal.config.video import VideoConfig
 from dualparal.engine.engine import Engine
+from dualparal.engine.images import encode_images
 from dualparal.engine.request import VideoInputs, check_request
 from dualparal.sampling.noise import BlockNoise
 
@@ -23,13 +24,14 @@ def embeds(engine: Engine, guidance: bool = True, seed: int = 1, tokens: int = 1
     return found
 
 
-def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: Any) -> torch.Tensor:
-    """The plain loop's latents for the same request."""
+def reference_latents(engine: Engine, prompt: dict[str, Any], **call: Any) -> torch.Tensor:
+    """The plain loop's latents for the same request; images are among the values of ``prompt``."""
     video = VideoConfig(output_type="latent", **call)
     request = check_request(engine.setup, engine.scheduler, video, VideoInputs(**prompt, seed=video.seed))
     spec = engine.source.spec
     assert request.embeds is not None
-    rows = request.embeds
+    (images,) = encode_images(engine.setup, engine.parts, [request])
+    rows = request.embeds if images is None else images.before(request.embeds)
     second = video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2
     return reference.generate(
         spec,
@@ -43,4 +45,5 @@ def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: A
         engine.config.attention_8bit,
         engine.config.features_8bit,
         engine.config.reuse,
+        None if images is None else images.of,
     )

@@ -42,14 +42,22 @@ class ToySpec:
     text_dim: int
 
     num_experts = 1
+    condition_channels = image_tokens = 0
+    image_counts = (0,)
     heads = 1
     patch_size = (1, 1, 1)
     spatial_factor = SPATIAL
     temporal_factor = TEMPORAL
 
+    text_tokens = None
+
     @classmethod
     def from_configs(
-        cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
+        cls,
+        transformers: Sequence[Mapping[str, Any]],
+        vae: Mapping[str, Any],
+        pipeline: Mapping[str, Any],
+        image_encoder: Mapping[str, Any] | None = None,
     ) -> ToySpec:
         (config,) = transformers
         if pipeline.get("colours", "rgb") != "rgb":
@@ -273,6 +281,8 @@ class ToySizes:
         return 2 * self.inner**2
 
     linears = LinearSizes(0, 0, 0, 0)
+    image_counts = (0,)
+    condition_channels = image_tokens = image_encoder = 0
 
     @property
     def layer_activations(self) -> int:

@@ -23,6 +23,7 @@ from dualparal.config.video import VideoConfig
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import supervise
 from dualparal.models.registry import model_sizes
+from dualparal.models.wan.encoder import StreamingEncoder
 from dualparal.models.wan.sizes import MODELS, WanVaeSizes
 from dualparal.models.wan.spec import WanSpec
 from dualparal.models.wan.tiny import build_tiny_pipeline
@@ -42,7 +43,13 @@ from steady_heap import STEADY
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_the_real_ones(name: str) -> None:
     shape = MODELS[name]
-    spec = WanSpec((wan_config(shape.heads, shape.head_dim, shape.ffn_dim, shape.num_layers),))
+    config = wan_config(shape.heads, shape.head_dim, shape.ffn_dim, shape.num_layers)
+    config["in_channels"] += shape.condition_channels
+    if shape.image_dim:
+        positions = shape.image_tokens if shape.positions else None
+        config |= {"image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": positions}
+    spec = WanSpec((config,))
+    assert spec.image_counts == shape.image_counts
     assert shape.parameters == sum(math.prod(size) for size in spec.shapes(0).values())
 
 
@@ -74,6 +81,17 @@ def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, height: int
     assert shape.flops(height * width) == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert shape.cache_bytes(height * width, 4) == decoder.state_bytes
     assert shape.parameters == pytest.approx(sum(p.numel() for p in vae.parameters()), rel=0.15)
+    encoder, frames = StreamingEncoder(vae), torch.zeros(5, 3, 8 * height, 8 * width, device="meta")
+    encoder.push(frames)
+    with FlopCounterMode(display=False) as counter:
+        encoder.push(frames[1:])
+    assert shape.encode_flops(height * width) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert shape.encoder_history == encoder.history
+    held = sum(cache.nbytes for cache in encoder._caches if isinstance(cache, torch.Tensor))
+    assert shape.encode_bytes(height * width, 4) - held == 4 * base_dim * 18 * 64 * height * width
+    assert sum((c.kernel * c.inputs + 1) * c.outputs for c in shape.encoder_convs) == pytest.approx(
+        sum(p.numel() for name, p in vae.named_parameters() if name.startswith(("encoder.", "quant_conv"))), rel=0.01
+    )
 
 
 def test_a_layer_costs_what_the_benches_count() -> None:

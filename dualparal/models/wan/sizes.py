@@ -5,8 +5,10 @@ Counts follow ``transformer`` beside this and diffusers' AutoencoderKLWan; tests
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 from dualparal.models.json_files import ModelError, read_config
 from dualparal.models.sizes import Borders, LinearSizes
 from dualparal.models.wan.light_sizes import LightSizes, read_light_sizes
+from dualparal.models.wan.shapes import image_counts
 
 
 class Conv(NamedTuple):
@@ -38,7 +41,7 @@ class Conv(NamedTuple):
 
 @dataclass(frozen=True)
 class WanVaeSizes:
-    """Sizes of the decoder of diffusers' AutoencoderKLWan (Wan 2.1; the residual one is not counted).
+    """Sizes of diffusers' AutoencoderKLWan (Wan 2.1; the residual one is not counted), of its decoder where not said.
 
     Attributes are keys of its config, ``temporal_upsample`` being ``temperal_downsample`` reversed.
     """
@@ -80,6 +83,46 @@ class WanVaeSizes:
                 found.append(Conv(out, out // 2, 9, frames, scale, 0))
         found.append(Conv(dims[-1], 3, 27, frames, scale, 2))
         return found
+
+    @cached_property
+    def encoder_convs(self) -> list[Conv]:
+        """Every convolution of the encoder, in order, as ``convs``."""
+        dims = [self.base_dim * m for m in (1, *self.dim_mult)]
+        frames, scale = self.temporal_factor, self.spatial_factor
+        found = [Conv(3, dims[0], 27, frames, scale, 2)]
+        for index, (wide, out) in enumerate(pairwise(dims)):
+            for before in (wide, *(out for _ in range(self.num_res_blocks - 1))):
+                if before != out:
+                    found.append(Conv(before, out, 1, frames, scale, 0))
+                found += [Conv(before, out, 27, frames, scale, 2), Conv(out, out, 27, frames, scale, 2)]
+            if index < len(self.dim_mult) - 1:
+                scale //= 2
+                found.append(Conv(out, out, 9, frames, scale, 0))
+                if self.temporal_upsample[::-1][index]:
+                    frames //= 2
+                    found.append(Conv(out, out, 3, frames, scale, 1))
+        found += [Conv(dims[-1], dims[-1], 27, frames, scale, 2)] * 4
+        found += [Conv(dims[-1], 4 * dims[-1], 1, frames, scale, 0), Conv(dims[-1], 2 * self.z_dim, 27, 1, 1, 2)]
+        return [*found, Conv(2 * self.z_dim, 2 * self.z_dim, 1, 1, 1, 0)]
+
+    @property
+    def encoder_history(self) -> int:
+        """Latent frames back that an encoded one can see."""
+        rates = {27: 1, 3: 2}  # input frames for one that comes out
+        return math.ceil(sum(Fraction(2, c.frames * rates[c.kernel]) for c in self.encoder_convs if c.kernel in rates))
+
+    def encode_flops(self, pixels: int) -> int:
+        """FLOPs of encoding one latent frame of ``pixels`` latent pixels, as ``flops``."""
+        return sum(2 * c.kernel * c.inputs * c.outputs * c.frames * c.scale**2 * pixels for c in self.encoder_convs)
+
+    def encode_bytes(self, pixels: int, itemsize: int) -> int:
+        """Bytes that the encoder holds while it encodes: for the next latent frame, and its largest set of tensors.
+
+        In the first level a residual block holds what the last one of the decoder does.
+        """
+        held = sum(itemsize * c.cached * c.inputs * c.scale**2 * pixels for c in self.encoder_convs)
+        frames, frame = self.temporal_factor, self.spatial_factor**2 * pixels
+        return held + itemsize * self.base_dim * (4 * frames + 2) * frame
 
     def flops(self, pixels: int) -> int:
         """FLOPs of decoding one latent frame of ``pixels`` latent pixels, without attention's own product (1 %)."""
@@ -124,7 +167,7 @@ class WanVaeSizes:
 
 @dataclass(frozen=True)
 class WanSizes:
-    """Sizes of a Wan text-to-video pipeline: transformer (or two of one shape), VAE decoder, text encoder.
+    """Sizes of a Wan pipeline: transformer (or two of one shape), VAE decoder, text encoder.
 
     Attributes:
         ffn_dim: inner width of the feed-forward.
@@ -133,6 +176,11 @@ class WanSizes:
         experts: number of transformers.
         text_encoder: number of its parameters; it is loaded before the transformer and dropped.
         trained_latents: latent frames of the videos that it was trained with.
+        image_counts: numbers of images that a video takes.
+        condition_channels: channels that the transformer is told of images beside latents.
+        image_dim, image_tokens: width and number of tokens of images that it reads before the text's; 0: none.
+        positions: these tokens have positions of their own.
+        image_encoder: number of parameters of what makes them; it is loaded before the transformer and dropped.
     """
 
     name: str
@@ -150,6 +198,12 @@ class WanSizes:
     vae: WanVaeSizes = WanVaeSizes()
     text_encoder: int = 5_680_910_336  # UMT5-XXL
     trained_latents: int | None = 21
+    image_counts: tuple[int, ...] = (0,)
+    condition_channels: int = 0
+    image_dim: int = 0
+    image_tokens: int = 0
+    positions: bool = False
+    image_encoder: int = 0
 
     def light(self, path: Path) -> LightSizes:
         """Sizes of the light decoder in a file, by its header. Raises ModelError."""
@@ -164,17 +218,26 @@ class WanSizes:
         """Parameters of one layer: those kept in the model's dtype, and those kept in float32."""
         h, f = self.inner, self.ffn_dim
         narrow = 8 * (h * h + h) + 4 * h + (h * f + f) + (f * h + h)
+        if self.image_dim:
+            narrow += 2 * (h * h + h) + h
         return narrow, 6 * h + (2 * h if self.cross_attn_norm else 0)
 
     @property
     def condition_parameters(self) -> tuple[int, int]:
-        """Parameters that every stage owns: embeddings of time and text."""
-        h = self.inner
-        return (h * 6 * h + 6 * h) + (self.text_dim * h + h) + (h * h + h), (self.freq_dim * h + h) + (h * h + h)
+        """Parameters that every stage owns: embeddings of time and text, and of images' tokens."""
+        h, d = self.inner, self.image_dim
+        narrow, wide = (
+            (h * 6 * h + 6 * h) + (self.text_dim * h + h) + (h * h + h),
+            (self.freq_dim * h + h) + (h * h + h),
+        )
+        if d:
+            narrow += (d * d + d) + (d * h + h) + d * self.image_tokens * self.positions
+            wide += 2 * d + 2 * h
+        return narrow, wide
 
     @property
     def embed_parameters(self) -> int:
-        return self.in_channels * self.patch**2 * self.inner + self.inner
+        return (self.in_channels + self.condition_channels) * self.patch**2 * self.inner + self.inner
 
     @property
     def head_parameters(self) -> tuple[int, int]:
@@ -215,12 +278,29 @@ class WanSizes:
         return layers + sum(self.condition_parameters) + self.embed_parameters + sum(self.head_parameters)
 
 
+# CLIP's ViT-H/14, and what it makes of one image
+_CLIP = {"condition_channels": 20, "image_dim": 1280, "image_tokens": 257, "image_encoder": 630_766_080}
 MODELS: Mapping[str, WanSizes] = {
     sizes.name: sizes
     for sizes in (
         WanSizes("wan2.1-t2v-1.3b", 30, 12, 128, 8960),
         WanSizes("wan2.1-t2v-14b", 40, 40, 128, 13824),
         WanSizes("wan2.2-t2v-a14b", 40, 40, 128, 13824, experts=2),
+        *(
+            WanSizes(f"wan2.1-i2v-14b-{size}p", 40, 40, 128, 13824, image_counts=(1,), **_CLIP)  # type: ignore[arg-type]
+            for size in (480, 720)
+        ),
+        WanSizes(
+            "wan2.1-flf2v-14b-720p",
+            40,
+            40,
+            128,
+            13824,
+            image_counts=(2,),
+            positions=True,
+            **{**_CLIP, "image_tokens": 514},  # type: ignore[arg-type]
+        ),
+        WanSizes("wan2.2-i2v-a14b", 40, 40, 128, 13824, experts=2, image_counts=(1, 2), condition_channels=20),
     )
 }
 
@@ -229,9 +309,10 @@ def read_sizes(path: Path) -> WanSizes:
     """Sizes of the model in a directory in diffusers format. Without a VAE or a text encoder, those of Wan 2.1 count.
 
     Raises:
-        ModelError: configs that cannot be read, are not a Wan text-to-video model's, or have no cost model.
+        ModelError: configs that cannot be read, are not a Wan model's, or have no cost model.
     """
     config = read_config(path / "transformer" / "config.json")
+    reader = read_config(path / "image_encoder" / "config.json") if (path / "image_encoder").is_dir() else None
     vae = read_config(path / "vae" / "config.json") if (path / "vae").is_dir() else {}
     text = read_config(path / "text_encoder" / "config.json") if (path / "text_encoder").is_dir() else None
     if vae.get("is_residual"):
@@ -244,8 +325,8 @@ def read_sizes(path: Path) -> WanSizes:
             int(config["num_attention_heads"]),
             int(config["attention_head_dim"]),
             int(config["ffn_dim"]),
-            int(config["in_channels"]),
-            int(config["out_channels"]),
+            int(config["out_channels"] or config["in_channels"]),
+            int(config["out_channels"] or config["in_channels"]),
             int(config["text_dim"]),
             int(config["freq_dim"]),
             int(config["patch_size"][1]),
@@ -259,9 +340,10 @@ def read_sizes(path: Path) -> WanSizes:
                 tuple(reversed(downsample)),
             ),
             _text_parameters(text) if text else WanSizes.text_encoder,
+            **_image_sizes(config, reader),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ModelError(f"{path}: not the configs of a Wan text-to-video model ({error!r})") from None
+        raise ModelError(f"{path}: not the configs of a Wan model ({error!r})") from None
 
 
 def _text_parameters(config: dict[str, Any]) -> int:
@@ -270,3 +352,21 @@ def _text_parameters(config: dict[str, Any]) -> int:
     gated = 3 if str(config.get("feed_forward_proj", "gated-gelu")).startswith("gated") else 2
     layer = 4 * d * inner + gated * d * config["d_ff"] + 2 * d + config["relative_attention_num_buckets"] * heads
     return int(config["vocab_size"] * d + config["num_layers"] * layer + d)
+
+
+def _image_sizes(config: dict[str, Any], reader: dict[str, Any] | None) -> dict[str, Any]:
+    """The fields of ``WanSizes`` on images, from the configs of the transformer and of its image encoder, if any."""
+    found: dict[str, Any] = {"image_counts": image_counts(config)}
+    found["condition_channels"] = config["in_channels"] - (config["out_channels"] or config["in_channels"])
+    if reader is None or config.get("image_dim") is None:
+        return found
+    h, f, layers, patch = (reader[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size"))
+    tokens = 1 + (reader["image_size"] // patch) ** 2
+    parameters = h * 3 * patch**2 + h + tokens * h + 4 * h + layers * (4 * (h * h + h) + 2 * f * h + f + h + 4 * h)
+    return {
+        **found,
+        "image_dim": config["image_dim"],
+        "image_tokens": tokens * found["image_counts"][0],
+        "positions": config.get("pos_embed_seq_len") is not None,
+        "image_encoder": parameters,
+    }
