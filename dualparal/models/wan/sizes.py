@@ -38,9 +38,13 @@ class Conv(NamedTuple):
 
 @dataclass(frozen=True)
 class WanVaeSizes:
-    """Sizes of the decoder of diffusers' AutoencoderKLWan (Wan 2.1; the residual one is not counted).
+    """Sizes of the decoder of diffusers' AutoencoderKLWan.
 
-    Attributes are keys of its config, ``temporal_upsample`` being ``temperal_downsample`` reversed.
+    Attributes are keys of its config, ``base_dim`` being the decoder's (``decoder_base_dim``) and ``temporal_upsample``
+    being ``temperal_downsample`` reversed, and besides:
+        residual: the one of Wan 2.2 5B (``is_residual``), whose levels have shortcuts.
+        patch: side of the patches of a frame that it makes (``patch_size``).
+        encoder_dim: the encoder's ``base_dim``; None: the decoder's.
     """
 
     base_dim: int = 96
@@ -48,10 +52,13 @@ class WanVaeSizes:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_upsample: tuple[bool, ...] = (True, True, False)
+    residual: bool = False
+    patch: int = 1
+    encoder_dim: int | None = None
 
     @property
     def spatial_factor(self) -> int:
-        return int(2 ** (len(self.dim_mult) - 1))
+        return self.patch * int(2 ** (len(self.dim_mult) - 1))
 
     @property
     def temporal_factor(self) -> int:
@@ -66,7 +73,7 @@ class WanVaeSizes:
         found += [Conv(dims[0], 4 * dims[0], 1, 1, 1, 0)]  # projections of the attention between them
         frames = scale = 1
         for index, (wide, out) in enumerate(pairwise(dims)):
-            before = wide // 2 if index else wide
+            before = wide // 2 if index and not self.residual else wide
             for _ in range(self.num_res_blocks + 1):
                 if before != out:
                     found.append(Conv(before, out, 1, frames, scale, 0))
@@ -77,8 +84,8 @@ class WanVaeSizes:
                     found.append(Conv(out, 2 * out, 3, frames, scale, 2))
                     frames *= 2
                 scale *= 2
-                found.append(Conv(out, out // 2, 9, frames, scale, 0))
-        found.append(Conv(dims[-1], 3, 27, frames, scale, 2))
+                found.append(Conv(out, out if self.residual else out // 2, 9, frames, scale, 0))
+        found.append(Conv(dims[-1], 3 * self.patch**2, 27, frames, scale, 2))
         return found
 
     def flops(self, pixels: int) -> int:
@@ -89,10 +96,11 @@ class WanVaeSizes:
     def parameters(self) -> int:
         """Parameters of the decoder and, as the engine loads both, of the encoder.
 
-        The encoder mirrors the decoder with one block less a level.
+        The encoder mirrors the decoder with one block less a level, at its own width.
         """
         decoder = sum((c.kernel * c.inputs + 1) * c.outputs for c in self.convs)
-        return round(decoder * (1 + self.num_res_blocks / (self.num_res_blocks + 1)))
+        narrower = 1.0 if self.encoder_dim is None else (self.encoder_dim / self.base_dim) ** 2
+        return round(decoder * (1 + narrower * self.num_res_blocks / (self.num_res_blocks + 1)))
 
     def cache_bytes(self, pixels: int, itemsize: int) -> int:
         """Bytes that the decoder holds from one latent frame to the next, in numbers of ``itemsize`` bytes."""
@@ -104,9 +112,16 @@ class WanVaeSizes:
         In the last level a residual block holds its input, the normed one, that padded and joined with two cached
         frames, and the result. At its beginning the upsampled frames are held twice and the convolved ones once; in 16
         bits diffusers upsamples in float32, and the larger copy is one of these.
+
+        The residual VAE halves its channels in that level only, so its first block holds more than all of this: the
+        input, the level's copy of it, the normed one, that joined and then padded, what it will keep, and the shortcut.
         """
         last = self.convs[-1]
         frame = last.scale**2 * pixels
+        if self.residual:
+            into = next(c for c in self.convs if c.scale == last.scale and c.kernel == 27).inputs
+            wide = into * (3 * last.frames + 2 + 2 * (last.frames + 2))
+            return frame * itemsize * (wide + last.inputs * last.frames)
         narrow, wide = last.inputs, self.convs[-1].inputs
         for c in self.convs:
             if c.kernel == 9 and c.scale == last.scale:
@@ -215,12 +230,16 @@ class WanSizes:
         return layers + sum(self.condition_parameters) + self.embed_parameters + sum(self.head_parameters)
 
 
+_VAE_5B = WanVaeSizes(256, 48, residual=True, patch=2, encoder_dim=160)
 MODELS: Mapping[str, WanSizes] = {
     sizes.name: sizes
     for sizes in (
         WanSizes("wan2.1-t2v-1.3b", 30, 12, 128, 8960),
         WanSizes("wan2.1-t2v-14b", 40, 40, 128, 13824),
         WanSizes("wan2.2-t2v-a14b", 40, 40, 128, 13824, experts=2),
+        WanSizes(
+            "wan2.2-ti2v-5b", 30, 24, 128, 14336, in_channels=48, out_channels=48, vae=_VAE_5B, trained_latents=31
+        ),
     )
 }
 
@@ -234,10 +253,7 @@ def read_sizes(path: Path) -> WanSizes:
     config = read_config(path / "transformer" / "config.json")
     vae = read_config(path / "vae" / "config.json") if (path / "vae").is_dir() else {}
     text = read_config(path / "text_encoder" / "config.json") if (path / "text_encoder").is_dir() else None
-    if vae.get("is_residual"):
-        raise ModelError(f"{path / 'vae'}: the residual VAE of Wan2.2 5B has no cost model; use a Wan 2.1 VAE")
     try:
-        downsample = vae.get("temperal_downsample", [False, True, True])
         return WanSizes(
             path.name,
             int(config["num_layers"]),
@@ -251,17 +267,27 @@ def read_sizes(path: Path) -> WanSizes:
             int(config["patch_size"][1]),
             2 if (path / "transformer_2").is_dir() else 1,
             bool(config["cross_attn_norm"]),
-            WanVaeSizes(
-                int(vae.get("base_dim", 96)),
-                int(vae.get("z_dim", 16)),
-                tuple(vae.get("dim_mult", (1, 2, 4, 4))),
-                int(vae.get("num_res_blocks", 2)),
-                tuple(reversed(downsample)),
-            ),
+            _read_vae(vae),
             _text_parameters(text) if text else WanSizes.text_encoder,
+            31 if vae.get("is_residual") else WanSizes.trained_latents,  # 121 frames of 24 a second
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(f"{path}: not the configs of a Wan text-to-video model ({error!r})") from None
+
+
+def _read_vae(config: dict[str, Any]) -> WanVaeSizes:
+    """Sizes of the VAE of a config, or of Wan 2.1's for an empty one."""
+    encoder, decoder = config.get("base_dim", 96), config.get("decoder_base_dim")
+    return WanVaeSizes(
+        int(decoder or encoder),
+        int(config.get("z_dim", 16)),
+        tuple(config.get("dim_mult", (1, 2, 4, 4))),
+        int(config.get("num_res_blocks", 2)),
+        tuple(reversed(config.get("temperal_downsample", [False, True, True]))),
+        bool(config.get("is_residual")),
+        int(config.get("patch_size") or 1),
+        None if decoder is None else int(encoder),
+    )
 
 
 def _text_parameters(config: dict[str, Any]) -> int:

@@ -40,11 +40,6 @@ class WanSpec:
         """Makes a spec; raises ValueError for Wan variants that this adapter does not run, naming the difference."""
         configs = tuple(component_config(config) for config in transformers)
         boundary_ratio = pipeline.get("boundary_ratio")
-        if pipeline.get("expand_timesteps"):
-            raise ValueError(
-                "this Wan pipeline has expand_timesteps=True (Wan2.2 TI2V): only text-to-video Wan2.1 "
-                "and Wan2.2-A14B type models are supported"
-            )
         for config in configs:
             unknown = sorted(set(config) - KEYS)
             if unknown:

@@ -37,6 +37,7 @@ def build_tiny_pipeline(
     vae_dim: int = 4,
     wan22: bool = False,
     residual_vae: bool = False,
+    expand_timesteps: bool = False,
     flow_shift: float = 3.0,
     max_shard_size: int | str | None = None,
 ) -> Path:
@@ -51,6 +52,7 @@ def build_tiny_pipeline(
         vae_dim: width of the VAE's narrowest layer.
         wan22: two experts, ``transformer`` and ``transformer_2``, and a boundary_ratio, as in Wan 2.2 A14B.
         residual_vae: the VAE of Wan 2.2 5B, 16 pixels per latent instead of 8.
+        expand_timesteps: a timestep per token, as in Wan 2.2 TI2V-5B, which has 48 channels and the residual VAE.
         flow_shift: of the sampler.
         max_shard_size: the most bytes of a transformer per file ("100KB", or a number), with an index file.
 
@@ -74,7 +76,7 @@ def build_tiny_pipeline(
     }
     vae = _vae_config(latent_channels, vae_dim, residual_vae)
     tokenizer = make_tokenizer(directory / "tokenizer")
-    pipe = _assemble(seed, tokenizer, transformer, vae, wan22, flow_shift)
+    pipe = _assemble(seed, tokenizer, transformer, vae, wan22, expand_timesteps, flow_shift)
     pipe.save_pretrained(directory, safe_serialization=True)
     if max_shard_size is not None:
         for name in ("transformer", "transformer_2") if wan22 else ("transformer",):
@@ -89,6 +91,7 @@ def _assemble(
     transformer: dict[str, Any],
     vae: dict[str, Any],
     wan22: bool,
+    expand_timesteps: bool,
     flow_shift: float,
 ) -> Any:
     import diffusers
@@ -125,7 +128,11 @@ def _assemble(
         flow_shift=flow_shift,
     )
     return diffusers.WanPipeline(
-        tokenizer=tokenizer, scheduler=scheduler, boundary_ratio=0.875 if wan22 else None, **models
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        boundary_ratio=0.875 if wan22 else None,
+        expand_timesteps=expand_timesteps,
+        **models,
     )
 
 
