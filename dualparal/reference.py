@@ -17,7 +17,7 @@ from dualparal.config.eight_bit import OFF, EightBitPolicy
 from dualparal.config.reuse import REUSE_OFF, Reuse
 from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, key_mean, lent, place, tiles_of
 from dualparal.kernels.combine_guidance import combine_guidance
-from dualparal.models.base import Grid, ModelSpec, Pending, Slice
+from dualparal.models.base import Grid, ModelSpec, Pending, Slice, TimeCondition
 from dualparal.models.keys_values import Context8, Features8, KeysValues, Packed, to_8bit, to_16bit
 from dualparal.sampling.extrapolate import extrapolate
 from dualparal.sampling.sampler import Sampler
@@ -39,6 +39,7 @@ def generate(
     eight_bit: EightBitPolicy = OFF,
     features_8bit: bool = False,
     reuse: Reuse = REUSE_OFF,
+    first_frame: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Final latents [1, C, L, H, W] float32 of a video of ``layout.num_latents`` frames.
 
@@ -50,6 +51,7 @@ def generate(
         eight_bit: the layers and steps in 8 bits. A block takes from its keys their mean of the step before (at its
             first such step, of this one). Features stay as made, or in 8 bits (``features_8bit``); readers convert.
         reuse: the steps and branches that are not run. Where a neighbour's branch was not, its conditional one is read.
+        first_frame: latents [1, C, 1, H, W] that the video begins with, for a model that keeps them; None: none.
     """
     assert layout.num_blocks is not None, "the reference makes finite videos"
     plan = reuse.plan(sampler.levels, len(prompt_embeds(0)) == 2)
@@ -62,6 +64,7 @@ def generate(
     features: dict[Name, KeysValues | Features8] = {}
     means: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer, block and branch
     velocities = Velocities(sampler.levels, reuse.order)
+    times = Times(spec, layout, grid.tokens, sampler.timesteps[list(plan.runs)], gap, int(first_frame is not None))
     scales = [guidance_scales[spec.expert(float(t), sampler.num_train_timesteps)] for t in sampler.timesteps]
     every, fp8 = layout.blocks.refresh_every, eight_bit.mode == "fp8"
 
@@ -73,7 +76,7 @@ def generate(
         expert = experts[spec.expert(float(timestep), sampler.num_train_timesteps)]
         fed = layout.fed_context(block, refresh)
         window = torch.cat([latents[block - 1][:, :, -fed:], latents[block]], dim=2) if fed else latents[block]
-        time, text = expert.time(timestep), expert.text(prompt_embeds(block)[branch])
+        time, text = times.of(expert, block, step, refresh), expert.text(prompt_embeds(block)[branch])
         rotary = expert.rotary(layout.window(block, refresh).start, window.shape[2], grid)
         hidden = expert.embed(expert.patches(window))
         pending: Pending | None = None
@@ -84,20 +87,16 @@ def generate(
                 parts.append(lent_by(layer, "head", block + 1, step - gap, branch))
             if context and policy != "paper" and block > 0 and not refresh:
                 parts.append(lent_by(layer, "tail", block - 1, min(step + ahead, steps - 1), branch))
-            keys_values: KeysValues | Context8
+            keys_values: KeysValues | Context8 = join(parts, hidden)
             if eight_bit.covers(layer) and eight_bit.at(step, steps) and not refresh:
                 read = [part if isinstance(part, Features8) else to_8bit(part, spec.heads, fp8) for part in parts]
                 keys_values = arena(own, means.get((layer, block, branch)), read, hidden, spec.heads, fp8)
-            else:
-                keys_values = join(parts, hidden)
-            text_condition = KeysValues(text[layer, 0], text[layer, 1])
-            hidden, pending = expert.layer(layer, hidden, pending, time, text_condition, rotary, keys_values)
+            hidden, pending = expert.layer(layer, hidden, pending, time, KeysValues(*text[layer]), rotary, keys_values)
             for side, start in (("head", first), ("tail", own - count)):
                 features[layer, side, block, step, branch] = lend(keys_values, start, count, features_8bit)
             if isinstance(keys_values, Context8):
                 means[layer, block, branch] = key_mean(keys_values.k_sums, own)
-        own_pending = None if pending is None else (pending[0][first:], pending[1])
-        return expert.picture(expert.head(hidden[first:], own_pending, time), grid)
+        return expert.picture(expert.head(hidden[first:], pending and (pending[0][first:], pending[1]), time), grid)
 
     for iteration in itertools.count():
         newest = min(iteration // gap, layout.num_blocks - 1)
@@ -105,7 +104,7 @@ def generate(
         if not blocks:
             break
         if newest * gap == iteration:
-            latents.append(noise(newest))
+            latents.append(begin(noise(newest), newest, first_frame))
         refresh = every is not None and iteration >= every and iteration % every < gap
         if refresh:
             means.clear()
@@ -115,11 +114,46 @@ def generate(
             for branch in range(1 if step in plan.conditional_only else len(prompt_embeds(block))):
                 velocities.run[block, branch, last] = forward(block, step, branch, newest, refresh)
             for at in range(last, plan.runs[step + 1] if step + 1 < steps else len(sampler)):
-                scale = scales[at] if plan.guided[step] else None
-                latents[block] = states[block].step(velocities.at(block, at, last, scale), at, latents[block])
+                velocity = velocities.at(block, at, last, scales[at] if plan.guided[step] else None)
+                latents[block] = begin(states[block].step(velocity, at, latents[block]), block, first_frame)
         # The next iteration reads what was made at most ``gap`` iterations before it.
         features = {n: kv for n, kv in features.items() if n[2] * gap + n[3] > iteration - gap}
     return torch.cat(latents, dim=2)[:, :, : layout.num_latents]
+
+
+def begin(latents: torch.Tensor, block: int, first_frame: torch.Tensor | None) -> torch.Tensor:
+    """Latents of a block; those of the first one begin with ``first_frame``, if there is one."""
+    return latents if block or first_frame is None else torch.cat([first_frame, latents[:, :, 1:]], 2)
+
+
+class Times:
+    """Timesteps of the frames of a window.
+
+    Args:
+        spec: of the model.
+        layout: the places of blocks in the video.
+        tokens: of a frame.
+        timesteps: the sampler's at the steps that are run.
+        gap: iterations between two blocks.
+        fixed: the first frames of the video that are given.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, layout: Layout, tokens: int, timesteps: torch.Tensor, gap: int, fixed: int
+    ) -> None:
+        self.layout, self.tokens, self.timesteps, self.fixed = layout, tokens, timesteps, fixed
+        self.ahead = gap if spec.unequal_times else 0
+
+    def of(self, expert: Slice, block: int, step: int, refresh: bool) -> TimeCondition:
+        """The modulations of a block's window at a step: frames of the block before may be told to be further, those
+        that are finished or given are at 0."""
+        end, start = len(self.timesteps), self.layout.start(block)
+        fed = min(step + self.ahead, end)
+        window = self.layout.window(block, refresh)
+        at = [end if frame < self.fixed else fed if frame < start else step for frame in window]
+        runs = [(step, self.tokens * len(list(frames))) for step, frames in itertools.groupby(at)]
+        stamps = [self.timesteps[step] if step < end else 0 * self.timesteps[0] for step, _ in runs]
+        return TimeCondition.joined([expert.time(stamp) for stamp in stamps], [rows for _, rows in runs])
 
 
 class Velocities:

@@ -196,6 +196,7 @@ class Builder:
             refreshes=schedule.refresh_every is not None,
             patch=math.prod(setup.source.spec.patch_size) * setup.source.spec.in_channels,
             windows=schedule.windows,
+            unequal_times=setup.source.spec.unequal_times,
         )
 
     def _first_stage(self, experts: Sequence[int], decoder: Delivery, keeper: Checkpointer | None) -> FirstStage:

@@ -148,29 +148,34 @@ class Family:
         return found
 
 
+def _wan_components(transformer: str, experts: int) -> dict[str, Component]:
+    """The folders of a pipeline with Wan's VAE and text encoder, and one or two transformers of a class."""
+    names = ("transformer", "transformer_2")[:experts]
+    return {
+        **{name: Component("diffusers", (transformer,), required=name == names[0]) for name in names},
+        "vae": Component(
+            "diffusers",
+            ("AutoencoderKLWan",),
+            empty="dualparal.models.wan.parts:empty_vae",
+            load="dualparal.models.wan.parts:load_vae",
+            fits=("z_dim", "in_channels"),
+        ),
+        "text_encoder": Component(
+            "transformers",
+            ("UMT5EncoderModel",),
+            empty="dualparal.models.wan.parts:empty_text_encoder",
+            load="dualparal.models.wan.parts:load_text_encoder",
+            fits=("d_model", "text_dim"),
+        ),
+        "tokenizer": Component("transformers", ("T5Tokenizer", "T5TokenizerFast")),
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "wan": Family(
         name="Wan",
         pipelines=("WanPipeline",),
-        components={
-            "transformer": Component("diffusers", ("WanTransformer3DModel",)),
-            "transformer_2": Component("diffusers", ("WanTransformer3DModel",), required=False),
-            "vae": Component(
-                "diffusers",
-                ("AutoencoderKLWan",),
-                empty="dualparal.models.wan.parts:empty_vae",
-                load="dualparal.models.wan.parts:load_vae",
-                fits=("z_dim", "in_channels"),
-            ),
-            "text_encoder": Component(
-                "transformers",
-                ("UMT5EncoderModel",),
-                empty="dualparal.models.wan.parts:empty_text_encoder",
-                load="dualparal.models.wan.parts:load_text_encoder",
-                fits=("d_model", "text_dim"),
-            ),
-            "tokenizer": Component("transformers", ("T5Tokenizer", "T5TokenizerFast")),
-        },
+        components=_wan_components("WanTransformer3DModel", 2),
         spec_class="dualparal.models.wan.spec:WanSpec",
         decoder_class="dualparal.models.wan.vae:StreamingDecoder",
         prompt_encoder_class="dualparal.models.wan.text:PromptEncoder",
@@ -200,6 +205,30 @@ FAMILIES: dict[str, Family] = {
             "WanVACEPipeline": _VACE,
             "WanVideoToVideoPipeline": "video to video",
             "WanAnimatePipeline": _ANIMATE,
+        },
+    ),
+    "skyreels-v2": Family(
+        name="SkyReels-V2",
+        pipelines=("SkyReelsV2DiffusionForcingPipeline",),
+        components=_wan_components("SkyReelsV2Transformer3DModel", 1),
+        spec_class="dualparal.models.wan.skyreels:SkyReelsSpec",
+        decoder_class="dualparal.models.wan.vae:StreamingDecoder",
+        prompt_encoder_class="dualparal.models.wan.text:PromptEncoder",
+        known_sizes="dualparal.models.wan.sizes:SKYREELS",
+        read_sizes="dualparal.models.wan.sizes:read_skyreels_sizes",
+        hub_owner="skywork",
+        light_file_class="dualparal.models.wan.light_decoder:LightFile",
+        lora_modules="dualparal.models.wan.lora:lora_modules",
+        hub_ids={
+            "skyreels-v2-df-1.3b-540p": "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
+            "skyreels-v2-df-14b-540p": "Skywork/SkyReels-V2-DF-14B-540P-Diffusers",
+            "skyreels-v2-df-14b-720p": "Skywork/SkyReels-V2-DF-14B-720P-Diffusers",
+        },
+        other_pipelines={
+            "SkyReelsV2Pipeline": "a SkyReels-V2 model without diffusion forcing",
+            "SkyReelsV2ImageToVideoPipeline": _IMAGE,
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline": _IMAGE,
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "video to video",
         },
     ),
 }

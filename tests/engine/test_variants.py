@@ -1,4 +1,4 @@
-"""Models that differ from Wan's plain ones: equal to diffusers' pipeline, and for any number of stages."""
+"""Models that differ from Wan's plain ones: equal to diffusers' pipelines, and for any number of stages."""
 
 from __future__ import annotations
 
@@ -8,50 +8,106 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import SkyReelsV2DiffusionForcingPipeline, UniPCMultistepScheduler, WanPipeline
 
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.engine.engine import Engine
+from dualparal.models.base import TimeCondition
+from dualparal.models.keys_values import KeysValues
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from engine_calls import embeds, reference_latents
 
+KINDS: dict[str, dict[str, Any]] = {
+    "ti2v": {"latent_channels": 48, "residual_vae": True, "expand_timesteps": True},
+    "skyreels": {"skyreels": True},
+}
 SIZE = {"height": 64, "width": 64, "num_inference_steps": 3}
-BLOCKS: dict[str, Any] = {"frames_per_block": 2, "context_frames": 1}
 
 
 @pytest.fixture(scope="module")
-def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "ti2v"
-    return build_tiny_pipeline(folder, latent_channels=48, residual_vae=True, expand_timesteps=True)
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: build_tiny_pipeline(folder / kind, **options) for kind, options in KINDS.items()}
 
 
-def noise(engine: Engine, frames: int) -> torch.Tensor:
-    spec, generator = engine.source.spec, torch.Generator().manual_seed(2)
-    side = 64 // spec.spatial_factor
-    return torch.randn(1, spec.in_channels, frames, side, side, generator=generator)
+class Copying(UniPCMultistepScheduler):
+    """UniPC that keeps a copy of a sample: SkyReels' pipeline writes the result over the sample that it has given."""
+
+    def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, return_dict: bool = True) -> Any:
+        return super().step(model_output, timestep, sample.clone(), return_dict)
 
 
-def test_ti2v_without_an_image_is_diffusers_pipeline(ti2v: Path) -> None:
-    built = Engine.from_pretrained(ti2v, device="cpu", frames_per_block=4)
-    call = {**SIZE, "num_frames": 13, **embeds(built), "latents": noise(built, 4)}
-    pipe = WanPipeline.from_pretrained(ti2v)
-    assert pipe.config.expand_timesteps
+def stock(kind: str, model: Path) -> Any:
+    """diffusers' pipeline."""
+    pipe = (WanPipeline if kind == "ti2v" else SkyReelsV2DiffusionForcingPipeline).from_pretrained(model)
+    if kind == "skyreels":
+        pipe.scheduler = Copying.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    for kind, most in (("latent", 5e-5), ("np", 2e-4)):
-        found, wanted = (np.asarray(make(**call, output_type=kind).frames) for make in (built, pipe))
+    return pipe
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_block_is_diffusers_pipeline(models: dict[str, Path], kind: str) -> None:
+    built, pipe = Engine.from_pretrained(models[kind], device="cpu", frames_per_block=4), stock(kind, models[kind])
+    call = {**SIZE, "prompt": None, "num_frames": 13, "guidance_scale": 5.0, **embeds(built)}
+    spec = built.source.spec
+    shape = 1, spec.in_channels, 4, *(64 // spec.spatial_factor,) * 2
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    for output, most in (("latent", 5e-5), ("np", 2e-4)):
+        found = np.asarray(built(**call, latents=latents, output_type=output).frames)
+        drawn = torch.Generator().manual_seed(2)  # its latents= does not work in SkyReels' pipeline
+        wanted = np.asarray(pipe(**call, generator=drawn, output_type=output).frames)
         assert found.shape == wanted.shape and wanted.std() > 0.1
         assert np.abs(found - wanted).max() < most
 
 
-def test_five_blocks_are_the_same_for_any_number_of_stages_and_after_a_resume(ti2v: Path, tmp_path: Path) -> None:
-    options = {**BLOCKS, "refresh_every": 2}
-    call = {**SIZE, "num_frames": 37}
-    engines = [Engine.from_pretrained(ti2v, device="cpu", stages=stages, **options) for stages in (1, 2, 3, 4)]
+def test_frames_of_unequal_times_are_diffusers_layers(models: dict[str, Path]) -> None:
+    engine = Engine.from_pretrained(models["skyreels"], device="cpu")
+    transformer, spec = stock("skyreels", models["skyreels"]).transformer, engine.source.spec
+    (whole,) = engine.source.load_slices(range(spec.num_layers), torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(2)
+    latents, prompt = (torch.randn(*shape, generator=generator) for shape in ((1, 16, 4, 8, 8), (16, spec.text_dim)))
+    times = torch.tensor([[0, 0, 500, 999]])
+    with torch.inference_mode():
+        wanted = transformer(latents, times, prompt[None], enable_diffusion_forcing=True, fps=[1]).sample
+        grid, text = spec.grid(64, 64), whole.text(prompt)
+        time = TimeCondition.joined([whole.time(torch.tensor(t)) for t in (0, 500, 999)], (2 * 16, 16, 16))
+        hidden, left, rotary = whole.embed(whole.patches(latents)), None, whole.rotary(0, 4, grid)
+        for layer in range(whole.num_layers):
+            own = KeysValues(torch.empty_like(hidden), torch.empty_like(hidden))
+            hidden, left = whole.layer(layer, hidden, left, time, KeysValues(*text[layer]), rotary, own)
+        found = [whole.picture(whole.head(hidden[16 * first :], left, time), grid) for first in (0, 1, 3)]
+    for first, made in zip((0, 1, 3), found, strict=True):
+        assert (made - wanted[:, :, first:]).abs().max() < 1e-5 < 0.1 < wanted.std()
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
+    "ti2v": ("ti2v", {"refresh_every": 2}, {}),
+    # Windows that are fed a neighbour's frame of another time, cut within it where a stage has two places.
+    "skyreels": ("skyreels", {"context": "paper", "max_blocks_in_flight": 3}, {"height": 128, "width": 96}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_five_blocks_are_the_same_for_any_number_of_stages_and_after_a_resume(
+    models: dict[str, Path], case: str, tmp_path: Path
+) -> None:
+    kind, options, size = CASES[case]
+    call = {**SIZE, **size, "num_frames": 37 if kind == "ti2v" else 41, "guidance_scale": 2.0}
+
+    def engine(stages: int, **more: Any) -> Engine:
+        blocks = {"frames_per_block": 2, "context_frames": 1}
+        return Engine.from_pretrained(models[kind], device="cpu", stages=stages, **blocks, **options, **more)
+
+    engines = [engine(stages) for stages in (1, 2, 3, 4)]
     prompt = embeds(engines[0])
     wanted = reference_latents(engines[0], prompt, seed=3, **call)
+    if kind == "skyreels":
+        engines.append(engine(2, sequence_parallel=2))
     for built in engines:
         assert torch.equal(built(**prompt, **call, seed=3, output_type="latent").frames, wanted)
-    chunks = engines[1].stream(**prompt, **call, seed=3, output_type="latent", checkpoint=Checkpoint(tmp_path, every=1))
+    kept = Checkpoint(tmp_path, every=1)
+    chunks = engines[1].stream(**prompt, **call, seed=3, output_type="latent", checkpoint=kept)
     made = {chunk.block: chunk.latents for chunk, _ in zip(chunks, range(3))}
     chunks.close()  # type: ignore[attr-defined]
     rest = {chunk.block: chunk.latents for chunk in engines[2].resume(tmp_path)}

@@ -46,6 +46,7 @@ class ToySpec:
     patch_size = (1, 1, 1)
     spatial_factor = SPATIAL
     temporal_factor = TEMPORAL
+    unequal_times = keeps_first_frame = False
 
     @classmethod
     def from_configs(

@@ -24,7 +24,8 @@ from dualparal.config.video import VideoConfig
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import supervise
 from dualparal.models.registry import model_sizes
-from dualparal.models.wan.sizes import MODELS, WanVaeSizes
+from dualparal.models.wan.sizes import MODELS, SKYREELS, SkyReelsSizes, WanVaeSizes
+from dualparal.models.wan.skyreels import SkyReelsSpec
 from dualparal.models.wan.spec import WanSpec
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.models.wan.vae import StreamingDecoder
@@ -41,11 +42,13 @@ from pairwise import pairwise
 from steady_heap import STEADY
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *SKYREELS])
 def test_parameters_are_the_real_ones(name: str) -> None:
-    shape = MODELS[name]
+    shape = model_sizes(name)
     config = wan_config(shape.heads, shape.head_dim, shape.ffn_dim, shape.num_layers)
-    spec = WanSpec((config | {"in_channels": shape.in_channels, "out_channels": shape.out_channels},))
+    config |= {"in_channels": shape.in_channels, "out_channels": shape.out_channels}
+    tells_rate = isinstance(shape, SkyReelsSizes) and shape.tells_rate
+    spec = SkyReelsSpec((config | {"inject_sample_info": True},)) if tells_rate else WanSpec((config,))
     assert shape.parameters == sum(math.prod(size) for size in spec.shapes(0).values())
 
 
@@ -62,7 +65,7 @@ def test_slices_weigh_what_their_tensors_do(wan21: Path) -> None:
 
 
 def vae_of(base_dim: int, blocks: int, residual: bool) -> tuple[Any, WanVaeSizes]:
-    """diffusers' VAE of these sizes, on the device of the context; residual: as in Wan 2.2 5B, decoder twice as wide."""
+    """diffusers' VAE of these sizes; residual: as in Wan 2.2 5B, with a decoder twice as wide as the encoder."""
     from diffusers import AutoencoderKLWan
 
     if not residual:

@@ -244,6 +244,33 @@ MODELS: Mapping[str, WanSizes] = {
 }
 
 
+@dataclass(frozen=True)
+class SkyReelsSizes(WanSizes):
+    """Sizes of a SkyReels-V2-DF pipeline: a Wan2.1 one, and what tells its layers the frame rate.
+
+    Attributes:
+        tells_rate: it has that (``inject_sample_info``).
+    """
+
+    tells_rate: bool = False
+
+    @property
+    def condition_parameters(self) -> tuple[int, int]:
+        narrow, wide = super().condition_parameters
+        h = self.inner
+        return narrow + (2 * h + (h * h + h) + (h * 6 * h + 6 * h) if self.tells_rate else 0), wide
+
+
+SKYREELS: Mapping[str, SkyReelsSizes] = {
+    sizes.name: sizes
+    for sizes in (
+        SkyReelsSizes("skyreels-v2-df-1.3b-540p", 30, 12, 128, 8960, trained_latents=25, tells_rate=True),
+        SkyReelsSizes("skyreels-v2-df-14b-540p", 40, 40, 128, 13824, trained_latents=25),
+        SkyReelsSizes("skyreels-v2-df-14b-720p", 40, 40, 128, 13824, trained_latents=31),
+    )
+}
+
+
 def read_sizes(path: Path) -> WanSizes:
     """Sizes of the model in a directory in diffusers format. Without a VAE or a text encoder, those of Wan 2.1 count.
 
@@ -273,6 +300,13 @@ def read_sizes(path: Path) -> WanSizes:
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(f"{path}: not the configs of a Wan text-to-video model ({error!r})") from None
+
+
+def read_skyreels_sizes(path: Path) -> SkyReelsSizes:
+    """Sizes of the SkyReels-V2 model in a directory; argument and errors are those of ``read_sizes``."""
+    tells_rate = bool(read_config(path / "transformer" / "config.json").get("inject_sample_info"))
+    found = {**vars(read_sizes(path)), "trained_latents": 25, "tells_rate": tells_rate}
+    return SkyReelsSizes(**found)
 
 
 def _read_vae(config: dict[str, Any]) -> WanVaeSizes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,11 +27,17 @@ class WanSpec:
         configs: the config of ``transformer``, and of ``transformer_2`` where there is one (Wan2.2).
         boundary_ratio: Wan2.2: timesteps at or above boundary_ratio * num_train_timesteps go to ``transformer``.
         vae: its config; without one, that of Wan2.1.
+        keeps_first_frame: Wan2.2 TI2V (``expand_timesteps``): every token has a timestep, 0 where the picture is given.
     """
 
     configs: tuple[dict[str, Any], ...]
     boundary_ratio: float | None = None
     vae: Mapping[str, Any] = field(default_factory=dict)
+    keeps_first_frame: bool = False
+
+    keys: ClassVar[Set[str]] = KEYS
+    transformer_class: ClassVar[str] = "WanTransformer3DModel"
+    unequal_times: ClassVar[bool] = False
 
     @classmethod
     def from_configs(
@@ -41,11 +47,11 @@ class WanSpec:
         configs = tuple(component_config(config) for config in transformers)
         boundary_ratio = pipeline.get("boundary_ratio")
         for config in configs:
-            unknown = sorted(set(config) - KEYS)
+            unknown = sorted(set(config) - cls.keys)
             if unknown:
                 raise ValueError(
                     f"this Wan transformer has {unknown[0]}={config[unknown[0]]!r}, which is no option of diffusers' "
-                    "WanTransformer3DModel"
+                    f"{cls.transformer_class}"
                 )
             for key, plain in (("image_dim", None), ("added_kv_proj_dim", None), ("pos_embed_seq_len", None)):
                 if config.get(key) is not plain:
@@ -72,7 +78,8 @@ class WanSpec:
                 raise ValueError(
                     f"transformer and transformer_2 differ in {', '.join(differing)}: experts of one shape are needed"
                 )
-        return cls(configs, boundary_ratio if len(configs) == 2 else None, component_config(vae))
+        expands = bool(pipeline.get("expand_timesteps"))
+        return cls(configs, boundary_ratio if len(configs) == 2 else None, component_config(vae), expands)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -146,7 +153,7 @@ class WanSpec:
             elif name in HEAD:
                 wanted = layers.stop == self.num_layers
             else:
-                wanted = name.startswith("condition_embedder.")
+                wanted = True
             if wanted:
                 found.append(name)
         return found

@@ -38,6 +38,7 @@ def build_tiny_pipeline(
     wan22: bool = False,
     residual_vae: bool = False,
     expand_timesteps: bool = False,
+    skyreels: bool = False,
     flow_shift: float = 3.0,
     max_shard_size: int | str | None = None,
 ) -> Path:
@@ -53,6 +54,7 @@ def build_tiny_pipeline(
         wan22: two experts, ``transformer`` and ``transformer_2``, and a boundary_ratio, as in Wan 2.2 A14B.
         residual_vae: the VAE of Wan 2.2 5B, 16 pixels per latent instead of 8.
         expand_timesteps: a timestep per token, as in Wan 2.2 TI2V-5B, which has 48 channels and the residual VAE.
+        skyreels: a SkyReels-V2 pipeline with diffusion forcing, and a transformer that is told the frame rate.
         flow_shift: of the sampler.
         max_shard_size: the most bytes of a transformer per file ("100KB", or a number), with an index file.
 
@@ -74,9 +76,11 @@ def build_tiny_pipeline(
         "text_dim": _TEXT_DIM,
         "freq_dim": 64,
     }
+    if skyreels:
+        transformer["inject_sample_info"] = True
     vae = _vae_config(latent_channels, vae_dim, residual_vae)
     tokenizer = make_tokenizer(directory / "tokenizer")
-    pipe = _assemble(seed, tokenizer, transformer, vae, wan22, expand_timesteps, flow_shift)
+    pipe = _assemble(seed, tokenizer, transformer, vae, wan22, expand_timesteps, skyreels, flow_shift)
     pipe.save_pretrained(directory, safe_serialization=True)
     if max_shard_size is not None:
         for name in ("transformer", "transformer_2") if wan22 else ("transformer",):
@@ -92,11 +96,13 @@ def _assemble(
     vae: dict[str, Any],
     wan22: bool,
     expand_timesteps: bool,
+    skyreels: bool,
     flow_shift: float,
 ) -> Any:
     import diffusers
     import transformers
 
+    kind = diffusers.SkyReelsV2Transformer3DModel if skyreels else diffusers.WanTransformer3DModel
     # Constructors draw initial values from the global generator, only for us to overwrite them.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         text_encoder = transformers.UMT5EncoderModel(
@@ -114,7 +120,7 @@ def _assemble(
         )
         models: dict[str, Any] = {
             "text_encoder": text_encoder,
-            "transformer": diffusers.WanTransformer3DModel(**transformer),
+            "transformer": kind(**transformer),
             "transformer_2": diffusers.WanTransformer3DModel(**transformer) if wan22 else None,
             "vae": diffusers.AutoencoderKLWan(**vae),
         }
@@ -127,6 +133,9 @@ def _assemble(
         num_train_timesteps=1000,
         flow_shift=flow_shift,
     )
+    if skyreels:
+        del models["transformer_2"]
+        return diffusers.SkyReelsV2DiffusionForcingPipeline(tokenizer=tokenizer, scheduler=scheduler, **models)
     return diffusers.WanPipeline(
         tokenizer=tokenizer,
         scheduler=scheduler,
