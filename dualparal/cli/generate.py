@@ -14,6 +14,7 @@ from typing import NoReturn
 import typer
 
 from dualparal.cli.checks import check_job
+from dualparal.cli.content import PromptFlags
 from dualparal.cli.flags import (
     BlockFlags,
     EightBitFlags,
@@ -21,7 +22,6 @@ from dualparal.cli.flags import (
     ModelFlags,
     OutputFlags,
     PlaceFlags,
-    PromptFlags,
     ReuseFlags,
     VideoFlags,
     parse_steps,
@@ -176,6 +176,8 @@ def _job(
     return Job(
         prompts=_prompts(texts, prompts.prompt_at or [], video.num_frames),
         negative_prompt=prompts.negative_prompt,
+        image=prompts.image,
+        last_image=prompts.last_image,
         video=request,
         engine=EngineConfig(
             blocks=_blocks(blocks, output.checkpoint, len(skipped.runs(request.num_inference_steps))),

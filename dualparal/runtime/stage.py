@@ -95,7 +95,8 @@ class StageSpec:
         eight_bit: the layers and steps at which self-attention has 8 bits.
         refreshes: True when the run has refreshes.
         features_8bit: features of attention in 16 bits are kept in 8.
-        patch: numbers of a token's latents.
+        patch: numbers of a token's latents, and of what is told of images beside them.
+        velocity_patch: numbers of a token's velocity.
         windows: number of windows, of all blocks in flight, whose rotary angles are kept.
         unequal_times: the model is told the timestep of each frame, where a window's are not all at one.
         fixed_frames: the first frames of the video that are given: they are at timestep 0 throughout.
@@ -115,6 +116,7 @@ class StageSpec:
     refreshes: bool = False
     features_8bit: bool = False
     patch: int = 0
+    velocity_patch: int = 0
     windows: int = 1
     unequal_times: bool = False
     fixed_frames: int = 0
