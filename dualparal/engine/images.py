@@ -47,10 +47,10 @@ def _encoded(setup: Setup, parts: Parts, request: Request) -> ImageCondition:
 
 
 def kept_images(setup: Setup, requests: Sequence[Request], folder: Path, name: str) -> list[ImageCondition]:
-    """Reads what ``encode_images`` made of a run's images from a file in its snapshots' folder. Raises SnapshotError."""
+    """Reads what ``encode_images`` made of a run's images from a file beside its snapshots. Raises SnapshotError."""
     spec, grid = setup.source.spec, requests[0].grid
     like = ImageCondition(
-        torch.empty(1, spec.condition_channels, 0, grid.height, grid.width),
+        torch.empty(1, spec.condition_channels or spec.in_channels, 0, grid.height, grid.width),
         tokens=torch.empty(spec.image_tokens, spec.text_dim, dtype=setup.dtype) if spec.image_tokens else None,
     )
     return read_images(folder, name, len(requests), requests[0].layout.padded_latents or 0, like)

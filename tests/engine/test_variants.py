@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import SkyReelsV2DiffusionForcingPipeline, UniPCMultistepScheduler, WanPipeline
+from diffusers import (
+    SkyReelsV2DiffusionForcingPipeline,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+)
+from PIL import Image
 
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.engine.engine import Engine
@@ -21,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ti2v": {"latent_channels": 48, "residual_vae": True, "expand_timesteps": True},
     "skyreels": {"skyreels": True},
 }
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 SIZE = {"height": 64, "width": 64, "num_inference_steps": 3}
 
 
@@ -61,6 +68,24 @@ def test_one_block_is_diffusers_pipeline(models: dict[str, Path], kind: str) -> 
         assert np.abs(found - wanted).max() < most
 
 
+def test_one_block_with_an_image_is_diffusers_pipeline(models: dict[str, Path]) -> None:
+    built, plain = (
+        Engine.from_pretrained(models["ti2v"], device="cpu", frames_per_block=4),
+        stock("ti2v", models["ti2v"]),
+    )
+    parts = {name: part for name, part in plain.components.items() if name != "transformer_2"}
+    pipe = WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 48, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    call = {**SIZE, "image": IMAGE, "prompt": None, "num_frames": 13, "latents": latents, **embeds(built)}
+    for output, most in (("latent", 5e-5), ("np", 2e-4)):
+        found, wanted = (np.asarray(make(**call, output_type=output).frames) for make in (built, pipe))
+        assert found.shape == wanted.shape and wanted.std() > 0.1
+        assert np.abs(found - wanted).max() < most
+    with pytest.raises(ValueError, match="image was given for some of the videos only"):
+        built.stream(["a", "b"], image=[IMAGE, None], **SIZE, num_frames=5)
+
+
 def test_frames_of_unequal_times_are_diffusers_layers(models: dict[str, Path]) -> None:
     engine = Engine.from_pretrained(models["skyreels"], device="cpu")
     transformer, spec = stock("skyreels", models["skyreels"]).transformer, engine.source.spec
@@ -81,8 +106,10 @@ def test_frames_of_unequal_times_are_diffusers_layers(models: dict[str, Path]) -
         assert (made - wanted[:, :, first:]).abs().max() < 1e-5 < 0.1 < wanted.std()
 
 
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ti2v": ("ti2v", {"refresh_every": 2}, {}),
+    # All of block 0 is lent and fed, the given frame too.
+    "image": ("ti2v", {"context_frames": 2, "refresh_every": 2, "max_blocks_in_flight": 2}, {"image": IMAGE}),
     # Windows that are fed a neighbour's frame of another time, cut within it where a stage has two places.
     "skyreels": ("skyreels", {"context": "paper", "max_blocks_in_flight": 3}, {"height": 128, "width": 96}),
 }
@@ -92,16 +119,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
 def test_five_blocks_are_the_same_for_any_number_of_stages_and_after_a_resume(
     models: dict[str, Path], case: str, tmp_path: Path
 ) -> None:
-    kind, options, size = CASES[case]
-    call = {**SIZE, **size, "num_frames": 37 if kind == "ti2v" else 41, "guidance_scale": 2.0}
+    kind, options, more = CASES[case]
+    call: dict[str, Any] = {**SIZE, **more, "num_frames": 37 if kind == "ti2v" else 41, "guidance_scale": 2.0}
 
     def engine(stages: int, **more: Any) -> Engine:
-        blocks = {"frames_per_block": 2, "context_frames": 1}
-        return Engine.from_pretrained(models[kind], device="cpu", stages=stages, **blocks, **options, **more)
+        blocks = {"frames_per_block": 2, "context_frames": 1, **options}
+        return Engine.from_pretrained(models[kind], device="cpu", stages=stages, **blocks, **more)
 
     engines = [engine(stages) for stages in (1, 2, 3, 4)]
     prompt = embeds(engines[0])
-    wanted = reference_latents(engines[0], prompt, seed=3, **call)
+    image = call.pop("image", None)
+    wanted = reference_latents(engines[0], prompt, seed=3, image=image, **call)
+    call["image"] = image
     if kind == "skyreels":
         engines.append(engine(2, sequence_parallel=2))
     for built in engines:

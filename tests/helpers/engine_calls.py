@@ -9,6 +9,7 @@ import torch
 from dualparal import reference
 from dualparal.config.video import VideoConfig
 from dualparal.engine.engine import Engine
+from dualparal.engine.images import encode_images
 from dualparal.engine.request import VideoInputs, check_request
 from dualparal.sampling.noise import BlockNoise
 
@@ -23,10 +24,12 @@ def embeds(engine: Engine, guidance: bool = True, seed: int = 1, tokens: int = 1
     return found
 
 
-def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: Any) -> torch.Tensor:
-    """The plain loop's latents for the same request."""
+def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], image: Any = None, **call: Any) -> torch.Tensor:
+    """The plain loop's latents for the same request; an image is the first frame of a model that keeps it."""
     video = VideoConfig(output_type="latent", **call)
-    request = check_request(engine.setup, engine.scheduler, video, VideoInputs(**prompt, seed=video.seed))
+    inputs = VideoInputs(**prompt, image=image, seed=video.seed)
+    request = check_request(engine.setup, engine.scheduler, video, inputs)
+    (condition,) = encode_images(engine.setup, engine.parts, [request])
     spec = engine.source.spec
     assert request.embeds is not None
     rows = request.embeds
@@ -43,4 +46,5 @@ def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], **call: A
         engine.config.attention_8bit,
         engine.config.features_8bit,
         engine.config.reuse,
+        None if condition is None else condition.first,
     )

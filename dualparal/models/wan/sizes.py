@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dualparal.models.json_files import ModelError, read_config
+from dualparal.models.json_files import ModelError, read_config, read_json
 from dualparal.models.sizes import Borders, LinearSizes
 from dualparal.models.wan.light_sizes import LightSizes, read_light_sizes
 
@@ -240,7 +240,16 @@ MODELS: Mapping[str, WanSizes] = {
         WanSizes("wan2.1-t2v-14b", 40, 40, 128, 13824),
         WanSizes("wan2.2-t2v-a14b", 40, 40, 128, 13824, experts=2),
         WanSizes(
-            "wan2.2-ti2v-5b", 30, 24, 128, 14336, in_channels=48, out_channels=48, vae=_VAE_5B, trained_latents=31
+            "wan2.2-ti2v-5b",
+            30,
+            24,
+            128,
+            14336,
+            in_channels=48,
+            out_channels=48,
+            vae=_VAE_5B,
+            trained_latents=31,
+            image_counts=(0, 1),
         ),
     )
 }
@@ -282,6 +291,7 @@ def read_sizes(path: Path) -> WanSizes:
     config = read_config(path / "transformer" / "config.json")
     vae = read_config(path / "vae" / "config.json") if (path / "vae").is_dir() else {}
     text = read_config(path / "text_encoder" / "config.json") if (path / "text_encoder").is_dir() else None
+    expands = bool(read_json(path / "model_index.json").get("expand_timesteps"))
     try:
         return WanSizes(
             path.name,
@@ -299,6 +309,7 @@ def read_sizes(path: Path) -> WanSizes:
             _read_vae(vae),
             _text_parameters(text) if text else WanSizes.text_encoder,
             31 if vae.get("is_residual") else WanSizes.trained_latents,  # 121 frames of 24 a second
+            (0, 1) if expands else (0,),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(f"{path}: not the configs of a Wan text-to-video model ({error!r})") from None

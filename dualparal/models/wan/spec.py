@@ -103,7 +103,7 @@ class WanSpec:
 
     @property
     def image_counts(self) -> tuple[int, ...]:
-        return (0,)
+        return (0, 1) if self.keeps_first_frame else (0,)
 
     @property
     def image_tokens(self) -> int:
