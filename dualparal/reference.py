@@ -19,6 +19,7 @@ from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, key_mean, l
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.models.base import Grid, ModelSpec, Pending, Slice, TimeCondition
 from dualparal.models.keys_values import Context8, Features8, KeysValues, Packed, to_8bit, to_16bit
+from dualparal.models.times import joined
 from dualparal.sampling.extrapolate import extrapolate
 from dualparal.sampling.sampler import Sampler
 from dualparal.schedule.layout import Layout
@@ -39,6 +40,7 @@ def generate(
     eight_bit: EightBitPolicy = OFF,
     features_8bit: bool = False,
     reuse: Reuse = REUSE_OFF,
+    condition: Callable[[range], torch.Tensor] | None = None,
     first_frame: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Final latents [1, C, L, H, W] float32 of a video of ``layout.num_latents`` frames.
@@ -50,6 +52,7 @@ def generate(
         guidance_scales: one per expert.
         eight_bit: the layers and steps in 8 bits. A block takes from its keys their mean of the step before (at its
             first such step, of this one). Features stay as made, or in 8 bits (``features_8bit``); readers convert.
+        condition: latent frames -> what the model is told of images in them, [1, C', F, H, W]; None: nothing.
         reuse: the steps and branches that are not run. Where a neighbour's branch was not, its conditional one is read.
         first_frame: latents [1, C, 1, H, W] that the video begins with, for a model that keeps them; None: none.
     """
@@ -76,6 +79,8 @@ def generate(
         expert = experts[spec.expert(float(timestep), sampler.num_train_timesteps)]
         fed = layout.fed_context(block, refresh)
         window = torch.cat([latents[block - 1][:, :, -fed:], latents[block]], dim=2) if fed else latents[block]
+        if condition is not None:
+            window = torch.cat([window, condition(layout.window(block, refresh))], dim=1)
         time, text = times.of(expert, block, step, refresh), expert.text(prompt_embeds(block)[branch])
         rotary = expert.rotary(layout.window(block, refresh).start, window.shape[2], grid)
         hidden = expert.embed(expert.patches(window))
@@ -87,10 +92,9 @@ def generate(
                 parts.append(lent_by(layer, "head", block + 1, step - gap, branch))
             if context and policy != "paper" and block > 0 and not refresh:
                 parts.append(lent_by(layer, "tail", block - 1, min(step + ahead, steps - 1), branch))
-            keys_values: KeysValues | Context8 = join(parts, hidden)
-            if eight_bit.covers(layer) and eight_bit.at(step, steps) and not refresh:
-                read = [part if isinstance(part, Features8) else to_8bit(part, spec.heads, fp8) for part in parts]
-                keys_values = arena(own, means.get((layer, block, branch)), read, hidden, spec.heads, fp8)
+            mean, on = means.get((layer, block, branch)), eight_bit.covers(layer) and eight_bit.at(step, steps)
+            keys_values: KeysValues | Context8
+            keys_values = arena(mean, parts, hidden, spec.heads, fp8) if on and not refresh else join(parts, hidden)
             hidden, pending = expert.layer(layer, hidden, pending, time, KeysValues(*text[layer]), rotary, keys_values)
             for side, start in (("head", first), ("tail", own - count)):
                 features[layer, side, block, step, branch] = lend(keys_values, start, count, features_8bit)
@@ -153,7 +157,7 @@ class Times:
         at = [end if frame < self.fixed else fed if frame < start else step for frame in window]
         runs = [(step, self.tokens * len(list(frames))) for step, frames in itertools.groupby(at)]
         stamps = [self.timesteps[step] if step < end else 0 * self.timesteps[0] for step, _ in runs]
-        return TimeCondition.joined([expert.time(stamp) for stamp in stamps], [rows for _, rows in runs])
+        return joined([expert.time(stamp) for stamp in stamps], [rows for _, rows in runs])
 
 
 class Velocities:
@@ -195,30 +199,30 @@ def join(parts: Sequence[KeysValues | Features8], hidden: torch.Tensor) -> KeysV
 
 
 def arena(
-    own: int, mean: torch.Tensor | None, neighbours: Sequence[Features8], like: torch.Tensor, heads: int, fp8: bool
+    mean: torch.Tensor | None, parts: Sequence[KeysValues | Features8], like: torch.Tensor, heads: int, fp8: bool
 ) -> Context8:
-    """Lays ``own`` rows to be written and the neighbours' features behind them into one 8-bit context.
+    """Lays rows for ``like``, to be written, and the neighbours' features behind them into one 8-bit context.
 
     Args:
-        own: number of own tokens.
         mean: float32 [inner], to be taken from the own keys; None: not known yet.
-        neighbours: features in 8 bits, in the order of their keys.
-        like: hidden states [tokens, inner], for width, device and 16-bit dtype.
+        parts: features of neighbours, in the order of their keys.
+        like: hidden states [tokens, inner].
         heads: of self-attention.
         fp8: values are in 8 bits, too.
     """
+    neighbours = [part if isinstance(part, Features8) else to_8bit(part, heads, fp8) for part in parts]
     inner = like.shape[1]
-    parts = [(own, 0), *((len(part.keys_values.k), part.skip) for part in neighbours)]
-    tiles = [tiles_of(rows) for rows, _ in parts]
+    lengths = [(len(like), 0), *((len(part.keys_values.k), part.skip) for part in neighbours)]
+    tiles = [tiles_of(rows) for rows, _ in lengths]
     made = KeysValues8.empty(sum(tiles) * TILE, inner, heads, FP8 if fp8 else like.dtype, like.device)
     sums = torch.zeros(tiles[0], inner, dtype=torch.float32, device=like.device)
     means = torch.stack([sums[0] if mean is None else mean, *(part.mean for part in neighbours)])
     for number, part in enumerate(neighbours, 1):
-        rows = made.rows(sum(tiles[:number]) * TILE, parts[number][0])
+        rows = made.rows(sum(tiles[:number]) * TILE, lengths[number][0])
         for target, source in zip(rows, part.keys_values, strict=True):
             if target is not None and source is not None:
                 target.copy_(source)
-    return Context8(made, place(parts), means, sums, mean is None)
+    return Context8(made, place(lengths), means, sums, mean is None)
 
 
 def lend(made: KeysValues | Context8, start: int, count: int, packed: bool) -> KeysValues | Features8:

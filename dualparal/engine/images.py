@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from dualparal.checkpoint.given import read_images
 from dualparal.engine.parts import Parts
@@ -13,6 +15,8 @@ from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
 from dualparal.io.images import fingerprint, pixels
 from dualparal.sampling.images import ImageCondition
+
+_CPU = torch.device("cpu")
 
 
 def fingerprints(request: Request) -> list[str]:
@@ -42,12 +46,21 @@ def _encoded(setup: Setup, parts: Parts, request: Request) -> ImageCondition:
     video, layout, family = request.video, request.layout, setup.source.family
     frames = [torch.from_numpy(pixels(image, video.height, video.width)) for image in request.images]
     encoder = family.encoder(parts.vae)
-    condition = family.condition(setup.source.spec, encoder, frames, layout.num_latents, layout.padded_latents)
-    return condition.on(torch.device("cpu"))
+    spec, device = setup.source.spec, setup.mesh.device
+    condition = family.condition(spec, encoder, frames, layout.num_latents, layout.padded_latents).on(_CPU)
+    if not spec.image_tokens:
+        return condition
+    reader = family.image_encoder(lambda: setup.source.load_image_encoder(device), device)
+    try:
+        tokens = reader.encode(request.images).to(_CPU, setup.dtype)
+    finally:
+        reader.free()
+    # As wide as the text's, with which they travel.
+    return replace(condition, tokens=F.pad(tokens, (0, spec.text_dim - tokens.shape[1])))
 
 
 def kept_images(setup: Setup, requests: Sequence[Request], folder: Path, name: str) -> list[ImageCondition]:
-    """Reads what ``encode_images`` made of a run's images from a file beside its snapshots. Raises SnapshotError."""
+    """Reads what ``encode_images`` made from a file in the snapshots' folder. Raises SnapshotError."""
     spec, grid = setup.source.spec, requests[0].grid
     like = ImageCondition(
         torch.empty(1, spec.condition_channels or spec.in_channels, 0, grid.height, grid.width),

@@ -174,6 +174,13 @@ def check_request(
     sampler = Sampler(
         scheduler, video.num_inference_steps, timesteps=video.timesteps, sigmas=video.sigmas, seed=video.seed
     )
+    embeds = _embeds(inputs.prompt_embeds, inputs.negative_prompt_embeds, video.guidance, spec.text_dim)
+    tokens = video.max_sequence_length if embeds is None else embeds.shape[1]
+    if spec.text_tokens not in (None, tokens):
+        raise ValueError(
+            f"a text of {tokens} tokens: this model reads images before texts of {spec.text_tokens}; pad it, or leave "
+            "max_sequence_length out"
+        )
     return Request(
         video=video,
         layout=layout,
@@ -182,7 +189,7 @@ def check_request(
         steps=config.reuse.plan(sampler.levels, video.guidance),
         prompts={} if inputs.prompt is None else _prompts(inputs.prompt, layout, temporal),
         negative_prompt=inputs.negative_prompt,
-        embeds=_embeds(inputs.prompt_embeds, inputs.negative_prompt_embeds, video.guidance, spec.text_dim),
+        embeds=embeds,
         latents=None if inputs.latents is None else _latents(inputs.latents, layout, grid, spec.in_channels),
         images=tuple(read_image(image, name) for name, image in given.items() if image is not None),
         fixed_frames=int(spec.keeps_first_frame and inputs.image is not None),

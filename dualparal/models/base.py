@@ -53,15 +53,6 @@ class TimeCondition(NamedTuple):
     head: torch.Tensor | None
     rows: tuple[int, ...] = ()
 
-    @classmethod
-    def joined(cls, parts: Sequence[TimeCondition], rows: Sequence[int]) -> TimeCondition:
-        """The modulations of runs of tokens, ``rows`` of each; of a single run its own."""
-        if len(parts) == 1:
-            return parts[0]
-        heads = [part.head for part in parts if part.head is not None]
-        layers = torch.stack([part.layers for part in parts], 1)
-        return cls(layers, torch.stack(heads) if heads else None, tuple(rows))
-
 
 class AttentionKernel(Protocol):
     """Self-attention on this device.
@@ -182,9 +173,14 @@ class ModelSpec(Protocol):
 
     @classmethod
     def from_configs(
-        cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
+        cls,
+        transformers: Sequence[Mapping[str, Any]],
+        vae: Mapping[str, Any],
+        pipeline: Mapping[str, Any],
+        image_encoder: Mapping[str, Any] | None = None,
     ) -> ModelSpec:
-        """Makes a spec from the configs of the transformers, of the VAE, and of the pipeline itself (model_index.json).
+        """Makes a spec from the configs of the transformers, of the VAE, of the pipeline itself (model_index.json), and
+        of its image encoder where it has one.
 
         Raises:
             ValueError: a variant that the adapter does not run; names the difference.
@@ -235,6 +231,11 @@ class ModelSpec(Protocol):
     @property
     def image_tokens(self) -> int:
         """Tokens of all images that are read by attention, before the text's; 0: none."""
+        ...
+
+    @property
+    def text_tokens(self) -> int | None:
+        """Tokens that every text has to have; None: any number."""
         ...
 
     @property

@@ -86,7 +86,10 @@ class ModelFiles:
         """Facts of the model; raises ModelError for a variant of its family that is not supported."""
         try:
             return self.family.spec(
-                [self.config(name) for name in EXPERTS if self.has(name)], self.config("vae"), self.index
+                [self.config(name) for name in EXPERTS if self.has(name)],
+                self.config("vae"),
+                self.index,
+                self.config("image_encoder") if self.has("image_encoder") else None,
             )
         except ModelError:
             raise
@@ -147,7 +150,7 @@ class ModelFiles:
         if not parts:
             return
         for name, component in self.family.components.items():
-            if not component.empty:
+            if not component.empty or not self.has(name):
                 continue
             config, (key, fact) = self.config(name), component.fits
             if config.get(key) != getattr(self.spec, fact):
@@ -227,6 +230,18 @@ class ModelFiles:
         with _named(self.path / "tokenizer"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.path / "tokenizer", trust_remote_code=False)
         return tokenizer, self._load("text_encoder", dtype).to(device).eval()
+
+    @one_at_a_time
+    def load_image_encoder(self, device: torch.device) -> tuple[Any, Any]:
+        """Returns (image processor, image encoder on ``device``, in float32). Only one rank calls this.
+
+        Raises:
+            ModelError: files that cannot be loaded, or do not fit the config.
+        """
+        folder = self.path / "image_processor"
+        with _named(folder):
+            processor = resolve(self.family.components["image_processor"].load)(folder)
+        return processor, self._load("image_encoder", torch.float32).to(device).eval()
 
     def _load(self, name: str, dtype: torch.dtype) -> Any:
         """Loads a part as its family does; raises ModelError for missing or misshapen tensors."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -28,4 +29,20 @@ class Encoder(Protocol):
 
     def reset(self) -> None:
         """Forgets the video: the next frame is the first one of another."""
+        ...
+
+
+class ImageEncoder(Protocol):
+    """Images to tokens that attention reads beside the text's. The model behind it is loaded at the first image."""
+
+    def encode(self, images: Sequence[Any]) -> torch.Tensor:
+        """Tokens of all images of a video one after another, [``ModelSpec.image_tokens``, width].
+
+        Args:
+            images: as PIL has them.
+        """
+        ...
+
+    def free(self) -> None:
+        """Gives the model's memory back."""
         ...

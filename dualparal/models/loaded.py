@@ -34,7 +34,13 @@ class LoadedPipeline:
         self.pipeline = pipeline
         self._modules = [m for m in (getattr(pipeline, part, None) for part in EXPERTS) if m is not None]
         try:
-            self.spec: ModelSpec = family.spec([m.config for m in self._modules], pipeline.vae.config, pipeline.config)
+            reader = getattr(pipeline, "image_encoder", None)
+            self.spec: ModelSpec = family.spec(
+                [m.config for m in self._modules],
+                pipeline.vae.config,
+                pipeline.config,
+                None if reader is None else reader.config.to_dict(),
+            )
         except ValueError as error:
             raise ModelError(str(error)) from None
 
@@ -84,3 +90,7 @@ class LoadedPipeline:
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
         """Returns the pipeline's own (tokenizer, text encoder), the latter moved to ``device``; it keeps its dtype."""
         return self.pipeline.tokenizer, self.pipeline.text_encoder.to(device)
+
+    def load_image_encoder(self, device: torch.device) -> tuple[Any, Any]:
+        """Returns the pipeline's own (image processor, image encoder), the latter moved to ``device``."""
+        return self.pipeline.image_processor, self.pipeline.image_encoder.to(device)

@@ -16,14 +16,14 @@ from dualparal.models.json_files import ModelError, read_json
 
 if TYPE_CHECKING:
     from dualparal.models.base import Decoder, LightFile, ModelSpec, PromptEncoder, RowExchange
-    from dualparal.models.images import Encoder
+    from dualparal.models.images import Encoder, ImageEncoder
     from dualparal.models.sizes import ModelSizes
     from dualparal.sampling.images import ImageCondition
 
 BUILT_IN = "moving-shapes"  # the trained model that ships with the package
 BUILT_IN_FOLDER = Path(__file__).parents[1] / "moving_shapes"
 BUILT_IN_SIZE = (64, 64)  # height and width of its videos, pixels
-_IMAGE, _VACE, _ANIMATE = "image to video", "video from control signals (VACE)", "a character in another's motion"
+_VACE, _ANIMATE = "video from control signals (VACE)", "a character in another's motion"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Family:
         lora_modules: (names of a transformer's tensors) -> the name of the module, without ".weight" and ".bias", by
             every name that LoRA files have for it; empty: they have the same names, with dots.
         encoder_class: implements ``models.images.Encoder``; empty: no model of the family takes images.
+        image_encoder_class: implements ``models.images.ImageEncoder``; empty: none of them has tokens of images.
         image_condition: (spec, Encoder, images [3, H, W] in [-1, 1], latent frames of the video or None, latent frames
             that are computed or None) -> ``sampling.images.ImageCondition``.
         light_file_class: implements ``models.base.LightFile``; empty: the family has no light decoder.
@@ -83,6 +84,7 @@ class Family:
     read_sizes: str
     hub_owner: str
     encoder_class: str = ""
+    image_encoder_class: str = ""
     image_condition: str = ""
     light_file_class: str = ""
     lora_modules: str = ""
@@ -91,10 +93,14 @@ class Family:
     other_pipelines: Mapping[str, str] = field(default_factory=dict)
 
     def spec(
-        self, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
+        self,
+        transformers: Sequence[Mapping[str, Any]],
+        vae: Mapping[str, Any],
+        pipeline: Mapping[str, Any],
+        image_encoder: Mapping[str, Any] | None = None,
     ) -> ModelSpec:
         """Makes the family's spec; arguments and errors are those of ``ModelSpec.from_configs``."""
-        found: ModelSpec = resolve(self.spec_class).from_configs(transformers, vae, pipeline)
+        found: ModelSpec = resolve(self.spec_class).from_configs(transformers, vae, pipeline, image_encoder)
         return found
 
     def decoder(self, vae: Any, rows: RowExchange | None = None) -> Decoder:
@@ -110,6 +116,11 @@ class Family:
     def encoder(self, vae: Any) -> Encoder:
         """Makes the encoder of one video; several may share a VAE."""
         found: Encoder = resolve(self.encoder_class)(vae)
+        return found
+
+    def image_encoder(self, load: Callable[[], tuple[Any, Any]], device: Any) -> ImageEncoder:
+        """Makes what encodes images to tokens; arguments as ``prompt_encoder``'s, of (image processor, model)."""
+        found: ImageEncoder = resolve(self.image_encoder_class)(load, device)
         return found
 
     def condition(
@@ -193,8 +204,24 @@ def _wan_components(transformer: str, experts: int) -> dict[str, Component]:
 FAMILIES: dict[str, Family] = {
     "wan": Family(
         name="Wan",
-        pipelines=("WanPipeline",),
-        components=_wan_components("WanTransformer3DModel", 2),
+        pipelines=("WanPipeline", "WanImageToVideoPipeline"),
+        components={
+            **_wan_components("WanTransformer3DModel", 2),
+            "image_encoder": Component(
+                "transformers",
+                ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+                required=False,
+                empty="dualparal.models.wan.parts:empty_image_encoder",
+                load="dualparal.models.wan.parts:load_image_encoder",
+                fits=("hidden_size", "image_dim"),
+            ),
+            "image_processor": Component(
+                "transformers",
+                ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPProcessor"),
+                required=False,
+                load="dualparal.models.wan.parts:load_image_processor",
+            ),
+        },
         spec_class="dualparal.models.wan.spec:WanSpec",
         decoder_class="dualparal.models.wan.vae:StreamingDecoder",
         prompt_encoder_class="dualparal.models.wan.text:PromptEncoder",
@@ -202,6 +229,7 @@ FAMILIES: dict[str, Family] = {
         read_sizes="dualparal.models.wan.sizes:read_sizes",
         hub_owner="wan-ai",
         encoder_class="dualparal.models.wan.encoder:StreamingEncoder",
+        image_encoder_class="dualparal.models.wan.image_encoder:ImageEncoder",
         image_condition="dualparal.models.wan.condition:image_condition",
         light_file_class="dualparal.models.wan.light_decoder:LightFile",
         lora_modules="dualparal.models.wan.lora:lora_modules",
@@ -210,19 +238,18 @@ FAMILIES: dict[str, Family] = {
             "wan2.1-t2v-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
             "wan2.2-t2v-a14b": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
             "wan2.2-ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+            "wan2.1-i2v-14b-480p": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+            "wan2.1-i2v-14b-720p": "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+            "wan2.1-flf2v-14b-720p": "Wan-AI/Wan2.1-FLF2V-14B-720P-Diffusers",
+            "wan2.2-i2v-a14b": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
         },
         others={
-            "wan2.1-i2v-14b-480p": _IMAGE,
-            "wan2.1-i2v-14b-720p": _IMAGE,
-            "wan2.2-i2v-a14b": _IMAGE,
-            "wan2.1-flf2v-14b-720p": "first and last frame to video",
             "wan2.1-vace-1.3b": _VACE,
             "wan2.1-vace-14b": _VACE,
             "wan2.2-s2v-14b": "speech to video",
             "wan2.2-animate-14b": _ANIMATE,
         },
         other_pipelines={
-            "WanImageToVideoPipeline": _IMAGE,
             "WanVACEPipeline": _VACE,
             "WanVideoToVideoPipeline": "video to video",
             "WanAnimatePipeline": _ANIMATE,
@@ -247,8 +274,8 @@ FAMILIES: dict[str, Family] = {
         },
         other_pipelines={
             "SkyReelsV2Pipeline": "a SkyReels-V2 model without diffusion forcing",
-            "SkyReelsV2ImageToVideoPipeline": _IMAGE,
-            "SkyReelsV2DiffusionForcingImageToVideoPipeline": _IMAGE,
+            "SkyReelsV2ImageToVideoPipeline": "image to video",
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline": "image to video",
             "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "video to video",
         },
     ),
@@ -299,7 +326,7 @@ def _refuse_other(family: Family, model: str) -> None:
 
 def _supported_models() -> str:
     """The models that would do, for messages."""
-    return "text to video is: " + ", ".join(f"{name} ({hub_id})" for name, hub_id in known_models().items())
+    return "supported are: " + ", ".join(f"{name} ({hub_id})" for name, hub_id in known_models().items())
 
 
 def family_in(directory: Path) -> Family:

@@ -54,6 +54,10 @@ class ModelSource(Protocol):
         """Returns (tokenizer, text encoder on ``device``)."""
         ...
 
+    def load_image_encoder(self, device: torch.device) -> tuple[Any, Any]:
+        """Returns (image processor, image encoder on ``device``)."""
+        ...
+
 
 def resolve_model(model: str | Path, loras: tuple[Lora, ...] = ()) -> ModelFiles:
     """The files of a model, which ``folder_of`` finds, and the LoRAs that are merged into it.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from dualparal.models.base import Slice, TimeCondition
+from dualparal.models.times import joined
 
 
 class Run(NamedTuple):
@@ -75,7 +76,7 @@ class Moments:
                 parts.append(self._at(expert, run.step))
                 lengths.append(length)
             start = stop
-        return TimeCondition.joined(parts, lengths)
+        return joined(parts, lengths)
 
     def _at(self, expert: int, step: int) -> TimeCondition:
         if (expert, step) not in self._made:

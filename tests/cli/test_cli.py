@@ -444,7 +444,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "VAE of another model": (_part("vae", z_dim=48), ["z_dim=48", "in_channels=16"]),
     "text encoder of another model": (_part("text_encoder", d_model=64), ["d_model=64", "text_dim=32"]),
     "VAE config": (_part("vae", dim_mult="wide"), ["vae", "config.json"]),
-    "image-to-video": (_part("transformer", image_dim=1280), ["image_dim=1280", "text-to-video"]),
+    "image-to-video": (_part("transformer", image_dim=1280), ["image_dim=1280", "no image encoder"]),
     "Wan2.2 without boundary": (_wan22(boundary_ratio=None), ["boundary_ratio"]),
 }
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.engine.engine import Engine
-from dualparal.models.base import TimeCondition
 from dualparal.models.keys_values import KeysValues
+from dualparal.models.times import joined
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from engine_calls import embeds, reference_latents
 
@@ -96,7 +96,7 @@ def test_frames_of_unequal_times_are_diffusers_layers(models: dict[str, Path]) -
     with torch.inference_mode():
         wanted = transformer(latents, times, prompt[None], enable_diffusion_forcing=True, fps=[1]).sample
         grid, text = spec.grid(64, 64), whole.text(prompt)
-        time = TimeCondition.joined([whole.time(torch.tensor(t)) for t in (0, 500, 999)], (2 * 16, 16, 16))
+        time = joined([whole.time(torch.tensor(t)) for t in (0, 500, 999)], (2 * 16, 16, 16))
         hidden, left, rotary = whole.embed(whole.patches(latents)), None, whole.rotary(0, 4, grid)
         for layer in range(whole.num_layers):
             own = KeysValues(torch.empty_like(hidden), torch.empty_like(hidden))
@@ -127,10 +127,10 @@ def test_five_blocks_are_the_same_for_any_number_of_stages_and_after_a_resume(
         return Engine.from_pretrained(models[kind], device="cpu", stages=stages, **blocks, **more)
 
     engines = [engine(stages) for stages in (1, 2, 3, 4)]
-    prompt = embeds(engines[0])
-    image = call.pop("image", None)
-    wanted = reference_latents(engines[0], prompt, seed=3, image=image, **call)
-    call["image"] = image
+    prompt: dict[str, Any] = embeds(engines[0])
+    if image := call.pop("image", None):
+        prompt["image"] = image
+    wanted = reference_latents(engines[0], prompt, seed=3, **call)
     if kind == "skyreels":
         engines.append(engine(2, sequence_parallel=2))
     for built in engines:

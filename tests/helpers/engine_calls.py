@@ -24,15 +24,14 @@ def embeds(engine: Engine, guidance: bool = True, seed: int = 1, tokens: int = 1
     return found
 
 
-def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], image: Any = None, **call: Any) -> torch.Tensor:
-    """The plain loop's latents for the same request; an image is the first frame of a model that keeps it."""
+def reference_latents(engine: Engine, prompt: dict[str, Any], **call: Any) -> torch.Tensor:
+    """The plain loop's latents for the same request; images are among the values of ``prompt``."""
     video = VideoConfig(output_type="latent", **call)
-    inputs = VideoInputs(**prompt, image=image, seed=video.seed)
-    request = check_request(engine.setup, engine.scheduler, video, inputs)
-    (condition,) = encode_images(engine.setup, engine.parts, [request])
+    request = check_request(engine.setup, engine.scheduler, video, VideoInputs(**prompt, seed=video.seed))
     spec = engine.source.spec
     assert request.embeds is not None
-    rows = request.embeds
+    (images,) = encode_images(engine.setup, engine.parts, [request])
+    rows = request.embeds if images is None else images.before(request.embeds)
     second = video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2
     return reference.generate(
         spec,
@@ -46,5 +45,6 @@ def reference_latents(engine: Engine, prompt: dict[str, torch.Tensor], image: An
         engine.config.attention_8bit,
         engine.config.features_8bit,
         engine.config.reuse,
-        None if condition is None else condition.first,
+        images.of if images is not None and spec.condition_channels else None,
+        images.first if images is not None and spec.keeps_first_frame else None,
     )

@@ -50,9 +50,15 @@ class ToySpec:
     temporal_factor = TEMPORAL
     unequal_times = keeps_first_frame = False
 
+    text_tokens = None
+
     @classmethod
     def from_configs(
-        cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
+        cls,
+        transformers: Sequence[Mapping[str, Any]],
+        vae: Mapping[str, Any],
+        pipeline: Mapping[str, Any],
+        image_encoder: Mapping[str, Any] | None = None,
     ) -> ToySpec:
         (config,) = transformers
         if pipeline.get("colours", "rgb") != "rgb":

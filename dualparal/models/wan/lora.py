@@ -18,6 +18,13 @@ _ORIGINAL = (
     ("condition_embedder.time_proj", "time_projection.1"),
     ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
     ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("attn.add_k_proj", "attn.k_img"),  # attn2 has its original name by then
+    ("attn.add_v_proj", "attn.v_img"),
+    ("attn.norm_added_k", "attn.norm_k_img"),
+    ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+    ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+    ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+    ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
     ("proj_out", "head.head"),
     (".scale_shift_table", ".modulation"),
 )

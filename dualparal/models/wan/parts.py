@@ -42,3 +42,29 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, 
     )
     encoder, info = loaded
     return encoder, info
+
+
+def empty_image_encoder(config: Mapping[str, Any]) -> Any:
+    """A ``CLIPVisionModel`` that has not read any weights. A projection behind it, if there is one, is not used."""
+    import transformers
+
+    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig.from_dict(dict(config)))
+
+
+def load_image_encoder(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Loads CLIP's vision model; returns (``CLIPVisionModel``, loading info of ``from_pretrained``)."""
+    import transformers
+
+    loaded: Any = transformers.CLIPVisionModel.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    encoder, info = loaded
+    return encoder, info
+
+
+def load_image_processor(folder: Path) -> Any:
+    """Loads CLIP's image processor, the one that resizes with PIL: it needs no torchvision."""
+    import transformers
+
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    return kind.from_pretrained(folder)

@@ -31,10 +31,14 @@ class SkyReelsSpec(WanSpec):
 
     @classmethod
     def from_configs(
-        cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
+        cls,
+        transformers: Sequence[Mapping[str, Any]],
+        vae: Mapping[str, Any],
+        pipeline: Mapping[str, Any],
+        image_encoder: Mapping[str, Any] | None = None,
     ) -> SkyReelsSpec:
         """Makes a spec; raises ValueError for variants that this adapter does not run, naming the difference."""
-        found = super().from_configs(transformers, vae, pipeline)
+        found = super().from_configs(transformers, vae, pipeline, image_encoder)
         if (causal := found.config.get("num_frame_per_block", 1)) != 1:
             raise ValueError(
                 f"this SkyReels-V2 transformer has num_frame_per_block={causal} (a causal mask): only 1 is supported"

@@ -1,4 +1,4 @@
-"""Facts of Wan2.1 and Wan2.2 text-to-video models, from their config files alone."""
+"""Facts of Wan2.1 and Wan2.2 text-to-video and image-to-video models, from their config files alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from dualparal.models.base import Grid, component_config
-from dualparal.models.wan.shapes import EMBED, HEAD, KEYS, tensor_shapes
+from dualparal.models.wan.shapes import EMBED, HEAD, KEYS, TEXT_TOKENS, image_counts, tensor_shapes
 from dualparal.models.wan.transformer import WanSlice
 
 # diffusers: WanTransformer3DModel._keep_in_fp32_modules
@@ -21,18 +21,20 @@ _LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.t
 
 @dataclass(frozen=True)
 class WanSpec:
-    """Facts of a Wan text-to-video model from its config files.
+    """Facts of a Wan text-to-video or image-to-video model from its config files.
 
     Attributes:
         configs: the config of ``transformer``, and of ``transformer_2`` where there is one (Wan2.2).
         boundary_ratio: Wan2.2: timesteps at or above boundary_ratio * num_train_timesteps go to ``transformer``.
         vae: its config; without one, that of Wan2.1.
+        image_tokens: tokens of all images of a video that are read by attention (Wan2.1's image-to-video models).
         keeps_first_frame: Wan2.2 TI2V (``expand_timesteps``): every token has a timestep, 0 where the picture is given.
     """
 
     configs: tuple[dict[str, Any], ...]
     boundary_ratio: float | None = None
     vae: Mapping[str, Any] = field(default_factory=dict)
+    image_tokens: int = 0
     keeps_first_frame: bool = False
 
     keys: ClassVar[Set[str]] = KEYS
@@ -41,7 +43,11 @@ class WanSpec:
 
     @classmethod
     def from_configs(
-        cls, transformers: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], pipeline: Mapping[str, Any]
+        cls,
+        transformers: Sequence[Mapping[str, Any]],
+        vae: Mapping[str, Any],
+        pipeline: Mapping[str, Any],
+        image_encoder: Mapping[str, Any] | None = None,
     ) -> WanSpec:
         """Makes a spec; raises ValueError for Wan variants that this adapter does not run, naming the difference."""
         configs = tuple(component_config(config) for config in transformers)
@@ -53,12 +59,6 @@ class WanSpec:
                     f"this Wan transformer has {unknown[0]}={config[unknown[0]]!r}, which is no option of diffusers' "
                     f"{cls.transformer_class}"
                 )
-            for key, plain in (("image_dim", None), ("added_kv_proj_dim", None), ("pos_embed_seq_len", None)):
-                if config.get(key) is not plain:
-                    raise ValueError(
-                        f"this Wan transformer has {key}={config[key]} (image-to-video): only "
-                        "text-to-video models are supported"
-                    )
             if config.get("qk_norm") != "rms_norm_across_heads":
                 raise ValueError(
                     f"this Wan transformer has qk_norm={config.get('qk_norm')!r}: only "
@@ -78,8 +78,16 @@ class WanSpec:
                 raise ValueError(
                     f"transformer and transformer_2 differ in {', '.join(differing)}: experts of one shape are needed"
                 )
-        expands = bool(pipeline.get("expand_timesteps"))
-        return cls(configs, boundary_ratio if len(configs) == 2 else None, component_config(vae), expands)
+        boundary_ratio = boundary_ratio if len(configs) == 2 else None
+        images, expands = _image_tokens(configs[0], image_encoder), bool(pipeline.get("expand_timesteps"))
+        found = cls(configs, boundary_ratio, component_config(vae), images, expands)
+        wanted = (0, found.temporal_factor + found.in_channels)
+        if found.condition_channels not in wanted:
+            raise ValueError(
+                f"this Wan transformer takes {found.config['in_channels']} channels and makes {found.in_channels}: "
+                f"the others must be none, or {wanted[1]} of mask and image"
+            )
+        return found
 
     @property
     def config(self) -> dict[str, Any]:
@@ -95,19 +103,25 @@ class WanSpec:
 
     @property
     def in_channels(self) -> int:
-        return int(self.config["in_channels"])
+        return int(self.config["out_channels"] or self.config["in_channels"])
 
     @property
     def condition_channels(self) -> int:
-        return 0
+        return int(self.config["in_channels"]) - self.in_channels
 
     @property
     def image_counts(self) -> tuple[int, ...]:
-        return (0, 1) if self.keeps_first_frame else (0,)
+        return image_counts(self.config, self.keeps_first_frame)
 
     @property
-    def image_tokens(self) -> int:
-        return 0
+    def image_dim(self) -> int | None:
+        """Width of tokens of images, as the image encoder makes them; None: the model has none."""
+        width = self.config.get("image_dim")
+        return None if width is None else int(width)
+
+    @property
+    def text_tokens(self) -> int | None:
+        return None if self.image_dim is None else TEXT_TOKENS
 
     @property
     def heads(self) -> int:
@@ -180,3 +194,31 @@ class WanSpec:
 
     def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> WanSlice:
         return WanSlice(self.config, tensors, layers)
+
+
+def _image_tokens(config: Mapping[str, Any], image_encoder: Mapping[str, Any] | None) -> int:
+    """Tokens of all images of a video, of which each has a patch's and one of its own. Raises ValueError."""
+    width, added, positions = (config.get(key) for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"))
+    inner = config["num_attention_heads"] * config["attention_head_dim"]
+    if (width is None) != (image_encoder is None):
+        raise ValueError(
+            f"this Wan transformer has image_dim={width} and the pipeline {'no' if image_encoder is None else 'an'} "
+            "image encoder: tokens of images need both"
+        )
+    if added != (None if width is None else inner):
+        raise ValueError(f"this Wan transformer has image_dim={width} and added_kv_proj_dim={added}: use {inner}")
+    if image_encoder is None:
+        return 0
+    if width > config["text_dim"]:
+        raise ValueError(
+            f"this Wan transformer has image_dim={width}: tokens of images wider than the text's "
+            f"{config['text_dim']} are not supported"
+        )
+    tokens = 1 + (int(image_encoder["image_size"]) // int(image_encoder["patch_size"])) ** 2
+    tokens *= image_counts(config)[0]
+    if positions not in (None, tokens):
+        raise ValueError(
+            f"this Wan transformer has pos_embed_seq_len={positions}, and its image encoder makes {tokens} tokens of "
+            "two images"
+        )
+    return tokens

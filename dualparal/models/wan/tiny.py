@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 _TEXT_DIM = 32
+_IMAGE_DIM, _CLIP_SIDE, _CLIP_PATCH = 24, 16, 8  # of CLIP: width, and pixels of an image and of its patches
 # Of queries and keys each, in self-attention. At 1, random attention is nearly an average over all tokens,
 # and which frames a block attends to would hardly show in the result.
 _ATTENTION_GAIN = 1.6
@@ -40,9 +41,11 @@ def build_tiny_pipeline(
     expand_timesteps: bool = False,
     skyreels: bool = False,
     flow_shift: float = 3.0,
+    images: str = "",
     max_shard_size: int | str | None = None,
 ) -> Path:
-    """Writes a text-to-video pipeline into ``directory``, which must be new or empty; returns its path.
+    """Writes a pipeline into ``directory``, which must be new or empty; returns its path. It makes videos of texts
+    unless ``images`` are asked for.
 
     The same arguments give the same safetensors bytes; torch's global random state is neither read nor moved. The
     tokenizer has one token per Latin letter or sign, and takes any other text as unknown. float32, 1 MB.
@@ -56,6 +59,9 @@ def build_tiny_pipeline(
         expand_timesteps: a timestep per token, as in Wan 2.2 TI2V-5B, which has 48 channels and the residual VAE.
         skyreels: a SkyReels-V2 pipeline with diffusion forcing, and a transformer that is told the frame rate.
         flow_shift: of the sampler.
+        images: "condition": an image-to-video pipeline whose transformers are told of images beside latents (Wan 2.2
+            I2V, with ``wan22``); "first": whose transformer reads CLIP's tokens of one image, too (Wan 2.1 I2V);
+            "both": of the first and the last one (Wan 2.1 FLF2V). "": text to video.
         max_shard_size: the most bytes of a transformer per file ("100KB", or a number), with an index file.
 
     Raises:
@@ -75,12 +81,13 @@ def build_tiny_pipeline(
         "out_channels": latent_channels,
         "text_dim": _TEXT_DIM,
         "freq_dim": 64,
+        **_image_options(images, latent_channels, heads * head_dim),
     }
     if skyreels:
         transformer["inject_sample_info"] = True
     vae = _vae_config(latent_channels, vae_dim, residual_vae)
     tokenizer = make_tokenizer(directory / "tokenizer")
-    pipe = _assemble(seed, tokenizer, transformer, vae, wan22, expand_timesteps, skyreels, flow_shift)
+    pipe = _assemble(seed, tokenizer, transformer, vae, wan22, expand_timesteps, skyreels, flow_shift, bool(images))
     pipe.save_pretrained(directory, safe_serialization=True)
     if max_shard_size is not None:
         for name in ("transformer", "transformer_2") if wan22 else ("transformer",):
@@ -98,6 +105,7 @@ def _assemble(
     expand_timesteps: bool,
     skyreels: bool,
     flow_shift: float,
+    images: bool,
 ) -> Any:
     import diffusers
     import transformers
@@ -124,6 +132,8 @@ def _assemble(
             "transformer_2": diffusers.WanTransformer3DModel(**transformer) if wan22 else None,
             "vae": diffusers.AutoencoderKLWan(**vae),
         }
+        if transformer.get("image_dim"):
+            models["image_encoder"] = transformers.CLIPVisionModel(_clip_config())
     for name, model in models.items():
         if model is not None:
             _fill(model, f"{seed}/{name}")
@@ -136,12 +146,45 @@ def _assemble(
     if skyreels:
         del models["transformer_2"]
         return diffusers.SkyReelsV2DiffusionForcingPipeline(tokenizer=tokenizer, scheduler=scheduler, **models)
-    return diffusers.WanPipeline(
+    if "image_encoder" in models:
+        sides = {"size": {"shortest_edge": _CLIP_SIDE}, "crop_size": {"height": _CLIP_SIDE, "width": _CLIP_SIDE}}
+        processor: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+        models["image_processor"] = processor(**sides)
+    pipeline: Any = diffusers.WanImageToVideoPipeline if images else diffusers.WanPipeline
+    return pipeline(
         tokenizer=tokenizer,
         scheduler=scheduler,
         boundary_ratio=0.875 if wan22 else None,
         expand_timesteps=expand_timesteps,
         **models,
+    )
+
+
+def _image_options(images: str, channels: int, inner: int) -> dict[str, Any]:
+    """The options of a transformer that is told of images. Raises ValueError."""
+    if images not in ("", "condition", "first", "both"):
+        raise ValueError(f"images={images!r}: use 'condition', 'first', 'both', or nothing")
+    found: dict[str, Any] = {}
+    if images:
+        found["in_channels"] = 2 * channels + 4
+    if images in ("first", "both"):
+        found |= {"image_dim": _IMAGE_DIM, "added_kv_proj_dim": inner}
+    if images == "both":
+        found["pos_embed_seq_len"] = 2 * (1 + (_CLIP_SIDE // _CLIP_PATCH) ** 2)
+    return found
+
+
+def _clip_config() -> Any:
+    import transformers
+
+    return transformers.CLIPVisionConfig(
+        hidden_size=_IMAGE_DIM,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=_CLIP_SIDE,
+        patch_size=_CLIP_PATCH,
+        projection_dim=8,
     )
 
 

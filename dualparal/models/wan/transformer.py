@@ -1,4 +1,4 @@
-"""Wan2.1 and Wan2.2 text-to-video transformers, a slice of layers at a time.
+"""Wan2.1 and Wan2.2 transformers, a slice of layers at a time.
 
 The arithmetic is that of diffusers' WanTransformer3DModel (transformer_wan.py), with one QKV projection, keys and
 values of the text made once per prompt, modulations once per timestep, and every residual fused with the norm that
@@ -23,7 +23,7 @@ from dualparal.models.keys_values import Context8, KeysValues
 from dualparal.models.linear import Linear
 from dualparal.models.wan.feed_forward import linear_gelu
 from dualparal.models.wan.modulated import residual, residual_norm
-from dualparal.models.wan.shapes import EMBED, HEAD
+from dualparal.models.wan.shapes import EMBED, HEAD, TEXT_TOKENS
 from dualparal.models.wan.timesteps import timestep_frequencies
 
 ROPE_THETA = 10000.0
@@ -45,6 +45,10 @@ class _Layer:
         self.cross_norm = (get("norm2.weight"), get("norm2.bias")) if cross_norm else None
         self.cross_q, self.cross_k, self.cross_v = (linear(f"attn2.to_{p}") for p in "qkv")
         self.cross_norm_q, self.cross_norm_k = get("attn2.norm_q.weight"), get("attn2.norm_k.weight")
+        self.image_k: Linear | None = None
+        if f"blocks.{index}.attn2.add_k_proj.weight" in tensors:
+            self.image_k, self.image_v = linear("attn2.add_k_proj"), linear("attn2.add_v_proj")
+            self.image_norm_k = get("attn2.norm_added_k.weight")
         self.cross_out = linear("attn2.to_out.0")
         self.ffn_in, self.ffn_out = linear("ffn.net.0.proj"), linear("ffn.net.2")
 
@@ -118,21 +122,40 @@ class WanSlice:
         return self._linear("time_proj", embedded)
 
     def text(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """Text embedder, then K (normed) and V of each layer's ``attn2``."""
-        text = self._linear("text_embedder.linear_1", to_device(prompt_embeds.to(self.dtype), self.device))
+        """Text embedder, then K (normed) and V of each layer's ``attn2``; those of images' tokens before the text's."""
+        embeds = to_device(prompt_embeds.to(self.dtype), self.device)
+        image, embeds = embeds[: self._image_tokens(len(embeds))], embeds[self._image_tokens(len(embeds)) :]
+        text = self._linear("text_embedder.linear_1", embeds)
         text = self._linear("text_embedder.linear_2", F.gelu(text, approximate="tanh"))
+        if len(image):
+            image = self._image(image[:, : self.config["image_dim"]])
+        return torch.stack([self._cross(layer, image, text) for layer in self._layers])
+
+    def _image_tokens(self, sequence: int) -> int:
+        """Tokens of images in a sequence of theirs and the text's, which diffusers splits at a fixed length."""
+        return sequence - TEXT_TOKENS if self.config.get("image_dim") is not None else 0
+
+    def _image(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embedded tokens of images [tokens, inner], as WanImageEmbedding.forward has them."""
+        given = {name.removeprefix("image_embedder."): t for name, t in self._condition.items()}
+
+        def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+            weight, bias = given[f"{name}.weight"].float(), given[f"{name}.bias"].float()
+            return F.layer_norm(x.float(), x.shape[-1:], weight, bias, 1e-5).to(x.dtype)
+
+        if "pos_embed" in given:
+            tokens = tokens + given["pos_embed"][0]
+        hidden = F.gelu(self._linear("image_embedder.ff.net.0.proj", norm(tokens, "norm1")))
+        return norm(self._linear("image_embedder.ff.net.2", hidden), "norm2")
+
+    def _cross(self, layer: _Layer, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Keys and values of a layer's attention to images and text, [2, sequence, inner]."""
         inner = (self.inner_dim,)
-        return torch.stack(
-            [
-                torch.stack(
-                    [
-                        F.rms_norm(layer.cross_k(text), inner, layer.cross_norm_k, self.eps),
-                        layer.cross_v(text),
-                    ]
-                )
-                for layer in self._layers
-            ]
-        )
+        keys, values = [F.rms_norm(layer.cross_k(text), inner, layer.cross_norm_k, self.eps)], [layer.cross_v(text)]
+        if layer.image_k is not None:
+            keys.insert(0, F.rms_norm(layer.image_k(image), inner, layer.image_norm_k, self.eps))
+            values.insert(0, layer.image_v(image))
+        return torch.stack([torch.cat(keys), torch.cat(values)])
 
     def rotary(self, start: int, frames: int, grid: Grid) -> Rotary:
         """Angles in float64 from absolute indices: no table, no largest index (diffusers' ends at 1,024)."""
@@ -174,7 +197,7 @@ class WanSlice:
         attend: AttentionStrategy = attend_here,
     ) -> tuple[torch.Tensor, Pending | None]:
         """Self-attention, attention to the text and feed-forward, as in WanTransformerBlock.forward."""
-        layer, heads, eps, runs = self._layers[index], self.heads, self.eps, time.rows
+        layer, eps, runs = self._layers[index], self.eps, time.rows
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.layers[index].unbind(-2)
         y, y_gate = pending or (None, None)
 
@@ -193,12 +216,22 @@ class WanSlice:
         else:
             hidden, normed = residual_norm(hidden, attended, gate, *layer.cross_norm, eps=eps, runs=runs)
         query = F.rms_norm(layer.cross_q(normed), (self.inner_dim,), layer.cross_norm_q, eps)
-        attended = layer.cross_out(attention(query, text.keys, text.values, heads=heads))
+        attended = layer.cross_out(self._attend_text(query, text))
 
         # Feed-forward; its residual is left to the norm of the next layer
         hidden, normed = residual_norm(hidden, attended, None, ffn_scale, ffn_shift, eps=eps, runs=runs)
         y = layer.ffn_out(linear_gelu(normed, layer.ffn_in))
         return (residual(hidden, y, ffn_gate, runs), None) if runs else (hidden, (y, ffn_gate))
+
+    def _attend_text(self, query: torch.Tensor, text: KeysValues) -> torch.Tensor:
+        """Attention to the text and, beside it, to tokens of images, whose results are added."""
+        images = self._image_tokens(len(text.keys))
+        words = text.rows(images, len(text.keys) - images)
+        attended = attention(query, words.keys, words.values, heads=self.heads)
+        if not images:
+            return attended
+        image = text.rows(0, images)
+        return attended + attention(query, image.keys, image.values, heads=self.heads)
 
     def _attend(
         self,

@@ -1,0 +1,92 @@
+"""Image-to-video models: one block is diffusers' pipeline, several are the plain loop on any number of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from dualparal.checkpoint.checkpointer import Checkpoint
+from dualparal.engine.engine import Engine
+from dualparal.models.wan.tiny import build_tiny_pipeline
+from engine_calls import embeds, reference_latents
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 25, 35, 3), dtype=np.uint8)
+FIRST = {"image": IMAGES[0]}
+ENDS = {"image": IMAGES[0], "last_image": IMAGES[1]}
+KINDS: dict[str, dict[str, Any]] = {  # of ``build_tiny_pipeline``
+    "wan2.2-i2v": {"images": "condition", "wan22": True},
+    "wan2.1-i2v": {"images": "first"},
+    "wan2.1-flf2v": {"images": "both"},
+}
+CALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 13, "num_inference_steps": 2, "guidance_scale": 3.0}
+Build = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    made: dict[str, Path] = {}
+
+    def build(kind: str, **options: Any) -> Engine:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind) / "model"
+            made[kind] = build_tiny_pipeline(folder, layers=4, flow_shift=6.0, **KINDS[kind])
+        return Engine.from_pretrained(made[kind], device="cpu", **options)
+
+    return build
+
+
+@pytest.mark.parametrize(("kind", "images"), [("wan2.2-i2v", FIRST), ("wan2.2-i2v", ENDS), ("wan2.1-i2v", FIRST),
+                                              ("wan2.1-flf2v", ENDS)])  # fmt: skip
+def test_one_block_is_what_diffusers_makes(build: Build, kind: str, images: dict[str, Any]) -> None:
+    engine = build(kind, frames_per_block=4)
+    pipe = diffusers.WanImageToVideoPipeline.from_pretrained(engine.source.path)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = {name: diffusers.image_processor.VaeImageProcessor.numpy_to_pil(image / 255)[0]
+                for name, image in images.items()}  # fmt: skip
+    latents = torch.randn(1, 16, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    asked = {"prompt": "a cat", "negative_prompt": "bad", **CALL}
+    finished: list[torch.Tensor] = []
+
+    def keep(*given: Any) -> dict[str, Any]:
+        finished.append(given[-1]["latents"])
+        return {}
+
+    theirs = pipe(**asked, **pictures, latents=latents.clone(), callback_on_step_end=keep).frames
+    wanted = finished[-1]
+    ours = engine(**asked, **images, latents=latents.clone(), callback_on_step_end=keep).frames
+    assert (finished[-1] - wanted).abs().max() < 5e-5
+    assert np.abs(ours - theirs).max() < 2e-4
+
+
+@pytest.mark.parametrize(("kind", "images", "context"), [("wan2.2-i2v", ENDS, "cached"), ("wan2.2-i2v", FIRST, "paper"),
+                                                         ("wan2.1-flf2v", ENDS, "prior")])  # fmt: skip
+def test_stages_make_the_same_bits_and_a_resume_goes_on_with_them(
+    build: Build, tmp_path: Path, kind: str, images: dict[str, Any], context: str
+) -> None:
+    blocks = {"frames_per_block": 2, "context_frames": 1, "context": context, "refresh_every": 2}
+    if context == "paper":
+        del blocks["refresh_every"]
+    engine = build(kind, **blocks)
+    inputs = {**embeds(engine, tokens=512), **images}
+    call = {
+        **CALL,
+        "num_frames": 33 + 4 * (context == "paper"),
+        "output_type": "latent",
+    }  # with a surplus
+    wanted = reference_latents(engine, inputs, **{k: v for k, v in call.items() if k != "output_type"})
+    for stages in range(1, 5):
+        found = build(kind, stages=stages, **blocks)(**inputs, **call).frames
+        assert torch.equal(found, wanted), stages
+    stream = build(kind, stages=2, **blocks).stream(**inputs, **call, checkpoint=Checkpoint(tmp_path / "kept", 1))
+    done = [next(stream), next(stream), next(stream)]
+    stream.close()
+    rest = list(build(kind, stages=3, **blocks).resume(tmp_path / "kept"))
+    assert 0 < rest[0].block < 4
+    joined = torch.cat([chunk.frames for chunk in [*done[: rest[0].block], *rest]], dim=1)
+    assert torch.equal(joined[None] if joined.ndim == 4 else joined, wanted)
