@@ -1,7 +1,7 @@
 """Fused residuals and norms of a unit whose tokens are in runs of one timestep each.
 
 The fused ops take one vector for all rows (``dualparal.kernels.residual_norm``), so each run is a call of its own, and
-what comes of them is joined: one more pass over memory than a unit of one timestep, which is a single call, takes.
+what comes of them is copied together. A unit of one timestep is a single call, and nothing is copied.
 """
 
 from __future__ import annotations
