@@ -17,8 +17,9 @@ from dualparal.config.eight_bit import OFF, EightBitPolicy
 from dualparal.config.reuse import REUSE_OFF, Reuse
 from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, key_mean, lent, place, tiles_of
 from dualparal.kernels.combine_guidance import combine_guidance
-from dualparal.models.base import Grid, ModelSpec, Pending, Slice
+from dualparal.models.base import Grid, ModelSpec, Pending, Slice, TimeCondition
 from dualparal.models.keys_values import Context8, Features8, KeysValues, Packed, to_8bit, to_16bit
+from dualparal.models.times import joined
 from dualparal.sampling.extrapolate import extrapolate
 from dualparal.sampling.sampler import Sampler
 from dualparal.schedule.layout import Layout
@@ -40,6 +41,7 @@ def generate(
     features_8bit: bool = False,
     reuse: Reuse = REUSE_OFF,
     condition: Callable[[range], torch.Tensor] | None = None,
+    first_frame: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Final latents [1, C, L, H, W] float32 of a video of ``layout.num_latents`` frames.
 
@@ -52,6 +54,7 @@ def generate(
             first such step, of this one). Features stay as made, or in 8 bits (``features_8bit``); readers convert.
         condition: latent frames -> what the model is told of images in them, [1, C', F, H, W]; None: nothing.
         reuse: the steps and branches that are not run. Where a neighbour's branch was not, its conditional one is read.
+        first_frame: latents [1, C, 1, H, W] that the video begins with, for a model that keeps them; None: none.
     """
     assert layout.num_blocks is not None, "the reference makes finite videos"
     plan = reuse.plan(sampler.levels, len(prompt_embeds(0)) == 2)
@@ -64,6 +67,7 @@ def generate(
     features: dict[Name, KeysValues | Features8] = {}
     means: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer, block and branch
     velocities = Velocities(sampler.levels, reuse.order)
+    times = Times(spec, layout, grid.tokens, sampler.timesteps[list(plan.runs)], gap, int(first_frame is not None))
     scales = [guidance_scales[spec.expert(float(t), sampler.num_train_timesteps)] for t in sampler.timesteps]
     every, fp8 = layout.blocks.refresh_every, eight_bit.mode == "fp8"
 
@@ -77,7 +81,7 @@ def generate(
         window = torch.cat([latents[block - 1][:, :, -fed:], latents[block]], dim=2) if fed else latents[block]
         if condition is not None:
             window = torch.cat([window, condition(layout.window(block, refresh))], dim=1)
-        time, text = expert.time(timestep), expert.text(prompt_embeds(block)[branch])
+        time, text = times.of(expert, block, step, refresh), expert.text(prompt_embeds(block)[branch])
         rotary = expert.rotary(layout.window(block, refresh).start, window.shape[2], grid)
         hidden = expert.embed(expert.patches(window))
         pending: Pending | None = None
@@ -88,20 +92,15 @@ def generate(
                 parts.append(lent_by(layer, "head", block + 1, step - gap, branch))
             if context and policy != "paper" and block > 0 and not refresh:
                 parts.append(lent_by(layer, "tail", block - 1, min(step + ahead, steps - 1), branch))
+            mean, on = means.get((layer, block, branch)), eight_bit.covers(layer) and eight_bit.at(step, steps)
             keys_values: KeysValues | Context8
-            if eight_bit.covers(layer) and eight_bit.at(step, steps) and not refresh:
-                read = [part if isinstance(part, Features8) else to_8bit(part, spec.heads, fp8) for part in parts]
-                keys_values = arena(own, means.get((layer, block, branch)), read, hidden, spec.heads, fp8)
-            else:
-                keys_values = join(parts, hidden)
-            text_condition = KeysValues(text[layer, 0], text[layer, 1])
-            hidden, pending = expert.layer(layer, hidden, pending, time, text_condition, rotary, keys_values)
+            keys_values = arena(mean, parts, hidden, spec.heads, fp8) if on and not refresh else join(parts, hidden)
+            hidden, pending = expert.layer(layer, hidden, pending, time, KeysValues(*text[layer]), rotary, keys_values)
             for side, start in (("head", first), ("tail", own - count)):
                 features[layer, side, block, step, branch] = lend(keys_values, start, count, features_8bit)
             if isinstance(keys_values, Context8):
                 means[layer, block, branch] = key_mean(keys_values.k_sums, own)
-        own_pending = None if pending is None else (pending[0][first:], pending[1])
-        return expert.picture(expert.head(hidden[first:], own_pending, time), grid)
+        return expert.picture(expert.head(hidden[first:], pending and (pending[0][first:], pending[1]), time), grid)
 
     for iteration in itertools.count():
         newest = min(iteration // gap, layout.num_blocks - 1)
@@ -109,7 +108,7 @@ def generate(
         if not blocks:
             break
         if newest * gap == iteration:
-            latents.append(noise(newest))
+            latents.append(begin(noise(newest), newest, first_frame))
         refresh = every is not None and iteration >= every and iteration % every < gap
         if refresh:
             means.clear()
@@ -119,11 +118,46 @@ def generate(
             for branch in range(1 if step in plan.conditional_only else len(prompt_embeds(block))):
                 velocities.run[block, branch, last] = forward(block, step, branch, newest, refresh)
             for at in range(last, plan.runs[step + 1] if step + 1 < steps else len(sampler)):
-                scale = scales[at] if plan.guided[step] else None
-                latents[block] = states[block].step(velocities.at(block, at, last, scale), at, latents[block])
+                velocity = velocities.at(block, at, last, scales[at] if plan.guided[step] else None)
+                latents[block] = begin(states[block].step(velocity, at, latents[block]), block, first_frame)
         # The next iteration reads what was made at most ``gap`` iterations before it.
         features = {n: kv for n, kv in features.items() if n[2] * gap + n[3] > iteration - gap}
     return torch.cat(latents, dim=2)[:, :, : layout.num_latents]
+
+
+def begin(latents: torch.Tensor, block: int, first_frame: torch.Tensor | None) -> torch.Tensor:
+    """Latents of a block; those of the first one begin with ``first_frame``, if there is one."""
+    return latents if block or first_frame is None else torch.cat([first_frame, latents[:, :, 1:]], 2)
+
+
+class Times:
+    """Timesteps of the frames of a window.
+
+    Args:
+        spec: of the model.
+        layout: the places of blocks in the video.
+        tokens: of a frame.
+        timesteps: the sampler's at the steps that are run.
+        gap: iterations between two blocks.
+        fixed: the first frames of the video that are given.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, layout: Layout, tokens: int, timesteps: torch.Tensor, gap: int, fixed: int
+    ) -> None:
+        self.layout, self.tokens, self.timesteps, self.fixed = layout, tokens, timesteps, fixed
+        self.ahead = gap if spec.unequal_times else 0
+
+    def of(self, expert: Slice, block: int, step: int, refresh: bool) -> TimeCondition:
+        """The modulations of a block's window at a step: frames of the block before may be told to be further, those
+        that are finished or given are at 0."""
+        end, start = len(self.timesteps), self.layout.start(block)
+        fed = min(step + self.ahead, end)
+        window = self.layout.window(block, refresh)
+        at = [end if frame < self.fixed else fed if frame < start else step for frame in window]
+        runs = [(step, self.tokens * len(list(frames))) for step, frames in itertools.groupby(at)]
+        stamps = [self.timesteps[step] if step < end else 0 * self.timesteps[0] for step, _ in runs]
+        return joined([expert.time(stamp) for stamp in stamps], [rows for _, rows in runs])
 
 
 class Velocities:
@@ -165,30 +199,30 @@ def join(parts: Sequence[KeysValues | Features8], hidden: torch.Tensor) -> KeysV
 
 
 def arena(
-    own: int, mean: torch.Tensor | None, neighbours: Sequence[Features8], like: torch.Tensor, heads: int, fp8: bool
+    mean: torch.Tensor | None, parts: Sequence[KeysValues | Features8], like: torch.Tensor, heads: int, fp8: bool
 ) -> Context8:
-    """Lays ``own`` rows to be written and the neighbours' features behind them into one 8-bit context.
+    """Lays rows for ``like``, to be written, and the neighbours' features behind them into one 8-bit context.
 
     Args:
-        own: number of own tokens.
         mean: float32 [inner], to be taken from the own keys; None: not known yet.
-        neighbours: features in 8 bits, in the order of their keys.
-        like: hidden states [tokens, inner], for width, device and 16-bit dtype.
+        parts: features of neighbours, in the order of their keys.
+        like: hidden states [tokens, inner].
         heads: of self-attention.
         fp8: values are in 8 bits, too.
     """
+    neighbours = [part if isinstance(part, Features8) else to_8bit(part, heads, fp8) for part in parts]
     inner = like.shape[1]
-    parts = [(own, 0), *((len(part.keys_values.k), part.skip) for part in neighbours)]
-    tiles = [tiles_of(rows) for rows, _ in parts]
+    lengths = [(len(like), 0), *((len(part.keys_values.k), part.skip) for part in neighbours)]
+    tiles = [tiles_of(rows) for rows, _ in lengths]
     made = KeysValues8.empty(sum(tiles) * TILE, inner, heads, FP8 if fp8 else like.dtype, like.device)
     sums = torch.zeros(tiles[0], inner, dtype=torch.float32, device=like.device)
     means = torch.stack([sums[0] if mean is None else mean, *(part.mean for part in neighbours)])
     for number, part in enumerate(neighbours, 1):
-        rows = made.rows(sum(tiles[:number]) * TILE, parts[number][0])
+        rows = made.rows(sum(tiles[:number]) * TILE, lengths[number][0])
         for target, source in zip(rows, part.keys_values, strict=True):
             if target is not None and source is not None:
                 target.copy_(source)
-    return Context8(made, place(parts), means, sums, mean is None)
+    return Context8(made, place(lengths), means, sums, mean is None)
 
 
 def lend(made: KeysValues | Context8, start: int, count: int, packed: bool) -> KeysValues | Features8:

@@ -52,7 +52,7 @@ class PlanFlags:
     ]
     model: Annotated[
         str,
-        typer.Option(help="wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-t2v-a14b, or a directory in diffusers format."),
+        typer.Option(help="A name that 'dualparal models' lists, or a directory in diffusers format."),
     ] = "wan2.1-t2v-1.3b"
     num_frames: Annotated[int, typer.Option(help="Length in frames: 1, 5, 9 ... (4k + 1).")] = 1025
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "832x480"

@@ -209,6 +209,8 @@ class Builder:
             patch=math.prod(model.patch_size) * (model.in_channels + model.condition_channels),
             velocity_patch=math.prod(model.patch_size) * model.in_channels,
             windows=schedule.windows,
+            unequal_times=model.unequal_times,
+            fixed_frames=self.request.fixed_frames,
         )
 
     def _first_stage(self, experts: Sequence[int], decoder: Delivery, keeper: Checkpointer | None) -> FirstStage:
@@ -240,6 +242,8 @@ class Builder:
         scales = (video.guidance_scale, second)
         shape = (self.setup.source.spec.in_channels, grid.height, grid.width)
         condition = self.images[index]
+        if condition is not None:
+            condition = condition.on(self.setup.mesh.device)
         return LatentQueue(
             self.schedule,
             request.layout,
@@ -251,7 +255,8 @@ class Builder:
             [scales[e] for e in experts],
             self.setup.mesh.device,
             _step_callback(request, index),
-            None if condition is None else condition.on(self.setup.mesh.device),
+            None if request.fixed_frames else condition,
+            condition.first if condition is not None and request.fixed_frames else None,
         )
 
     def _prompt_shape(self) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ from dualparal.engine.capacity import ResultKind, check_requests
 from dualparal.engine.claimed import Claimed
 from dualparal.engine.identity import check_same_run
 from dualparal.engine.parts import Parts
-from dualparal.engine.request import Prompt, Request, check_request, schedule_of, split_videos
+from dualparal.engine.request import Prompt, Request, check_alike, check_request, schedule_of, split_videos
 from dualparal.engine.result import EngineOutput, join_chunks
 from dualparal.engine.resume import check_restartable, decode_again, requests_of
 from dualparal.engine.run import Run
@@ -222,6 +222,7 @@ class Engine:
         )
         callback = callback_on_step_end and partial(callback_on_step_end, self)
         requests = [check_request(self.setup, self.scheduler, video, each, callback) for each in inputs]
+        check_alike(requests)
         check_requests(self.setup, self.parts, requests, result_kind)
         if checkpoint is not None:
             checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(Path(checkpoint))

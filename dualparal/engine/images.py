@@ -63,7 +63,7 @@ def kept_images(setup: Setup, requests: Sequence[Request], folder: Path, name: s
     """Reads what ``encode_images`` made from a file in the snapshots' folder. Raises SnapshotError."""
     spec, grid = setup.source.spec, requests[0].grid
     like = ImageCondition(
-        torch.empty(1, spec.condition_channels, 0, grid.height, grid.width),
+        torch.empty(1, spec.condition_channels or spec.in_channels, 0, grid.height, grid.width),
         tokens=torch.empty(spec.image_tokens, spec.text_dim, dtype=setup.dtype) if spec.image_tokens else None,
     )
     return read_images(folder, name, len(requests), requests[0].layout.padded_latents or 0, like)

@@ -40,6 +40,7 @@ class Request:
         latents: initial noise [1, C, L, h, w], when it was given.
         images: the first, or the first and the last frame, as PIL has them; of a resumed run none.
         condition: what the model is told of its images, on the leading rank of a resumed run.
+        fixed_frames: latent frames of the video's beginning that an image gives, 1 or 0: they stay.
         callback: the caller's, after every step: (step, timestep, {"latents", "block", "video"}); a returned dict's
             "latents" replace them.
     """
@@ -55,6 +56,7 @@ class Request:
     latents: torch.Tensor | None
     images: tuple[Any, ...] = ()
     condition: ImageCondition | None = None
+    fixed_frames: int = 0
     callback: UserCallback | None = None
 
 
@@ -190,8 +192,15 @@ def check_request(
         embeds=embeds,
         latents=None if inputs.latents is None else _latents(inputs.latents, layout, grid, spec.in_channels),
         images=tuple(read_image(image, name) for name, image in given.items() if image is not None),
+        fixed_frames=int(spec.keeps_first_frame and inputs.image is not None),
         callback=callback,
     )
+
+
+def check_alike(requests: Sequence[Request]) -> None:
+    """Checks that videos which are made together begin alike. Raises ValueError."""
+    if len({request.fixed_frames for request in requests}) > 1:
+        raise ValueError("image was given for some of the videos only: give one for each, or make them in two calls")
 
 
 def schedule_of(setup: Setup, requests: Sequence[Request], start: int = 0) -> Schedule:

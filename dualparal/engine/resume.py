@@ -74,8 +74,11 @@ def _read_requests(
         )
         requests.append(check_request(setup, scheduler, video, inputs, callback, encoded=True))
     images = found.run.get("images")
-    if (images is None) != (0 in setup.source.spec.image_counts):
+    model = setup.source.spec
+    if (0 not in model.image_counts) if images is None else max(model.image_counts) == 0:
         raise SnapshotError(f"{folder}: what came of the video's images is missing, or none was taken")
+    kept_frames = int(images is not None and model.keeps_first_frame)
+    requests = [replace(request, fixed_frames=kept_frames) for request in requests]
     if images is None or not setup.mesh.is_leader:
         return requests
     kept = kept_images(setup, requests, folder, images)

@@ -39,15 +39,19 @@ class Rotary(NamedTuple):
 
 
 class TimeCondition(NamedTuple):
-    """The modulations that a timestep gives to the layers of a slice, made once per step and run, not per unit.
+    """The modulations that a timestep gives to the layers of a slice, made once per step, not per unit; or those of
+    several timesteps, joined for a unit whose tokens are not all at one.
 
     Attributes:
-        layers: float32 [layers of the slice, 6, inner] (or another number of rows, as the family has it).
-        head: float32 [2, inner] for the slice that has the head, otherwise None.
+        layers: float32 [layers of the slice, 6, inner] (or another number of rows, as the family has it); joined
+            [layers, runs, 6, inner].
+        head: float32 [2, inner] for the slice that has the head, otherwise None; joined [runs, 2, inner].
+        rows: tokens of each run, in the order of the unit's; empty: all of them are at one timestep.
     """
 
     layers: torch.Tensor
     head: torch.Tensor | None
+    rows: tuple[int, ...] = ()
 
 
 class AttentionKernel(Protocol):
@@ -130,14 +134,15 @@ class Slice(Protocol):
         context: KeysValues | Context8,
         lends: Sequence[Lend] = (),
         attend: AttentionStrategy = attend_here,
-    ) -> tuple[torch.Tensor, Pending]:
+    ) -> tuple[torch.Tensor, Pending | None]:
         """Runs one layer.
 
         Args:
             index: of the layer, counted from 0 in this slice.
             hidden: [tokens, inner].
             pending: the part of the residual that the layer before has left to this one.
-            time: modulations of the slice's layers at this step.
+            time: modulations of the slice's layers at this step; of several runs for a family whose spec says that it
+                takes them (``unequal_times``, ``keeps_first_frame``).
             text: keys and values of the text for this layer, [sequence, inner] each.
             rotary: angles of the tokens.
             context: rows [own | neighbours]; the neighbours' keys and values are there, the own ones are written.
@@ -146,7 +151,7 @@ class Slice(Protocol):
             attend: the strategy around the kernel of self-attention.
 
         Returns:
-            Hidden states [tokens, inner], and the part of the residual that is still to be added to them.
+            Hidden states [tokens, inner], and the part of the residual that is still to be added to them, if any.
         """
         ...
 
@@ -155,7 +160,7 @@ class Slice(Protocol):
         ...
 
     def head(self, hidden: torch.Tensor, pending: Pending | None, time: TimeCondition) -> torch.Tensor:
-        """The velocity of tokens [tokens, patch]. Last slice only."""
+        """The velocity of tokens [tokens, patch], the unit's last ones. Last slice only."""
         ...
 
     def picture(self, patches: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -246,6 +251,16 @@ class ModelSpec(Protocol):
     @property
     def temporal_factor(self) -> int:
         """Frames per latent frame; the first one of a video is a single frame."""
+        ...
+
+    @property
+    def unequal_times(self) -> bool:
+        """True for a model that was trained for frames of unequal noise, and is told the timestep of each."""
+        ...
+
+    @property
+    def keeps_first_frame(self) -> bool:
+        """True for a model that goes on from a first frame whose latents are given, and is told timestep 0 for it."""
         ...
 
     def expert(self, timestep: float, num_train_timesteps: int) -> int:

@@ -178,28 +178,35 @@ class Family:
         return found
 
 
+def _wan_components(transformer: str, experts: int) -> dict[str, Component]:
+    """The folders of a pipeline with Wan's VAE and text encoder, and one or two transformers of a class."""
+    names = ("transformer", "transformer_2")[:experts]
+    return {
+        **{name: Component("diffusers", (transformer,), required=name == names[0]) for name in names},
+        "vae": Component(
+            "diffusers",
+            ("AutoencoderKLWan",),
+            empty="dualparal.models.wan.parts:empty_vae",
+            load="dualparal.models.wan.parts:load_vae",
+            fits=("z_dim", "in_channels"),
+        ),
+        "text_encoder": Component(
+            "transformers",
+            ("UMT5EncoderModel",),
+            empty="dualparal.models.wan.parts:empty_text_encoder",
+            load="dualparal.models.wan.parts:load_text_encoder",
+            fits=("d_model", "text_dim"),
+        ),
+        "tokenizer": Component("transformers", ("T5Tokenizer", "T5TokenizerFast")),
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "wan": Family(
         name="Wan",
         pipelines=("WanPipeline", "WanImageToVideoPipeline"),
         components={
-            "transformer": Component("diffusers", ("WanTransformer3DModel",)),
-            "transformer_2": Component("diffusers", ("WanTransformer3DModel",), required=False),
-            "vae": Component(
-                "diffusers",
-                ("AutoencoderKLWan",),
-                empty="dualparal.models.wan.parts:empty_vae",
-                load="dualparal.models.wan.parts:load_vae",
-                fits=("z_dim", "in_channels"),
-            ),
-            "text_encoder": Component(
-                "transformers",
-                ("UMT5EncoderModel",),
-                empty="dualparal.models.wan.parts:empty_text_encoder",
-                load="dualparal.models.wan.parts:load_text_encoder",
-                fits=("d_model", "text_dim"),
-            ),
-            "tokenizer": Component("transformers", ("T5Tokenizer", "T5TokenizerFast")),
+            **_wan_components("WanTransformer3DModel", 2),
             "image_encoder": Component(
                 "transformers",
                 ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
@@ -230,13 +237,13 @@ FAMILIES: dict[str, Family] = {
             "wan2.1-t2v-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
             "wan2.1-t2v-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
             "wan2.2-t2v-a14b": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+            "wan2.2-ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
             "wan2.1-i2v-14b-480p": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
             "wan2.1-i2v-14b-720p": "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
             "wan2.1-flf2v-14b-720p": "Wan-AI/Wan2.1-FLF2V-14B-720P-Diffusers",
             "wan2.2-i2v-a14b": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
         },
         others={
-            "wan2.2-ti2v-5b": "text and image to video with a timestep per token",
             "wan2.1-vace-1.3b": _VACE,
             "wan2.1-vace-14b": _VACE,
             "wan2.2-s2v-14b": "speech to video",
@@ -246,6 +253,30 @@ FAMILIES: dict[str, Family] = {
             "WanVACEPipeline": _VACE,
             "WanVideoToVideoPipeline": "video to video",
             "WanAnimatePipeline": _ANIMATE,
+        },
+    ),
+    "skyreels-v2": Family(
+        name="SkyReels-V2",
+        pipelines=("SkyReelsV2DiffusionForcingPipeline",),
+        components=_wan_components("SkyReelsV2Transformer3DModel", 1),
+        spec_class="dualparal.models.wan.skyreels:SkyReelsSpec",
+        decoder_class="dualparal.models.wan.vae:StreamingDecoder",
+        prompt_encoder_class="dualparal.models.wan.text:PromptEncoder",
+        known_sizes="dualparal.models.wan.sizes:SKYREELS",
+        read_sizes="dualparal.models.wan.sizes:read_skyreels_sizes",
+        hub_owner="skywork",
+        light_file_class="dualparal.models.wan.light_decoder:LightFile",
+        lora_modules="dualparal.models.wan.lora:lora_modules",
+        hub_ids={
+            "skyreels-v2-df-1.3b-540p": "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
+            "skyreels-v2-df-14b-540p": "Skywork/SkyReels-V2-DF-14B-540P-Diffusers",
+            "skyreels-v2-df-14b-720p": "Skywork/SkyReels-V2-DF-14B-720P-Diffusers",
+        },
+        other_pipelines={
+            "SkyReelsV2Pipeline": "a SkyReels-V2 model without diffusion forcing",
+            "SkyReelsV2ImageToVideoPipeline": "image to video",
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline": "image to video",
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "video to video",
         },
     ),
 }

@@ -36,8 +36,8 @@ def plan(
     """The fastest way to make a video within the limits, and what else there is.
 
     Args:
-        model: a built-in name ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-t2v-a14b"), or a directory in diffusers
-            format, of which only config files are read.
+        model: a name that ``dualparal models`` lists ("wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"), or a directory in
+            diffusers format, of which only config files are read.
         gpus: "8xrtx4090", "8x24GB", "4xa100-80gb,2xrtx4090"; stages follow this order, and cards that only decode are
             the last.
         link, between: of cards in a group and between groups of ``gpus``, by name ("pcie4", "nvlink4", "25gbe").

@@ -301,6 +301,7 @@ class StageExecutor:
             before=self.schedule.before(unit),
             reads=self.schedule.reads(unit),
             writes=self.schedule.writes(unit),
+            fed_step=min(unit.step + self.schedule.gap, self.schedule.num_steps),
         )
 
     def _admit(self, unit: Unit) -> None:

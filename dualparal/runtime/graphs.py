@@ -75,10 +75,11 @@ class Graphed:
         return entry.result
 
     def _make(self, shape: StepShape, inputs: StepInputs) -> _Entry:
+        time = inputs.time
         static = StepInputs(
             inputs.hidden.clone(),
             self._static_text(shape, inputs.text),
-            TimeCondition(*(None if t is None else t.clone() for t in inputs.time)),  # type: ignore[arg-type]
+            TimeCondition(time.layers.clone(), None if time.head is None else time.head.clone(), time.rows),
             Rotary(*(t.clone() for t in inputs.rotary)),
             tuple(t.clone() for t in inputs.read_at),
             tuple(t.clone() for t in inputs.write_at),
@@ -105,7 +106,7 @@ class Graphed:
         for mine, old, new in ((static.time, given.time, inputs.time), (static.rotary, given.rotary, inputs.rotary)):
             if old is not new:
                 for target, source in zip(mine, new, strict=True):
-                    if target is not None and source is not None:
+                    if isinstance(target, torch.Tensor) and isinstance(source, torch.Tensor):
                         target.copy_(source)
         rows, new_rows = (i.read_at + i.write_at + i.mean_at for i in (static, inputs))
         for target, source in zip(rows, new_rows, strict=True):

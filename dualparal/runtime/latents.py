@@ -35,6 +35,9 @@ class LatentQueue:
         device: of the latents.
         callback: (block, step, timestep, latents) -> latents, after every step of the sampler.
         condition: what the model is told of images, on the device; None: nothing.
+        first_frame: latents [1, C, 1, H, W] that the video begins with, on the device, for a model that keeps them:
+            block 0 has them before its first step and after each, as diffusers' WanImageToVideoPipeline feeds them;
+            None: it begins with noise.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class LatentQueue:
         device: torch.device,
         callback: StepCallback | None = None,
         condition: ImageCondition | None = None,
+        first_frame: torch.Tensor | None = None,
     ) -> None:
         self.schedule = schedule
         self.layout = layout
@@ -62,6 +66,7 @@ class LatentQueue:
         self.device = device
         self.callback = callback
         self.condition = condition
+        self.first_frame = first_frame
         self._latents: dict[int, torch.Tensor] = {}
         self._states: dict[int, BlockSampler] = {}
         self._prompts: dict[int, int] = {}
@@ -99,7 +104,7 @@ class LatentQueue:
         """Id of the prompt of the unit's block. The first unit of a block makes it enter."""
         if unit.block not in self._prompts:
             self._prompts[unit.block] = self.prompt_of(unit.block)
-            self._latents[unit.block] = to_device(self.noise(unit.block), self.device)
+            self._latents[unit.block] = self._begun(unit.block, to_device(self.noise(unit.block), self.device))
             self._states[unit.block] = self.sampler.start(unit.block)
         return self._prompts[unit.block]
 
@@ -135,7 +140,12 @@ class LatentQueue:
             latents = self._states[block].step(velocity, at, self._latents[block])
             if self.callback is not None:
                 latents = self.callback(block, at, self.sampler.timesteps[at], latents)
-            self._latents[block] = latents
+            self._latents[block] = self._begun(block, latents)
+
+    def _begun(self, block: int, latents: torch.Tensor) -> torch.Tensor:
+        if block > 0 or self.first_frame is None:
+            return latents
+        return torch.cat([self.first_frame, latents[:, :, 1:]], dim=2)
 
     def _keep(self, block: int, step: int, branch: int, velocity: torch.Tensor) -> None:
         """Keeps what a branch was at a step as long as others are extrapolated from it."""

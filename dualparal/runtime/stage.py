@@ -1,7 +1,7 @@
 """A run of layers with its neighbour features. It knows neither its rank nor the schedule.
 
-Everything that does not change from unit to unit is made once: time conditions per step, keys and values of the text
-per prompt, rotary angles per window. Layers share one workspace for keys and values [own | next | previous].
+Everything that does not change from unit to unit is made once: time conditions per step (``moments``), keys and values
+of the text per prompt, rotary angles per window. Layers share one workspace for keys and values: own, next, previous.
 
 ``forward`` is a function of tensors and a ``StepShape`` alone: slot numbers are tensors too, so that a captured graph
 of it (``graphs.py``) serves every block.
@@ -24,7 +24,9 @@ from dualparal.kernels.attention_8bit import FP8, key_mean
 from dualparal.kernels.qk_norm_rope import Lend
 from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, Slice, TimeCondition, attend_here
 from dualparal.models.keys_values import Context8, Format, KeysValues, Packed, to_8bit, to_16bit
+from dualparal.runtime.angles import Angles
 from dualparal.runtime.features import FeatureStore
+from dualparal.runtime.moments import Moments, Run
 from dualparal.runtime.shares import Cut, Share, Ulysses
 from dualparal.runtime.workspace import Read, View, Workspace, Workspace8
 from dualparal.schedule.actions import Features, Unit
@@ -42,6 +44,7 @@ class StepShape(NamedTuple):
     writes: tuple[str, ...]  # sides
     eight_bit: bool = False  # 8-bit attention is on, in the layers that take part
     needs_key_mean: bool = False  # for the first time in this block
+    runs: tuple[int, ...] = ()  # frames at each timestep, where there are several
 
 
 class StepInputs(NamedTuple):
@@ -71,6 +74,7 @@ class UnitPlan(NamedTuple):
     before: int | None  # the step of the block's last unit of this branch; None: none, or a refresh came after it
     reads: Sequence[Features]  # in the order in which their keys follow the own ones
     writes: Sequence[Features]
+    fed_step: int  # that the frames of the previous block have come to; the number of steps: they are finished
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class StageSpec:
         patch: numbers of a token's latents, and of what is told of images beside them.
         velocity_patch: numbers of a token's velocity.
         windows: number of windows, of all blocks in flight, whose rotary angles are kept.
+        unequal_times: the model is told the timestep of each frame, where a window's are not all at one.
+        fixed_frames: the first frames of the video that are given: they are at timestep 0 throughout.
     """
 
     layers: range
@@ -112,6 +118,8 @@ class StageSpec:
     patch: int = 0
     velocity_patch: int = 0
     windows: int = 1
+    unequal_times: bool = False
+    fixed_frames: int = 0
 
     @property
     def first(self) -> bool:
@@ -175,10 +183,10 @@ class Stage:
         formats = [self._formats(starts, covered) for covered in self._covered]
         self.store = FeatureStore(spec.slots, spec.branches, formats, slice_.device)
         self._step = wrap(self.forward) if wrap else self.forward
-        self._time: dict[int, TimeCondition] = {}
+        self._moments = Moments(experts, spec.timesteps, spec.unequal_times, spec.fixed_frames)
         self._prompts: dict[int, torch.Tensor] = {}
         self._text: dict[tuple[int, int, int], torch.Tensor] = {}
-        self._rotary: dict[tuple[int, int], Rotary] = {}  # by window
+        self._angles = Angles(slice_, spec.grid, spec.windows)
 
     def add_prompt(self, prompt: int, embeds: torch.Tensor) -> None:
         """Makes a prompt known by its id, with embeddings [branches, sequence, text_dim]."""
@@ -194,7 +202,7 @@ class Stage:
     def forget(self) -> None:
         """Forgets all prompts and windows, as before the first unit."""
         self.keep_prompts(())
-        self._rotary.clear()
+        self._angles.forget()
 
     def knows_prompt(self, prompt: int) -> bool:
         """True when the prompt was added and not forgotten since."""
@@ -219,8 +227,8 @@ class Stage:
         inputs = StepInputs(
             hidden,
             self._text_condition(plan.prompt, unit.branch, shape.expert),
-            self._time_condition(unit.step),
-            self._angles(window.start, len(window), rows),
+            self._moments.condition(self._runs(plan), shape.expert, self.spec.grid.tokens, rows),
+            self._angles.of(window, rows),
             tuple(self._row(features) for features in plan.reads),
             tuple(self._row(features) for features in plan.writes),
             (self.store.row("mean", plan.place, unit.branch),) if shape.eight_bit else (),
@@ -236,7 +244,7 @@ class Stage:
     def shape(self, plan: UnitPlan) -> StepShape:
         """All that decides the operations of a unit."""
         unit = plan.unit
-        eight_bit = self._on[unit.step] and not plan.refresh
+        eight_bit, runs = self._on[unit.step] and not plan.refresh, self._runs(plan)
         return StepShape(
             self.spec.expert_of_step[unit.step],
             unit.branch,
@@ -246,6 +254,7 @@ class Stage:
             tuple(f.side for f in plan.writes),
             eight_bit,
             eight_bit and (plan.before is None or not self._on[plan.before]),
+            tuple(run.frames for run in runs) if len(runs) > 1 else (),
         )
 
     def forward(self, shape: StepShape, inputs: StepInputs) -> torch.Tensor:
@@ -264,7 +273,7 @@ class Stage:
             eight_bit = shape.eight_bit and self._covered[index]
             view = views[eight_bit]
             self._read(index, eight_bit, view, shape, inputs)
-            text = KeysValues(inputs.text[index, 0], inputs.text[index, 1])
+            text = KeysValues(*inputs.text[index])
             saved = eight_bit or self.spec.features_8bit or self.share is not None
             lends = {} if saved else self._lends(index, starts, inputs)
             hidden, pending = expert.layer(
@@ -289,11 +298,10 @@ class Stage:
                 self.store.save(index, "mean", True, inputs.mean_at[0], [mean])
         if not self.spec.last:
             return expert.finish(hidden, pending)
-        assert pending is not None, "a stage has at least one layer"
         if self.share is not None:  # of all rows, whose number is that of a tile or more
             counted = self.cut(shape.frames, shape.fed_context).own(self.share.index)
             return expert.head(hidden, pending, inputs.time)[counted.start :]
-        velocity = expert.head(hidden[first_own:], (pending[0][first_own:], pending[1]), inputs.time)
+        velocity = expert.head(hidden[first_own:], pending and (pending[0][first_own:], pending[1]), inputs.time)
         return expert.picture(velocity, self.spec.grid)
 
     def _shared(
@@ -376,25 +384,11 @@ class Stage:
     def _row(self, features: Features) -> torch.Tensor:
         return self.store.row(features.side, features.slot, features.branch)
 
-    def _time_condition(self, step: int) -> TimeCondition:
-        if step not in self._time:
-            self._time[step] = self.experts[self.spec.expert_of_step[step]].time(self.spec.timesteps[step])
-        return self._time[step]
+    def _runs(self, plan: UnitPlan) -> list[Run]:
+        return self._moments.runs(plan.window, plan.unit.step, plan.fed_context, plan.fed_step)
 
     def _text_condition(self, prompt: int, branch: int, expert: int) -> torch.Tensor:
         key = prompt, branch, expert
         if key not in self._text:
             self._text[key] = self.experts[expert].text(self._prompts[prompt][branch])
         return self._text[key]
-
-    def _angles(self, start: int, frames: int, rows: range | None) -> Rotary:
-        window = start, frames
-        found = self._rotary.get(window)
-        if found is None:
-            found = self.experts[0].rotary(start, frames, self.spec.grid)
-            if rows is not None:
-                found = Rotary(*(angles[rows.start : rows.stop].clone() for angles in found))
-            self._rotary[window] = found
-            if len(self._rotary) > self.spec.windows:
-                del self._rotary[min(self._rotary)]  # its block has left before the others
-        return found

@@ -13,7 +13,8 @@ class ImageCondition:
     """All that a model is told of a video's images. Latent frames are counted from the video's first.
 
     Attributes:
-        first: [1, C, k, h, w] float32, told of the first k latent frames.
+        first: [1, C, k, h, w] float32, told of the first k latent frames; for a model that keeps the first frame that
+            frame's latents, of which it is told nothing else.
         later: [1, C, 1, h, w], of each one after them; None: there is none.
         ending: [1, C, e, h, w], of the last e of all that are computed, which an image ends; None: no image does.
         length: latent frames that are computed, where there is an ``ending``; otherwise 0.

@@ -108,8 +108,8 @@ def lend(**wrong: Any) -> Callable[..., KeysValues | Features8]:
     return lend
 
 
-def arena(own: int, mean: torch.Tensor | None, neighbours: Any, like: torch.Tensor, *rest: Any) -> Context8:
-    return ARENA(own, torch.zeros(like.shape[1]) if mean is None else mean, neighbours, like, *rest)
+def arena(mean: torch.Tensor | None, parts: Any, like: torch.Tensor, *rest: Any) -> Context8:
+    return ARENA(torch.zeros(like.shape[1]) if mean is None else mean, parts, like, *rest)
 
 
 MISTAKES: dict[str, tuple[str, Any]] = {

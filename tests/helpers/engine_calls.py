@@ -45,5 +45,6 @@ def reference_latents(engine: Engine, prompt: dict[str, Any], **call: Any) -> to
         engine.config.attention_8bit,
         engine.config.features_8bit,
         engine.config.reuse,
-        None if images is None else images.of,
+        images.of if images is not None and spec.condition_channels else None,
+        images.first if images is not None and spec.keeps_first_frame else None,
     )

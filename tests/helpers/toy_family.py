@@ -48,6 +48,7 @@ class ToySpec:
     patch_size = (1, 1, 1)
     spatial_factor = SPATIAL
     temporal_factor = TEMPORAL
+    unequal_times = keeps_first_frame = False
 
     text_tokens = None
 

@@ -144,5 +144,5 @@ def test_angles_are_made_once_for_every_window(engine: Callable[..., Engine], mo
     for _ in chunks:
         assert built._run is not None
         for executor in built._run._executors:
-            assert len(executor.stage._rotary) <= 3, "as many as blocks are in flight"
+            assert len(executor.stage._angles._made) <= 3, "as many as blocks are in flight"
     assert len(made) == len(set(made)) == 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import supervise
 from dualparal.models.registry import model_sizes
 from dualparal.models.wan.encoder import StreamingEncoder
-from dualparal.models.wan.sizes import MODELS, WanVaeSizes
+from dualparal.models.wan.sizes import MODELS, SKYREELS, SkyReelsSizes, WanVaeSizes
+from dualparal.models.wan.skyreels import SkyReelsSpec
 from dualparal.models.wan.spec import WanSpec
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.models.wan.vae import StreamingDecoder
@@ -36,20 +38,23 @@ from dualparal.planning.workload import Workload
 from dualparal.schedule.actions import DECODE_BOUND, Unit
 from dualparal.schedule.schedule import Schedule
 from dualparal.schedule.simulate import simulate
+from live_bytes import LiveBytes
 from pairwise import pairwise
 from steady_heap import STEADY
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *SKYREELS])
 def test_parameters_are_the_real_ones(name: str) -> None:
-    shape = MODELS[name]
+    shape = model_sizes(name)
     config = wan_config(shape.heads, shape.head_dim, shape.ffn_dim, shape.num_layers)
-    config["in_channels"] += shape.condition_channels
+    config |= {"in_channels": shape.in_channels + shape.condition_channels, "out_channels": shape.out_channels}
     if shape.image_dim:
         positions = shape.image_tokens if shape.positions else None
         config |= {"image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": positions}
-    spec = WanSpec((config,))
-    assert spec.image_counts == shape.image_counts
+    tells_rate = isinstance(shape, SkyReelsSizes) and shape.tells_rate
+    expands = shape.image_counts == (0, 1)
+    spec = SkyReelsSpec((config | {"inject_sample_info": True},)) if tells_rate else WanSpec((config,))
+    assert expands or spec.image_counts == shape.image_counts
     assert shape.parameters == sum(math.prod(size) for size in spec.shapes(0).values())
 
 
@@ -65,14 +70,27 @@ def test_slices_weigh_what_their_tensors_do(wan21: Path) -> None:
         start += layers
 
 
-@pytest.mark.parametrize(("base_dim", "blocks", "height", "width"), [(96, 2, 60, 104), (8, 1, 8, 6)])
-def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, height: int, width: int) -> None:
+def vae_of(base_dim: int, blocks: int, residual: bool) -> tuple[Any, WanVaeSizes]:
+    """diffusers' VAE of these sizes; residual: as in Wan 2.2 5B, with a decoder twice as wide as the encoder."""
     from diffusers import AutoencoderKLWan
 
+    if not residual:
+        found = AutoencoderKLWan(base_dim=base_dim, num_res_blocks=blocks)
+        return found, WanVaeSizes(base_dim, num_res_blocks=blocks)
+    patches = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+    lists = {"z_dim": 48, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
+    found = AutoencoderKLWan(base_dim, 2 * base_dim, num_res_blocks=blocks, **patches, **lists)
+    return found, WanVaeSizes(2 * base_dim, 48, num_res_blocks=blocks, residual=True, patch=2, encoder_dim=base_dim)
+
+
+@pytest.mark.parametrize(
+    ("base_dim", "blocks", "residual", "height", "width"),
+    [(96, 2, False, 60, 104), (8, 1, False, 8, 6), (128, 2, True, 44, 80)],
+)
+def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, residual: bool, height: int, width: int) -> None:
     with torch.device("meta"):
-        vae = AutoencoderKLWan(base_dim=base_dim, num_res_blocks=blocks)
-        latents = torch.zeros(1, 16, 1, height, width)
-    shape = WanVaeSizes(base_dim, num_res_blocks=blocks)
+        vae, shape = vae_of(base_dim, blocks, residual)
+        latents = torch.zeros(1, shape.z_dim, 1, height, width)
     decoder = StreamingDecoder(vae)
     for _ in range(2):
         decoder.push(latents)
@@ -92,6 +110,18 @@ def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, height: int
     assert sum((c.kernel * c.inputs + 1) * c.outputs for c in shape.encoder_convs) == pytest.approx(
         sum(p.numel() for name, p in vae.named_parameters() if name.startswith(("encoder.", "quant_conv"))), rel=0.01
     )
+
+
+def test_the_residual_decoder_holds_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualparal.models.wan.vae.Columns", nullcontext)  # the CPU's own way to convolve
+    vae, shape = vae_of(8, 1, True)
+    decoder, latents = StreamingDecoder(vae), torch.zeros(1, 48, 1, 2, 3)
+    with LiveBytes() as live:
+        for _ in range(3):
+            live.peak = 0
+            decoder.push(latents)
+    found = live.peak - decoder.state_bytes
+    assert shape.working_bytes(2 * 3, 4) == pytest.approx(found, rel=0.05)
 
 
 def test_a_layer_costs_what_the_benches_count() -> None:
@@ -205,14 +235,12 @@ def test_the_slowest_card_and_link_decide_for_all_parts() -> None:
     assert card > 3 * quick and link > 1.1 * quick
 
 
-@pytest.mark.parametrize(("base_dim", "blocks"), [(8, 1), (12, 2)])
-def test_borders_are_rows_of_what_the_decoder_convolves(base_dim: int, blocks: int) -> None:
+@pytest.mark.parametrize(("base_dim", "blocks", "residual"), [(8, 1, False), (12, 2, False), (8, 1, True)])
+def test_borders_are_rows_of_what_the_decoder_convolves(base_dim: int, blocks: int, residual: bool) -> None:
     """Counted on the real decoder: the inputs of its convolutions over space, without what it kept."""
-    from diffusers import AutoencoderKLWan
-
     with torch.device("meta"):
-        vae = AutoencoderKLWan(base_dim=base_dim, num_res_blocks=blocks)
-        latents = torch.zeros(1, 16, 1, 4, 6)
+        vae, shape = vae_of(base_dim, blocks, residual)
+        latents = torch.zeros(1, shape.z_dim, 1, 4, 6)
     decoder, counted = StreamingDecoder(vae), []
     for _ in range(2):
         decoder.push(latents)
@@ -225,9 +253,9 @@ def test_borders_are_rows_of_what_the_decoder_convolves(base_dim: int, blocks: i
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)) and module.kernel_size[-1] == 3:
             module.register_forward_pre_hook(count)
     decoder.push(latents)
-    borders = WanVaeSizes(base_dim, num_res_blocks=blocks).borders(6)
+    borders = shape.borders(6)
     assert (borders.numbers, borders.messages) == (sum(counted), len(counted))
-    assert borders.gathered == 2 * 4 * base_dim
+    assert borders.gathered == 2 * 4 * shape.base_dim
 
 
 def test_balance() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.engine import build
 from dualparal.engine.engine import Engine
+from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.runtime.features import FeatureStore
 from dualparal.runtime.graphs import Graphed
 from engine_calls import embeds
@@ -55,9 +57,17 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return replays
 
 
+@pytest.fixture(scope="module")
+def skyreels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is told the timestep of each frame that it is fed."""
+    return build_tiny_pipeline(tmp_path_factory.mktemp("models") / "skyreels", layers=2, skyreels=True)
+
+
+KINDS = [("skyreels", "paper"), *product(("wan21", "wan22"), ("cached", "prior", "paper"))]
+
+
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("policy", ["cached", "prior", "paper"])
-@pytest.mark.parametrize("model", ["wan21", "wan22"])
+@pytest.mark.parametrize("model, policy", KINDS)
 def test_replays_give_the_bits_of_eager(
     request: pytest.FixtureRequest, engine: Callable[..., Engine], recorded: list[int], policy: str, model: str
 ) -> None:

@@ -19,7 +19,8 @@ from dualparal.sampling.images import ImageCondition
 def image_condition(
     spec: Any, encoder: Encoder, images: Sequence[torch.Tensor], length: int | None, computed: int | None
 ) -> ImageCondition:
-    """The condition of every latent frame: mask, then latents of the clip.
+    """The condition of every latent frame: mask, then latents of the clip. Of a model that keeps the first frame the
+    latents that this one has.
 
     Args:
         spec: the model's ``WanSpec``.
@@ -28,6 +29,9 @@ def image_condition(
         length: latent frames of the video, where the last image belongs; None: endless.
         computed: the same with the surplus of the last block, frames that nobody sees: grey ones.
     """
+    if spec.keeps_first_frame:  # the image is a frame of its own, and the model is told nothing of the others
+        only = encoder.push(images[0][None])
+        return ImageCondition(only, torch.zeros_like(only))
     step = spec.temporal_factor
     grey = images[0].new_zeros(step, *images[0].shape)
     ends = length - 1 if length is not None and len(images) == 2 else None

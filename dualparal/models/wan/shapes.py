@@ -96,11 +96,14 @@ def _linear(name: str, inputs: int, outputs: int) -> Shapes:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
 
-def image_counts(config: Mapping[str, Any]) -> tuple[int, ...]:
+def image_counts(config: Mapping[str, Any], keeps_first_frame: bool = False) -> tuple[int, ...]:
     """Numbers of images that a video takes: none, the first, or the first and the last.
 
-    A model that reads tokens of images takes as many as it was made for: with positions, two.
+    A model that reads tokens of images takes as many as it was made for: with positions, two. One that keeps the first
+    frame's latents can do without.
     """
+    if keeps_first_frame:
+        return (0, 1)
     if config["in_channels"] == (config["out_channels"] or config["in_channels"]):
         return (0,)
     if config.get("image_dim") is None:

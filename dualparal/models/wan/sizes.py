@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dualparal.models.json_files import ModelError, read_config
+from dualparal.models.json_files import ModelError, read_config, read_json
 from dualparal.models.sizes import Borders, LinearSizes
 from dualparal.models.wan.light_sizes import LightSizes, read_light_sizes
 from dualparal.models.wan.shapes import image_counts
@@ -41,9 +41,13 @@ class Conv(NamedTuple):
 
 @dataclass(frozen=True)
 class WanVaeSizes:
-    """Sizes of diffusers' AutoencoderKLWan (Wan 2.1; the residual one is not counted), of its decoder where not said.
+    """Sizes of diffusers' AutoencoderKLWan, of its decoder where not said.
 
-    Attributes are keys of its config, ``temporal_upsample`` being ``temperal_downsample`` reversed.
+    Attributes are keys of its config, ``base_dim`` being the decoder's (``decoder_base_dim``) and ``temporal_upsample``
+    being ``temperal_downsample`` reversed, and besides:
+        residual: the one of Wan 2.2 5B (``is_residual``), whose levels have shortcuts.
+        patch: side of the patches of a frame that it makes (``patch_size``).
+        encoder_dim: the encoder's ``base_dim``; None: the decoder's.
     """
 
     base_dim: int = 96
@@ -51,10 +55,13 @@ class WanVaeSizes:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_upsample: tuple[bool, ...] = (True, True, False)
+    residual: bool = False
+    patch: int = 1
+    encoder_dim: int | None = None
 
     @property
     def spatial_factor(self) -> int:
-        return int(2 ** (len(self.dim_mult) - 1))
+        return self.patch * int(2 ** (len(self.dim_mult) - 1))
 
     @property
     def temporal_factor(self) -> int:
@@ -69,7 +76,7 @@ class WanVaeSizes:
         found += [Conv(dims[0], 4 * dims[0], 1, 1, 1, 0)]  # projections of the attention between them
         frames = scale = 1
         for index, (wide, out) in enumerate(pairwise(dims)):
-            before = wide // 2 if index else wide
+            before = wide // 2 if index and not self.residual else wide
             for _ in range(self.num_res_blocks + 1):
                 if before != out:
                     found.append(Conv(before, out, 1, frames, scale, 0))
@@ -80,16 +87,16 @@ class WanVaeSizes:
                     found.append(Conv(out, 2 * out, 3, frames, scale, 2))
                     frames *= 2
                 scale *= 2
-                found.append(Conv(out, out // 2, 9, frames, scale, 0))
-        found.append(Conv(dims[-1], 3, 27, frames, scale, 2))
+                found.append(Conv(out, out if self.residual else out // 2, 9, frames, scale, 0))
+        found.append(Conv(dims[-1], 3 * self.patch**2, 27, frames, scale, 2))
         return found
 
     @cached_property
     def encoder_convs(self) -> list[Conv]:
         """Every convolution of the encoder, in order, as ``convs``."""
-        dims = [self.base_dim * m for m in (1, *self.dim_mult)]
-        frames, scale = self.temporal_factor, self.spatial_factor
-        found = [Conv(3, dims[0], 27, frames, scale, 2)]
+        dims = [(self.encoder_dim or self.base_dim) * m for m in (1, *self.dim_mult)]
+        frames, scale = self.temporal_factor, self.spatial_factor // self.patch
+        found = [Conv(3 * self.patch**2, dims[0], 27, frames, scale, 2)]
         for index, (wide, out) in enumerate(pairwise(dims)):
             for before in (wide, *(out for _ in range(self.num_res_blocks - 1))):
                 if before != out:
@@ -121,8 +128,8 @@ class WanVaeSizes:
         In the first level a residual block holds what the last one of the decoder does.
         """
         held = sum(itemsize * c.cached * c.inputs * c.scale**2 * pixels for c in self.encoder_convs)
-        frames, frame = self.temporal_factor, self.spatial_factor**2 * pixels
-        return held + itemsize * self.base_dim * (4 * frames + 2) * frame
+        frames, frame = self.temporal_factor, (self.spatial_factor // self.patch) ** 2 * pixels
+        return held + itemsize * (self.encoder_dim or self.base_dim) * (4 * frames + 2) * frame
 
     def flops(self, pixels: int) -> int:
         """FLOPs of decoding one latent frame of ``pixels`` latent pixels, without attention's own product (1 %)."""
@@ -132,10 +139,11 @@ class WanVaeSizes:
     def parameters(self) -> int:
         """Parameters of the decoder and, as the engine loads both, of the encoder.
 
-        The encoder mirrors the decoder with one block less a level.
+        The encoder mirrors the decoder with one block less a level, at its own width.
         """
         decoder = sum((c.kernel * c.inputs + 1) * c.outputs for c in self.convs)
-        return round(decoder * (1 + self.num_res_blocks / (self.num_res_blocks + 1)))
+        narrower = 1.0 if self.encoder_dim is None else (self.encoder_dim / self.base_dim) ** 2
+        return round(decoder * (1 + narrower * self.num_res_blocks / (self.num_res_blocks + 1)))
 
     def cache_bytes(self, pixels: int, itemsize: int) -> int:
         """Bytes that the decoder holds from one latent frame to the next, in numbers of ``itemsize`` bytes."""
@@ -147,9 +155,16 @@ class WanVaeSizes:
         In the last level a residual block holds its input, the normed one, that padded and joined with two cached
         frames, and the result. At its beginning the upsampled frames are held twice and the convolved ones once; in 16
         bits diffusers upsamples in float32, and the larger copy is one of these.
+
+        The residual VAE halves its channels in that level only, so its first block holds more than all of this: the
+        input, the level's copy of it, the normed one, that joined and then padded, what it will keep, and the shortcut.
         """
         last = self.convs[-1]
         frame = last.scale**2 * pixels
+        if self.residual:
+            into = next(c for c in self.convs if c.scale == last.scale and c.kernel == 27).inputs
+            wide = into * (3 * last.frames + 2 + 2 * (last.frames + 2))
+            return frame * itemsize * (wide + last.inputs * last.frames)
         narrow, wide = last.inputs, self.convs[-1].inputs
         for c in self.convs:
             if c.kernel == 9 and c.scale == last.scale:
@@ -280,6 +295,7 @@ class WanSizes:
 
 # CLIP's ViT-H/14, and what it makes of one image
 _CLIP = {"condition_channels": 20, "image_dim": 1280, "image_tokens": 257, "image_encoder": 630_766_080}
+_VAE_5B = WanVaeSizes(256, 48, residual=True, patch=2, encoder_dim=160)
 MODELS: Mapping[str, WanSizes] = {
     sizes.name: sizes
     for sizes in (
@@ -301,6 +317,45 @@ MODELS: Mapping[str, WanSizes] = {
             **{**_CLIP, "image_tokens": 514},  # type: ignore[arg-type]
         ),
         WanSizes("wan2.2-i2v-a14b", 40, 40, 128, 13824, experts=2, image_counts=(1, 2), condition_channels=20),
+        WanSizes(
+            "wan2.2-ti2v-5b",
+            30,
+            24,
+            128,
+            14336,
+            in_channels=48,
+            out_channels=48,
+            vae=_VAE_5B,
+            trained_latents=31,
+            image_counts=(0, 1),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class SkyReelsSizes(WanSizes):
+    """Sizes of a SkyReels-V2-DF pipeline: a Wan2.1 one, and what tells its layers the frame rate.
+
+    Attributes:
+        tells_rate: it has that (``inject_sample_info``).
+    """
+
+    tells_rate: bool = False
+
+    @property
+    def condition_parameters(self) -> tuple[int, int]:
+        narrow, wide = super().condition_parameters
+        h = self.inner
+        return narrow + (2 * h + (h * h + h) + (h * 6 * h + 6 * h) if self.tells_rate else 0), wide
+
+
+SKYREELS: Mapping[str, SkyReelsSizes] = {
+    sizes.name: sizes
+    for sizes in (
+        SkyReelsSizes("skyreels-v2-df-1.3b-540p", 30, 12, 128, 8960, trained_latents=25, tells_rate=True),
+        SkyReelsSizes("skyreels-v2-df-14b-540p", 40, 40, 128, 13824, trained_latents=25),
+        SkyReelsSizes("skyreels-v2-df-14b-720p", 40, 40, 128, 13824, trained_latents=31),
     )
 }
 
@@ -315,10 +370,8 @@ def read_sizes(path: Path) -> WanSizes:
     reader = read_config(path / "image_encoder" / "config.json") if (path / "image_encoder").is_dir() else None
     vae = read_config(path / "vae" / "config.json") if (path / "vae").is_dir() else {}
     text = read_config(path / "text_encoder" / "config.json") if (path / "text_encoder").is_dir() else None
-    if vae.get("is_residual"):
-        raise ModelError(f"{path / 'vae'}: the residual VAE of Wan2.2 5B has no cost model; use a Wan 2.1 VAE")
+    expands = bool(read_json(path / "model_index.json").get("expand_timesteps"))
     try:
-        downsample = vae.get("temperal_downsample", [False, True, True])
         return WanSizes(
             path.name,
             int(config["num_layers"]),
@@ -332,18 +385,35 @@ def read_sizes(path: Path) -> WanSizes:
             int(config["patch_size"][1]),
             2 if (path / "transformer_2").is_dir() else 1,
             bool(config["cross_attn_norm"]),
-            WanVaeSizes(
-                int(vae.get("base_dim", 96)),
-                int(vae.get("z_dim", 16)),
-                tuple(vae.get("dim_mult", (1, 2, 4, 4))),
-                int(vae.get("num_res_blocks", 2)),
-                tuple(reversed(downsample)),
-            ),
+            _read_vae(vae),
             _text_parameters(text) if text else WanSizes.text_encoder,
-            **_image_sizes(config, reader),
+            trained_latents=31 if vae.get("is_residual") else WanSizes.trained_latents,  # 121 frames of 24 a second
+            **_image_sizes(config, reader, expands),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(f"{path}: not the configs of a Wan model ({error!r})") from None
+
+
+def read_skyreels_sizes(path: Path) -> SkyReelsSizes:
+    """Sizes of the SkyReels-V2 model in a directory; argument and errors are those of ``read_sizes``."""
+    tells_rate = bool(read_config(path / "transformer" / "config.json").get("inject_sample_info"))
+    found = {**vars(read_sizes(path)), "trained_latents": 25, "tells_rate": tells_rate}
+    return SkyReelsSizes(**found)
+
+
+def _read_vae(config: dict[str, Any]) -> WanVaeSizes:
+    """Sizes of the VAE of a config, or of Wan 2.1's for an empty one."""
+    encoder, decoder = config.get("base_dim", 96), config.get("decoder_base_dim")
+    return WanVaeSizes(
+        int(decoder or encoder),
+        int(config.get("z_dim", 16)),
+        tuple(config.get("dim_mult", (1, 2, 4, 4))),
+        int(config.get("num_res_blocks", 2)),
+        tuple(reversed(config.get("temperal_downsample", [False, True, True]))),
+        bool(config.get("is_residual")),
+        int(config.get("patch_size") or 1),
+        None if decoder is None else int(encoder),
+    )
 
 
 def _text_parameters(config: dict[str, Any]) -> int:
@@ -354,9 +424,12 @@ def _text_parameters(config: dict[str, Any]) -> int:
     return int(config["vocab_size"] * d + config["num_layers"] * layer + d)
 
 
-def _image_sizes(config: dict[str, Any], reader: dict[str, Any] | None) -> dict[str, Any]:
-    """The fields of ``WanSizes`` on images, from the configs of the transformer and of its image encoder, if any."""
-    found: dict[str, Any] = {"image_counts": image_counts(config)}
+def _image_sizes(config: dict[str, Any], reader: dict[str, Any] | None, expands: bool) -> dict[str, Any]:
+    """The fields of ``WanSizes`` on images, from the configs of the transformer and of its image encoder, if any.
+
+    expands: the timestep is expanded to one for each token, so that the first frame can be an image that stays.
+    """
+    found: dict[str, Any] = {"image_counts": image_counts(config, expands)}
     found["condition_channels"] = config["in_channels"] - (config["out_channels"] or config["in_channels"])
     if reader is None or config.get("image_dim") is None:
         return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,12 +28,18 @@ class WanSpec:
         boundary_ratio: Wan2.2: timesteps at or above boundary_ratio * num_train_timesteps go to ``transformer``.
         vae: its config; without one, that of Wan2.1.
         image_tokens: tokens of all images of a video that are read by attention (Wan2.1's image-to-video models).
+        keeps_first_frame: Wan2.2 TI2V (``expand_timesteps``): every token has a timestep, 0 where the picture is given.
     """
 
     configs: tuple[dict[str, Any], ...]
     boundary_ratio: float | None = None
     vae: Mapping[str, Any] = field(default_factory=dict)
     image_tokens: int = 0
+    keeps_first_frame: bool = False
+
+    keys: ClassVar[Set[str]] = KEYS
+    transformer_class: ClassVar[str] = "WanTransformer3DModel"
+    unequal_times: ClassVar[bool] = False
 
     @classmethod
     def from_configs(
@@ -46,17 +52,12 @@ class WanSpec:
         """Makes a spec; raises ValueError for Wan variants that this adapter does not run, naming the difference."""
         configs = tuple(component_config(config) for config in transformers)
         boundary_ratio = pipeline.get("boundary_ratio")
-        if pipeline.get("expand_timesteps"):
-            raise ValueError(
-                "this Wan pipeline has expand_timesteps=True (Wan2.2 TI2V): only Wan2.1 and "
-                "Wan2.2-A14B type models are supported"
-            )
         for config in configs:
-            unknown = sorted(set(config) - KEYS)
+            unknown = sorted(set(config) - cls.keys)
             if unknown:
                 raise ValueError(
                     f"this Wan transformer has {unknown[0]}={config[unknown[0]]!r}, which is no option of diffusers' "
-                    "WanTransformer3DModel"
+                    f"{cls.transformer_class}"
                 )
             if config.get("qk_norm") != "rms_norm_across_heads":
                 raise ValueError(
@@ -78,7 +79,8 @@ class WanSpec:
                     f"transformer and transformer_2 differ in {', '.join(differing)}: experts of one shape are needed"
                 )
         boundary_ratio = boundary_ratio if len(configs) == 2 else None
-        found = cls(configs, boundary_ratio, component_config(vae), _image_tokens(configs[0], image_encoder))
+        images, expands = _image_tokens(configs[0], image_encoder), bool(pipeline.get("expand_timesteps"))
+        found = cls(configs, boundary_ratio, component_config(vae), images, expands)
         wanted = (0, found.temporal_factor + found.in_channels)
         if found.condition_channels not in wanted:
             raise ValueError(
@@ -109,7 +111,7 @@ class WanSpec:
 
     @property
     def image_counts(self) -> tuple[int, ...]:
-        return image_counts(self.config)
+        return image_counts(self.config, self.keeps_first_frame)
 
     @property
     def image_dim(self) -> int | None:
@@ -177,7 +179,7 @@ class WanSpec:
             elif name in HEAD:
                 wanted = layers.stop == self.num_layers
             else:
-                wanted = name.startswith("condition_embedder.")
+                wanted = True
             if wanted:
                 found.append(name)
         return found

@@ -38,6 +38,8 @@ def build_tiny_pipeline(
     vae_dim: int = 4,
     wan22: bool = False,
     residual_vae: bool = False,
+    expand_timesteps: bool = False,
+    skyreels: bool = False,
     flow_shift: float = 3.0,
     images: str = "",
     max_shard_size: int | str | None = None,
@@ -54,6 +56,8 @@ def build_tiny_pipeline(
         vae_dim: width of the VAE's narrowest layer.
         wan22: two experts, ``transformer`` and ``transformer_2``, and a boundary_ratio, as in Wan 2.2 A14B.
         residual_vae: the VAE of Wan 2.2 5B, 16 pixels per latent instead of 8.
+        expand_timesteps: a timestep per token, as in Wan 2.2 TI2V-5B, which has 48 channels and the residual VAE.
+        skyreels: a SkyReels-V2 pipeline with diffusion forcing, and a transformer that is told the frame rate.
         flow_shift: of the sampler.
         images: "condition": an image-to-video pipeline whose transformers are told of images beside latents (Wan 2.2
             I2V, with ``wan22``); "first": whose transformer reads CLIP's tokens of one image, too (Wan 2.1 I2V);
@@ -79,9 +83,11 @@ def build_tiny_pipeline(
         "freq_dim": 64,
         **_image_options(images, latent_channels, heads * head_dim),
     }
+    if skyreels:
+        transformer["inject_sample_info"] = True
     vae = _vae_config(latent_channels, vae_dim, residual_vae)
     tokenizer = make_tokenizer(directory / "tokenizer")
-    pipe = _assemble(seed, tokenizer, transformer, vae, wan22, flow_shift, bool(images))
+    pipe = _assemble(seed, tokenizer, transformer, vae, wan22, expand_timesteps, skyreels, flow_shift, bool(images))
     pipe.save_pretrained(directory, safe_serialization=True)
     if max_shard_size is not None:
         for name in ("transformer", "transformer_2") if wan22 else ("transformer",):
@@ -96,12 +102,15 @@ def _assemble(
     transformer: dict[str, Any],
     vae: dict[str, Any],
     wan22: bool,
+    expand_timesteps: bool,
+    skyreels: bool,
     flow_shift: float,
     images: bool,
 ) -> Any:
     import diffusers
     import transformers
 
+    kind = diffusers.SkyReelsV2Transformer3DModel if skyreels else diffusers.WanTransformer3DModel
     # Constructors draw initial values from the global generator, only for us to overwrite them.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         text_encoder = transformers.UMT5EncoderModel(
@@ -119,7 +128,7 @@ def _assemble(
         )
         models: dict[str, Any] = {
             "text_encoder": text_encoder,
-            "transformer": diffusers.WanTransformer3DModel(**transformer),
+            "transformer": kind(**transformer),
             "transformer_2": diffusers.WanTransformer3DModel(**transformer) if wan22 else None,
             "vae": diffusers.AutoencoderKLWan(**vae),
         }
@@ -134,12 +143,21 @@ def _assemble(
         num_train_timesteps=1000,
         flow_shift=flow_shift,
     )
+    if skyreels:
+        del models["transformer_2"]
+        return diffusers.SkyReelsV2DiffusionForcingPipeline(tokenizer=tokenizer, scheduler=scheduler, **models)
     if "image_encoder" in models:
         sides = {"size": {"shortest_edge": _CLIP_SIDE}, "crop_size": {"height": _CLIP_SIDE, "width": _CLIP_SIDE}}
-        kind: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-        models["image_processor"] = kind(**sides)
+        processor: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+        models["image_processor"] = processor(**sides)
     pipeline: Any = diffusers.WanImageToVideoPipeline if images else diffusers.WanPipeline
-    return pipeline(tokenizer=tokenizer, scheduler=scheduler, boundary_ratio=0.875 if wan22 else None, **models)
+    return pipeline(
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        boundary_ratio=0.875 if wan22 else None,
+        expand_timesteps=expand_timesteps,
+        **models,
+    )
 
 
 def _image_options(images: str, channels: int, inner: int) -> dict[str, Any]:

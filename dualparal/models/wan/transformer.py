@@ -18,11 +18,11 @@ from dualparal.device import to_device
 from dualparal.kernels.attention import attention
 from dualparal.kernels.attention_8bit import attention_8bit, key_mean, qk_norm_rope_8bit
 from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
-from dualparal.kernels.residual_norm import residual, residual_norm
 from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, TimeCondition, attend_here
 from dualparal.models.keys_values import Context8, KeysValues
 from dualparal.models.linear import Linear
 from dualparal.models.wan.feed_forward import linear_gelu
+from dualparal.models.wan.modulated import residual, residual_norm
 from dualparal.models.wan.shapes import EMBED, HEAD, TEXT_TOKENS
 from dualparal.models.wan.timesteps import timestep_frequencies
 
@@ -74,7 +74,7 @@ class WanSlice:
         self._condition = {
             name.removeprefix("condition_embedder."): tensor
             for name, tensor in tensors.items()
-            if name.startswith("condition_embedder.")
+            if not name.startswith("blocks.") and name not in (*EMBED, *HEAD)
         }
         self._patch = tuple(tensors[name] for name in EMBED) if layers.start == 0 else None
         self._head = tuple(tensors[name] for name in HEAD) if layers.stop == config["num_layers"] else None
@@ -100,12 +100,10 @@ class WanSlice:
 
     def time(self, timestep: torch.Tensor) -> TimeCondition:
         """The ``scale_shift_table`` of each layer and of the head plus the embedded timestep, 1 added to the scales."""
-        moment = torch.full((1,), timestep.item(), dtype=timestep.dtype, device=self.device)
-        frequencies = timestep_frequencies(moment, self.config["freq_dim"])
-        frequencies = frequencies.to(self._condition["time_embedder.linear_1.weight"].dtype)
+        frequencies = self._frequencies(timestep).to(self._condition["time_embedder.linear_1.weight"].dtype)
         embedded = self._linear("time_embedder.linear_1", frequencies)
         embedded = self._linear("time_embedder.linear_2", F.silu(embedded)).to(self.dtype)
-        layers = self._tables + self._linear("time_proj", F.silu(embedded)).float().unflatten(1, (6, -1))
+        layers = self._tables + self._projected(F.silu(embedded)).float().unflatten(1, (6, -1))
         for scale in (1, 4):  # one by one: a list of indices would be copied to the device, and waited for
             layers[:, scale] += 1  # the norms multiply by 1 + scale
         head = None
@@ -113,6 +111,15 @@ class WanSlice:
             head = (self._head[2].float() + embedded.unsqueeze(1)).squeeze(0).float()  # shift, scale
             head[1] += 1
         return TimeCondition(layers, head)
+
+    def _frequencies(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Sinusoids [1, freq_dim] of a timestep."""
+        moment = torch.full((1,), timestep.item(), dtype=timestep.dtype, device=self.device)
+        return timestep_frequencies(moment, self.config["freq_dim"])
+
+    def _projected(self, embedded: torch.Tensor) -> torch.Tensor:
+        """The part of modulations that layers share, [1, 6 * inner], from the activated embedding of a timestep."""
+        return self._linear("time_proj", embedded)
 
     def text(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Text embedder, then K (normed) and V of each layer's ``attn2``; those of images' tokens before the text's."""
@@ -188,14 +195,14 @@ class WanSlice:
         context: KeysValues | Context8,
         lends: Sequence[Lend] = (),
         attend: AttentionStrategy = attend_here,
-    ) -> tuple[torch.Tensor, Pending]:
+    ) -> tuple[torch.Tensor, Pending | None]:
         """Self-attention, attention to the text and feed-forward, as in WanTransformerBlock.forward."""
-        layer, eps = self._layers[index], self.eps
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.layers[index]
+        layer, eps, runs = self._layers[index], self.eps, time.rows
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.layers[index].unbind(-2)
         y, y_gate = pending or (None, None)
 
         # Self-attention over [own | neighbours]. Non-causal, so the order of keys only has to be fixed.
-        hidden, normed = residual_norm(hidden, y, y_gate, scale, shift, eps=eps)
+        hidden, normed = residual_norm(hidden, y, y_gate, scale, shift, eps=eps, runs=runs)
         qkv = layer.qkv(normed)
         if isinstance(context, Context8):
             attended = self._attend_8bit(layer, qkv, rotary, context, attend)
@@ -205,16 +212,16 @@ class WanSlice:
 
         # Cross-attention to the text
         if layer.cross_norm is None:
-            hidden = normed = residual(hidden, attended, gate)
+            hidden = normed = residual(hidden, attended, gate, runs)
         else:
-            hidden, normed = residual_norm(hidden, attended, gate, *layer.cross_norm, eps=eps)
+            hidden, normed = residual_norm(hidden, attended, gate, *layer.cross_norm, eps=eps, runs=runs)
         query = F.rms_norm(layer.cross_q(normed), (self.inner_dim,), layer.cross_norm_q, eps)
         attended = layer.cross_out(self._attend_text(query, text))
 
         # Feed-forward; its residual is left to the norm of the next layer
-        hidden, normed = residual_norm(hidden, attended, None, ffn_scale, ffn_shift, eps=eps)
+        hidden, normed = residual_norm(hidden, attended, None, ffn_scale, ffn_shift, eps=eps, runs=runs)
         y = layer.ffn_out(linear_gelu(normed, layer.ffn_in))
-        return hidden, (y, ffn_gate)
+        return (residual(hidden, y, ffn_gate, runs), None) if runs else (hidden, (y, ffn_gate))
 
     def _attend_text(self, query: torch.Tensor, text: KeysValues) -> torch.Tensor:
         """Attention to the text and, beside it, to tokens of images, whose results are added."""
@@ -259,7 +266,8 @@ class WanSlice:
         assert self._head is not None and time.head is not None, "only the last slice has the head"
         weight, bias, _ = self._head
         y, gate = pending or (None, None)
-        _, normed = residual_norm(hidden, y, gate, time.head[1], time.head[0], eps=self.eps)
+        shift, scale = time.head.unbind(-2)
+        _, normed = residual_norm(hidden, y, gate, scale, shift, eps=self.eps, runs=time.rows)
         return F.linear(normed, weight, bias)
 
     def picture(self, patches: torch.Tensor, grid: Grid) -> torch.Tensor:
