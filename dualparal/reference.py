@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dualparal.config.eight_bit import OFF, EightBitPolicy
-from dualparal.config.reuse import REUSE_OFF, Reuse
+from dualparal.config.reuse import REUSE_OFF, Reuse, StepPlan
 from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, key_mean, lent, place, tiles_of
 from dualparal.kernels.combine_guidance import combine_guidance
-from dualparal.models.base import Grid, ModelSpec, Pending, Slice
+from dualparal.models.anchors import Weighed, turn
+from dualparal.models.base import AttentionStrategy, Grid, ModelSpec, Pending, Slice, attend_here
 from dualparal.models.keys_values import Context8, Features8, KeysValues, Packed, to_8bit, to_16bit
 from dualparal.sampling.extrapolate import extrapolate
 from dualparal.sampling.sampler import Sampler
@@ -54,22 +55,17 @@ def generate(
     assert layout.num_blocks is not None, "the reference makes finite videos"
     plan = reuse.plan(sampler.levels, len(prompt_embeds(0)) == 2)
     policy, context, steps = layout.blocks.context, layout.blocks.context_frames, len(plan.runs)
-    gap = layout.blocks.gap(steps)
-    # Features of the previous block: of so many steps later than the reader's, at most of the last one.
-    ahead = {"matching": 0, "newest": gap - 1}[layout.blocks.context_version] if policy == "cached" else gap
+    gap, fp8 = layout.blocks.gap(steps), eight_bit.mode == "fp8"
+    ahead = steps_ahead(layout, gap)
     states = [sampler.start(block) for block in range(layout.num_blocks)]
     latents: list[torch.Tensor] = []
     features: dict[Name, KeysValues | Features8] = {}
     means: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer, block and branch
-    velocities = Velocities(sampler.levels, reuse.order)
+    velocities, anchors = Velocities(sampler.levels, reuse.order), Anchors(layout, plan, grid)
     scales = [guidance_scales[spec.expert(float(t), sampler.num_train_timesteps)] for t in sampler.timesteps]
-    every, fp8 = layout.blocks.refresh_every, eight_bit.mode == "fp8"
-
-    def lent_by(layer: int, side: str, block: int, step: int, branch: int) -> KeysValues | Features8:
-        return features[layer, side, block, step, 0 if step in plan.conditional_only else branch]
 
     def forward(block: int, step: int, branch: int, newest: int, refresh: bool) -> torch.Tensor:
-        timestep = sampler.timesteps[plan.runs[step]]
+        timestep = sampler.timesteps[plan.runs[min(step, steps - 1)]]
         expert = experts[spec.expert(float(timestep), sampler.num_train_timesteps)]
         fed = layout.fed_context(block, refresh)
         window = torch.cat([latents[block - 1][:, :, -fed:], latents[block]], dim=2) if fed else latents[block]
@@ -80,18 +76,23 @@ def generate(
         own, count, first = len(hidden), context * grid.tokens, fed * grid.tokens
         for layer in range(expert.num_layers):
             parts = []
-            if context and policy != "prior" and block < newest:
-                parts.append(lent_by(layer, "head", block + 1, step - gap, branch))
+            if context and policy != "prior" and block < newest and step < steps:
+                parts.append(features[layer, "head", block + 1, step - gap, plan_branch(plan, step - gap, branch)])
             if context and policy != "paper" and block > 0 and not refresh:
-                parts.append(lent_by(layer, "tail", block - 1, min(step + ahead, steps - 1), branch))
+                at = min(step + ahead, steps - 1)
+                parts.append(features[layer, "tail", block - 1, at, plan_branch(plan, at, branch)])
+            if anchors.frames and block:
+                parts.append(anchors.read(layer, block, step, branch, expert))
             keys_values: KeysValues | Context8
             if eight_bit.covers(layer) and eight_bit.at(step, steps) and not refresh:
-                read = [part if isinstance(part, Features8) else to_8bit(part, spec.heads, fp8) for part in parts]
-                keys_values = arena(own, means.get((layer, block, branch)), read, hidden, spec.heads, fp8)
+                keys_values = arena(means.get((layer, block, branch)), parts, hidden, spec.heads, fp8)
             else:
                 keys_values = join(parts, hidden)
-            text_condition = KeysValues(text[layer, 0], text[layer, 1])
-            hidden, pending = expert.layer(layer, hidden, pending, time, text_condition, rotary, keys_values)
+            hidden, pending = expert.layer(
+                layer, hidden, pending, time, KeysValues(*text[layer]), rotary, keys_values, (), anchors.strategy(block)
+            )
+            if anchors.frames and not block:
+                anchors.features[layer, step, branch] = lend(keys_values, 0, anchors.tokens, features_8bit)
             for side, start in (("head", first), ("tail", own - count)):
                 features[layer, side, block, step, branch] = lend(keys_values, start, count, features_8bit)
             if isinstance(keys_values, Context8):
@@ -101,14 +102,14 @@ def generate(
 
     for iteration in itertools.count():
         newest = min(iteration // gap, layout.num_blocks - 1)
-        blocks = [block for block in range(newest + 1) if iteration - block * gap < steps]
-        if not blocks:
+        if not (blocks := [block for block in range(newest + 1) if iteration - block * gap < steps]):
             break
         if newest * gap == iteration:
             latents.append(noise(newest))
-        refresh = every is not None and iteration >= every and iteration % every < gap
-        if refresh:
-            means.clear()
+        refresh = refreshes(layout, iteration, gap)
+        means = {} if refresh else means
+        for branch in range(len(prompt_embeds(0)) if anchors.frames and iteration == steps else 0):
+            forward(0, steps, branch, newest, refresh)  # its velocity is not wanted
         for block in blocks if policy == "prior" and not refresh else reversed(blocks):
             step = iteration - block * gap
             last = plan.runs[step]
@@ -120,6 +121,62 @@ def generate(
         # The next iteration reads what was made at most ``gap`` iterations before it.
         features = {n: kv for n, kv in features.items() if n[2] * gap + n[3] > iteration - gap}
     return torch.cat(latents, dim=2)[:, :, : layout.num_latents]
+
+
+def steps_ahead(layout: Layout, gap: int) -> int:
+    """Steps by which the features of the previous block are later than the reader's, at most to the last one."""
+    if layout.blocks.context != "cached":
+        return gap
+    return {"matching": 0, "newest": gap - 1}[layout.blocks.context_version]
+
+
+def plan_branch(plan: StepPlan, step: int, branch: int) -> int:
+    """The branch whose features of a step are read: that of the reader, or the conditional one where it was not run."""
+    return 0 if step in plan.conditional_only else branch
+
+
+def refreshes(layout: Layout, iteration: int, gap: int) -> bool:
+    """True for an iteration of a refresh."""
+    every = layout.blocks.refresh_every
+    return every is not None and iteration >= every and iteration % every < gap
+
+
+class Anchors:
+    """Features of the first frames of block 0, in all their versions, and what later blocks make of them.
+
+    Args:
+        layout: the places of blocks.
+        plan: the steps that are run.
+        grid: size of a latent frame.
+
+    Attributes:
+        frames, tokens: of the anchor.
+        features: by layer, step of block 0 (behind the last: of its final latents) and branch.
+    """
+
+    def __init__(self, layout: Layout, plan: StepPlan, grid: Grid) -> None:
+        self.layout, self.plan = layout, plan
+        self.frames = layout.blocks.anchor_frames
+        self.tokens = self.frames * grid.tokens
+        self.features: dict[tuple[int, int, int], KeysValues | Features8] = {}
+
+    def read(self, layer: int, block: int, step: int, branch: int, expert: Slice) -> KeysValues:
+        """The newest version that there is when a unit runs, turned to just before what its predecessor lends."""
+        blocks, steps = self.layout.blocks, len(self.plan.runs)
+        gap = blocks.gap(steps)
+        now = block * gap + step
+        oldest_first = blocks.context == "prior" and not refreshes(self.layout, now, gap)
+        made = steps if now >= steps else now if oldest_first else now - 1
+        part = self.features[layer, made, plan_branch(self.plan, made, branch)]
+        assert isinstance(part, KeysValues), "refused by the config"
+        keys = part.keys.clone()
+        turn(keys, expert.shift(self.layout.start(block) - blocks.context_frames - self.frames), expert.heads)
+        return KeysValues(keys, part.values)
+
+    def strategy(self, block: int) -> AttentionStrategy:
+        """The strategy around a block's self-attention."""
+        weight = self.layout.blocks.anchor_weight
+        return Weighed(self.tokens, weight, attend_here) if weight and block else attend_here
 
 
 class Velocities:
@@ -161,19 +218,23 @@ def join(parts: Sequence[KeysValues | Features8], hidden: torch.Tensor) -> KeysV
 
 
 def arena(
-    own: int, mean: torch.Tensor | None, neighbours: Sequence[Features8], like: torch.Tensor, heads: int, fp8: bool
+    mean: torch.Tensor | None,
+    lent_parts: Sequence[KeysValues | Features8],
+    like: torch.Tensor,
+    heads: int,
+    fp8: bool,
 ) -> Context8:
-    """Lays ``own`` rows to be written and the neighbours' features behind them into one 8-bit context.
+    """Lays rows for ``like``, to be written, and the neighbours' features behind them into one 8-bit context.
 
     Args:
-        own: number of own tokens.
         mean: float32 [inner], to be taken from the own keys; None: not known yet.
-        neighbours: features in 8 bits, in the order of their keys.
+        lent_parts: features of neighbours, in the order of their keys; those in 16 bits are converted.
         like: hidden states [tokens, inner], for width, device and 16-bit dtype.
         heads: of self-attention.
         fp8: values are in 8 bits, too.
     """
-    inner = like.shape[1]
+    own, inner = like.shape
+    neighbours = [part if isinstance(part, Features8) else to_8bit(part, heads, fp8) for part in lent_parts]
     parts = [(own, 0), *((len(part.keys_values.k), part.skip) for part in neighbours)]
     tiles = [tiles_of(rows) for rows, _ in parts]
     made = KeysValues8.empty(sum(tiles) * TILE, inner, heads, FP8 if fp8 else like.dtype, like.device)

@@ -190,7 +190,8 @@ class Checkpointer:
         if not self.keep_latents:
             oldest = self._first_blocks[0]
             for video in range(len(self._delivered)):
-                snapshot.forget_blocks(self.folder, video, blocks_to_restore(self.layout, oldest, self.history).start)
+                needed = blocks_to_restore(self.layout, oldest, self.history).start
+                snapshot.forget_blocks(self.folder, video, range(self.schedule.is_anchored, needed))
 
     def _write_block(self, video: int, block: int, latents: torch.Tensor, ready: torch.cuda.Event | None) -> None:
         with self._beside(ready):

@@ -13,16 +13,15 @@ from typing import NoReturn
 
 import typer
 
+from dualparal.cli.block_flags import BlockFlags, ReuseFlags
 from dualparal.cli.checks import check_job
 from dualparal.cli.flags import (
-    BlockFlags,
     EightBitFlags,
     LimitFlags,
     ModelFlags,
     OutputFlags,
     PlaceFlags,
     PromptFlags,
-    ReuseFlags,
     VideoFlags,
     parse_steps,
 )

@@ -29,7 +29,8 @@ from dualparal.runtime.executor import FirstStage, Links, Report, StageExecutor
 from dualparal.runtime.graphs import Graphed, cuda_capture
 from dualparal.runtime.latents import LatentQueue, StepCallback
 from dualparal.runtime.shares import Cut, Share, ShareExchange
-from dualparal.runtime.stage import Forward, Stage, StageSpec
+from dualparal.runtime.spec import StageSpec
+from dualparal.runtime.stage import Forward, Stage
 from dualparal.runtime.threads import ThreadedStage
 from dualparal.runtime.warm_up import warm_up
 from dualparal.sampling.noise import BlockNoise
@@ -172,8 +173,10 @@ class Builder:
 
     def _stage_spec(self, index: int, experts: Sequence[int]) -> StageSpec:
         setup, schedule, blocks, grid = self.setup, self.schedule, self.setup.config.blocks, self.request.grid
-        lent, runs = blocks.context_frames * grid.tokens, self.request.steps.runs
-        slots = {side: schedule.slots(side) for side in ("head", "tail")}
+        lent, runs = blocks.context_frames * grid.tokens, list(self.request.steps.runs)
+        if schedule.is_anchored:
+            runs.append(runs[-1])  # of a finished block
+        slots = {side: schedule.slots(side) for side in ("head", "tail", "anchor")}
         if setup.config.attention_8bit.on:
             slots["mean"] = schedule.places
         return StageSpec(
@@ -181,28 +184,31 @@ class Builder:
             num_layers=setup.source.spec.num_layers,
             grid=grid,
             expert_of_step=[experts[step] for step in runs],
-            timesteps=self.request.sampler.timesteps[list(runs)],
+            timesteps=self.request.sampler.timesteps[runs],
             slots=slots,
             branches=schedule.branches,
             max_tokens=self.layout.max_window_frames * grid.tokens,
-            context_tokens=lent,
+            lent={"head": lent, "tail": lent, "anchor": blocks.anchor_frames * grid.tokens},
             # Who lends is a whole block; the head lies behind what is fed in front of it.
             starts={
                 "head": self.layout.fed_context(1) * grid.tokens,
                 "tail": blocks.frames_per_block * grid.tokens - lent,
+                "anchor": 0,
             },
             eight_bit=setup.config.attention_8bit,
             features_8bit=setup.config.features_8bit,
             refreshes=schedule.refresh_every is not None,
             patch=math.prod(setup.source.spec.patch_size) * setup.source.spec.in_channels,
             windows=schedule.windows,
+            anchor_weight=blocks.anchor_weight,
         )
 
     def _first_stage(self, experts: Sequence[int], decoder: Delivery, keeper: Checkpointer | None) -> FirstStage:
         queues = [self._queue(video, experts) for video in range(len(self.spec.requests))]
 
         def emit(video: int, block: int, latents: torch.Tensor) -> None:
-            self.prompts[video].forget(block + 1)
+            if not self.schedule.is_anchored:  # block 0 may run again, in a resumed run
+                self.prompts[video].forget(block + 1)
             if keeper is not None:
                 keeper.emit(video, block, latents[:, :, : self.layout.kept_frames(block)])
             decoder.emit(video, block, latents)

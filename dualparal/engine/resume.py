@@ -78,7 +78,8 @@ def _read_requests(
 def check_restartable(setup: Setup, requests: Sequence[Request]) -> None:
     """Checks that there are iterations at which a snapshot can be taken. Raises ValueError when there is none."""
     blocks, schedule = setup.config.blocks, schedule_of(setup, requests)
-    if not any(map(schedule.is_restartable, range(1, 1 + max(1, blocks.refresh_every or 1)))):
+    least = schedule.num_steps if schedule.is_anchored else 1
+    if not any(map(schedule.is_restartable, range(least, least + max(1, blocks.refresh_every or 1)))):
         raise ValueError(
             f"checkpoint with context={blocks.context!r}"
             + (", attention_8bit" if setup.config.attention_8bit.on else "")
@@ -101,12 +102,14 @@ def restore(
         SnapshotError: final latents of a block that is needed are missing or damaged.
     """
     first = schedule.first_block
-    before = [
-        snapshot.read_blocks(folder, found.id, video, blocks_to_restore(queue.layout, first, decoder.history))
-        for video, queue in enumerate(queues)
-    ]
-    for queue, blocks, latents in zip(queues, found.blocks, before, strict=True):
-        queue.restore(blocks, latents[-1] if latents else None)
+    before = []
+    for video, (queue, blocks) in enumerate(zip(queues, found.blocks, strict=True)):
+        seen = blocks_to_restore(queue.layout, first, decoder.history)
+        before.append(snapshot.read_blocks(folder, found.id, video, seen))
+        finished = dict(zip(seen, before[-1], strict=True))
+        if schedule.is_anchored and first > 0 and 0 not in finished:
+            (finished[0],) = snapshot.read_blocks(folder, found.id, video, range(1))
+        queue.restore(blocks, {block: finished[block] for block in {0, first - 1} & set(finished)})
     decoder.resume(first, before)
 
 

@@ -83,6 +83,10 @@ class Workload:
         """Side of a token, in pixels of a frame."""
         return self.model.vae.spatial_factor * self.model.patch
 
+    def lent_tokens(self, side: str) -> int:
+        """Tokens of the features of a side (``schedule.actions.Features``)."""
+        return (self.blocks.anchor_frames if side == "anchor" else self.blocks.context_frames) * self.tokens
+
     @property
     def text_tokens(self) -> int:
         """Tokens of a prompt; padded to this length."""

@@ -301,6 +301,7 @@ class StageExecutor:
             before=self.schedule.before(unit),
             reads=self.schedule.reads(unit),
             writes=self.schedule.writes(unit),
+            anchor_shift=self.layout.anchor_shift(unit.block),
         )
 
     def _admit(self, unit: Unit) -> None:

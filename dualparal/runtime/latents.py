@@ -74,15 +74,18 @@ class LatentQueue:
             for block, state in self._states.items()
         }
 
-    def restore(self, blocks: Mapping[int, BlockState], before: torch.Tensor | None) -> None:
+    def restore(self, blocks: Mapping[int, BlockState], finished: Mapping[int, torch.Tensor]) -> None:
         """Restores a ``state``.
 
         Args:
             blocks: the states by block.
-            before: final latents [1, C, F, H, W] of the block before the first; None: not kept.
+            finished: final latents [1, C, F, H, W] of the block before the first, and of block 0 where it is the
+                anchor; by block, where they are kept.
         """
-        if before is not None:
-            self._latents[self.schedule.first_block - 1] = before.to(self.device)
+        for block, latents in finished.items():
+            self._latents[block] = latents.to(self.device)
+        if self.schedule.is_anchored:
+            self._prompts[0] = self.prompt_of(0)
         for block in sorted(blocks):
             self._prompts[block] = self.prompt_of(block)
             self._latents[block] = blocks[block].latents.to(self.device)
@@ -115,7 +118,9 @@ class LatentQueue:
         return self._latents[unit.block].shape
 
     def take(self, unit: Unit, velocity: torch.Tensor) -> None:
-        """Keeps a copy of a branch's velocity until the update."""
+        """Keeps a copy of a branch's velocity until the update; no update comes for one of a finished block."""
+        if self.schedule.makes_anchor(unit):
+            return
         self._velocity[unit.block, unit.branch] = velocity.clone()
 
     def update(self, block: int, step: int) -> None:

@@ -69,6 +69,11 @@ class Layout:
         start = self.start(block)
         return range(start - self.fed_context(block, refresh), start + self.frames(block))
 
+    def anchor_shift(self, block: int) -> int:
+        """Latent frames by which the anchor, the first frames of block 0, is moved for a reader: it then lies just
+        before the frames that the block's predecessor lends, and the window is B + 2C + a frames long at any time."""
+        return self.start(block) - self.blocks.context_frames - self.blocks.anchor_frames
+
     @property
     def max_window_frames(self) -> int:
         """Latent frames of the largest window that is fed to the model."""
