@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from dualparal.checkpoint import sealed
+from dualparal.checkpoint.given import FORMAT, NAMES, floats
 from dualparal.checkpoint.sealed import SnapshotError
 from dualparal.io.locks import is_lock
 from dualparal.sampling.state import BlockState
 
 logger = logging.getLogger("dualparal")
 
-FORMAT = "dualparal-snapshot"
 VERSION = 2
 KEEP = 2  # snapshots: one may turn out to be damaged
 
@@ -31,7 +31,6 @@ UNDER_WAY, FINISHED, JOINED = ENDS = "", "finished", "joined"
 
 _SNAPSHOT = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})\.safetensors")
 _BLOCK = re.compile(r"video-(\d{3,})-block-(\d{6,})-([0-9a-f]{32})\.safetensors")
-_NOISE = re.compile(r"noise-([0-9a-f]{32})\.safetensors")
 _TENSOR = "tensor:"  # in the JSON tree of a snapshot: the name of a tensor in the file
 
 
@@ -161,13 +160,13 @@ def read(path: Path) -> Snapshot:
         )
     try:
         run, state = json.loads(metadata["run"]), _fill(json.loads(metadata["state"]), tensors)
-        prompts = [{_number(block): _tensor(t, 3) for block, t in video.items()} for video in state["prompts"]]
+        prompts = [{_number(block): floats(t, 3) for block, t in video.items()} for video in state["prompts"]]
         blocks = [
             {
                 _number(block): BlockState(
-                    _tensor(s["latents"], 5),
+                    floats(s["latents"], 5),
                     dict(s["sampler"]),
-                    [[_tensor(velocity, 5) for velocity in branch] for branch in s["velocities"]],
+                    [[floats(velocity, 5) for velocity in branch] for branch in s["velocities"]],
                 )
                 for block, s in video.items()
             }
@@ -229,7 +228,7 @@ def _read_block(path: Path, run: str, video: int, block: int) -> torch.Tensor:
     if metadata != _block_metadata(run, video, block):
         what = "another block or video" if _run_of(metadata) == run else "another run"
         raise SnapshotError(f"{path} is of {what}; put back the file that belongs there, or start anew")
-    return _tensor(tensors.get("latents"), 5)
+    return floats(tensors.get("latents"), 5)
 
 
 def _run_of(metadata: dict[str, Any]) -> Any:
@@ -265,25 +264,6 @@ def forget_blocks(folder: Path, video: int, done: range) -> None:
                 path.unlink(missing_ok=True)
 
 
-def write_noise(folder: Path, noise: torch.Tensor) -> str:
-    """Writes initial noise [videos, C, L, H, W] that was given instead of a seed; returns the name of its file.
-
-    Raises OSError.
-    """
-    return sealed.write(folder, "noise", {"latents": noise}, {"format": FORMAT}).name
-
-
-def read_noise(folder: Path, name: str) -> torch.Tensor:
-    """Reads the noise [videos, C, L, H, W] that ``write_noise`` wrote under ``name``.
-
-    Raises:
-        SnapshotError: not such a name, or the file is missing or damaged.
-    """
-    if not _NOISE.fullmatch(name):
-        raise SnapshotError(f"{name!r} is not the name of a file with noise")
-    return _tensor(sealed.read(folder / name)[0].get("latents"), 5)
-
-
 def prepare(folder: Path) -> None:
     """Makes a folder for the snapshots of a new run. Raises SnapshotError when it holds something, or OSError."""
     check_empty(folder)
@@ -308,9 +288,9 @@ def check_empty(folder: Path) -> None:
 
 
 def _is_before_the_first(path: Path) -> bool:
-    """True for initial noise, and for a file that was not finished: without a snapshot they serve nothing."""
+    """True for what was given to a run, and for a file that was not finished: without a snapshot they serve nothing."""
     name = path.name.removesuffix(".tmp")
-    return _is_ours(name) and (name != path.name or bool(_NOISE.fullmatch(name)))
+    return _is_ours(name) and (name != path.name or bool(NAMES.fullmatch(name)))
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
@@ -343,7 +323,7 @@ def close(folder: Path, keep: bool = False) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return any(pattern.fullmatch(name) for pattern in (_SNAPSHOT, _BLOCK, _NOISE))
+    return any(pattern.fullmatch(name) for pattern in (_SNAPSHOT, _BLOCK, NAMES))
 
 
 def _snapshots(folder: Path) -> list[Path]:
@@ -391,10 +371,3 @@ def _number(value: Any) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 10**15:
         raise ValueError(f"{value!r} is not a number of something")
     return number
-
-
-def _tensor(value: Any, dimensions: int) -> torch.Tensor:
-    """The value itself, a floating-point tensor of so many dimensions. Raises SnapshotError for anything else."""
-    if not isinstance(value, torch.Tensor) or value.ndim != dimensions or not value.is_floating_point():
-        raise SnapshotError(f"a tensor of {dimensions} dimensions is missing")
-    return value

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dualparal.cli.job import Job, check_sampler
 from dualparal.config.decoding import row_ranges
+from dualparal.config.images import check_images
 from dualparal.models.folder import folder_of
 from dualparal.models.json_files import ModelError
 from dualparal.models.registry import family_in
@@ -57,6 +58,11 @@ def check_job(job: Job) -> None:
     for lora in job.engine.loras:
         if not Path(lora.file).is_file():
             raise ValueError(f"--lora {lora.file}: there is no such file")
+    for flag, image in (("--image", job.image), ("--last-image", job.last_image)):
+        if image is not None:
+            from dualparal.io.images import read_image  # and with it PIL
+
+            read_image(image, flag)
     check_sampler(job.sampler)
     if job.flow_shift is not None and not 0 < job.flow_shift < math.inf:
         raise ValueError(f"--flow-shift {job.flow_shift}: use a number above 0, such as 3.0 (480p) or 5.0 (720p)")
@@ -76,6 +82,8 @@ def _check_sizes(job: Job, model: Path) -> None:
     except ModelError:
         return  # nothing is known of it here; who loads it says what is wrong
     work = Workload(sizes, job.video, job.engine, len(job.prompts))
+    if not job.resume:
+        check_images(sizes.image_counts, job.image is not None, job.last_image is not None, job.video.num_frames)
     split_layers(sizes.num_layers, job.stages, job.engine.layers_per_stage)
     check_heads(work.heads, work.places)
     work.layout.check_places(work.tokens, work.places)

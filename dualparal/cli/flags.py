@@ -24,21 +24,6 @@ _TORCHRUN_HEARTBEAT = 60.0  # beats travel over a network, and the ranks' clocks
 
 
 @dataclass(frozen=True)
-class PromptFlags:
-    """Content"""
-
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="What the video shows; repeated: a video for each, all made at once.", show_default=False),
-    ] = None
-    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None
-    prompt_at: Annotated[
-        list[str] | None,
-        typer.Option(help="FRAME:TEXT, blocks from that frame on take the text; may be repeated."),
-    ] = None
-
-
-@dataclass(frozen=True)
 class VideoFlags:
     """Video"""
 

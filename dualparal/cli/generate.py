@@ -15,13 +15,13 @@ import typer
 
 from dualparal.cli.block_flags import BlockFlags, ReuseFlags
 from dualparal.cli.checks import check_job
+from dualparal.cli.content import PromptFlags
 from dualparal.cli.flags import (
     EightBitFlags,
     LimitFlags,
     ModelFlags,
     OutputFlags,
     PlaceFlags,
-    PromptFlags,
     VideoFlags,
     parse_steps,
 )
@@ -175,6 +175,8 @@ def _job(
     return Job(
         prompts=_prompts(texts, prompts.prompt_at or [], video.num_frames),
         negative_prompt=prompts.negative_prompt,
+        image=prompts.image,
+        last_image=prompts.last_image,
         video=request,
         engine=EngineConfig(
             blocks=_blocks(blocks, output.checkpoint, len(skipped.runs(request.num_inference_steps))),

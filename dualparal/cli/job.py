@@ -35,6 +35,7 @@ class Job:
 
     Attributes:
         prompts: for each video, first frame -> text.
+        image, last_image: files of the first and the last frame, for models that take them.
         video: the request; its seed is the first video's.
         engine: with a device and a number of stages.
         model: a directory in diffusers format, a hub id, or the name of the built-in model.
@@ -55,6 +56,8 @@ class Job:
 
     prompts: list[dict[int, str]]
     negative_prompt: str | None
+    image: Path | None
+    last_image: Path | None
     video: VideoConfig
     engine: EngineConfig
     model: str
@@ -113,6 +116,8 @@ class Job:
             "engine": EngineConfig.from_json(found["engine"]),
             "outs": [Path(out) for out in found["outs"]],
             "latents_in": None,
+            "image": None,  # what came of it is there
+            "last_image": None,
             "resume": True,
         }
         return cls(**{**found, **paths, **rest})
@@ -144,7 +149,8 @@ def check_sampler(name: str | None) -> None:
 def call_arguments(job: Job) -> dict[str, Any]:
     """The arguments of ``Engine.stream`` for a job. The fields of ``VideoConfig`` have its names."""
     kind = None if job.latents_out is None else "latents"
-    return {"prompt": job.prompts, "negative_prompt": job.negative_prompt, "result_kind": kind, **asdict(job.video)}
+    texts = {"prompt": job.prompts, "negative_prompt": job.negative_prompt}
+    return {**texts, "image": job.image, "last_image": job.last_image, "result_kind": kind, **asdict(job.video)}
 
 
 def _sampler(current: Any, job: Job) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dualparal.checkpoint import snapshot
+from dualparal.checkpoint import given
 from dualparal.checkpoint.checkpointer import Checkpoint, Checkpointer
 from dualparal.checkpoint.snapshot import Resumed
 from dualparal.decoding.delivery import Delivery
@@ -33,6 +33,7 @@ from dualparal.runtime.spec import StageSpec
 from dualparal.runtime.stage import Forward, Stage
 from dualparal.runtime.threads import ThreadedStage
 from dualparal.runtime.warm_up import warm_up
+from dualparal.sampling.images import ImageCondition
 from dualparal.sampling.noise import BlockNoise
 from dualparal.sampling.prompts import Prompts
 from dualparal.schedule.actions import Unit
@@ -74,10 +75,18 @@ class Builder:
         parts: the loaded parts of the model, and the edges' communicators.
         spec: the run.
         prompts: of every video, on the rank that leads; empty elsewhere.
+        images: the same of what the model is told of images, where there are any.
     """
 
-    def __init__(self, setup: Setup, parts: Parts, spec: RunSpec, prompts: Sequence[Prompts]) -> None:
-        self.setup, self.parts, self.spec, self.prompts = setup, parts, spec, prompts
+    def __init__(
+        self,
+        setup: Setup,
+        parts: Parts,
+        spec: RunSpec,
+        prompts: Sequence[Prompts],
+        images: Sequence[ImageCondition | None],
+    ) -> None:
+        self.setup, self.parts, self.spec, self.prompts, self.images = setup, parts, spec, prompts, images
         self.request = spec.requests[0]  # where it is asked, all requests say the same
         self.schedule, self.layout = spec.schedule, self.request.layout
 
@@ -92,9 +101,11 @@ class Builder:
         if spec.resumed is not None:
             run = {**spec.resumed.snapshot.run, **maker(setup)}
         else:
-            given = [request.latents for request in spec.requests if request.latents is not None]
-            noise = snapshot.write_noise(checkpoint.folder, torch.cat(given)) if given else None
-            run = snapshot_info(setup, spec.scheduler, spec.requests, noise, checkpoint.notes)
+            latents = [request.latents for request in spec.requests if request.latents is not None]
+            noise = given.write_noise(checkpoint.folder, torch.cat(latents)) if latents else None
+            told = [condition for condition in self.images if condition is not None]
+            images = given.write_images(checkpoint.folder, told) if told else None
+            run = snapshot_info(setup, spec.scheduler, spec.requests, noise, images, checkpoint.notes)
         found = Checkpointer(
             checkpoint,
             run,
@@ -173,6 +184,7 @@ class Builder:
 
     def _stage_spec(self, index: int, experts: Sequence[int]) -> StageSpec:
         setup, schedule, blocks, grid = self.setup, self.schedule, self.setup.config.blocks, self.request.grid
+        model = setup.source.spec
         lent, runs = blocks.context_frames * grid.tokens, list(self.request.steps.runs)
         if schedule.is_anchored:
             runs.append(runs[-1])  # of a finished block
@@ -181,7 +193,7 @@ class Builder:
             slots["mean"] = schedule.places
         return StageSpec(
             layers=setup.layers[index],
-            num_layers=setup.source.spec.num_layers,
+            num_layers=model.num_layers,
             grid=grid,
             expert_of_step=[experts[step] for step in runs],
             timesteps=self.request.sampler.timesteps[runs],
@@ -198,7 +210,8 @@ class Builder:
             eight_bit=setup.config.attention_8bit,
             features_8bit=setup.config.features_8bit,
             refreshes=schedule.refresh_every is not None,
-            patch=math.prod(setup.source.spec.patch_size) * setup.source.spec.in_channels,
+            patch=math.prod(model.patch_size) * (model.in_channels + model.condition_channels),
+            velocity_patch=math.prod(model.patch_size) * model.in_channels,
             windows=schedule.windows,
             anchor_weight=blocks.anchor_weight,
         )
@@ -232,24 +245,27 @@ class Builder:
         second = video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2
         scales = (video.guidance_scale, second)
         shape = (self.setup.source.spec.in_channels, grid.height, grid.width)
+        condition = self.images[index]
         return LatentQueue(
             self.schedule,
             request.layout,
             request.sampler,
             BlockNoise(request.layout, shape, video.seed, request.latents),
             lambda block: prompts.of(block) * count + index,  # ids of all videos' prompts are different
-            lambda prompt: prompts.embeds(prompt // count),
+            lambda prompt: _with_images(prompts.embeds(prompt // count), condition),
             request.steps,
             [scales[e] for e in experts],
             self.setup.mesh.device,
             _step_callback(request, index),
+            None if condition is None else condition.on(self.setup.mesh.device),
         )
 
     def _prompt_shape(self) -> tuple[int, int, int]:
         """The shape of a prompt's embeddings; ranks that do not lead have not seen any."""
         request = self.request
         tokens = request.video.max_sequence_length if request.embeds is None else request.embeds.shape[1]
-        return self.schedule.branches, tokens, self.setup.source.spec.text_dim
+        model = self.setup.source.spec
+        return self.schedule.branches, model.image_tokens + tokens, model.text_dim
 
     def _prompt_channel(self) -> PromptChannel:
         mesh = self.setup.mesh
@@ -321,6 +337,10 @@ class Builder:
             report(name, **where, block=unit.block, step=unit.step, **more)
 
         return tell
+
+
+def _with_images(embeds: torch.Tensor, condition: ImageCondition | None) -> torch.Tensor:
+    return embeds if condition is None else condition.before(embeds)
 
 
 def _graphed(forward: Forward) -> Forward:

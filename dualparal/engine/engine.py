@@ -162,6 +162,8 @@ class Engine:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         seed: int | Sequence[int] | None = None,
+        image: Any = None,
+        last_image: Any = None,
         timeline: str | Path | None = None,
         checkpoint: str | Path | Checkpoint | None = None,
         result_kind: ResultKind | None = None,
@@ -184,6 +186,9 @@ class Engine:
             latents: initial noise [V, C, L, h, w] instead of the seed's.
             callback_on_step_end: called on rank 0 as (engine, step, timestep, {"latents", "block", "video"}) after
                 every step of every block; a returned dict's "latents" replace them.
+            image, last_image: the video's first and last frame, for models that take them: a path, a PIL image, or an
+                array [height, width, 3] of uint8 or of numbers from 0 to 1, stretched to the video's size as diffusers
+                does it; a list of them: one for each video. The same on all ranks.
             timeline: a .json or .json.gz file for a trace of the run (ui.perfetto.dev opens it), replaced if it is
                 there; the same on all ranks. It is whole when the stream has ended; what ranks on other nodes, or a
                 distributed run that failed, left is in ``FILE.parts``, for ``dualparal.trace.timeline.merge``.
@@ -212,7 +217,9 @@ class Engine:
             output_type=output_type,
             max_sequence_length=max_sequence_length,
         )
-        inputs = split_videos(prompt, negative_prompt, seed, generator, latents, prompt_embeds, negative_prompt_embeds)
+        inputs = split_videos(
+            prompt, negative_prompt, seed, generator, latents, prompt_embeds, negative_prompt_embeds, image, last_image
+        )
         callback = callback_on_step_end and partial(callback_on_step_end, self)
         requests = [check_request(self.setup, self.scheduler, video, each, callback) for each in inputs]
         check_requests(self.setup, self.parts, requests, result_kind)

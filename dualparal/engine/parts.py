@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Hashable, Sequence
 from typing import Any
+
+import torch
 
 from dualparal.distributed.decoders import DecoderGroups, make_decoder_groups
 from dualparal.distributed.mesh import drop_at_exit
@@ -55,6 +58,14 @@ class Parts:
         if self._vae is None:
             self._vae = self._setup.source.load_vae(self._setup.mesh.device, self._setup.vae_dtype)
         return self._vae
+
+    def drop_vae(self) -> None:
+        """Gives the VAE's memory back, where nobody decodes with it."""
+        if self._vae is not None:
+            self._vae = None
+            gc.collect()
+            if self._setup.mesh.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def decoders(self, count: int, rows: RowExchange | None = None) -> list[Decoder]:
         """The decoders of ``count`` videos, one for each; they share the VAE, or the tensors of a light decoder.

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from dualparal.config.decoding import row_ranges
+from dualparal.config.images import check_images
 from dualparal.config.reuse import StepPlan
 from dualparal.config.video import VideoConfig
 from dualparal.engine.setup import Setup
+from dualparal.io.images import read_image
 from dualparal.models.base import Grid
+from dualparal.sampling.images import ImageCondition
 from dualparal.sampling.sampler import Sampler
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.schedule import Schedule
@@ -35,6 +38,8 @@ class Request:
         negative_prompt: a text; None: an empty one.
         embeds: [1 or 2 (guidance), tokens, text_dim] when they were given instead of a text.
         latents: initial noise [1, C, L, h, w], when it was given.
+        images: the first, or the first and the last frame, as PIL has them; of a resumed run none.
+        condition: what the model is told of its images, on the leading rank of a resumed run.
         callback: the caller's, after every step: (step, timestep, {"latents", "block", "video"}); a returned dict's
             "latents" replace them.
     """
@@ -48,18 +53,22 @@ class Request:
     negative_prompt: str | None
     embeds: torch.Tensor | None
     latents: torch.Tensor | None
+    images: tuple[Any, ...] = ()
+    condition: ImageCondition | None = None
     callback: UserCallback | None = None
 
 
 @dataclass(frozen=True)
 class VideoInputs:
-    """The inputs of one video; each as in ``WanPipeline.__call__``."""
+    """The inputs of one video; each as in ``WanPipeline.__call__``, images as ``io.images.read_image`` takes them."""
 
     prompt: Prompt | None = None
     negative_prompt: str | None = None
     latents: torch.Tensor | None = None
     prompt_embeds: torch.Tensor | None = None
     negative_prompt_embeds: torch.Tensor | None = None
+    image: Any = None
+    last_image: Any = None
     seed: int = 0
 
 
@@ -71,6 +80,8 @@ def split_videos(
     latents: torch.Tensor | None,
     prompt_embeds: torch.Tensor | None,
     negative_prompt_embeds: torch.Tensor | None,
+    image: Any = None,
+    last_image: Any = None,
 ) -> list[VideoInputs]:
     """The inputs of each video, as many as there are prompts: a list, or rows of ``prompt_embeds``.
 
@@ -109,13 +120,20 @@ def split_videos(
         "latents": latents,
         "prompt_embeds": prompt_embeds,
         "negative_prompt_embeds": negative_prompt_embeds,
+        "image": image,
+        "last_image": last_image,
     }
     split = {"seed": seeds, **{name: rows(name, value) for name, value in columns.items()}}
     return [VideoInputs(**{name: values[v] for name, values in split.items()}) for v in range(count)]
 
 
 def check_request(
-    setup: Setup, scheduler: Any, video: VideoConfig, inputs: VideoInputs, callback: UserCallback | None = None
+    setup: Setup,
+    scheduler: Any,
+    video: VideoConfig,
+    inputs: VideoInputs,
+    callback: UserCallback | None = None,
+    encoded: bool = False,
 ) -> Request:
     """The request for one video.
 
@@ -125,6 +143,7 @@ def check_request(
         video: its ``seed`` is replaced by that of ``inputs``.
         inputs: prompt, noise and seed of this video.
         callback: called after every step, see ``Request``.
+        encoded: what the model is told of its images is known already, and none are given.
 
     Raises:
         ValueError: it cannot be run; the message names the value, the rule and the way out.
@@ -140,6 +159,10 @@ def check_request(
         )
     if (inputs.prompt is None) == (inputs.prompt_embeds is None):
         raise ValueError("give either prompt or prompt_embeds, and not both")
+    given = {"image": inputs.image, "last_image": inputs.last_image}
+    if not encoded:
+        first, last = (image is not None for image in given.values())
+        check_images(spec.image_counts, first, last, video.num_frames)
     layout = Layout(setup.config.blocks, video.num_latents(temporal))
     grid = spec.grid(video.height, video.width)
     config = setup.config
@@ -159,6 +182,7 @@ def check_request(
         negative_prompt=inputs.negative_prompt,
         embeds=_embeds(inputs.prompt_embeds, inputs.negative_prompt_embeds, video.guidance, spec.text_dim),
         latents=None if inputs.latents is None else _latents(inputs.latents, layout, grid, spec.in_channels),
+        images=tuple(read_image(image, name) for name, image in given.items() if image is not None),
         callback=callback,
     )
 

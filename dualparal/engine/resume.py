@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dualparal.checkpoint import snapshot
+from dualparal.checkpoint import given, snapshot
 from dualparal.checkpoint.checkpointer import blocks_to_restore, check_fits
 from dualparal.checkpoint.snapshot import Snapshot, SnapshotError
 from dualparal.config.video import VideoConfig
 from dualparal.decoding.delivery import Delivery
 from dualparal.decoding.parts import PartDecoder
 from dualparal.engine.identity import check_same_run
+from dualparal.engine.images import kept_images
 from dualparal.engine.parts import Parts
 from dualparal.engine.request import Request, UserCallback, VideoInputs, check_request, schedule_of
 from dualparal.engine.setup import Setup
@@ -61,7 +62,7 @@ def _read_requests(
 ) -> list[Request]:
     """The requests as the snapshot describes them; embeddings take the place of texts."""
     noise = found.run["noise"]
-    latents = None if noise is None else snapshot.read_noise(folder, noise)
+    latents = None if noise is None else given.read_noise(folder, noise)
     requests = []
     for number, (fields, prompts) in enumerate(zip(found.run["videos"], found.prompts, strict=True)):
         video, rows = VideoConfig(**fields), prompts[min(prompts)]
@@ -71,8 +72,14 @@ def _read_requests(
             negative_prompt_embeds=rows[1:] if len(rows) > 1 else None,
             seed=video.seed,
         )
-        requests.append(check_request(setup, scheduler, video, inputs, callback))
-    return requests
+        requests.append(check_request(setup, scheduler, video, inputs, callback, encoded=True))
+    images = found.run.get("images")
+    if (images is None) != (0 in setup.source.spec.image_counts):
+        raise SnapshotError(f"{folder}: what came of the video's images is missing, or none was taken")
+    if images is None or not setup.mesh.is_leader:
+        return requests
+    kept = kept_images(setup, requests, folder, images)
+    return [replace(request, condition=condition) for request, condition in zip(requests, kept, strict=True)]
 
 
 def check_restartable(setup: Setup, requests: Sequence[Request]) -> None:

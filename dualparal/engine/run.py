@@ -23,12 +23,14 @@ from dualparal.engine.build import Builder, RunSpec
 from dualparal.engine.capacity import check_text_encoder
 from dualparal.engine.decoders import DecoderBuilder
 from dualparal.engine.identity import run_info
+from dualparal.engine.images import encode_images
 from dualparal.engine.parts import Parts
 from dualparal.engine.resume import restore
 from dualparal.engine.setup import Setup
 from dualparal.engine.texts import Text
 from dualparal.kernels.backend import current
 from dualparal.runtime.executor import StageExecutor, run_together
+from dualparal.sampling.images import ImageCondition
 from dualparal.sampling.prompts import Prompts
 from dualparal.schedule.schedule import Schedule
 from dualparal.trace.clock import BusyClock
@@ -55,6 +57,7 @@ class Run:
         self.stats: RunStats | None = None
         self._setup, self._mesh, self._parts = setup, setup.mesh, parts
         self._prompts: list[Prompts] = []  # of every video, on the rank that leads, while it runs
+        self._images: list[ImageCondition | None] = []  # the same of what the model is told of images
         self._store: Any = None  # where the ranks meet
         self._executors: list[StageExecutor] = []
         self._decoders = DecoderBuilder(setup, parts, spec)
@@ -177,13 +180,17 @@ class Run:
         self._decoders.meet()
 
     def _encode(self) -> None:
-        """Makes the prompts of all videos on the rank that leads: encoded, or from the snapshot."""
+        """Makes prompts and images of all videos on the rank that leads: encoded, or from the snapshot."""
         if not self._mesh.is_leader:
             return
-        resumed = self.spec.resumed
+        resumed, requests = self.spec.resumed, self.spec.requests
         if resumed is None:
-            self._prompts = self._parts.encode(self.spec.requests)
+            self._prompts = self._parts.encode(requests)
+            self._images = encode_images(self._setup, self._parts, requests)
+            if any(self._images) and (self._setup.light is not None or not self._decoders.places):
+                self._parts.drop_vae()  # which is for this alone
         else:
+            self._images = [request.condition for request in requests]
             self._prompts = [Prompts(dict(prompts)) for prompts in resumed.snapshot.prompts]
 
     def _clocks(self) -> tuple[Recorder | None, list[BusyClock]]:
@@ -202,7 +209,8 @@ class Run:
 
     def _build(self, clocks: Sequence[BusyClock], recorder: Recorder | None) -> None:
         """Makes executors and decoders and, on the rank that leads, the keeper; restores a resumed run."""
-        builder, spec, mesh = Builder(self._setup, self._parts, self.spec, self._prompts), self.spec, self._mesh
+        builder = Builder(self._setup, self._parts, self.spec, self._prompts, self._images)
+        spec, mesh = self.spec, self._mesh
         tracks: dict[int, Track | None] = {stage: clock.track for stage, clock in zip(mesh.stages, clocks, strict=True)}
         if recorder is not None:
             tracks |= {p: recorder.track(p, mesh.num_stages) for p in self._decoders.places if p not in tracks}
@@ -294,7 +302,7 @@ class Run:
                 merge_left(recorder.path)
         for executor in self._executors:
             executor.close()
-        self._prompts, self._executors = [], []
+        self._prompts, self._images, self._executors = [], [], []
         self._decoder = self._keeper = self._service = None
         self.running = False
 

@@ -213,6 +213,21 @@ class ModelSpec(Protocol):
         ...
 
     @property
+    def condition_channels(self) -> int:
+        """Channels that the model is told of images, behind those of latents; 0: none."""
+        ...
+
+    @property
+    def image_counts(self) -> Sequence[int]:
+        """Numbers of images that a video takes, see ``config.images.check_images``."""
+        ...
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of all images that are read by attention, before the text's; 0: none."""
+        ...
+
+    @property
     def patch_size(self) -> tuple[int, int, int]:
         """Latent frames (1), rows and columns of a token."""
         ...

@@ -16,7 +16,9 @@ from dualparal.models.json_files import ModelError, read_json
 
 if TYPE_CHECKING:
     from dualparal.models.base import Decoder, LightFile, ModelSpec, PromptEncoder, RowExchange
+    from dualparal.models.images import Encoder
     from dualparal.models.sizes import ModelSizes
+    from dualparal.sampling.images import ImageCondition
 
 BUILT_IN = "moving-shapes"  # the trained model that ships with the package
 BUILT_IN_FOLDER = Path(__file__).parents[1] / "moving_shapes"
@@ -61,6 +63,9 @@ class Family:
         read_sizes: (directory) -> ``ModelSizes``, from config files alone. Neither of the two imports torch.
         lora_modules: (names of a transformer's tensors) -> the name of the module, without ".weight" and ".bias", by
             every name that LoRA files have for it; empty: they have the same names, with dots.
+        encoder_class: implements ``models.images.Encoder``; empty: no model of the family takes images.
+        image_condition: (spec, Encoder, images [3, H, W] in [-1, 1], latent frames of the video or None, latent frames
+            that are computed or None) -> ``sampling.images.ImageCondition``.
         light_file_class: implements ``models.base.LightFile``; empty: the family has no light decoder.
         hub_owner: lower-case; hub ids "OWNER/NAME-Diffusers" mean ``known_sizes``, too.
         hub_ids: by names of ``known_sizes``, where their weights are, in diffusers format.
@@ -77,6 +82,8 @@ class Family:
     known_sizes: str
     read_sizes: str
     hub_owner: str
+    encoder_class: str = ""
+    image_condition: str = ""
     light_file_class: str = ""
     lora_modules: str = ""
     hub_ids: Mapping[str, str] = field(default_factory=dict)
@@ -98,6 +105,18 @@ class Family:
             rows: the way to the decoders of the picture's other rows; None: it decodes all of them.
         """
         found: Decoder = resolve(self.decoder_class)(vae, rows)
+        return found
+
+    def encoder(self, vae: Any) -> Encoder:
+        """Makes the encoder of one video; several may share a VAE."""
+        found: Encoder = resolve(self.encoder_class)(vae)
+        return found
+
+    def condition(
+        self, spec: ModelSpec, encoder: Encoder, images: Sequence[Any], length: int | None, computed: int | None
+    ) -> ImageCondition:
+        """Makes what a model is told of images, frame by frame; see ``image_condition``."""
+        found: ImageCondition = resolve(self.image_condition)(spec, encoder, images, length, computed)
         return found
 
     def light_file(self, path: Path, spec: ModelSpec) -> LightFile:
@@ -177,6 +196,8 @@ FAMILIES: dict[str, Family] = {
         known_sizes="dualparal.models.wan.sizes:MODELS",
         read_sizes="dualparal.models.wan.sizes:read_sizes",
         hub_owner="wan-ai",
+        encoder_class="dualparal.models.wan.encoder:StreamingEncoder",
+        image_condition="dualparal.models.wan.condition:image_condition",
         light_file_class="dualparal.models.wan.light_decoder:LightFile",
         lora_modules="dualparal.models.wan.lora:lora_modules",
         hub_ids={

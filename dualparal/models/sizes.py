@@ -137,6 +137,11 @@ class ModelSizes(Protocol):
         ...
 
     @property
+    def image_counts(self) -> tuple[int, ...]:
+        """Numbers of images that a video takes, see ``config.images.check_images``."""
+        ...
+
+    @property
     def text_encoder(self) -> int:
         """Parameters of the text encoder."""
         ...

@@ -10,6 +10,7 @@ from dualparal.config.reuse import StepPlan
 from dualparal.device import to_device
 from dualparal.kernels.combine_guidance import combine_guidance
 from dualparal.sampling.extrapolate import extrapolate
+from dualparal.sampling.images import ImageCondition
 from dualparal.sampling.sampler import BlockSampler, Sampler
 from dualparal.sampling.state import BlockState
 from dualparal.schedule.actions import Unit
@@ -33,6 +34,7 @@ class LatentQueue:
         guidance_scales: one per step of the sampler.
         device: of the latents.
         callback: (block, step, timestep, latents) -> latents, after every step of the sampler.
+        condition: what the model is told of images, on the device; None: nothing.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LatentQueue:
         guidance_scales: Sequence[float],
         device: torch.device,
         callback: StepCallback | None = None,
+        condition: ImageCondition | None = None,
     ) -> None:
         self.schedule = schedule
         self.layout = layout
@@ -58,6 +61,7 @@ class LatentQueue:
         self.guidance_scales = guidance_scales
         self.device = device
         self.callback = callback
+        self.condition = condition
         self._latents: dict[int, torch.Tensor] = {}
         self._states: dict[int, BlockSampler] = {}
         self._prompts: dict[int, int] = {}
@@ -106,12 +110,14 @@ class LatentQueue:
         """Latents [1, C, F, H, W] that the model is fed for a unit.
 
         Under a policy that feeds latents, and in a refresh, the end of the block before lies in front of the own ones.
+        Channels of what the model is told of images lie behind the latents'.
         """
-        own = self._latents[unit.block]
-        fed = self.layout.fed_context(unit.block, self.schedule.refreshes(unit))
-        if not fed:
-            return own
-        return torch.cat([self._latents[unit.block - 1][:, :, -fed:], own], dim=2)
+        window, refresh = self._latents[unit.block], self.schedule.refreshes(unit)
+        if fed := self.layout.fed_context(unit.block, refresh):
+            window = torch.cat([self._latents[unit.block - 1][:, :, -fed:], window], dim=2)
+        if self.condition is None:
+            return window
+        return torch.cat([window, self.condition.of(self.layout.window(unit.block, refresh))], dim=1)
 
     def velocity_shape(self, unit: Unit) -> torch.Size:
         """The shape [1, C, F, H, W] of the velocity of a unit: that of its block's own latents."""

@@ -62,7 +62,7 @@ class FirstPlaces:
         Returns:
             The velocity [1, C, own frames, H, W], and the mark [1] of the first stage whose output was not finite.
         """
-        cut, patch = self._cut(plan), self._stage.spec.patch
+        cut, patch = self._cut(plan), self._stage.spec.velocity_patch
         wanted = {place: self._empty(len(cut.own(place)) * patch) for place in range(1, self._exchange.count)}
         self._exchange.swap({}, wanted)
         whole = torch.cat([velocity.flatten(), *(message[:-1] for message in wanted.values())])

@@ -30,7 +30,8 @@ class StageSpec:
         eight_bit: the layers and steps at which self-attention has 8 bits.
         refreshes: True when the run has refreshes.
         features_8bit: features of attention in 16 bits are kept in 8.
-        patch: numbers of a token's latents.
+        patch: numbers of a token's latents, and of what is told of images beside them.
+        velocity_patch: numbers of a token's velocity.
         windows: number of windows, of all blocks in flight, whose rotary angles are kept.
         anchor_weight: added to the logits of the anchor.
     """
@@ -49,6 +50,7 @@ class StageSpec:
     refreshes: bool = False
     features_8bit: bool = False
     patch: int = 0
+    velocity_patch: int = 0
     windows: int = 1
     anchor_weight: float = 0.0
 

@@ -81,6 +81,8 @@ def _units(schedule: Schedule) -> Iterator[Unit]:
 
 def _latents(queue: LatentQueue, frames: int) -> torch.Tensor:
     _, channels, _, height, width = queue.noise(queue.schedule.first_block).shape
+    if queue.condition is not None:
+        channels += queue.condition.first.shape[1]
     return torch.zeros(1, channels, frames, height, width, device=queue.device)
 
 

@@ -42,6 +42,8 @@ class ToySpec:
     text_dim: int
 
     num_experts = 1
+    condition_channels = image_tokens = 0
+    image_counts = (0,)
     heads = 1
     patch_size = (1, 1, 1)
     spatial_factor = SPATIAL
@@ -273,6 +275,7 @@ class ToySizes:
         return 2 * self.inner**2
 
     linears = LinearSizes(0, 0, 0, 0)
+    image_counts = (0,)
 
     @property
     def layer_activations(self) -> int:

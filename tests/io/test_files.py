@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualparal.checkpoint import snapshot
+from dualparal.checkpoint import given, snapshot
 from dualparal.io.files import whole_file
 from dualparal.io.output import remove_unfinished
 
@@ -28,7 +28,7 @@ def test_snapshots_are_for_this_user_alone(tmp_path: Path, open_to_all: None) ->
     folder = tmp_path / "runs" / "kept"
     snapshot.prepare(folder)
     snapshot.write_block(folder, "run", 0, 0, torch.zeros(1, 1, 1, 1, 1))
-    snapshot.write_noise(folder, torch.zeros(1, 1, 1, 1, 1))
+    given.write_noise(folder, torch.zeros(1, 1, 1, 1, 1))
     snapshot.Snapshot(1, {"id": "run"}, [{0: torch.zeros(1, 1, 1)}], [{}]).write(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()] == [0o600] * 3

@@ -133,6 +133,7 @@ class WanSizes:
         experts: number of transformers.
         text_encoder: number of its parameters; it is loaded before the transformer and dropped.
         trained_latents: latent frames of the videos that it was trained with.
+        image_counts: numbers of images that a video takes.
     """
 
     name: str
@@ -150,6 +151,7 @@ class WanSizes:
     vae: WanVaeSizes = WanVaeSizes()
     text_encoder: int = 5_680_910_336  # UMT5-XXL
     trained_latents: int | None = 21
+    image_counts: tuple[int, ...] = (0,)
 
     def light(self, path: Path) -> LightSizes:
         """Sizes of the light decoder in a file, by its header. Raises ModelError."""

@@ -96,6 +96,18 @@ class WanSpec:
         return int(self.config["in_channels"])
 
     @property
+    def condition_channels(self) -> int:
+        return 0
+
+    @property
+    def image_counts(self) -> tuple[int, ...]:
+        return (0,)
+
+    @property
+    def image_tokens(self) -> int:
+        return 0
+
+    @property
     def heads(self) -> int:
         return int(self.config["num_attention_heads"])
 

@@ -39,7 +39,7 @@ class StreamingDecoder:
     """
 
     def __init__(self, vae: Any, rows: RowExchange | None = None) -> None:
-        _check_vae(vae)
+        check_vae(vae)
         self._vae = vae
         self._rows = OverRows(rows) if rows is not None and rows.count > 1 else None
         self._scale: tuple[torch.Tensor, torch.Tensor] | None = None  # see ``latent_scale``; made at the first push
@@ -93,7 +93,7 @@ class StreamingDecoder:
             ValueError: a wrong shape, or more parts than latent rows.
             RuntimeError: an earlier push failed half way, and ``reset`` was not called since.
         """
-        _check_vae(self._vae)  # again: tiling may have been switched on since
+        check_vae(self._vae)  # again: tiling may have been switched on since
         check_pushed(latents, self._vae.config.z_dim, self._size, self._torn, self.history)
         if self._rows is not None:
             self._rows.begin(latents.shape[3])
@@ -126,15 +126,16 @@ class StreamingDecoder:
         return latents.to(mean) / reciprocal_std + mean
 
 
-def latent_scale(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and reciprocal standard deviation of a VAE's latents, [1, C, 1, 1, 1] each, in its dtype on its device.
+def latent_scale(vae: Any, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and reciprocal standard deviation of a VAE's latents, [1, C, 1, 1, 1] each, in its dtype (or ``dtype``) on
+    its device.
 
     The VAE's latents are the transformer's / reciprocal + mean. The arithmetic, double reciprocal and all, is
     ``WanPipeline``'s: anything tidier rounds differently.
     """
     shape = (1, vae.config.z_dim, 1, 1, 1)
     mean, std = (
-        torch.tensor(values).view(shape).to(vae.device, vae.dtype)
+        torch.tensor(values).view(shape).to(vae.device, dtype or vae.dtype)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, 1.0 / std
@@ -147,7 +148,7 @@ def _unpatchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:
     return split.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
 
 
-def _check_vae(vae: Any) -> None:
+def check_vae(vae: Any) -> None:
     """Raises ValueError when ``vae`` is not a causal Wan VAE, tiles its frames, or is under CPU offload."""
     if not all(hasattr(vae, name) for name in ("decoder", "post_quant_conv", "config")) or not hasattr(
         vae.config, "latents_mean"
