@@ -33,6 +33,7 @@ from dualparal.runtime.spec import StageSpec
 from dualparal.runtime.stage import Forward, Stage
 from dualparal.runtime.threads import ThreadedStage
 from dualparal.runtime.warm_up import warm_up
+from dualparal.sampling.continued import Clip, KnownBlock
 from dualparal.sampling.images import ImageCondition
 from dualparal.sampling.noise import BlockNoise
 from dualparal.sampling.prompts import Prompts
@@ -76,6 +77,7 @@ class Builder:
         spec: the run.
         prompts: of every video, on the rank that leads; empty elsewhere.
         images: the same of what the model is told of images, where there are any.
+        clips: the same of what it goes on from.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class Builder:
         spec: RunSpec,
         prompts: Sequence[Prompts],
         images: Sequence[ImageCondition | None],
+        clips: Sequence[Clip | None],
     ) -> None:
-        self.setup, self.parts, self.spec, self.prompts, self.images = setup, parts, spec, prompts, images
+        self.setup, self.parts, self.spec, self.prompts = setup, parts, spec, prompts
+        self.images, self.clips = images, clips
         self.request = spec.requests[0]  # where it is asked, all requests say the same
         self.schedule, self.layout = spec.schedule, self.request.layout
 
@@ -105,7 +109,10 @@ class Builder:
             noise = given.write_noise(checkpoint.folder, torch.cat(latents)) if latents else None
             told = [condition for condition in self.images if condition is not None]
             images = given.write_images(checkpoint.folder, told) if told else None
-            run = snapshot_info(setup, spec.scheduler, spec.requests, noise, images, checkpoint.notes)
+            known = [clip.latents for clip in self.clips if clip is not None]
+            clips = given.write_clips(checkpoint.folder, known) if known else None
+            files = {"noise": noise, "images": images, "clips": clips}
+            run = snapshot_info(setup, spec.scheduler, spec.requests, files, checkpoint.notes)
         found = Checkpointer(
             checkpoint,
             run,
@@ -115,6 +122,7 @@ class Builder:
             lambda: [prompts.state() for prompts in self.prompts],
             setup.mesh.device,
             "" if spec.resumed is None else spec.resumed.name,
+            self.request.video.skipped_blocks,
         )
         if spec.resumed is None:
             found.begin()
@@ -245,12 +253,13 @@ class Builder:
         second = video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2
         scales = (video.guidance_scale, second)
         shape = (self.setup.source.spec.in_channels, grid.height, grid.width)
-        condition = self.images[index]
+        condition, clip = self.images[index], self.clips[index]
+        noise = BlockNoise(request.layout, shape, video.seed, request.latents)
         return LatentQueue(
             self.schedule,
             request.layout,
             request.sampler,
-            BlockNoise(request.layout, shape, video.seed, request.latents),
+            noise,
             lambda block: prompts.of(block) * count + index,  # ids of all videos' prompts are different
             lambda prompt: _with_images(prompts.embeds(prompt // count), condition),
             request.steps,
@@ -258,6 +267,7 @@ class Builder:
             self.setup.mesh.device,
             _step_callback(request, index),
             None if condition is None else condition.on(self.setup.mesh.device),
+            None if clip is None else KnownBlock(clip.own, noise(0), request.sampler.levels),
         )
 
     def _prompt_shape(self) -> tuple[int, int, int]:
@@ -349,12 +359,12 @@ def _graphed(forward: Forward) -> Forward:
 
 def _step_callback(request: Request, video: int) -> StepCallback | None:
     """The caller's callback in the form in which a queue calls it; None: there is none."""
-    user = request.callback
+    user, skipped = request.callback, request.video.skipped_blocks
     if user is None:
         return None
 
     def callback(block: int, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        result = user(step, timestep, {"latents": latents, "block": block, "video": video}) or {}
+        result = user(step, timestep, {"latents": latents, "block": block - skipped, "video": video}) or {}
         replaced: torch.Tensor = result.get("latents", latents)
         return replaced
 

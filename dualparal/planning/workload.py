@@ -71,7 +71,7 @@ class Workload:
     @cached_property
     def layout(self) -> Layout:
         """The places of the blocks in the video."""
-        return Layout(self.blocks, self.video.num_latents(self.model.vae.temporal_factor))
+        return Layout.of(self.blocks, self.video, self.model.vae.temporal_factor)
 
     @cached_property
     def tokens(self) -> int:

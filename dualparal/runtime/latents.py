@@ -9,6 +9,7 @@ import torch
 from dualparal.config.reuse import StepPlan
 from dualparal.device import to_device
 from dualparal.kernels.combine_guidance import combine_guidance
+from dualparal.sampling.continued import KnownBlock
 from dualparal.sampling.extrapolate import extrapolate
 from dualparal.sampling.images import ImageCondition
 from dualparal.sampling.sampler import BlockSampler, Sampler
@@ -35,6 +36,7 @@ class LatentQueue:
         device: of the latents.
         callback: (block, step, timestep, latents) -> latents, after every step of the sampler.
         condition: what the model is told of images, on the device; None: nothing.
+        clip: block 0, where its latents are known; the sampler's steps of it count for nothing.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class LatentQueue:
         device: torch.device,
         callback: StepCallback | None = None,
         condition: ImageCondition | None = None,
+        clip: KnownBlock | None = None,
     ) -> None:
         self.schedule = schedule
         self.layout = layout
@@ -61,6 +64,7 @@ class LatentQueue:
         self.guidance_scales = guidance_scales
         self.device = device
         self.callback = callback
+        self.clip = clip
         self.condition = condition
         self._latents: dict[int, torch.Tensor] = {}
         self._states: dict[int, BlockSampler] = {}
@@ -102,9 +106,13 @@ class LatentQueue:
         """Id of the prompt of the unit's block. The first unit of a block makes it enter."""
         if unit.block not in self._prompts:
             self._prompts[unit.block] = self.prompt_of(unit.block)
-            self._latents[unit.block] = to_device(self.noise(unit.block), self.device)
+            known = self._known(unit.block)
+            self._latents[unit.block] = to_device(known.at(0) if known else self.noise(unit.block), self.device)
             self._states[unit.block] = self.sampler.start(unit.block)
         return self._prompts[unit.block]
+
+    def _known(self, block: int) -> KnownBlock | None:
+        return self.clip if block == 0 else None
 
     def window(self, unit: Unit) -> torch.Tensor:
         """Latents [1, C, F, H, W] that the model is fed for a unit.
@@ -138,7 +146,9 @@ class LatentQueue:
         for at in self.steps.span(step):
             velocity = self._velocity_at(block, step, at, run)
             latents = self._states[block].step(velocity, at, self._latents[block])
-            if self.callback is not None:
+            if known := self._known(block):
+                latents = to_device(known.at(at + 1), self.device)
+            elif self.callback is not None:
                 latents = self.callback(block, at, self.sampler.timesteps[at], latents)
             self._latents[block] = latents
 

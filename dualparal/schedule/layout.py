@@ -9,6 +9,7 @@ from itertools import accumulate
 
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.decoding import row_ranges
+from dualparal.config.video import VideoConfig
 from dualparal.schedule.policies import POLICIES
 
 TOKEN_TILE = 64  # rows of a matrix product from which on its bits do not depend on their number
@@ -29,6 +30,18 @@ class Layout:
 
     blocks: BlockConfig
     num_latents: int | None  # L
+
+    @classmethod
+    def of(cls, blocks: BlockConfig, video: VideoConfig, temporal_factor: int) -> Layout:
+        """The layout of a request. A video that goes on from a clip has the clip's end for its block 0, a whole one.
+
+        Raises:
+            ValueError: a length that cannot be made.
+        """
+        latents = video.num_latents(temporal_factor)
+        if latents is not None and video.continues:
+            latents += cls(blocks, None).first_frames
+        return cls(blocks, latents)
 
     @property
     def first_frames(self) -> int:
