@@ -129,9 +129,8 @@ def split_videos(
         "negative_prompt_embeds": negative_prompt_embeds,
         "image": image,
         "last_image": last_image,
-        "clip": clip,
     }
-    split = {"seed": seeds, **{name: rows(name, value) for name, value in columns.items()}}
+    split = {"seed": seeds, "clip": rows("video", clip), **{name: rows(name, value) for name, value in columns.items()}}
     return [VideoInputs(**{name: values[v] for name, values in split.items()}) for v in range(count)]
 
 
