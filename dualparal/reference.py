@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dualparal.config.eight_bit import OFF, EightBitPolicy
-from dualparal.config.reuse import REUSE_OFF, Reuse
+from dualparal.config.reuse import REUSE_OFF, Reuse, StepPlan
 from dualparal.kernels.attention_8bit import FP8, TILE, KeysValues8, key_mean, lent, place, tiles_of
 from dualparal.kernels.combine_guidance import combine_guidance
-from dualparal.models.base import Grid, ModelSpec, Pending, Slice, TimeCondition
+from dualparal.models.anchors import Weighed, turn
+from dualparal.models.base import AttentionStrategy, Grid, ModelSpec, Pending, Slice, TimeCondition, attend_here
 from dualparal.models.keys_values import Context8, Features8, KeysValues, Packed, to_8bit, to_16bit
 from dualparal.models.times import joined
 from dualparal.sampling.extrapolate import extrapolate
@@ -59,43 +60,45 @@ def generate(
     assert layout.num_blocks is not None, "the reference makes finite videos"
     plan = reuse.plan(sampler.levels, len(prompt_embeds(0)) == 2)
     policy, context, steps = layout.blocks.context, layout.blocks.context_frames, len(plan.runs)
-    gap = layout.blocks.gap(steps)
-    # Features of the previous block: of so many steps later than the reader's, at most of the last one.
-    ahead = {"matching": 0, "newest": gap - 1}[layout.blocks.context_version] if policy == "cached" else gap
+    gap, fp8 = layout.blocks.gap(steps), eight_bit.mode == "fp8"
+    ahead = steps_ahead(layout, gap)
     states = [sampler.start(block) for block in range(layout.num_blocks)]
     latents: list[torch.Tensor] = []
     features: dict[Name, KeysValues | Features8] = {}
     means: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer, block and branch
-    velocities = Velocities(sampler.levels, reuse.order)
+    velocities, anchors = Velocities(sampler.levels, reuse.order), Anchors(layout, plan, grid)
     times = Times(spec, layout, grid.tokens, sampler.timesteps[list(plan.runs)], gap, int(first_frame is not None))
     scales = [guidance_scales[spec.expert(float(t), sampler.num_train_timesteps)] for t in sampler.timesteps]
-    every, fp8 = layout.blocks.refresh_every, eight_bit.mode == "fp8"
-
-    def lent_by(layer: int, side: str, block: int, step: int, branch: int) -> KeysValues | Features8:
-        return features[layer, side, block, step, 0 if step in plan.conditional_only else branch]
 
     def forward(block: int, step: int, branch: int, newest: int, refresh: bool) -> torch.Tensor:
-        timestep = sampler.timesteps[plan.runs[step]]
+        timestep = sampler.timesteps[plan.runs[min(step, steps - 1)]]
         expert = experts[spec.expert(float(timestep), sampler.num_train_timesteps)]
         fed = layout.fed_context(block, refresh)
         window = torch.cat([latents[block - 1][:, :, -fed:], latents[block]], dim=2) if fed else latents[block]
         if condition is not None:
             window = torch.cat([window, condition(layout.window(block, refresh))], dim=1)
-        time, text = times.of(expert, block, step, refresh), expert.text(prompt_embeds(block)[branch])
+        time, text = times.of(expert, block, min(step, steps - 1), refresh), expert.text(prompt_embeds(block)[branch])
         rotary = expert.rotary(layout.window(block, refresh).start, window.shape[2], grid)
         hidden = expert.embed(expert.patches(window))
         pending: Pending | None = None
         own, count, first = len(hidden), context * grid.tokens, fed * grid.tokens
         for layer in range(expert.num_layers):
             parts = []
-            if context and policy != "prior" and block < newest:
-                parts.append(lent_by(layer, "head", block + 1, step - gap, branch))
+            if context and policy != "prior" and block < newest and step < steps:
+                parts.append(features[layer, "head", block + 1, step - gap, plan_branch(plan, step - gap, branch)])
             if context and policy != "paper" and block > 0 and not refresh:
-                parts.append(lent_by(layer, "tail", block - 1, min(step + ahead, steps - 1), branch))
+                at = min(step + ahead, steps - 1)
+                parts.append(features[layer, "tail", block - 1, at, plan_branch(plan, at, branch)])
+            if anchors.frames and block:
+                parts.append(anchors.read(layer, block, step, branch, expert))
             mean, on = means.get((layer, block, branch)), eight_bit.covers(layer) and eight_bit.at(step, steps)
             keys_values: KeysValues | Context8
             keys_values = arena(mean, parts, hidden, spec.heads, fp8) if on and not refresh else join(parts, hidden)
-            hidden, pending = expert.layer(layer, hidden, pending, time, KeysValues(*text[layer]), rotary, keys_values)
+            hidden, pending = expert.layer(
+                layer, hidden, pending, time, KeysValues(*text[layer]), rotary, keys_values, (), anchors.strategy(block)
+            )
+            if anchors.frames and not block:
+                anchors.features[layer, step, branch] = lend(keys_values, 0, anchors.tokens, features_8bit)
             for side, start in (("head", first), ("tail", own - count)):
                 features[layer, side, block, step, branch] = lend(keys_values, start, count, features_8bit)
             if isinstance(keys_values, Context8):
@@ -104,14 +107,14 @@ def generate(
 
     for iteration in itertools.count():
         newest = min(iteration // gap, layout.num_blocks - 1)
-        blocks = [block for block in range(newest + 1) if iteration - block * gap < steps]
-        if not blocks:
+        if not (blocks := [block for block in range(newest + 1) if iteration - block * gap < steps]):
             break
         if newest * gap == iteration:
             latents.append(begin(noise(newest), newest, first_frame))
-        refresh = every is not None and iteration >= every and iteration % every < gap
-        if refresh:
-            means.clear()
+        refresh = refreshes(layout, iteration, gap)
+        means = {} if refresh else means
+        for branch in range(len(prompt_embeds(0)) if anchors.frames and iteration == steps else 0):
+            forward(0, steps, branch, newest, refresh)  # its velocity is not wanted
         for block in blocks if policy == "prior" and not refresh else reversed(blocks):
             step = iteration - block * gap
             last = plan.runs[step]
@@ -158,6 +161,62 @@ class Times:
         runs = [(step, self.tokens * len(list(frames))) for step, frames in itertools.groupby(at)]
         stamps = [self.timesteps[step] if step < end else 0 * self.timesteps[0] for step, _ in runs]
         return joined([expert.time(stamp) for stamp in stamps], [rows for _, rows in runs])
+
+
+def steps_ahead(layout: Layout, gap: int) -> int:
+    """Steps by which the features of the previous block are later than the reader's, at most to the last one."""
+    if layout.blocks.context != "cached":
+        return gap
+    return {"matching": 0, "newest": gap - 1}[layout.blocks.context_version]
+
+
+def plan_branch(plan: StepPlan, step: int, branch: int) -> int:
+    """The branch whose features of a step are read: that of the reader, or the conditional one where it was not run."""
+    return 0 if step in plan.conditional_only else branch
+
+
+def refreshes(layout: Layout, iteration: int, gap: int) -> bool:
+    """True for an iteration of a refresh."""
+    every = layout.blocks.refresh_every
+    return every is not None and iteration >= every and iteration % every < gap
+
+
+class Anchors:
+    """Features of the first frames of block 0, in all their versions, and what later blocks make of them.
+
+    Args:
+        layout: the places of blocks.
+        plan: the steps that are run.
+        grid: size of a latent frame.
+
+    Attributes:
+        frames, tokens: of the anchor.
+        features: by layer, step of block 0 (behind the last: of its final latents) and branch.
+    """
+
+    def __init__(self, layout: Layout, plan: StepPlan, grid: Grid) -> None:
+        self.layout, self.plan = layout, plan
+        self.frames = layout.blocks.anchor_frames
+        self.tokens = self.frames * grid.tokens
+        self.features: dict[tuple[int, int, int], KeysValues | Features8] = {}
+
+    def read(self, layer: int, block: int, step: int, branch: int, expert: Slice) -> KeysValues:
+        """The newest version that there is when a unit runs, turned to just before what its predecessor lends."""
+        blocks, steps = self.layout.blocks, len(self.plan.runs)
+        gap = blocks.gap(steps)
+        now = block * gap + step
+        oldest_first = blocks.context == "prior" and not refreshes(self.layout, now, gap)
+        made = steps if now >= steps else now if oldest_first else now - 1
+        part = self.features[layer, made, plan_branch(self.plan, made, branch)]
+        assert isinstance(part, KeysValues), "refused by the config"
+        keys = part.keys.clone()
+        turn(keys, expert.shift(self.layout.start(block) - blocks.context_frames - self.frames), expert.heads)
+        return KeysValues(keys, part.values)
+
+    def strategy(self, block: int) -> AttentionStrategy:
+        """The strategy around a block's self-attention."""
+        weight = self.layout.blocks.anchor_weight
+        return Weighed(self.tokens, weight, attend_here) if weight and block else attend_here
 
 
 class Velocities:

@@ -77,6 +77,7 @@ class Checkpointer:
         prompts: asked at every snapshot, for each video's first block -> embeddings [branches, tokens, text_dim].
         device: the device on which latents lie.
         resumed: the name of the snapshot that the run goes on from; empty: it begins.
+        skipped: blocks at the beginning that the consumer does not get, and does not count.
     """
 
     def __init__(
@@ -89,12 +90,15 @@ class Checkpointer:
         prompts: Callable[[], Sequence[Mapping[int, torch.Tensor]]],
         device: torch.device,
         resumed: str = "",
+        skipped: int = 0,
     ) -> None:
         self.folder, self.every, self.keep_latents = checkpoint.folder, checkpoint.every, checkpoint.keep_latents
-        self._receipts = checkpoint.receipts or (lambda block: None)
+        receipts = checkpoint.receipts or (lambda block: None)
+        self._receipts = lambda block: receipts(max(0, block - skipped))
+        self._skipped = skipped
         self.run, self.schedule, self.layout, self.history, self.prompts = run, schedule, layout, history, prompts
         snapshot.remove_leftovers(self.folder, resumed)
-        self._delivered = [schedule.first_block] * schedule.num_videos  # blocks that the consumer has
+        self._delivered = [max(schedule.first_block, skipped)] * schedule.num_videos  # blocks that the consumer has
         self._pending: Snapshot | None = None  # captured; blocks before it may still be on their way out
         self._ready: torch.cuda.Event | None = None
         self._last = schedule.start
@@ -119,8 +123,8 @@ class Checkpointer:
         self._submit(lambda: self._write_block(video, block, latents, ready))
 
     def delivered(self, video: int, block: int) -> None:
-        """Notes that the consumer has a block's frames: it has asked for the next ones."""
-        self._delivered[video] = block + 1
+        """Notes that the consumer has a block's frames: it has asked for the next ones. Blocks count as it has them."""
+        self._delivered[video] = block + 1 + self._skipped
         self._collect()
         self._write_when_ready()
 
@@ -190,7 +194,8 @@ class Checkpointer:
         if not self.keep_latents:
             oldest = self._first_blocks[0]
             for video in range(len(self._delivered)):
-                snapshot.forget_blocks(self.folder, video, blocks_to_restore(self.layout, oldest, self.history).start)
+                needed = blocks_to_restore(self.layout, oldest, self.history).start
+                snapshot.forget_blocks(self.folder, video, range(self.schedule.is_anchored, needed))
 
     def _write_block(self, video: int, block: int, latents: torch.Tensor, ready: torch.cuda.Event | None) -> None:
         with self._beside(ready):

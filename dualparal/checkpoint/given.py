@@ -13,7 +13,7 @@ from dualparal.checkpoint.sealed import SnapshotError
 from dualparal.sampling.images import ImageCondition
 
 FORMAT = "dualparal-snapshot"
-NAMES = re.compile(r"(noise|images)-([0-9a-f]{32})\.safetensors")  # of the files of this module
+NAMES = re.compile(r"(noise|images|clips)-([0-9a-f]{32})\.safetensors")  # of the files of this module
 
 
 def write_noise(folder: Path, noise: torch.Tensor) -> str:
@@ -31,6 +31,25 @@ def read_noise(folder: Path, name: str) -> torch.Tensor:
         SnapshotError: not such a name, or the file is missing or damaged.
     """
     return floats(_read(folder, name, "noise").get("latents"), 5)
+
+
+def write_clips(folder: Path, latents: Sequence[torch.Tensor]) -> str:
+    """Writes the last latents [1, C, L, h, w] of the clip that each video goes on from; returns the file's name.
+
+    Raises OSError.
+    """
+    tensors = {str(video): tensor.contiguous() for video, tensor in enumerate(latents)}
+    return sealed.write(folder, "clips", tensors, {"format": FORMAT}).name
+
+
+def read_clips(folder: Path, name: str, videos: int) -> list[torch.Tensor]:
+    """Reads what ``write_clips`` wrote under ``name``.
+
+    Raises:
+        SnapshotError: not such a name, or the file is missing, damaged, or of other videos.
+    """
+    tensors = _read(folder, name, "clips")
+    return [floats(tensors.get(str(video)), 5) for video in range(videos)]
 
 
 def write_images(folder: Path, conditions: Sequence[ImageCondition]) -> str:

@@ -256,10 +256,10 @@ def check_blocks(found: Snapshot, folder: Path, first: int) -> None:
                 raise SnapshotError(f"{path} is of another run; remove it, or start anew")
 
 
-def forget_blocks(folder: Path, video: int, before: int) -> None:
-    """Removes the latents of a video's blocks before block ``before``, which no resume will need."""
+def forget_blocks(folder: Path, video: int, done: range) -> None:
+    """Removes the latents of a video's blocks that no resume will need."""
     for (owner, block), paths in _blocks(folder).items():
-        if owner == video and block < before:
+        if owner == video and block in done:
             for path in paths:
                 path.unlink(missing_ok=True)
 

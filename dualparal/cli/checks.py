@@ -9,6 +9,7 @@ from pathlib import Path
 from dualparal.cli.job import Job, check_sampler
 from dualparal.config.decoding import row_ranges
 from dualparal.config.images import check_images
+from dualparal.io.clips import probe_clip
 from dualparal.models.folder import folder_of
 from dualparal.models.json_files import ModelError
 from dualparal.models.registry import family_in
@@ -63,6 +64,8 @@ def check_job(job: Job) -> None:
             from dualparal.io.images import read_image  # and with it PIL
 
             read_image(image, flag)
+    if job.continue_from is not None:
+        probe_clip(job.continue_from)
     check_sampler(job.sampler)
     if job.latents_in is not None:
         from dualparal.io.latents import check_latents

@@ -29,3 +29,7 @@ class PromptFlags:
     last_image: Annotated[
         Path | None, typer.Option(help="The last frame, for models that take one besides the first.")
     ] = None
+    continue_from: Annotated[
+        Path | None,
+        typer.Option(help="An mp4 file that the video goes on from; --num-frames are those after it, a multiple of 4."),
+    ] = None

@@ -13,16 +13,15 @@ from typing import NoReturn
 
 import typer
 
+from dualparal.cli.block_flags import BlockFlags, ReuseFlags
 from dualparal.cli.checks import check_job
 from dualparal.cli.content import PromptFlags
 from dualparal.cli.flags import (
-    BlockFlags,
     EightBitFlags,
     LimitFlags,
     ModelFlags,
     OutputFlags,
     PlaceFlags,
-    ReuseFlags,
     VideoFlags,
     parse_steps,
 )
@@ -36,6 +35,7 @@ from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import EngineConfig
 from dualparal.config.reuse import Reuse
 from dualparal.config.video import VideoConfig
+from dualparal.io.clips import probe_clip
 from dualparal.io.locks import Locks
 from dualparal.launch.blame import Limits
 from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
@@ -171,13 +171,14 @@ def _job(
         stages = len(split)
     places = place.sequence_parallel
     stages = count_stages(place.gpus, stages, place.device, place.decode_gpus, places)
-    request = _video(video, model.model, "latent" if out is None else "uint8")
+    request = _video(video, model.model, "latent" if out is None else "uint8", prompts.continue_from)
     skipped = Reuse.of(reuse.reuse)
     return Job(
         prompts=_prompts(texts, prompts.prompt_at or [], video.num_frames),
         negative_prompt=prompts.negative_prompt,
         image=prompts.image,
         last_image=prompts.last_image,
+        continue_from=prompts.continue_from,
         video=request,
         engine=EngineConfig(
             blocks=_blocks(blocks, output.checkpoint, len(skipped.runs(request.num_inference_steps))),
@@ -257,9 +258,12 @@ def _prompts(texts: list[str], later: list[str], num_frames: int) -> list[dict[i
     return [prompts, *({0: text} for text in texts[1:])]
 
 
-def _video(flags: VideoFlags, model: str, output_type: str) -> VideoConfig:
-    """The request of the flags; the default size is the model's. Raises ValueError."""
+def _video(flags: VideoFlags, model: str, output_type: str, clip: Path | None) -> VideoConfig:
+    """The request of the flags; the default size is that of the clip that it goes on from, or the model's. Raises
+    ValueError."""
     height, width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)
+    if clip is not None:
+        height, width = probe_clip(clip).height, probe_clip(clip).width
     return VideoConfig.of(
         height=height if flags.height is None else flags.height,
         width=width if flags.width is None else flags.width,
@@ -271,6 +275,7 @@ def _video(flags: VideoFlags, model: str, output_type: str) -> VideoConfig:
         output_type=output_type,
         timesteps=parse_steps("--timesteps", flags.timesteps),
         sigmas=parse_steps("--sigmas", flags.sigmas),
+        continues=clip is not None,
     )
 
 

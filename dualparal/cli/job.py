@@ -36,6 +36,7 @@ class Job:
     Attributes:
         prompts: for each video, first frame -> text.
         image, last_image: files of the first and the last frame, for models that take them.
+        continue_from: a file that the videos go on from.
         video: the request; its seed is the first video's.
         engine: with a device and a number of stages.
         model: a directory in diffusers format, a hub id, or the name of the built-in model.
@@ -58,6 +59,7 @@ class Job:
     negative_prompt: str | None
     image: Path | None
     last_image: Path | None
+    continue_from: Path | None
     video: VideoConfig
     engine: EngineConfig
     model: str
@@ -118,6 +120,7 @@ class Job:
             "latents_in": None,
             "image": None,  # what came of it is there
             "last_image": None,
+            "continue_from": None,
             "resume": True,
         }
         return cls(**{**found, **paths, **rest})
@@ -149,8 +152,9 @@ def check_sampler(name: str | None) -> None:
 def call_arguments(job: Job) -> dict[str, Any]:
     """The arguments of ``Engine.stream`` for a job. The fields of ``VideoConfig`` have its names."""
     kind = None if job.latents_out is None else "latents"
-    texts = {"prompt": job.prompts, "negative_prompt": job.negative_prompt}
-    return {**texts, "image": job.image, "last_image": job.last_image, "result_kind": kind, **asdict(job.video)}
+    found = {name: getattr(job, name) for name in ("negative_prompt", "image", "last_image")} | asdict(job.video)
+    del found["continues"]  # which follows from ``video``
+    return {**found, "prompt": job.prompts, "video": job.continue_from, "result_kind": kind}
 
 
 def _sampler(current: Any, job: Job) -> Any:

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualparal.cli.flags import BlockFlags, EightBitFlags, ReuseFlags, parse_steps
+from dualparal.cli.block_flags import BlockFlags, ReuseFlags
+from dualparal.cli.flags import EightBitFlags, parse_steps
 from dualparal.config.blocks import DEFAULT_VERSION
 from dualparal.config.decoding import AUTO
 from dualparal.config.units import GIB

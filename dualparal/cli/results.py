@@ -119,7 +119,9 @@ class Results:
         run = "" if job.checkpoint is None else snapshot.newest(job.checkpoint).snapshot.id
         for video, parts in enumerate(self._latents):
             if job.checkpoint is not None:
-                parts = snapshot.read_blocks(job.checkpoint, run, video, range(len(self._receipts[video])))
+                first = job.video.skipped_blocks
+                blocks = range(first, first + len(self._receipts[video]))
+                parts = snapshot.read_blocks(job.checkpoint, run, video, blocks)
             if not parts:
                 return False
             whole.append(torch.cat(parts, dim=2))

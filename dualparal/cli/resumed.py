@@ -88,7 +88,7 @@ def started_or_resumed(
     kept = _going_on(found, typed & _MAY_CHANGE, folder, model, place, output)
     texts = salted(job.prompts, job.negative_prompt, kept.texts.partition(":")[0])
     begun, now = _decisive(kept), _decisive(replace(job, texts=texts))
-    for name in ("latents_in", "image", "last_image"):  # which are not read again
+    for name in ("latents_in", "image", "last_image", "continue_from"):  # which are not read again
         begun[name] = found.run["notes"].get(name)
     different = {name for name in now if now[name] != begun.get(name) and not (planned and name in _PLANNED)}
     if len(different) > 1 and "refresh_every" not in typed:

@@ -13,6 +13,7 @@ CONTEXT_VERSIONS: tuple[str, ...] = get_args(ContextVersion)
 DEFAULT_VERSION: ContextVersion = "matching"
 VERSIONED_POLICIES: tuple[str, ...] = ("cached",)  # those with a choice of versions
 MAX_STEPS = 10_000
+MAX_WEIGHT = 100  # of logits: e ** 100 is all there is
 
 
 def check_int(name: str, value: object, low: int, high: int, rule: str) -> None:
@@ -40,6 +41,9 @@ class BlockConfig:
         refresh_every: R. Every R iterations (R > gap), for ``gap`` of them, a block reads nothing that an earlier
             iteration left behind: the end of its predecessor's latents is fed through the layers in front of its own
             frames. What follows depends on latents alone, so that a run can be resumed there. None: never.
+        anchor_frames: a. The features of the first a frames of block 0 are read by every later block, in the newest
+            version that there is, as if they lay just before what its predecessor lends; 0 to B, 0: none.
+        anchor_weight: added to the logits of the anchor's keys (a natural logarithm of their weight).
 
     Raises:
         ValueError: a value is out of range; the message names the value, the rule and the way out.
@@ -51,6 +55,8 @@ class BlockConfig:
     max_blocks_in_flight: int | None = None  # K
     context_version: ContextVersion = DEFAULT_VERSION
     refresh_every: int | None = None  # R
+    anchor_frames: int = 0
+    anchor_weight: float = 0.0
 
     def __post_init__(self) -> None:
         check_int("frames_per_block", self.frames_per_block, 1, 100_000, "a block holds at least one latent frame")
@@ -75,6 +81,17 @@ class BlockConfig:
                 f"context_version={self.context_version!r} with context={self.context!r}: only "
                 f"{', '.join(map(repr, VERSIONED_POLICIES))} has a choice of versions; leave context_version out"
             )
+
+        check_int("anchor_frames", self.anchor_frames, 0, self.frames_per_block, "frames of block 0 that all later see")
+        weight = self.anchor_weight
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not -MAX_WEIGHT <= weight <= MAX_WEIGHT:  # nor is NaN in between
+            raise ValueError(
+                f"anchor_weight={weight!r}: added to logits of the anchor; use a number from -{MAX_WEIGHT} to "
+                f"{MAX_WEIGHT}"
+            )
+        if weight and not self.anchor_frames:
+            raise ValueError(f"anchor_weight={weight} with anchor_frames=0: there is no anchor; give anchor_frames too")
 
     def gap(self, num_steps: int) -> int:
         """Iterations between the entries of two blocks, and steps between neighbours: 1 to ``num_steps``."""

@@ -106,6 +106,11 @@ class EngineConfig:
                 f"linear_8bit={self.linear_8bit.mode!r} with dtype={self.dtype}: products of fp8 rows come in "
                 "bfloat16; use dtype='bfloat16'"
             )
+        if self.attention_8bit.on and self.blocks.anchor_frames:
+            raise ValueError(
+                f"attention_8bit={self.attention_8bit.mode!r} with anchor_frames={self.blocks.anchor_frames}: keys in "
+                "8 bits cannot be turned to another position; leave one of them out"
+            )
         self._check_features_8bit()
         self._check_sequence_parallel()
 
@@ -149,7 +154,7 @@ class EngineConfig:
             raise ValueError(f"features_8bit={self.features_8bit!r}: it has no modes; use True or False")
         if not self.features_8bit:
             return
-        if self.blocks.context_frames == 0:
+        if self.blocks.context_frames == 0 and not self.blocks.anchor_frames:
             raise ValueError("features_8bit=True with context_frames=0: nobody lends features; leave one of them out")
         if self.attention_8bit.everywhere and self.blocks.refresh_every is None:
             raise ValueError(

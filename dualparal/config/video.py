@@ -36,6 +36,7 @@ class VideoConfig:
         timesteps, sigmas: the steps one by one, from the noisiest down, as ``set_timesteps`` of diffusers' schedulers
             takes them (``sigmas`` are noise levels up to 1, before the sampler's shift); at most one of the two. None:
             the sampler spaces ``num_inference_steps`` of them. Any numbers will do; they are kept as tuples of floats.
+        continues: the video goes on from a clip: ``num_frames`` are those that come after it.
 
     Raises:
         ValueError: a value is out of range; the message names the value, the rule and the way out.
@@ -52,6 +53,7 @@ class VideoConfig:
     max_sequence_length: int = 512
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
+    continues: bool = False
 
     @classmethod
     def of(cls, *, num_inference_steps: int | None = None, **fields: Any) -> VideoConfig:
@@ -96,6 +98,11 @@ class VideoConfig:
         """True when an unconditional unit runs besides the conditional one (diffusers' rule: scale > 1)."""
         return self.guidance_scale > 1
 
+    @property
+    def skipped_blocks(self) -> int:
+        """Blocks at the beginning that are not given out: the clip's end. Blocks that are count from 0."""
+        return int(self.continues)
+
     def _keep_list(self, name: str, rule: str, most: float) -> None:
         """Checks a list of steps, and keeps it as floats. Raises ValueError."""
         values = getattr(self, name)
@@ -120,13 +127,22 @@ class VideoConfig:
         object.__setattr__(self, name, tuple(map(float, steps)))
 
     def num_latents(self, temporal_factor: int = 4) -> int | None:
-        """Latent frames L of ``num_frames`` = factor * (L - 1) + 1 pixel frames.
+        """Latent frames L of ``num_frames`` = factor * (L - 1) + 1 pixel frames; of a video that goes on from a clip
+        those that are new, factor * L frames.
 
         Raises:
             ValueError: no such L; names the two nearest legal lengths.
         """
         if self.num_frames is None:
             return None
+        if self.continues:
+            groups, rest = divmod(self.num_frames, temporal_factor)
+            if rest or not groups:
+                raise ValueError(
+                    f"num_frames={self.num_frames} after a clip: every latent becomes {temporal_factor} frames; use "
+                    f"{temporal_factor * groups or temporal_factor} or {temporal_factor * (groups + 1)}"
+                )
+            return groups
         groups, rest = divmod(self.num_frames - 1, temporal_factor)
         if rest:
             lower = groups * temporal_factor + 1

@@ -70,7 +70,8 @@ class Delivery:
         self.track = track
         self.started = time.perf_counter()
         self.waited = self.consumed = 0.0
-        blocks = None if layout.num_blocks is None else num_videos * layout.num_blocks
+        self.skipped = video.skipped_blocks
+        blocks = None if layout.num_blocks is None else num_videos * (layout.num_blocks - self.skipped)
         frames = None if video.num_frames is None else num_videos * video.num_frames
         self.progress = self.before = Progress(0, 0, blocks, frames, 0.0, 0.0, 0.0)
         self._parts = parts
@@ -90,14 +91,17 @@ class Delivery:
         """Goes on with a block: latents before it go through the decoders again.
 
         Args:
-            block: the first one that is still to be given out, in every video.
+            block: the first one that is still to be finished, in every video.
             videos: for each video, latents [1, C, f, h, w] of the blocks just before, as far as decoding sees them.
         """
         for video, latents in enumerate(videos):
-            self._frames_of[video] = self._made(0, self.layout.start(block)) if block else 0
+            done = self.layout.start(block) - self.layout.start(self.skipped)
+            self._frames_of[video] = self._made(self.skipped, done) if block > self.skipped else 0
             for seen in latents if self._parts is not None else ():
-                self._result([part.push(video, seen) for part in self._parts or ()])
-        self.before = replace(self.progress, blocks=block * len(videos), frames=sum(self._frames_of))
+                if seen.shape[2]:
+                    self._result([part.push(video, seen) for part in self._parts or ()])
+        blocks = max(0, block - self.skipped) * len(videos)
+        self.before = replace(self.progress, blocks=blocks, frames=sum(self._frames_of))
         self.progress = self.before
 
     def warm_up(self, latents: torch.Tensor) -> None:
@@ -116,7 +120,7 @@ class Delivery:
         """Takes a block's final latents [1, C, f, h, w]; what is beyond the end of the video is cut off."""
         kept = latents[:, :, : self.layout.kept_frames(block)]
         if self._parts is None:
-            self._done.append((video, block, kept, None))
+            self._finish(video, block, kept, None)
         else:
             self._latents[video, block] = kept
 
@@ -167,7 +171,12 @@ class Delivery:
             from PIL import Image
 
             frames = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
-        self._done.append((pending.video, pending.block, pending.latents, frames))
+        self._finish(pending.video, pending.block, pending.latents, frames)
+
+    def _finish(self, video: int, block: int, latents: torch.Tensor, frames: Any) -> None:
+        """Has a block given out, unless it is a clip's end, which the consumer has."""
+        if block >= self.skipped:
+            self._done.append((video, block, latents, frames))
 
     def ready(self) -> Iterator[Chunk]:
         """Yields the chunks that are finished, without waiting. Raises what decoding has raised."""
@@ -205,7 +214,7 @@ class Delivery:
             first=done.first or seconds,
             bubble=1 - self.busy() / seconds,
         )
-        return Chunk(block, start, frames, latents, self.progress, video)
+        return Chunk(block - self.skipped, start, frames, latents, self.progress, video)
 
     def close(self, failed: bool = False) -> None:
         """Ends the decoders once they are done with what they were given; frames of it are dropped.

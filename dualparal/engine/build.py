@@ -29,9 +29,11 @@ from dualparal.runtime.executor import FirstStage, Links, Report, StageExecutor
 from dualparal.runtime.graphs import Graphed, cuda_capture
 from dualparal.runtime.latents import LatentQueue, StepCallback
 from dualparal.runtime.shares import Cut, Share, ShareExchange
-from dualparal.runtime.stage import Forward, Stage, StageSpec
+from dualparal.runtime.spec import StageSpec
+from dualparal.runtime.stage import Forward, Stage
 from dualparal.runtime.threads import ThreadedStage
 from dualparal.runtime.warm_up import warm_up
+from dualparal.sampling.continued import Clip, KnownBlock
 from dualparal.sampling.images import ImageCondition
 from dualparal.sampling.noise import BlockNoise
 from dualparal.sampling.prompts import Prompts
@@ -75,6 +77,7 @@ class Builder:
         spec: the run.
         prompts: of every video, on the rank that leads; empty elsewhere.
         images: the same of what the model is told of images, where there are any.
+        clips: the same of what it goes on from.
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class Builder:
         spec: RunSpec,
         prompts: Sequence[Prompts],
         images: Sequence[ImageCondition | None],
+        clips: Sequence[Clip | None],
     ) -> None:
-        self.setup, self.parts, self.spec, self.prompts, self.images = setup, parts, spec, prompts, images
+        self.setup, self.parts, self.spec, self.prompts = setup, parts, spec, prompts
+        self.images, self.clips = images, clips
         self.request = spec.requests[0]  # where it is asked, all requests say the same
         self.schedule, self.layout = spec.schedule, self.request.layout
 
@@ -104,7 +109,10 @@ class Builder:
             noise = given.write_noise(checkpoint.folder, torch.cat(latents)) if latents else None
             told = [condition for condition in self.images if condition is not None]
             images = given.write_images(checkpoint.folder, told) if told else None
-            run = snapshot_info(setup, spec.scheduler, spec.requests, noise, images, checkpoint.notes)
+            known = [clip.latents for clip in self.clips if clip is not None]
+            clips = given.write_clips(checkpoint.folder, known) if known else None
+            files = {"noise": noise, "images": images, "clips": clips}
+            run = snapshot_info(setup, spec.scheduler, spec.requests, files, checkpoint.notes)
         found = Checkpointer(
             checkpoint,
             run,
@@ -114,6 +122,7 @@ class Builder:
             lambda: [prompts.state() for prompts in self.prompts],
             setup.mesh.device,
             "" if spec.resumed is None else spec.resumed.name,
+            self.request.video.skipped_blocks,
         )
         if spec.resumed is None:
             found.begin()
@@ -184,8 +193,10 @@ class Builder:
     def _stage_spec(self, index: int, experts: Sequence[int]) -> StageSpec:
         setup, schedule, blocks, grid = self.setup, self.schedule, self.setup.config.blocks, self.request.grid
         model = setup.source.spec
-        lent, runs = blocks.context_frames * grid.tokens, self.request.steps.runs
-        slots = {side: schedule.slots(side) for side in ("head", "tail")}
+        lent, runs = blocks.context_frames * grid.tokens, list(self.request.steps.runs)
+        if schedule.is_anchored:
+            runs.append(runs[-1])  # of a finished block
+        slots = {side: schedule.slots(side) for side in ("head", "tail", "anchor")}
         if setup.config.attention_8bit.on:
             slots["mean"] = schedule.places
         return StageSpec(
@@ -193,15 +204,16 @@ class Builder:
             num_layers=model.num_layers,
             grid=grid,
             expert_of_step=[experts[step] for step in runs],
-            timesteps=self.request.sampler.timesteps[list(runs)],
+            timesteps=self.request.sampler.timesteps[runs],
             slots=slots,
             branches=schedule.branches,
             max_tokens=self.layout.max_window_frames * grid.tokens,
-            context_tokens=lent,
+            lent={"head": lent, "tail": lent, "anchor": blocks.anchor_frames * grid.tokens},
             # Who lends is a whole block; the head lies behind what is fed in front of it.
             starts={
                 "head": self.layout.fed_context(1) * grid.tokens,
                 "tail": blocks.frames_per_block * grid.tokens - lent,
+                "anchor": 0,
             },
             eight_bit=setup.config.attention_8bit,
             features_8bit=setup.config.features_8bit,
@@ -211,13 +223,15 @@ class Builder:
             windows=schedule.windows,
             unequal_times=model.unequal_times,
             fixed_frames=self.request.fixed_frames,
+            anchor_weight=blocks.anchor_weight,
         )
 
     def _first_stage(self, experts: Sequence[int], decoder: Delivery, keeper: Checkpointer | None) -> FirstStage:
         queues = [self._queue(video, experts) for video in range(len(self.spec.requests))]
 
         def emit(video: int, block: int, latents: torch.Tensor) -> None:
-            self.prompts[video].forget(block + 1)
+            if not self.schedule.is_anchored:  # block 0 may run again, in a resumed run
+                self.prompts[video].forget(block + 1)
             if keeper is not None:
                 keeper.emit(video, block, latents[:, :, : self.layout.kept_frames(block)])
             decoder.emit(video, block, latents)
@@ -241,14 +255,15 @@ class Builder:
         second = video.guidance_scale if video.guidance_scale_2 is None else video.guidance_scale_2
         scales = (video.guidance_scale, second)
         shape = (self.setup.source.spec.in_channels, grid.height, grid.width)
-        condition = self.images[index]
+        condition, clip = self.images[index], self.clips[index]
         if condition is not None:
             condition = condition.on(self.setup.mesh.device)
+        noise = BlockNoise(request.layout, shape, video.seed, request.latents)
         return LatentQueue(
             self.schedule,
             request.layout,
             request.sampler,
-            BlockNoise(request.layout, shape, video.seed, request.latents),
+            noise,
             lambda block: prompts.of(block) * count + index,  # ids of all videos' prompts are different
             lambda prompt: _with_images(prompts.embeds(prompt // count), condition),
             request.steps,
@@ -257,6 +272,7 @@ class Builder:
             _step_callback(request, index),
             None if request.fixed_frames else condition,
             condition.first if condition is not None and request.fixed_frames else None,
+            None if clip is None else KnownBlock(clip.own, noise(0), request.sampler.levels),
         )
 
     def _prompt_shape(self) -> tuple[int, int, int]:
@@ -348,12 +364,12 @@ def _graphed(forward: Forward) -> Forward:
 
 def _step_callback(request: Request, video: int) -> StepCallback | None:
     """The caller's callback in the form in which a queue calls it; None: there is none."""
-    user = request.callback
+    user, skipped = request.callback, request.video.skipped_blocks
     if user is None:
         return None
 
     def callback(block: int, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        result = user(step, timestep, {"latents": latents, "block": block, "video": video}) or {}
+        result = user(step, timestep, {"latents": latents, "block": block - skipped, "video": video}) or {}
         replaced: torch.Tensor = result.get("latents", latents)
         return replaced
 

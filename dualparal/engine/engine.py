@@ -164,6 +164,7 @@ class Engine:
         seed: int | Sequence[int] | None = None,
         image: Any = None,
         last_image: Any = None,
+        video: str | Path | torch.Tensor | Sequence[Any] | None = None,
         timeline: str | Path | None = None,
         checkpoint: str | Path | Checkpoint | None = None,
         result_kind: ResultKind | None = None,
@@ -189,6 +190,9 @@ class Engine:
             image, last_image: the video's first and last frame, for models that take them: a path, a PIL image, or an
                 array [height, width, 3] of uint8 or of numbers from 0 to 1, stretched to the video's size as diffusers
                 does it; a list of them: one for each video. The same on all ranks.
+            video: a clip that the video goes on from: the path of an mp4 file of the video's size, or latents
+                [1, C, L, h, w] of its end, such as ``chunk.latents``; a list of them: one for each video. Those of
+                ``num_frames`` come after it, a multiple of four, and are all that is given out. The same on all ranks.
             timeline: a .json or .json.gz file for a trace of the run (ui.perfetto.dev opens it), replaced if it is
                 there; the same on all ranks. It is whole when the stream has ended; what ranks on other nodes, or a
                 distributed run that failed, left is in ``FILE.parts``, for ``dualparal.trace.timeline.merge``.
@@ -205,7 +209,7 @@ class Engine:
 
         While the iterator runs it raises what ``engine.run.Run.chunks`` raises.
         """
-        video = VideoConfig.of(
+        config = VideoConfig.of(
             height=height,
             width=width,
             num_frames=num_frames,
@@ -216,12 +220,22 @@ class Engine:
             guidance_scale_2=guidance_scale_2,
             output_type=output_type,
             max_sequence_length=max_sequence_length,
+            continues=video is not None,
         )
         inputs = split_videos(
-            prompt, negative_prompt, seed, generator, latents, prompt_embeds, negative_prompt_embeds, image, last_image
+            prompt,
+            negative_prompt,
+            seed,
+            generator,
+            latents,
+            prompt_embeds,
+            negative_prompt_embeds,
+            image,
+            last_image,
+            video,
         )
         callback = callback_on_step_end and partial(callback_on_step_end, self)
-        requests = [check_request(self.setup, self.scheduler, video, each, callback) for each in inputs]
+        requests = [check_request(self.setup, self.scheduler, config, each, callback) for each in inputs]
         check_alike(requests)
         check_requests(self.setup, self.parts, requests, result_kind)
         if checkpoint is not None:

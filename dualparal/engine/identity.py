@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dualparal.checkpoint.snapshot import Resumed, Snapshot, SnapshotError
+from dualparal.engine.clips import clip_fingerprint
 from dualparal.engine.images import fingerprints
 from dualparal.engine.request import Request
 from dualparal.engine.setup import Setup
@@ -53,6 +54,7 @@ def run_info(
         "video": {k: v for k, v in asdict(requests[0].video).items() if k not in ("output_type", "seed")},
         "frames": requests[0].video.output_type if schedule.decode_ranks or schedule.decode_in_place else None,
         "images": [fingerprints(request) for request in requests],
+        "clips": [clip_fingerprint(request) for request in requests] if resumed is None else None,
         "seeds": [request.video.seed for request in requests],
         "layers_per_stage": [len(layers) for layers in setup.layers],
         "engine": config,
@@ -66,23 +68,21 @@ def snapshot_info(
     setup: Setup,
     scheduler: Any,
     requests: Sequence[Request],
-    noise: str | None,
-    images: str | None,
+    files: Mapping[str, str | None],
     notes: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The description of a run that its snapshots hold, as JSON values.
 
     Args:
         scheduler: diffusers' sampler object.
-        noise: name of the file with the initial noise; None: it comes from seeds.
-        images: name of the file with what came of images; None: there are none.
+        files: names of the files with the initial noise ("noise"; None: it comes from seeds), what came of images
+            ("images") and the ends of clips ("clips"); None: there are none.
         notes: values of whoever started the run.
     """
     return {
         "id": secrets.token_hex(8),
         "videos": [asdict(request.video) for request in requests],
-        "noise": noise,
-        "images": images,
+        **files,
         "notes": dict(notes),
         "same": _identity(setup, scheduler),
         **maker(setup),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dualparal.config.images import check_images
 from dualparal.config.reuse import StepPlan
 from dualparal.config.video import VideoConfig
 from dualparal.engine.setup import Setup
+from dualparal.io.clips import probe_clip
 from dualparal.io.images import read_image
 from dualparal.models.base import Grid
 from dualparal.sampling.images import ImageCondition
@@ -39,6 +41,8 @@ class Request:
         embeds: [1 or 2 (guidance), tokens, text_dim] when they were given instead of a text.
         latents: initial noise [1, C, L, h, w], when it was given.
         images: the first, or the first and the last frame, as PIL has them; of a resumed run none.
+        clip: what it goes on from: the path of a file, or latents [1, C, L, h, w] on the CPU, block 0's and some before
+            them; None: it begins, or (of a resumed run) another rank knows it.
         condition: what the model is told of its images, on the leading rank of a resumed run.
         fixed_frames: latent frames of the video's beginning that an image gives, 1 or 0: they stay.
         callback: the caller's, after every step: (step, timestep, {"latents", "block", "video"}); a returned dict's
@@ -55,6 +59,7 @@ class Request:
     embeds: torch.Tensor | None
     latents: torch.Tensor | None
     images: tuple[Any, ...] = ()
+    clip: Path | torch.Tensor | None = None
     condition: ImageCondition | None = None
     fixed_frames: int = 0
     callback: UserCallback | None = None
@@ -71,6 +76,7 @@ class VideoInputs:
     negative_prompt_embeds: torch.Tensor | None = None
     image: Any = None
     last_image: Any = None
+    clip: Any = None
     seed: int = 0
 
 
@@ -84,6 +90,7 @@ def split_videos(
     negative_prompt_embeds: torch.Tensor | None,
     image: Any = None,
     last_image: Any = None,
+    clip: Any = None,
 ) -> list[VideoInputs]:
     """The inputs of each video, as many as there are prompts: a list, or rows of ``prompt_embeds``.
 
@@ -125,7 +132,7 @@ def split_videos(
         "image": image,
         "last_image": last_image,
     }
-    split = {"seed": seeds, **{name: rows(name, value) for name, value in columns.items()}}
+    split = {"seed": seeds, "clip": rows("video", clip), **{name: rows(name, value) for name, value in columns.items()}}
     return [VideoInputs(**{name: values[v] for name, values in split.items()}) for v in range(count)]
 
 
@@ -165,7 +172,18 @@ def check_request(
     if not encoded:
         first, last = (image is not None for image in given.values())
         check_images(spec.image_counts, first, last, video.num_frames)
-    layout = Layout(setup.config.blocks, video.num_latents(temporal))
+    if video.continues:
+        for name, value in {"latents": inputs.latents, **given}.items():
+            if value is not None and not encoded:
+                raise ValueError(f"{name} and video were both given: a video that goes on from a clip has no {name}")
+    if setup.config.blocks.anchor_frames and (
+        spec.unequal_times or (spec.keeps_first_frame and inputs.image is not None)
+    ):
+        raise ValueError(
+            f"anchor_frames={setup.config.blocks.anchor_frames}: not for a model that is told a timestep for each frame; "
+            "leave it out"
+        )
+    layout = Layout.of(setup.config.blocks, video, temporal)
     grid = spec.grid(video.height, video.width)
     config = setup.config
     layout.check_places(grid.tokens, config.sequence_parallel)
@@ -187,12 +205,13 @@ def check_request(
         grid=grid,
         sampler=sampler,
         steps=config.reuse.plan(sampler.levels, video.guidance),
-        prompts={} if inputs.prompt is None else _prompts(inputs.prompt, layout, temporal),
+        prompts={} if inputs.prompt is None else _prompts(inputs.prompt, layout, temporal, video.continues),
         negative_prompt=inputs.negative_prompt,
         embeds=embeds,
         latents=None if inputs.latents is None else _latents(inputs.latents, layout, grid, spec.in_channels),
         images=tuple(read_image(image, name) for name, image in given.items() if image is not None),
         fixed_frames=int(spec.keeps_first_frame and inputs.image is not None),
+        clip=_clip(inputs.clip, video, layout, [spec.in_channels, grid.height, grid.width], temporal),
         callback=callback,
     )
 
@@ -217,8 +236,15 @@ def schedule_of(setup: Setup, requests: Sequence[Request], start: int = 0) -> Sc
     )
 
 
-def _prompts(prompt: Prompt, layout: Layout, temporal_factor: int) -> dict[int, str]:
-    """The texts by the first block that takes each, from texts by pixel frame. Raises ValueError."""
+def _prompts(prompt: Prompt, layout: Layout, temporal_factor: int, continues: bool) -> dict[int, str]:
+    """The texts by the first block that takes each, from texts by pixel frame. Raises ValueError.
+
+    Args:
+        prompt: a text, or texts by frame.
+        layout: of the video.
+        temporal_factor: frames of a latent frame.
+        continues: frames are counted from those after a clip, and block 0 is the clip's end: the first text is its too.
+    """
     if isinstance(prompt, str):
         return {0: prompt}
     if not isinstance(prompt, Mapping) or not all(isinstance(text, str) for text in prompt.values()):
@@ -232,9 +258,9 @@ def _prompts(prompt: Prompt, layout: Layout, temporal_factor: int) -> dict[int, 
     for frame in sorted(prompt):
         if not isinstance(frame, int) or frame < 0:
             raise ValueError(f"prompt for frame {frame!r}: frames are counted from 0")
-        latent = (frame + temporal_factor - 1) // temporal_factor - layout.first_frames
-        block = 0 if latent < 0 else 1 + latent // layout.blocks.frames_per_block
-        if block in found:
+        latent = (frame + temporal_factor - 1) // temporal_factor - layout.first_frames * (not continues)
+        block = 0 if latent < 0 or (continues and not latent) else 1 + latent // layout.blocks.frames_per_block
+        if block in found or (continues and block == 1):
             raise ValueError(
                 f"prompt for frame {frame} and an earlier one lie in the same block {block}: a block has "
                 f"one prompt; put them {temporal_factor * layout.blocks.frames_per_block} frames apart"
@@ -280,3 +306,46 @@ def _latents(latents: torch.Tensor, layout: Layout, grid: Grid, channels: int) -
     if not torch.isfinite(latents).all():
         raise ValueError("latents hold NaN or infinity; initial noise is finite")
     return latents
+
+
+def _clip(clip: Any, video: VideoConfig, layout: Layout, shape: list[int], factor: int) -> Path | torch.Tensor | None:
+    """Checks a clip, and returns its path or its latents, float32 on the CPU; None: there is none.
+
+    Args:
+        clip: a path of an mp4 file, or latents [1, C, L, h, w].
+        video, layout: of the request.
+        shape: C, h and w of its latents.
+        factor: frames of a latent frame.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if clip is None:
+        return None
+    frames, size = layout.frames(0), (video.height, video.width)
+    if isinstance(clip, torch.Tensor):
+        if clip.ndim != 5 or [n for axis, n in enumerate(clip.shape) if axis != 2] != [1, *shape]:
+            raise ValueError(
+                f"video: latents of shape {list(clip.shape)}; this request goes on from [1, {shape[0]}, frames, "
+                f"{shape[1]}, {shape[2]}]"
+            )
+        if not torch.isfinite(clip).all():
+            raise ValueError("video: latents that hold NaN or infinity")
+        length, clip = clip.shape[2], clip.to("cpu", torch.float32)
+    elif isinstance(clip, (str, Path)):
+        clip = Path(clip)
+        found = probe_clip(clip)
+        if (found.height, found.width) != size:
+            raise ValueError(
+                f"video {clip} has frames of {found.height}x{found.width} (height, width), and {size[0]}x{size[1]} was "
+                "asked for; ask for its own size"
+            )
+        length = (found.frames - 1) // factor + 1
+    else:
+        raise ValueError(f"video is a {type(clip).__name__}: use the path of an mp4 file, or latents of its end")
+    if length < frames:
+        raise ValueError(
+            f"video has {length} latent frames, and the first block goes on from {frames}: a latent is {factor} "
+            "frames; use smaller blocks or a longer clip"
+        )
+    return clip

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dualparal.checkpoint import given, snapshot
 from dualparal.checkpoint.checkpointer import blocks_to_restore, check_fits
 from dualparal.checkpoint.snapshot import Snapshot, SnapshotError
@@ -19,6 +21,7 @@ from dualparal.engine.parts import Parts
 from dualparal.engine.request import Request, UserCallback, VideoInputs, check_request, schedule_of
 from dualparal.engine.setup import Setup
 from dualparal.runtime.latents import LatentQueue
+from dualparal.sampling.continued import Clip
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.schedule import Schedule
 
@@ -63,6 +66,7 @@ def _read_requests(
     """The requests as the snapshot describes them; embeddings take the place of texts."""
     noise = found.run["noise"]
     latents = None if noise is None else given.read_noise(folder, noise)
+    clips = _read_clips(found, folder)
     requests = []
     for number, (fields, prompts) in enumerate(zip(found.run["videos"], found.prompts, strict=True)):
         video, rows = VideoConfig(**fields), prompts[min(prompts)]
@@ -70,6 +74,7 @@ def _read_requests(
             latents=None if latents is None else latents[number : number + 1],
             prompt_embeds=rows[:1],
             negative_prompt_embeds=rows[1:] if len(rows) > 1 else None,
+            clip=clips[number],
             seed=video.seed,
         )
         requests.append(check_request(setup, scheduler, video, inputs, callback, encoded=True))
@@ -85,10 +90,19 @@ def _read_requests(
     return [replace(request, condition=condition) for request, condition in zip(requests, kept, strict=True)]
 
 
+def _read_clips(found: Snapshot, folder: Path) -> list[torch.Tensor | None]:
+    """The ends of the clips that a run's videos go on from; None where they begin. Raises SnapshotError."""
+    name, count = found.run.get("clips"), len(found.run["videos"])
+    if (name is None) == VideoConfig(**found.run["videos"][0]).continues:
+        raise SnapshotError(f"{folder}: the end of the clip that the video goes on from is missing, or none was taken")
+    return [None] * count if name is None else [*given.read_clips(folder, name, count)]
+
+
 def check_restartable(setup: Setup, requests: Sequence[Request]) -> None:
     """Checks that there are iterations at which a snapshot can be taken. Raises ValueError when there is none."""
     blocks, schedule = setup.config.blocks, schedule_of(setup, requests)
-    if not any(map(schedule.is_restartable, range(1, 1 + max(1, blocks.refresh_every or 1)))):
+    least = schedule.num_steps if schedule.is_anchored else 1
+    if not any(map(schedule.is_restartable, range(least, least + max(1, blocks.refresh_every or 1)))):
         raise ValueError(
             f"checkpoint with context={blocks.context!r}"
             + (", attention_8bit" if setup.config.attention_8bit.on else "")
@@ -98,7 +112,12 @@ def check_restartable(setup: Setup, requests: Sequence[Request]) -> None:
 
 
 def restore(
-    queues: Sequence[LatentQueue], decoder: Delivery, folder: Path, found: Snapshot, schedule: Schedule
+    queues: Sequence[LatentQueue],
+    decoder: Delivery,
+    folder: Path,
+    found: Snapshot,
+    schedule: Schedule,
+    clips: Sequence[Clip | None],
 ) -> None:
     """Puts latents and samplers as they are in the snapshot, and the decoders as far as they see back.
 
@@ -106,17 +125,22 @@ def restore(
         queues: one for each video, empty.
         folder: the snapshot's, where the final latents of finished blocks lie too.
         schedule: the resumed run's.
+        clips: those that the videos go on from.
 
     Raises:
         SnapshotError: final latents of a block that is needed are missing or damaged.
     """
     first = schedule.first_block
-    before = [
-        snapshot.read_blocks(folder, found.id, video, blocks_to_restore(queue.layout, first, decoder.history))
-        for video, queue in enumerate(queues)
-    ]
-    for queue, blocks, latents in zip(queues, found.blocks, before, strict=True):
-        queue.restore(blocks, latents[-1] if latents else None)
+    before: list[list[torch.Tensor]] = []
+    for video, (queue, blocks, clip) in enumerate(zip(queues, found.blocks, clips, strict=True)):
+        seen = blocks_to_restore(queue.layout, first, decoder.history)
+        before.append(snapshot.read_blocks(folder, found.id, video, seen))
+        finished = dict(zip(seen, before[-1], strict=True))
+        if schedule.is_anchored and first > 0 and 0 not in finished:
+            (finished[0],) = snapshot.read_blocks(folder, found.id, video, range(1))
+        queue.restore(blocks, {block: finished[block] for block in {0, first - 1} & set(finished)})
+        if clip is not None and seen.start == 0:
+            before[-1].insert(0, clip.before)
     decoder.resume(first, before)
 
 
@@ -129,7 +153,7 @@ def decode_again(
         setup, parts: the engine's.
         found: the last snapshot in ``folder``, where all latents lie.
         video: index of the video.
-        blocks: in their order.
+        blocks: in their order, counted as they were given out.
 
     Yields:
         A block and its frames, as the run's ``output_type`` has them.
@@ -138,16 +162,19 @@ def decode_again(
         SnapshotError: latents that are needed are missing or damaged.
     """
     asked = VideoConfig(**found.run["videos"][video])
-    layout = Layout(setup.config.blocks, asked.num_latents(setup.source.spec.temporal_factor))
+    layout, skipped = Layout.of(setup.config.blocks, asked, setup.source.spec.temporal_factor), asked.skipped_blocks
+    clip = _read_clips(found, folder)[video]
     decoder, device = parts.decoders(1)[0], setup.mesh.device
     part = PartDecoder([decoder], asked.output_type, device, allow_nonfinite=setup.config.allow_nonfinite)
     last = -1
-    for block in blocks:
+    for block in (given_out + skipped for given_out in blocks):
         if last < 0 or block != last + 1:
             decoder.reset()
             before = blocks_to_restore(layout, block, part.history) if block else range(0)
+            if clip is not None and before.start == 0:
+                part.push(None, 0, Clip.of(clip, layout.frames(0)).before.to(device))
             for seen in before:
                 part.push(None, 0, snapshot.read_blocks(folder, found.id, video, range(seen, seen + 1))[0].to(device))
         (latents,) = snapshot.read_blocks(folder, found.id, video, range(block, block + 1))
-        yield block, part.decode(None, 0, block, latents.to(device))
+        yield block - skipped, part.decode(None, 0, block, latents.to(device))
         last = block

@@ -21,6 +21,7 @@ from dualparal.distributed.messages import PeerLost
 from dualparal.distributed.remote import ReceiveEdge
 from dualparal.engine.build import Builder, RunSpec
 from dualparal.engine.capacity import check_text_encoder
+from dualparal.engine.clips import encode_clips
 from dualparal.engine.decoders import DecoderBuilder
 from dualparal.engine.identity import run_info
 from dualparal.engine.images import encode_images
@@ -30,6 +31,7 @@ from dualparal.engine.setup import Setup
 from dualparal.engine.texts import Text
 from dualparal.kernels.backend import current
 from dualparal.runtime.executor import StageExecutor, run_together
+from dualparal.sampling.continued import Clip
 from dualparal.sampling.images import ImageCondition
 from dualparal.sampling.prompts import Prompts
 from dualparal.schedule.schedule import Schedule
@@ -58,6 +60,7 @@ class Run:
         self._setup, self._mesh, self._parts = setup, setup.mesh, parts
         self._prompts: list[Prompts] = []  # of every video, on the rank that leads, while it runs
         self._images: list[ImageCondition | None] = []  # the same of what the model is told of images
+        self._clips: list[Clip | None] = []  # that videos go on from
         self._store: Any = None  # where the ranks meet
         self._executors: list[StageExecutor] = []
         self._decoders = DecoderBuilder(setup, parts, spec)
@@ -85,7 +88,8 @@ class Run:
         texts = [Text.of(request, prompt, negative_prompt or request.negative_prompt)]
         if self._parts.texts.new(texts, beside=True):
             check_text_encoder(self._setup)
-        return self._prompts[video].change(*self._parts.texts.encode(texts, beside=True))
+        first = self._prompts[video].change(*self._parts.texts.encode(texts, beside=True))
+        return first - request.video.skipped_blocks
 
     def chunks(self) -> Iterator[Chunk]:
         """Yields finished blocks, as soon as they are finished; none on ranks that do not lead.
@@ -187,10 +191,12 @@ class Run:
         if resumed is None:
             self._prompts = self._parts.encode(requests)
             self._images = encode_images(self._setup, self._parts, requests)
-            if any(self._images) and (self._setup.light is not None or not self._decoders.places):
+            self._clips = encode_clips(self._setup, self._parts, requests)
+            if (any(self._images) or any(self._clips)) and (self._setup.light is not None or not self._decoders.places):
                 self._parts.drop_vae()  # which is for this alone
         else:
             self._images = [request.condition for request in requests]
+            self._clips = encode_clips(self._setup, self._parts, requests)
             self._prompts = [Prompts(dict(prompts)) for prompts in resumed.snapshot.prompts]
 
     def _clocks(self) -> tuple[Recorder | None, list[BusyClock]]:
@@ -209,7 +215,7 @@ class Run:
 
     def _build(self, clocks: Sequence[BusyClock], recorder: Recorder | None) -> None:
         """Makes executors and decoders and, on the rank that leads, the keeper; restores a resumed run."""
-        builder = Builder(self._setup, self._parts, self.spec, self._prompts, self._images)
+        builder = Builder(self._setup, self._parts, self.spec, self._prompts, self._images, self._clips)
         spec, mesh = self.spec, self._mesh
         tracks: dict[int, Track | None] = {stage: clock.track for stage, clock in zip(mesh.stages, clocks, strict=True)}
         if recorder is not None:
@@ -227,7 +233,10 @@ class Run:
         leading = self._executors[0].leading if self._executors else None
         if spec.resumed is not None and spec.checkpoint is not None and leading is not None:
             assert self._decoder is not None
-            restore(leading.queues, self._decoder, spec.checkpoint.folder, spec.resumed.snapshot, spec.schedule)
+            folder, found = spec.checkpoint.folder, spec.resumed.snapshot
+            restore(leading.queues, self._decoder, folder, found, spec.schedule, self._clips)
+        elif self._decoder is not None and any(self._clips):
+            self._decoder.resume(0, [[clip.before] if clip else [] for clip in self._clips])
 
     # After ----------------------------------------------------------------------------------------------------
 
@@ -302,7 +311,7 @@ class Run:
                 merge_left(recorder.path)
         for executor in self._executors:
             executor.close()
-        self._prompts, self._images, self._executors = [], [], []
+        self._prompts, self._images, self._clips, self._executors = [], [], [], []
         self._decoder = self._keeper = self._service = None
         self.running = False
 

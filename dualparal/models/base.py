@@ -123,6 +123,10 @@ class Slice(Protocol):
         """Angles of ``frames`` latent frames from absolute index ``start`` on."""
         ...
 
+    def shift(self, frames: int) -> Rotary:
+        """Angles [1, head_dim // 2] that move rotated keys by so many latent frames in time, and nowhere else."""
+        ...
+
     def layer(
         self,
         index: int,

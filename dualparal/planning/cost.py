@@ -119,15 +119,15 @@ def _kept_in_fp8(work: Workload) -> float:
 def unit_arithmetic(work: Workload, schedule: Schedule, unit: Unit) -> Arithmetic:
     """Work of one layer for one unit."""
     queries = len(work.layout.window(unit.block, schedule.refreshes(unit))) * work.tokens
-    lent = work.blocks.context_frames * work.tokens
-    reads, writes = len(schedule.reads(unit)), len(schedule.writes(unit))
-    return layer_arithmetic(work, queries, queries + reads * lent, reads * lent, writes * lent)
+    reads = sum(work.lent_tokens(features.side) for features in schedule.reads(unit))
+    writes = sum(work.lent_tokens(features.side) for features in schedule.writes(unit))
+    return layer_arithmetic(work, queries, queries + reads, reads, writes)
 
 
 def unit_exchange(work: Workload, schedule: Schedule, unit: Unit, wire: Link | None, device: Device) -> float:
     """Seconds of a unit's exchanges between the cards of a stage, in one layer."""
     queries = len(work.layout.window(unit.block, schedule.refreshes(unit))) * work.tokens
-    keys = queries + len(schedule.reads(unit)) * work.blocks.context_frames * work.tokens
+    keys = queries + sum(work.lent_tokens(features.side) for features in schedule.reads(unit))
     return exchange_seconds(work, queries, keys, wire, device)
 
 
@@ -181,7 +181,9 @@ class Costing:
         kind = self._kinds.get(unit)
         if kind is None:  # all that its cost depends on
             frames = len(self.work.layout.window(unit.block, self.schedule.refreshes(unit)))
-            kind = frames, len(self.schedule.reads(unit)), len(self.schedule.writes(unit))
+            lent = (self.schedule.reads(unit), self.schedule.writes(unit))
+            reads, writes = (sum(self.work.lent_tokens(features.side) for features in each) for each in lent)
+            kind = frames, reads, writes
             self._kinds[unit] = kind
         seconds = self._seconds.get((stage, kind))
         if seconds is None:

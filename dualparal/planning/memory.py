@@ -14,6 +14,7 @@ from dualparal.schedule.simulate import Sizes
 
 # Rows of 8-bit keys that share a scale, and from a multiple of which they are kept (kernels.attention_8bit.TILE).
 KEY_TILE = 128
+SIDES = ("head", "tail", "anchor")
 _ALIGNMENT = 16  # bytes: of what lies in a slot that can hold either format
 
 # UniPC of order 2 keeps two velocities and the last sample beside the latents.
@@ -103,10 +104,9 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     layers, first, last = split[stage], stage == 0, stage == len(split) - 1
     in_8bit, linears = _layers_8bit(work, split, stage), model.linears
     branches, steps, experts = schedule.branches, schedule.num_steps, model.experts
-    lent = work.blocks.context_frames * tokens
     window = work.layout.max_window_frames * tokens
     rows, heads = work.place_tokens(window), work.head_share
-    slots = {side: schedule.slots(side) for side in ("head", "tail")}
+    slots = {side: schedule.slots(side) for side in SIDES}
     hidden, velocity = edge_elements(work)
     inbound, outbound = velocity if first else hidden, velocity if last else hidden
     latents = 4 * model.in_channels * work.pixels * work.layout.first_frames
@@ -119,7 +119,7 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     return Memory(
         weights=experts * slice_bytes(work, split, stage),
         features=int((lends * heads + means) * branches),
-        workspace=int(2 * (window + sum(map(bool, slots.values())) * lent) * heads * h * size)
+        workspace=int(2 * (window + sum(work.lent_tokens(side) for side in SIDES if slots[side])) * heads * h * size)
         + _exchange_bytes(work, window),
         buffers=work.engine.depth * (inbound + outbound) * size if len(split) > 1 else 0,
         activations=rows * (model.layer_activations * size + (linears.widest if in_8bit else 0)),
@@ -212,11 +212,11 @@ def slot_bytes(work: Workload, layers: range, side: str) -> int:
     Args:
         work: the video and the model.
         layers: indices of the model's layers.
-        side: "head" or "tail": rows in 8 bits begin with a whole tile, so it matters where they lie.
+        side: one of ``SIDES``: rows in 8 bits begin with a whole tile, so it matters where they lie.
     """
-    if work.blocks.context_frames == 0:
+    if not work.lent_tokens(side):
         return 0
-    plain, eight, policy = _plain_slot(work), _slot_8bit(work, side), work.engine.attention_8bit
+    plain, eight, policy = _plain_slot(work, side), _slot_8bit(work, side), work.engine.attention_8bit
     steps = len(work.steps.runs)
     always = all(policy.at(step, steps) for step in range(steps)) and work.blocks.refresh_every is None
     total = 0
@@ -230,9 +230,9 @@ def slot_bytes(work: Workload, layers: range, side: str) -> int:
     return total
 
 
-def _plain_slot(work: Workload) -> list[int]:
+def _plain_slot(work: Workload, side: str) -> list[int]:
     """Bytes of the tensors of a slot in one layer, as attention in 16 bits keeps it."""
-    lent, h = work.blocks.context_frames * work.tokens, work.model.inner
+    lent, h = work.lent_tokens(side), work.model.inner
     if work.engine.features_8bit:
         return [lent * h, lent * h, 4 * lent, 4 * lent]
     return [lent * h * work.itemsize] * 2
@@ -285,7 +285,7 @@ def decode_bytes(work: Workload, parts: int = 1) -> int:
 def sizes(work: Workload, split: Sequence[int], stage: int, memory: Memory) -> Sizes:
     """Bytes on a stage's rank for ``Simulation.memory``: those held all the time, and those that come and go."""
     layers = range(sum(split[:stage]), sum(split[: stage + 1]))
-    slots = {side: int(slot_bytes(work, layers, side) * work.head_share) for side in ("head", "tail")}
+    slots = {side: int(slot_bytes(work, layers, side) * work.head_share) for side in SIDES}
     copies = SAMPLER_COPIES + work.steps.kept
     latents = copies * 4 * work.model.in_channels * work.pixels * work.blocks.frames_per_block
     fixed = memory.running - memory.features - memory.latents - memory.decode

@@ -269,8 +269,9 @@ def costs_per_layer(work: Workload, schedule: Schedule, cards: Cards) -> tuple[l
     block = min(1, (work.layout.num_blocks or 2) - 1)
     queries, lent = len(work.layout.window(block)) * work.tokens, blocks.context_frames * work.tokens
     sides = 0 if work.layout.num_blocks == 1 else schedule.policy.neighbours_read
-    keys = queries + sides * lent
-    layer = layer_arithmetic(work, queries, keys, sides * lent, sides * lent)
+    borrowed = sides * lent + schedule.is_anchored * work.lent_tokens("anchor")
+    keys = queries + borrowed
+    layer = layer_arithmetic(work, queries, keys, borrowed, sides * lent)
     costing = Costing(work, schedule, [1] * count, cards.devices, cards.links, cards.wires)
     extra = [costing.ends(stage, len(work.layout.window(block)), card) for stage, card in enumerate(cards.devices)]
     extra[0] += update_seconds(work, schedule)

@@ -221,8 +221,8 @@ class Search:
                 free = with_blocks(work, context=context, max_blocks_in_flight=None, context_version=DEFAULT_VERSION)
                 yield [(free, "another context policy")]
         for size in BLOCK_SIZES:
-            if size >= blocks.context_frames and size != blocks.frames_per_block:
-                window = size + 2 * blocks.context_frames
+            if size >= max(blocks.context_frames, blocks.anchor_frames) and size != blocks.frames_per_block:
+                window = size + 2 * blocks.context_frames + blocks.anchor_frames
                 trained = work.model.trained_latents
                 note = f"window of {window} latents"
                 if trained is not None and window > trained:
@@ -326,7 +326,8 @@ class Search:
             others = [version for version in POLICIES[blocks.context].versions if version != DEFAULT_VERSION]
             changes[:0] = [{"context_version": version} for version in others]
         changes += [{"context_frames": c} for c in range(blocks.context_frames - 1, 0, -1)]
-        sizes = [b for b in reversed(BLOCK_SIZES) if blocks.context_frames <= b < blocks.frames_per_block]
+        least = max(blocks.context_frames, blocks.anchor_frames)
+        sizes = [b for b in reversed(BLOCK_SIZES) if least <= b < blocks.frames_per_block]
         changes += [{"frames_per_block": b} for b in sizes]
         changes += [lean[0] | {"frames_per_block": b} for b in sizes]
         for change in changes:

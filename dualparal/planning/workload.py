@@ -71,7 +71,7 @@ class Workload:
     @cached_property
     def layout(self) -> Layout:
         """The places of the blocks in the video."""
-        return Layout(self.blocks, self.video.num_latents(self.model.vae.temporal_factor))
+        return Layout.of(self.blocks, self.video, self.model.vae.temporal_factor)
 
     @cached_property
     def tokens(self) -> int:
@@ -82,6 +82,10 @@ class Workload:
     def _side(self) -> int:
         """Side of a token, in pixels of a frame."""
         return self.model.vae.spatial_factor * self.model.patch
+
+    def lent_tokens(self, side: str) -> int:
+        """Tokens of the features of a side (``schedule.actions.Features``)."""
+        return (self.blocks.anchor_frames if side == "anchor" else self.blocks.context_frames) * self.tokens
 
     @property
     def text_tokens(self) -> int:

@@ -302,6 +302,7 @@ class StageExecutor:
             reads=self.schedule.reads(unit),
             writes=self.schedule.writes(unit),
             fed_step=min(unit.step + self.schedule.gap, self.schedule.num_steps),
+            anchor_shift=self.layout.anchor_shift(unit.block),
         )
 
     def _admit(self, unit: Unit) -> None:

@@ -84,6 +84,7 @@ class Graphed:
             tuple(t.clone() for t in inputs.read_at),
             tuple(t.clone() for t in inputs.write_at),
             tuple(t.clone() for t in inputs.mean_at),
+            tuple(t.clone() for t in inputs.shift),
         )
         replay, result = self._capture(lambda: self._forward(shape, static))
         return _Entry(static, replay, result, inputs)
@@ -108,7 +109,7 @@ class Graphed:
                 for target, source in zip(mine, new, strict=True):
                     if isinstance(target, torch.Tensor) and isinstance(source, torch.Tensor):
                         target.copy_(source)
-        rows, new_rows = (i.read_at + i.write_at + i.mean_at for i in (static, inputs))
+        rows, new_rows = (i.read_at + i.write_at + i.mean_at + i.shift for i in (static, inputs))
         for target, source in zip(rows, new_rows, strict=True):
             target.copy_(source)
         entry.given = inputs._replace(hidden=static.hidden)  # the unit's own tensor may be reused or freed

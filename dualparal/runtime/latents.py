@@ -9,6 +9,7 @@ import torch
 from dualparal.config.reuse import StepPlan
 from dualparal.device import to_device
 from dualparal.kernels.combine_guidance import combine_guidance
+from dualparal.sampling.continued import KnownBlock
 from dualparal.sampling.extrapolate import extrapolate
 from dualparal.sampling.images import ImageCondition
 from dualparal.sampling.sampler import BlockSampler, Sampler
@@ -38,6 +39,7 @@ class LatentQueue:
         first_frame: latents [1, C, 1, H, W] that the video begins with, on the device, for a model that keeps them:
             block 0 has them before its first step and after each, as diffusers' WanImageToVideoPipeline feeds them;
             None: it begins with noise.
+        clip: block 0, where its latents are known; the sampler's steps of it count for nothing.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class LatentQueue:
         callback: StepCallback | None = None,
         condition: ImageCondition | None = None,
         first_frame: torch.Tensor | None = None,
+        clip: KnownBlock | None = None,
     ) -> None:
         self.schedule = schedule
         self.layout = layout
@@ -65,6 +68,7 @@ class LatentQueue:
         self.guidance_scales = guidance_scales
         self.device = device
         self.callback = callback
+        self.clip = clip
         self.condition = condition
         self.first_frame = first_frame
         self._latents: dict[int, torch.Tensor] = {}
@@ -83,15 +87,18 @@ class LatentQueue:
             for block, state in self._states.items()
         }
 
-    def restore(self, blocks: Mapping[int, BlockState], before: torch.Tensor | None) -> None:
+    def restore(self, blocks: Mapping[int, BlockState], finished: Mapping[int, torch.Tensor]) -> None:
         """Restores a ``state``.
 
         Args:
             blocks: the states by block.
-            before: final latents [1, C, F, H, W] of the block before the first; None: not kept.
+            finished: final latents [1, C, F, H, W] of the block before the first, and of block 0 where it is the
+                anchor; by block, where they are kept.
         """
-        if before is not None:
-            self._latents[self.schedule.first_block - 1] = before.to(self.device)
+        for block, latents in finished.items():
+            self._latents[block] = latents.to(self.device)
+        if self.schedule.is_anchored:
+            self._prompts[0] = self.prompt_of(0)
         for block in sorted(blocks):
             self._prompts[block] = self.prompt_of(block)
             self._latents[block] = blocks[block].latents.to(self.device)
@@ -104,9 +111,14 @@ class LatentQueue:
         """Id of the prompt of the unit's block. The first unit of a block makes it enter."""
         if unit.block not in self._prompts:
             self._prompts[unit.block] = self.prompt_of(unit.block)
-            self._latents[unit.block] = self._begun(unit.block, to_device(self.noise(unit.block), self.device))
+            known = self._known(unit.block)
+            begun = to_device(known.at(0) if known else self.noise(unit.block), self.device)
+            self._latents[unit.block] = self._begun(unit.block, begun)
             self._states[unit.block] = self.sampler.start(unit.block)
         return self._prompts[unit.block]
+
+    def _known(self, block: int) -> KnownBlock | None:
+        return self.clip if block == 0 else None
 
     def window(self, unit: Unit) -> torch.Tensor:
         """Latents [1, C, F, H, W] that the model is fed for a unit.
@@ -126,7 +138,9 @@ class LatentQueue:
         return self._latents[unit.block].shape
 
     def take(self, unit: Unit, velocity: torch.Tensor) -> None:
-        """Keeps a copy of a branch's velocity until the update."""
+        """Keeps a copy of a branch's velocity until the update; no update comes for one of a finished block."""
+        if self.schedule.makes_anchor(unit):
+            return
         self._velocity[unit.block, unit.branch] = velocity.clone()
 
     def update(self, block: int, step: int) -> None:
@@ -138,7 +152,9 @@ class LatentQueue:
         for at in self.steps.span(step):
             velocity = self._velocity_at(block, step, at, run)
             latents = self._states[block].step(velocity, at, self._latents[block])
-            if self.callback is not None:
+            if known := self._known(block):
+                latents = to_device(known.at(at + 1), self.device)
+            elif self.callback is not None:
                 latents = self.callback(block, at, self.sampler.timesteps[at], latents)
             self._latents[block] = self._begun(block, latents)
 

@@ -14,23 +14,25 @@ state, and after it the state begins anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from dualparal.config.eight_bit import OFF, EightBitPolicy
 from dualparal.kernels.attention_8bit import FP8, key_mean
 from dualparal.kernels.qk_norm_rope import Lend
-from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, Slice, TimeCondition, attend_here
+from dualparal.models.anchors import Weighed, turn
+from dualparal.models.base import AttentionStrategy, Pending, Rotary, Slice, TimeCondition, attend_here
 from dualparal.models.keys_values import Context8, Format, KeysValues, Packed, to_8bit, to_16bit
 from dualparal.runtime.angles import Angles
 from dualparal.runtime.features import FeatureStore
 from dualparal.runtime.moments import Moments, Run
 from dualparal.runtime.shares import Cut, Share, Ulysses
+from dualparal.runtime.spec import StageSpec
 from dualparal.runtime.workspace import Read, View, Workspace, Workspace8
 from dualparal.schedule.actions import Features, Unit
 from dualparal.schedule.layout import TOKEN_TILE, token_ranges
+
+ANCHOR: Read = ("anchor", False)
 
 
 class StepShape(NamedTuple):
@@ -57,6 +59,7 @@ class StepInputs(NamedTuple):
     read_at: tuple[torch.Tensor, ...]  # int64 [1] each: rows of the feature store
     write_at: tuple[torch.Tensor, ...]
     mean_at: tuple[torch.Tensor, ...] = ()  # the same, of the block's state; with 8-bit attention only
+    shift: tuple[torch.Tensor, ...] = ()  # ``Slice.shift`` of the anchor, where it is read
 
 
 Forward = Callable[[StepShape, StepInputs], torch.Tensor]
@@ -75,61 +78,7 @@ class UnitPlan(NamedTuple):
     reads: Sequence[Features]  # in the order in which their keys follow the own ones
     writes: Sequence[Features]
     fed_step: int  # that the frames of the previous block have come to; the number of steps: they are finished
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """Facts of one stage of a run.
-
-    Attributes:
-        layers: indices of its layers in the model.
-        num_layers: layers of the whole model.
-        grid: size of a latent frame.
-        expert_of_step: index of the transformer that runs at each step of the schedule.
-        timesteps: the sampler's at these steps.
-        slots: number of slots of the feature store, by side ("head", "tail"), and of a block's own state ("mean").
-        branches: 2 with guidance, otherwise 1.
-        max_tokens: own tokens of the largest window.
-        context_tokens: tokens that a neighbour lends.
-        starts: the first of them among its own outside of refreshes, by side.
-        eight_bit: the layers and steps at which self-attention has 8 bits.
-        refreshes: True when the run has refreshes.
-        features_8bit: features of attention in 16 bits are kept in 8.
-        patch: numbers of a token's latents, and of what is told of images beside them.
-        velocity_patch: numbers of a token's velocity.
-        windows: number of windows, of all blocks in flight, whose rotary angles are kept.
-        unequal_times: the model is told the timestep of each frame, where a window's are not all at one.
-        fixed_frames: the first frames of the video that are given: they are at timestep 0 throughout.
-    """
-
-    layers: range
-    num_layers: int
-    grid: Grid
-    expert_of_step: Sequence[int]
-    timesteps: torch.Tensor
-    slots: Mapping[str, int]
-    branches: int
-    max_tokens: int
-    context_tokens: int
-    starts: Mapping[str, int]
-    eight_bit: EightBitPolicy = OFF
-    refreshes: bool = False
-    features_8bit: bool = False
-    patch: int = 0
-    velocity_patch: int = 0
-    windows: int = 1
-    unequal_times: bool = False
-    fixed_frames: int = 0
-
-    @property
-    def first(self) -> bool:
-        """True when the stage embeds latents."""
-        return self.layers.start == 0
-
-    @property
-    def last(self) -> bool:
-        """True when the stage makes velocities."""
-        return self.layers.stop == self.num_layers
+    anchor_shift: int = 0  # latent frames by which the anchor is moved, where it is read
 
 
 class Stage:
@@ -161,10 +110,10 @@ class Stage:
         self._covered = [eight_bit.covers(layer) for layer in spec.layers]
         self._on = [any(self._covered) and eight_bit.at(step, steps) for step in range(steps)]
         self._fp8 = eight_bit.mode == "fp8"
-        starts = {side: spec.starts[side] for side in ("head", "tail") if spec.slots[side]}
+        starts = {side: spec.starts[side] for side in spec.sides}
         self._always_8bit = all(self._on) and not spec.refreshes
         self._workspace = self._workspace8 = None
-        self._lent = spec.context_tokens
+        self._heads = slice_.heads if share is None else len(share.heads[share.index])
         self._scratch: KeysValues | None = None  # own keys and values of all heads, on their way to other places
         width = self.inner_dim
         if share is not None:
@@ -174,11 +123,12 @@ class Stage:
                 *(torch.empty(shape, dtype=slice_.dtype, device=slice_.device) for _ in range(2))
             )
         if not (all(self._covered) and self._always_8bit):
-            self._workspace = Workspace(spec.max_tokens, len(starts), self._lent, width, slice_.dtype, slice_.device)
+            lent = {side: spec.lent[side] for side in starts}
+            self._workspace = Workspace(spec.max_tokens, lent, width, slice_.dtype, slice_.device)
         if any(self._on):
             values = FP8 if self._fp8 else slice_.dtype
             self._workspace8 = Workspace8(
-                spec.max_tokens, starts, self._lent, self.inner_dim, slice_.heads, values, slice_.device
+                spec.max_tokens, starts, spec.lent["head"], self.inner_dim, slice_.heads, values, slice_.device
             )
         formats = [self._formats(starts, covered) for covered in self._covered]
         self.store = FeatureStore(spec.slots, spec.branches, formats, slice_.device)
@@ -187,6 +137,7 @@ class Stage:
         self._prompts: dict[int, torch.Tensor] = {}
         self._text: dict[tuple[int, int, int], torch.Tensor] = {}
         self._angles = Angles(slice_, spec.grid, spec.windows)
+        self._shifts: dict[int, Rotary] = {}
 
     def add_prompt(self, prompt: int, embeds: torch.Tensor) -> None:
         """Makes a prompt known by its id, with embeddings [branches, sequence, text_dim]."""
@@ -203,6 +154,7 @@ class Stage:
         """Forgets all prompts and windows, as before the first unit."""
         self.keep_prompts(())
         self._angles.forget()
+        self._shifts.clear()
 
     def knows_prompt(self, prompt: int) -> bool:
         """True when the prompt was added and not forgotten since."""
@@ -232,6 +184,7 @@ class Stage:
             tuple(self._row(features) for features in plan.reads),
             tuple(self._row(features) for features in plan.writes),
             (self.store.row("mean", plan.place, unit.branch),) if shape.eight_bit else (),
+            self._shift(plan.anchor_shift) if ANCHOR in shape.reads else (),
         )
         return self._step(shape, inputs)
 
@@ -264,7 +217,7 @@ class Stage:
         if self.spec.first:
             hidden = expert.embed(hidden if self.share else expert.patches(hidden))
         first_own, own = shape.fed_context * tokens, shape.frames * tokens
-        places = {"head": first_own, "tail": own - self._lent}
+        places = {"head": first_own, "tail": own - self.spec.lent["tail"], "anchor": 0}
         starts = {side: places[side] for side in shape.writes}
         views = self._views(shape, own, starts)
         context, attend = self._shared(shape, views, len(hidden))
@@ -309,11 +262,14 @@ class Stage:
     ) -> tuple[KeysValues | None, AttentionStrategy]:
         """Memory in which layers leave their own keys and values for other places, and the strategy that takes them
         there. With one place (None, the strategy as it was given): layers write to their view."""
+        attention, weight = self.attention, self.spec.anchor_weight
+        if weight and ANCHOR in shape.reads:
+            attention = Weighed(self.spec.lent["anchor"], weight, attention)
         if self.share is None or self._scratch is None:
-            return None, self.attention
+            return None, attention
         target, cut = views[False].context, self.cut(shape.frames, shape.fed_context)
         assert isinstance(target, KeysValues)
-        return self._scratch.rows(0, rows), Ulysses(self.share, cut.rows, target, self.attention)
+        return self._scratch.rows(0, rows), Ulysses(self.share, cut.rows, target, attention)
 
     def close(self) -> None:
         """Ends what runs beside the stage: nothing."""
@@ -335,6 +291,8 @@ class Stage:
             made_8bit = on and self._covered[index]
             if made_8bit == eight_bit:
                 self._load(index, side, made_8bit, at, target)
+                if side == "anchor":
+                    turn(target[0], Rotary(*inputs.shift), self._heads)
                 continue
             assert self._workspace is not None and self._workspace8 is not None
             converted: Format
@@ -343,7 +301,7 @@ class Stage:
                 self._load(index, side, True, at, features.tensors)
                 converted = to_16bit(features, self.experts[0].dtype)
             else:
-                plain = self._workspace.fresh()
+                plain = self._workspace.fresh(side)
                 self._load(index, side, False, at, plain)
                 converted = to_8bit(plain, self.experts[0].heads, self._fp8).tensors
             for tensor, source in zip(target, converted, strict=True):
@@ -372,7 +330,7 @@ class Stage:
         for side in starts:
             found[side] = {}
             if self._workspace is not None and not (covered and self._always_8bit):
-                plain = self._workspace.fresh("meta")
+                plain = self._workspace.fresh(side, "meta")
                 kept = Packed.fresh(plain).tensors if self.spec.features_8bit else plain
                 found[side][False] = kept
             if self._workspace8 is not None and covered:
@@ -392,3 +350,11 @@ class Stage:
         if key not in self._text:
             self._text[key] = self.experts[expert].text(self._prompts[prompt][branch])
         return self._text[key]
+
+    def _shift(self, frames: int) -> Rotary:
+        """The angles that move the anchor; kept for as many readers as are under way."""
+        found = self._shifts.pop(frames, None) or self.experts[0].shift(frames)
+        self._shifts[frames] = found
+        if len(self._shifts) > self.spec.windows:
+            del self._shifts[next(iter(self._shifts))]
+        return found

@@ -75,6 +75,8 @@ def _units(schedule: Schedule) -> Iterator[Unit]:
         for step in range(schedule.steps_done(block), schedule.num_steps):
             for branch in range(schedule.branches_at(step)):
                 yield Unit(block, step, branch)
+    if schedule.is_anchored:
+        yield from (Unit(0, schedule.num_steps, branch) for branch in range(schedule.branches))
 
 
 def _latents(queue: LatentQueue, frames: int) -> torch.Tensor:

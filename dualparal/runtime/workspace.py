@@ -1,4 +1,4 @@
-"""Memory that the layers of a stage read and write in place: rows [own | next | previous], in 16 or in 8 bits.
+"""Memory that the layers of a stage read and write in place: rows [own | next | previous | anchor], in 16 or in 8 bits.
 
 Layers share it one after the other. A ``View`` of it is made once per unit: the rows that attention reads, the places
 of the neighbours' features before, and the rows that are lent afterwards.
@@ -7,6 +7,7 @@ of the neighbours' features before, and the rows that are lent afterwards.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -36,22 +37,21 @@ class Workspace:
 
     Args:
         tokens: own tokens of the largest window.
-        sides: number of neighbours that there are features of, 0 to 2.
-        lent: number of rows that a block lends to each.
+        lent: number of rows that are lent, by side; only of sides that there are features of.
         inner: width of keys and values.
     """
 
     def __init__(
-        self, tokens: int, sides: int, lent: int, inner: int, dtype: torch.dtype, device: torch.device
+        self, tokens: int, lent: Mapping[str, int], inner: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._lent = lent
         self._memory = KeysValues(
-            *(torch.empty(tokens + sides * lent, inner, dtype=dtype, device=device) for _ in range(2))
+            *(torch.empty(tokens + sum(lent.values()), inner, dtype=dtype, device=device) for _ in range(2))
         )
 
-    def fresh(self, device: str | None = None) -> KeysValues:
+    def fresh(self, side: str, device: str | None = None) -> KeysValues:
         """New memory for the rows that one side lends, [lent, inner] each."""
-        return KeysValues(*(torch.empty_like(tensor[: self._lent], device=device) for tensor in self._memory))
+        return KeysValues(*(torch.empty_like(tensor[: self._lent[side]], device=device) for tensor in self._memory))
 
     def view(self, own: int, reads: Sequence[Read], starts: Mapping[str, int]) -> View:
         """The view of a unit.
@@ -61,9 +61,10 @@ class Workspace:
             reads: features that it reads; their formats play no part here.
             starts: the first row that is lent, by side.
         """
-        rows = self._memory.rows(0, own + len(reads) * self._lent)
-        places: list[Format] = [rows.rows(own + number * self._lent, self._lent) for number in range(len(reads))]
-        return View(rows, places, {side: rows.rows(start, self._lent) for side, start in starts.items()})
+        ends = list(accumulate((self._lent[side] for side, _ in reads), initial=own))
+        rows = self._memory.rows(0, ends[-1])
+        places: list[Format] = [rows.rows(start, end - start) for start, end in pairwise(ends)]
+        return View(rows, places, {side: rows.rows(start, self._lent[side]) for side, start in starts.items()})
 
 
 class Workspace8:

@@ -21,7 +21,8 @@ class Op(Enum):
 
 
 class Unit(NamedTuple):
-    """One forward of one block at one step, which travels through all stages.
+    """One forward of one block at one step, which travels through all stages. A step behind the last: see
+    ``Schedule.makes_anchor``.
 
     Attributes:
         block, step, video: counted from 0.
@@ -46,7 +47,8 @@ class Features(NamedTuple):
     """Keys and values that one unit left behind in every layer of a stage, and the slot in which they lie.
 
     Attributes:
-        side: "head": of its first context frames, for the block before; "tail": of its last ones, for the block after.
+        side: "head": of its first context frames, for the block before; "tail": of its last ones, for the block after;
+            "anchor": of the first anchor frames of block 0, for all blocks after it.
         block, step, branch, video: the unit's.
         slot: its place among the ``Schedule.slots`` of that side.
         refresh: made in a refresh.

@@ -44,7 +44,7 @@ def first_stage(order: Order) -> Iterator[Action]:
         unit = out.popleft()
         if order.num_stages > 1:
             yield Action(Op.RECV, 0, unit)
-        if order.completes(unit):
+        if order.completes(unit) and unit.step < order.num_steps:
             block = unit._replace(branch=0)
             yield Action(Op.UPDATE, 0, block)
             if unit.step == order.num_steps - 1:

@@ -9,6 +9,7 @@ from itertools import accumulate
 
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.decoding import row_ranges
+from dualparal.config.video import VideoConfig
 from dualparal.schedule.policies import POLICIES
 
 TOKEN_TILE = 64  # rows of a matrix product from which on its bits do not depend on their number
@@ -29,6 +30,18 @@ class Layout:
 
     blocks: BlockConfig
     num_latents: int | None  # L
+
+    @classmethod
+    def of(cls, blocks: BlockConfig, video: VideoConfig, temporal_factor: int) -> Layout:
+        """The layout of a request. A video that goes on from a clip has the clip's end for its block 0, a whole one.
+
+        Raises:
+            ValueError: a length that cannot be made.
+        """
+        latents = video.num_latents(temporal_factor)
+        if latents is not None and video.continues:
+            latents += cls(blocks, None).first_frames
+        return cls(blocks, latents)
 
     @property
     def first_frames(self) -> int:
@@ -68,6 +81,11 @@ class Layout:
         """Absolute indices of the latent frames that are fed to the model for ``block``."""
         start = self.start(block)
         return range(start - self.fed_context(block, refresh), start + self.frames(block))
+
+    def anchor_shift(self, block: int) -> int:
+        """Latent frames by which the anchor, the first frames of block 0, is moved for a reader: it then lies just
+        before the frames that the block's predecessor lends, and the window is B + 2C + a frames long at any time."""
+        return self.start(block) - self.blocks.context_frames - self.blocks.anchor_frames
 
     @property
     def max_window_frames(self) -> int:

@@ -13,86 +13,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from dualparal.config.blocks import CONTEXT_VERSIONS, admission_gap
+from dualparal.config.blocks import admission_gap
 from dualparal.config.engine import EngineConfig
 from dualparal.config.reuse import StepPlan
 from dualparal.config.video import VideoConfig
 from dualparal.schedule.actions import Action, Features, Op, Unit
 from dualparal.schedule.first_stage import first_stage
+from dualparal.schedule.numbers import ScheduleNumbers
 from dualparal.schedule.policies import POLICIES, BlockQueue, Policy
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """All numbers that decide the order of work. Equal schedules give equal actions.
-
-    Attributes:
-        num_stages, num_steps: N stages, and the denoising steps of a block that are run: all T, unless the velocities
-            of some are extrapolated (``config.reuse``), which is stage 0's own affair. Steps are counted among these.
-        num_blocks: blocks of a video, M; None: endless, and then ``actions`` and ``units`` are endless iterators.
-        context, max_blocks_in_flight, context_version, refresh_every: see ``config.blocks.BlockConfig``.
-        context_frames: latent frames that a neighbour lends, C; 0: no reads between blocks.
-        guidance: a block has a conditional and an unconditional unit per step, and not the conditional one alone.
-        decode: finished blocks are turned into frames.
-        depth: messages that fit between two neighbouring stages (buffers of one directed edge).
-        num_videos: independent videos of the same length, V. In each iteration they follow each other, so that one
-            keeps the stages busy while the velocities of another travel.
-        key_means: 8-bit attention keeps a mean of its keys from one step of a block to the next.
-        start: the iteration to begin with, for a run that goes on from latents alone: see ``is_restartable``.
-        decode_ranks: places that decode and do nothing else, D, after those of the stages; each decodes a part of the
-            picture's rows. 0: stage 0's place decodes, beside its units.
-        decode_in_place: the place of every stage decodes a part of the picture's rows beside its units.
-        conditional_only: steps at which a block has its conditional unit alone, increasing; with guidance only. Where
-            a neighbour's unconditional features would be read, its conditional ones of that step stand in for them.
+class Schedule(ScheduleNumbers):
+    """The order of work that follows from its numbers. Equal schedules give equal actions.
 
     Raises:
         ValueError: a number is out of range, or the schedule cannot start at ``start``.
     """
 
-    num_stages: int  # N
-    num_steps: int  # T
-    num_blocks: int | None  # M
-    context: str = "cached"
-    context_frames: int = 4  # C
-    guidance: bool = True
-    decode: bool = True
-    depth: int = 2
-    max_blocks_in_flight: int | None = None  # K
-    context_version: str = "matching"
-    num_videos: int = 1  # V
-    refresh_every: int | None = None  # R
-    key_means: bool = False
-    start: int = 0
-    decode_ranks: int = 0  # D
-    decode_in_place: bool = False
-    conditional_only: tuple[int, ...] = ()
-
     def __post_init__(self) -> None:
-        for name, low in (
-            ("num_stages", 1), ("num_steps", 1), ("context_frames", 0), ("decode_ranks", 0), ("depth", 1),
-            ("num_videos", 1),
-        ):  # fmt: skip
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)}: must be {low} or more")
-        for name, none in (("num_blocks", "endless"), ("max_blocks_in_flight", "no limit"), ("refresh_every", "never")):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be 1 or more (None: {none})")
-        if self.context not in POLICIES:
-            raise ValueError(f"context={self.context!r} is not a context policy; use one of {tuple(POLICIES)}")
-        if self.context_version not in CONTEXT_VERSIONS:
-            raise ValueError(
-                f"context_version={self.context_version!r} is not a version of features; use one of {CONTEXT_VERSIONS}"
-            )
-        only = self.conditional_only
-        if only and (not self.guidance or sorted({s for s in only if 0 <= s < self.num_steps}) != list(only)):
-            raise ValueError(
-                f"conditional_only={only}: steps without their unconditional unit; use increasing ones from 0 to "
-                f"{self.num_steps - 1}, with guidance"
-            )
-        if self.decode_ranks and self.decode_in_place:
-            raise ValueError(f"decode_ranks={self.decode_ranks} with decode_in_place=True: one of them decodes")
-        if not self.decode and (self.decode_ranks or self.decode_in_place):
-            raise ValueError("decode=False with places that decode; leave out decode_ranks and decode_in_place")
+        super().__post_init__()
         if self.start < 0 or not self.is_restartable(self.start):
             raise ValueError(f"start={self.start}: needs what an earlier iteration left behind; use a refresh")
         if self.num_blocks is not None and self.start and not self.in_flight(self.start):
@@ -135,6 +75,7 @@ class Schedule:
             start=start,
             decode_ranks=engine.decode_ranks if decode else 0,
             decode_in_place=engine.decode_in_place and decode,
+            anchor_frames=blocks.anchor_frames,
         )
 
     @property
@@ -188,6 +129,8 @@ class Schedule:
         iteration = self.start
         while blocks := self.in_flight(iteration):
             for video in range(self.num_videos):
+                if self.is_anchored and iteration == max(self.start, self.num_steps):
+                    yield from (Unit(0, self.num_steps, branch, video) for branch in range(self.branches))
                 for block in blocks if self._oldest_first(iteration) else reversed(blocks):
                     step = iteration - block * self.gap
                     for branch in range(self.branches_at(step)):
@@ -201,7 +144,8 @@ class Schedule:
             return None
         begun = range(min(self.num_blocks, self.start // self.gap + 1))
         done = sum(self.branches_at(step) for block in begun for step in range(self.steps_done(block)))
-        return self.num_videos * (self.num_blocks * self.units_per_block - done)
+        units = self.num_blocks * self.units_per_block - done + self.is_anchored * self.branches
+        return self.num_videos * units
 
     def iteration(self, unit: Unit) -> int:
         """The iteration in which a unit runs, from 0 on."""
@@ -238,8 +182,11 @@ class Schedule:
 
     def is_restartable(self, iteration: int) -> bool:
         """True when a schedule can start with ``iteration``: it and all later ones read nothing of earlier ones but
-        latents and sampler states. Features are read for up to ``gap`` iterations, and that many are refreshes."""
+        latents and sampler states. Features are read for up to ``gap`` iterations, and that many are refreshes. The
+        anchor is made anew from block 0's latents once these are final."""
         stateless = self.policy.is_stateless or self.context_frames == 0
+        if iteration and self.is_anchored and iteration < self.num_steps:
+            return False
         if iteration == 0 or (stateless and not self.key_means):
             return True
         return self.refresh_every is not None and iteration % self.refresh_every == 0
@@ -291,17 +238,24 @@ class Schedule:
         return self._head(self._lender(unit._replace(block=unit.block + 1, step=unit.step - self.gap)))
 
     def reads(self, unit: Unit) -> tuple[Features, ...]:
-        """Features that the unit reads, in the order in which their keys follow its own ones: next, previous."""
-        return tuple(f for f in (self.next_features(unit), self.previous_features(unit)) if f)
+        """Features that the unit reads, in the order in which keys follow its own ones: next, previous, anchor."""
+        if self.makes_anchor(unit):
+            return ()
+        found = self.next_features(unit), self.previous_features(unit), self.anchor_features(unit)
+        return tuple(features for features in found if features)
 
     def writes(self, unit: Unit) -> tuple[Features, ...]:
-        """Features that the unit leaves behind, because a later one reads them: head, tail."""
+        """Features that the unit leaves behind, because a later one reads them: head, tail, anchor."""
+        if self.makes_anchor(unit):
+            return (self._anchor(unit),)
         found = []
         if self.slots("head") and unit.block > 0 and self._is_run(unit._replace(step=unit.step + self.gap)):
             found.append(self._head(unit))
         last = self.num_blocks is not None and unit.block + 1 >= self.num_blocks
         if self.slots("tail") and not last and self._tail_is_read(unit):
             found.append(self._tail(unit))
+        if self._anchor_is_read(unit):
+            found.append(self._anchor(unit))
         return tuple(found)
 
     def _tail_is_read(self, unit: Unit) -> bool:
@@ -332,11 +286,13 @@ class Schedule:
         return None
 
     def slots(self, side: str) -> int:
-        """Slots per layer and branch that a store of features needs for ``side``, "head" or "tail": as few as will do.
+        """Slots per layer and branch that a store of features needs for ``side``: as few as will do.
 
         What a unit overwrites it may read first. Hence "head" needs one, since it is read at once; two, where the
         unconditional unit may read what the conditional one before it would overwrite.
         """
+        if side == "anchor":
+            return self.num_videos * self.is_anchored
         if self.context_frames == 0 or self.num_blocks == 1:
             return 0
         if side == "head":
@@ -350,6 +306,39 @@ class Schedule:
     def _tail(self, unit: Unit) -> Features:
         slot = self.policy.tail_slot(self._queue, unit)
         return Features("tail", unit.block, unit.step, unit.branch, slot, unit.video, self.refreshes(unit))
+
+    # The anchor ---------------------------------------------------------------------------------------------
+
+    @property
+    def is_anchored(self) -> bool:
+        """True when later blocks read features of the first frames of block 0."""
+        return self.anchor_frames > 0 and self.num_blocks != 1
+
+    def makes_anchor(self, unit: Unit) -> bool:
+        """True for units that run once block 0 is finished, on its final latents: they read nothing and move nothing,
+        they leave the anchor of all iterations to come. Their step is T, one behind the last."""
+        return unit.step == self.num_steps
+
+    def anchor_features(self, unit: Unit) -> Features | None:
+        """The newest features of block 0's first frames, by the order of work. None: it reads none."""
+        if not self.is_anchored or unit.block == 0:
+            return None
+        iteration = self.iteration(unit)
+        if iteration >= self.num_steps:
+            return self._anchor(unit._replace(block=0, step=self.num_steps))
+        made = iteration if self._oldest_first(iteration) else iteration - 1
+        return self._anchor(self._lender(unit._replace(block=0, step=made)))
+
+    def _anchor_is_read(self, unit: Unit) -> bool:
+        """True when the unit is the newest of block 0 in an iteration in which later blocks have this branch."""
+        if not self.is_anchored or unit.block != 0:
+            return False
+        readers = [i for i in (unit.step, unit.step + 1) if (i == unit.step) == self._oldest_first(i)]
+        steps = [i - block * self.gap for i in readers if i < self.num_steps for block in self.in_flight(i) if block]
+        return any(unit.branch < self.branches_at(step) for step in steps)
+
+    def _anchor(self, unit: Unit) -> Features:
+        return Features("anchor", 0, unit.step, unit.branch, unit.video, unit.video, self.refreshes(unit))
 
     # What every place does ----------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ import torch
 
 from .. import backend as backends
 from . import reference
-from .reference import Lend
+from .reference import Lend, rotate
 
-__all__ = ["Lend", "qk_norm_rope"]
+__all__ = ["Lend", "qk_norm_rope", "rotate"]
 
 MAX_LENDS = 2  # a block has two neighbours
 

@@ -142,6 +142,7 @@ KINDS: dict[str, dict[str, Any]] = {
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         )
     },
+    "anchor": {"anchor_frames": 2, "anchor_weight": 0.5},
     "two experts": {"model": "wan22"},
     "reuse": {"reuse": "steps=2,uncond=2,order=2,first=2"},
     "reuse, two experts, paper": {"reuse": "uncond=3,order=1", "model": "wan22", "context": "paper"},

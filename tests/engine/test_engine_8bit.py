@@ -201,10 +201,10 @@ def test_refreshes_are_in_16_bits(engine: Build, policy: str) -> None:
 def test_slots_hold_either_format(fp8: bool) -> None:
     tokens, inner, heads, count, slots = 1000, 128, 2, 500, 3
     device = torch.device("cpu")
-    plain = Workspace(tokens, 1, count, inner, torch.bfloat16, device)
+    plain = Workspace(tokens, {"tail": count}, inner, torch.bfloat16, device)
     values_dtype = FP8 if fp8 else torch.bfloat16
     eight = Workspace8(tokens, {"tail": tokens - count}, count, inner, heads, values_dtype, device)
-    formats = {False: plain.fresh("meta"), True: eight.fresh("tail", "meta").tensors}
+    formats = {False: plain.fresh("tail", "meta"), True: eight.fresh("tail", "meta").tensors}
     both, only_16, only_8 = (
         FeatureStore({"tail": slots}, 1, [{"tail": chosen}] * 2, device)
         for chosen in (formats, {False: formats[False]}, {True: formats[True]})

@@ -25,11 +25,12 @@ from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import supervise
 from dualparal.models.registry import model_sizes
 from dualparal.models.wan.encoder import StreamingEncoder
-from dualparal.models.wan.sizes import MODELS, SKYREELS, SkyReelsSizes, WanVaeSizes
+from dualparal.models.wan.sizes import MODELS, SKYREELS, SkyReelsSizes
 from dualparal.models.wan.skyreels import SkyReelsSpec
 from dualparal.models.wan.spec import WanSpec
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.models.wan.vae import StreamingDecoder
+from dualparal.models.wan.vae_sizes import WanVaeSizes
 from dualparal.planning.closed_form import closed_form
 from dualparal.planning.cost import Costing, balance, exchange_seconds, layer_arithmetic, unit_arithmetic
 from dualparal.planning.devices import DEVICES, LINKS

@@ -184,6 +184,12 @@ class WanSlice:
             )
         )
 
+    def shift(self, frames: int) -> Rotary:
+        """Those of time come first; rows and columns stay."""
+        temporal = _angles(torch.tensor([frames]), self.head_dim - 4 * (self.head_dim // 6))
+        angles = F.pad(temporal, (0, self.head_dim // 2 - temporal.shape[1]))
+        return Rotary(*(to_device(f.float(), self.device) for f in (angles.cos(), angles.sin())))
+
     def layer(
         self,
         index: int,
