@@ -10,7 +10,7 @@ from dualparal.cli.job import Job, check_sampler
 from dualparal.config.decoding import row_ranges
 from dualparal.models.folder import folder_of
 from dualparal.models.json_files import ModelError
-from dualparal.models.registry import family_in
+from dualparal.models.registry import folder_sizes
 from dualparal.planning.workload import Workload
 from dualparal.schedule.layout import check_heads, split_layers
 
@@ -57,6 +57,9 @@ def check_job(job: Job) -> None:
     for lora in job.engine.loras:
         if not Path(lora.file).is_file():
             raise ValueError(f"--lora {lora.file}: there is no such file")
+    for file in job.engine.transformers:
+        if not Path(file.file).exists():
+            raise ValueError(f"--transformer {file.file}: there is no such file")
     check_sampler(job.sampler)
     if job.flow_shift is not None and not 0 < job.flow_shift < math.inf:
         raise ValueError(f"--flow-shift {job.flow_shift}: use a number above 0, such as 3.0 (480p) or 5.0 (720p)")
@@ -66,15 +69,17 @@ def check_job(job: Job) -> None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", job.ranks)) if "RANK" in os.environ else job.ranks
         if here > torch.cuda.device_count():
             raise ValueError(f"--gpus {here}: torch sees {torch.cuda.device_count()}; every rank needs its own")
-    _check_sizes(job, folder_of(job.model))  # had from the hub before several ranks ask for it
+    _check_sizes(job, folder_of(job.model, job.engine.transformers))  # had from the hub before several ranks ask for it
 
 
 def _check_sizes(job: Job, model: Path) -> None:
     """Checks what the model's configs alone can tell, within a second. Raises ValueError."""
     try:
-        sizes = family_in(model).sizes(model)
+        sizes = folder_sizes(model)
     except ModelError:
         return  # nothing is known of it here; who loads it says what is wrong
+    if job.engine.transformers:
+        sizes = folder_sizes(model, job.engine.transformers)
     work = Workload(sizes, job.video, job.engine, len(job.prompts))
     split_layers(sizes.num_layers, job.stages, job.engine.layers_per_stage)
     check_heads(work.heads, work.places)

@@ -101,6 +101,8 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     model, size, h, tokens = work.model, work.itemsize, work.model.inner, work.tokens
     layers, first, last = split[stage], stage == 0, stage == len(split) - 1
     in_8bit, linears = _layers_8bit(work, split, stage), model.linears
+    owned = range(sum(split[:stage]), sum(split[: stage + 1]))
+    restores = any(layer in model.stored_8bit and not work.engine.linear_8bit.covers(layer) for layer in owned)
     branches, steps, experts = schedule.branches, schedule.num_steps, model.experts
     lent = work.blocks.context_frames * tokens
     window = work.layout.max_window_frames * tokens
@@ -110,7 +112,6 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     inbound, outbound = velocity if first else hidden, velocity if last else hidden
     latents = 4 * model.in_channels * work.pixels * work.layout.first_frames
     blocks, videos = schedule.places, work.num_videos
-    owned = range(sum(split[:stage]), sum(split[: stage + 1]))
     means = blocks * sum(map(work.engine.attention_8bit.covers, owned)) * 4 * h
     lends = sum(count * slot_bytes(work, owned, side) for side, count in slots.items())
     leading, decodes = first and leads, leads and stage in schedule.decoders
@@ -121,7 +122,8 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         workspace=int(2 * (window + sum(map(bool, slots.values())) * lent) * heads * h * size)
         + _exchange_bytes(work, window),
         buffers=work.engine.depth * (inbound + outbound) * size if len(split) > 1 else 0,
-        activations=rows * (model.layer_activations * size + (linears.widest if in_8bit else 0)),
+        activations=rows * (model.layer_activations * size + (linears.widest if in_8bit else 0))
+        + (linears.largest * size if restores else 0),
         conditions=(
             videos * experts * branches * layers * 2 * work.text_tokens * h * size
             + 4 * steps * (6 * layers + 2 * last) * h
@@ -164,9 +166,9 @@ def slice_bytes(work: Workload, split: Sequence[int], stage: int) -> int:
 
 
 def _layers_8bit(work: Workload, split: Sequence[int], stage: int) -> int:
-    """Layers of a stage whose linears have 8 bits."""
-    start = sum(split[:stage])
-    return sum(map(work.engine.linear_8bit.covers, range(start, start + split[stage])))
+    """Layers of a stage whose linears have 8 bits, by choice or because files have them so."""
+    start, stored = sum(split[:stage]), work.model.stored_8bit
+    return sum(work.engine.linear_8bit.covers(k) or k in stored for k in range(start, start + split[stage]))
 
 
 def slot_bytes(work: Workload, layers: range, side: str) -> int:

@@ -272,7 +272,8 @@ class ToySizes:
     def linear_flops(self) -> int:
         return 2 * self.inner**2
 
-    linears = LinearSizes(0, 0, 0, 0)
+    linears = LinearSizes(0, 0, 0, 0, 0)
+    stored_8bit: frozenset[int] = frozenset()
 
     @property
     def layer_activations(self) -> int:

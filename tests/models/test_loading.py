@@ -77,8 +77,8 @@ def test_a_stage_reads_its_own_tensors_and_all_stages_the_whole_model(
     files = ModelFiles(wan21 if experts == 1 else wan22)
     read: Counter[str] = Counter()
 
-    def note(path: Path, name: str) -> None:
-        read[f"{path.parent.name}/{name}"] += 1
+    def note(path: Path, entry: Any) -> None:
+        read[f"{path.parent.name}/{entry.key}"] += 1
 
     monkeypatch.setattr(weights, "_open", noting(weights._open, note))
     files.check_weights()

@@ -13,6 +13,9 @@ from typing import Any
 # Tensors of the first slice, and of the last
 EMBED = ("patch_embedding.weight", "patch_embedding.bias")
 HEAD = ("proj_out.weight", "proj_out.bias", "scale_shift_table")
+# The linears that see every token of a unit. Time, text, patches and the head are small, or all depends on them.
+LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0",
+           "ffn.net.0.proj", "ffn.net.2")  # fmt: skip
 # diffusers: the arguments of WanTransformer3DModel
 KEYS = {
     "patch_size",

@@ -5,8 +5,8 @@ Counts follow ``transformer`` beside this and diffusers' AutoencoderKLWan; tests
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 from dualparal.models.json_files import ModelError, read_config
 from dualparal.models.sizes import Borders, LinearSizes
+from dualparal.models.transformer_header import TransformerHeader
 from dualparal.models.wan.light_sizes import LightSizes, read_light_sizes
+from dualparal.models.wan.shapes import LINEARS
 
 
 class Conv(NamedTuple):
@@ -133,6 +135,7 @@ class WanSizes:
         experts: number of transformers.
         text_encoder: number of its parameters; it is loaded before the transformer and dropped.
         trained_latents: latent frames of the videos that it was trained with.
+        stored_8bit: layers whose linears have 8 bits in the files, of all transformers.
     """
 
     name: str
@@ -150,6 +153,7 @@ class WanSizes:
     vae: WanVaeSizes = WanVaeSizes()
     text_encoder: int = 5_680_910_336  # UMT5-XXL
     trained_latents: int | None = 21
+    stored_8bit: frozenset[int] = frozenset()
 
     def light(self, path: Path) -> LightSizes:
         """Sizes of the light decoder in a file, by its header. Raises ModelError."""
@@ -198,7 +202,7 @@ class WanSizes:
     def linears(self) -> LinearSizes:
         """Sizes of Q, K and V and the way out, the same for text less K and V, and the feed-forward."""
         h, f = self.inner, self.ffn_dim
-        return LinearSizes(6 * h * h + 2 * h * f, 7 * h + f, 5 * h + f, f)
+        return LinearSizes(6 * h * h + 2 * h * f, 7 * h + f, 5 * h + f, f, h * max(3 * h, f))
 
     @property
     def layer_activations(self) -> int:
@@ -262,6 +266,27 @@ def read_sizes(path: Path) -> WanSizes:
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(f"{path}: not the configs of a Wan text-to-video model ({error!r})") from None
+
+
+def resized(sizes: WanSizes, headers: Sequence[TransformerHeader]) -> WanSizes:
+    """Sizes with the transformers of these files, in the place of those that were counted; of one shape."""
+    config = headers[0].config
+    layers = range(int(config["num_layers"]))
+    names = {layer: [f"blocks.{layer}.{name}.weight" for name in LINEARS] for layer in layers}
+    return replace(
+        sizes,
+        num_layers=len(layers),
+        heads=int(config["num_attention_heads"]),
+        head_dim=int(config["attention_head_dim"]),
+        ffn_dim=int(config["ffn_dim"]),
+        in_channels=int(config["in_channels"]),
+        out_channels=int(config["out_channels"]),
+        text_dim=int(config["text_dim"]),
+        freq_dim=int(config["freq_dim"]),
+        patch=int(config["patch_size"][1]),
+        cross_attn_norm=bool(config["cross_attn_norm"]),
+        stored_8bit=frozenset(k for k in layers if all(h.is_8bit(name) for h in headers for name in names[k])),
+    )
 
 
 def _text_parameters(config: dict[str, Any]) -> int:
