@@ -6,7 +6,7 @@ are absolute latent-frame indices of the video, so features made for one block a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -254,8 +254,8 @@ class ModelSpec(Protocol):
         """The layer of a weight that may have 8 bits; None for all other tensors. The slice has a ``Linear`` of it."""
         ...
 
-    def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> Slice:
-        """A slice from its tensors, as ``models.linear.placed`` makes them of those of ``names``."""
+    def build(self, tensors: MutableMapping[str, torch.Tensor], layers: range) -> Slice:
+        """A slice from the tensors of ``names`` as ``models.linear.placed`` makes them; some are taken out."""
         ...
 
 

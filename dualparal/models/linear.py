@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 
 import torch
@@ -34,13 +34,14 @@ class Linear(NamedTuple):
     restore: str = ""
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor], *names: str) -> Linear:
+    def of(cls, tensors: MutableMapping[str, torch.Tensor], *names: str) -> Linear:
         """The linear of one name, or that of several whose results lie side by side (a copy).
 
         Args:
-            tensors: as ``placed`` makes them: "<name>.weight", "<name>.bias" and, in 8 bits, the scales.
+            tensors: as ``placed`` makes them: "<name>.weight", "<name>.bias" and, in 8 bits, the scales. Weights are
+                taken out, so that only those of one layer are there twice.
         """
-        weights = [tensors[f"{name}.weight"] for name in names]
+        weights = [tensors.pop(f"{name}.weight") for name in names]
         bias = _joined([tensors[f"{name}.bias"] for name in names])
         for suffix, restore in ((_SCALE, ""), (_KEPT_SCALE, _backend(bias.device))):
             scales = [tensors[key] for name in names if (key := f"{name}.weight{suffix}") in tensors]
@@ -101,7 +102,8 @@ def placed(
     if change is not None:
         tensor = change(tensor)
     if rows is None and (eight or covered):
-        rows = quantise_rows(tensor.contiguous(), backend="auto" if covered else _backend(device))
+        options = {} if covered else {"backend": _backend(device)}
+        rows = quantise_rows(tensor.contiguous(), **options)
     if rows is None:
         return {name: tensor.to(spec.tensor_dtype(name, dtype))}
     return {name: rows.values, name + (_SCALE if covered else _KEPT_SCALE): rows.scale}

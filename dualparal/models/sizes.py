@@ -165,7 +165,7 @@ class ModelSizes(Protocol):
 
     @property
     def joined_parameters(self) -> int:
-        """Parameters of one layer that are there twice while a slice is built from its tensors."""
+        """Parameters of one layer that are there twice while they are joined; one layer after the other."""
         ...
 
     @property

@@ -134,8 +134,8 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         decode=(decode_bytes(work, len(schedule.decoders)) if decodes else 0)
         + (_joined_bytes(work, schedule) if leading else 0),
         # A matrix to be quantised is there in float32 at the worst.
-        load=((layers - in_8bit) * size + in_8bit) * model.joined_parameters
-        + (4 * linears.widest * h if in_8bit else 0),
+        # Q, K and V of one layer are there twice while they are joined.
+        load=(1 if in_8bit == layers else size) * model.joined_parameters + (4 * linears.widest * h if in_8bit else 0),
         before=model.text_encoder * size if leading and not work.engine.encodes_elsewhere else 0,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,5 +161,5 @@ class WanSpec:
         index, _, part = rest.partition(".")
         return int(index) if blocks == "blocks" and part.removesuffix(".weight") in LINEARS else None
 
-    def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> WanSlice:
+    def build(self, tensors: MutableMapping[str, torch.Tensor], layers: range) -> WanSlice:
         return WanSlice(self.config, tensors, layers)
