@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dualparal.config.transformer_file import NO_GGUF, TransformerFile
 from dualparal.models.json_files import ModelError, shorten
-from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER, hub_id_of
+from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER, family_in, hub_id_of
 
 _FOLDERS = {None: "transformer", "high": "transformer", "low": "transformer_2"}  # by the expert of a file for it
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
@@ -54,6 +54,8 @@ def folder_of(model: str | Path, transformers: Sequence[TransformerFile] = ()) -
 
     try:
         without = [f"{_FOLDERS[file.expert]}/*.safetensors*" for file in transformers]
+        if hub_id_of(name) is None:  # what is not supported is not worth a download of its weights
+            family_in(Path(snapshot_download(name, allow_patterns=["model_index.json"])))
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=without))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"model {name!r} is no directory here and could not be had from the hub: {error}") from None

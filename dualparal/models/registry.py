@@ -25,6 +25,8 @@ BUILT_IN_FOLDER = Path(__file__).parents[1] / "moving_shapes"
 BUILT_IN_SIZE = (64, 64)  # height and width of its videos, pixels
 _IMAGE, _VACE, _ANIMATE = "image to video", "video from control signals (VACE)", "a character in another's motion"
 
+_SKYREELS = "SkyReels-V2, another model of Wan's architecture"
+
 
 @dataclass(frozen=True)
 class Component:
@@ -229,6 +231,8 @@ FAMILIES: dict[str, Family] = {
             "WanVACEPipeline": _VACE,
             "WanVideoToVideoPipeline": "video to video",
             "WanAnimatePipeline": _ANIMATE,
+            "SkyReelsV2Pipeline": _SKYREELS,
+            "SkyReelsV2DiffusionForcingPipeline": _SKYREELS,
         },
     ),
 }
@@ -288,6 +292,11 @@ def family_in(directory: Path) -> Family:
         ModelError: not such a directory, or a pipeline of no family.
     """
     path = directory / "model_index.json"
+    if not path.exists() and any(directory.glob("*.safetensors")):
+        raise ModelError(
+            f"{directory} holds weights alone, without VAE, text encoder and sampler: give them with --transformer "
+            "(transformers=[...]) beside a model in diffusers format, or one that 'dualparal models' lists"
+        )
     name = read_json(path).get("_class_name")
     family = family_of(name)
     if family is None:
