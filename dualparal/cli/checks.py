@@ -12,7 +12,7 @@ from dualparal.config.images import check_images
 from dualparal.io.clips import probe_clip
 from dualparal.models.folder import folder_of
 from dualparal.models.json_files import ModelError
-from dualparal.models.registry import family_in
+from dualparal.models.registry import folder_sizes
 from dualparal.planning.workload import Workload
 from dualparal.schedule.layout import check_heads, split_layers
 
@@ -66,6 +66,9 @@ def check_job(job: Job) -> None:
             read_image(image, flag)
     if job.continue_from is not None:
         probe_clip(job.continue_from)
+    for file in job.engine.transformers:
+        if not Path(file.file).exists():
+            raise ValueError(f"--transformer {file.file}: there is no such file")
     check_sampler(job.sampler)
     if job.latents_in is not None:
         from dualparal.io.latents import check_latents
@@ -79,15 +82,17 @@ def check_job(job: Job) -> None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", job.ranks)) if "RANK" in os.environ else job.ranks
         if here > torch.cuda.device_count():
             raise ValueError(f"--gpus {here}: torch sees {torch.cuda.device_count()}; every rank needs its own")
-    _check_sizes(job, folder_of(job.model))  # had from the hub before several ranks ask for it
+    _check_sizes(job, folder_of(job.model, job.engine.transformers))  # had from the hub before several ranks ask for it
 
 
 def _check_sizes(job: Job, model: Path) -> None:
     """Checks what the model's configs alone can tell, within a second. Raises ValueError."""
     try:
-        sizes = family_in(model).sizes(model)
+        sizes = folder_sizes(model)
     except ModelError:
         return  # nothing is known of it here; who loads it says what is wrong
+    if job.engine.transformers:
+        sizes = folder_sizes(model, job.engine.transformers)
     work = Workload(sizes, job.video, job.engine, len(job.prompts))
     if not job.resume:
         check_images(sizes.image_counts, job.image is not None, job.last_image is not None, job.video.num_frames)

@@ -14,8 +14,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from dualparal.config.decoding import AUTO
-from dualparal.config.eight_bit import EightBitPolicy, LinearPolicy
 from dualparal.config.lora import Lora
+from dualparal.config.transformer_file import TransformerFile
 from dualparal.launch.blame import Limits
 from dualparal.models.registry import BUILT_IN
 
@@ -78,6 +78,14 @@ class ModelFlags:
             "hub id, or the small model of moving shapes that ships with this package."
         ),
     ] = BUILT_IN
+    transformer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FILE (.safetensors, or a folder of them) in place of the model's transformer: original or diffusers' "
+            "names, 16 bits or fp8. For the two transformers of Wan2.2 high:FILE and low:FILE.",
+            show_default=False,
+        ),
+    ] = None
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -112,54 +120,59 @@ class ModelFlags:
     ] = False
 
     @property
+    def transformers(self) -> tuple[TransformerFile, ...]:
+        """The files in place of transformers. Raises ValueError."""
+        return tuple(TransformerFile.of(text) for text in self.transformer or ())
+
+    @property
     def loras(self) -> tuple[Lora, ...]:
         """The LoRAs that the flags ask for. Raises ValueError."""
         return tuple(Lora.parse(text) for text in self.lora or ())
 
 
 @dataclass(frozen=True)
-class EightBitFlags:
-    """8 bits"""
+class ReuseFlags:
+    """Steps that are not run"""
 
-    attention_8bit: Annotated[
-        str | None,
-        typer.Option(help="int8 (queries and keys) or fp8 (values besides): self-attention in 8 bits. Default: off."),
+    reuse: Annotated[
+        str,
+        typer.Option(
+            help="mild, strong, or such as steps=2,uncond=2,order=0,first=3,from=0.1,to=1.0 (docs/api.md): some steps, "
+            "and guidance's unconditional branch at some, are extrapolated, not run. Another video, near that of off."
+        ),
+    ] = "off"
+
+
+@dataclass(frozen=True)
+class BlockFlags:
+    """Blocks"""
+
+    frames_per_block: Annotated[int, typer.Option(help="B, latent frames per block (one latent is 4 frames).")] = 8
+    context_frames: Annotated[int, typer.Option(help="C, latent frames lent by each neighbour; 0 to B.")] = 4
+    context: Annotated[str, typer.Option(help="cached, prior or paper: where neighbours' features come from.")] = (
+        "cached"
+    )
+    max_blocks_in_flight: Annotated[
+        int | None,
+        typer.Option(
+            help="Blocks under way at once: fewer give the first frames earlier. Default: one per step.",
+            show_default=False,
+        ),
     ] = None
-    attention_8bit_keep_layers: Annotated[
-        str, typer.Option(help="Layers that stay in 16 bits, such as 0,29.", show_default=False)
-    ] = ""
-    attention_8bit_keep_first_steps: Annotated[
-        int, typer.Option(help="Number of steps at the start that stay in 16 bits.")
-    ] = 0
-    attention_8bit_keep_last_steps: Annotated[int, typer.Option(help="The same at the end.")] = 0
-    linear_8bit: Annotated[
-        str | None, typer.Option(help="fp8: linears of the layers in 8 bits; needs bfloat16. Default: off.")
+    context_version: Annotated[
+        str,
+        typer.Option(
+            help="matching or newest: which features of the block before cached reads, with a limit as above."
+        ),
+    ] = "matching"
+    refresh_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Every R iterations, blocks see their predecessors' latents in place of features. Default: "
+            "never; with --checkpoint and --context cached or prior, half the steps.",
+            show_default=False,
+        ),
     ] = None
-    linear_8bit_keep_layers: Annotated[
-        str, typer.Option(help="Layers whose linears stay in 16 bits, such as 0,29.", show_default=False)
-    ] = ""
-    features_8bit: Annotated[
-        bool, typer.Option(help="Keep neighbours' features in fp8, in half the memory; attention stays as it is.")
-    ] = False
-
-    def options(self) -> dict[str, Any]:
-        """The options of ``EngineConfig`` that the flags ask for. Raises ValueError."""
-        kept = _kept_layers("--attention-8bit-keep-layers", self.attention_8bit_keep_layers)
-        first, last = self.attention_8bit_keep_first_steps, self.attention_8bit_keep_last_steps
-        linears = _kept_layers("--linear-8bit-keep-layers", self.linear_8bit_keep_layers)
-        return {
-            "attention_8bit": EightBitPolicy(self.attention_8bit or "off", kept, first, last),  # type: ignore[arg-type]
-            "linear_8bit": LinearPolicy(self.linear_8bit or "off", linears),  # type: ignore[arg-type]
-            "features_8bit": self.features_8bit,
-        }
-
-
-def _kept_layers(flag: str, text: str) -> tuple[int, ...]:
-    """The numbers of a flag such as "0,29". Raises ValueError."""
-    try:
-        return tuple(int(layer) for layer in text.split(",") if text)
-    except ValueError:
-        raise ValueError(f"{flag} {text!r}: use numbers of layers from 0 on, such as 0,29") from None
 
 
 @dataclass(frozen=True)

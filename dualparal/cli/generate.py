@@ -16,8 +16,8 @@ import typer
 from dualparal.cli.block_flags import BlockFlags, ReuseFlags
 from dualparal.cli.checks import check_job
 from dualparal.cli.content import PromptFlags
+from dualparal.cli.eight_bit_flags import EightBitFlags
 from dualparal.cli.flags import (
-    EightBitFlags,
     LimitFlags,
     ModelFlags,
     OutputFlags,
@@ -184,6 +184,7 @@ def _job(
             blocks=_blocks(blocks, output.checkpoint, len(skipped.runs(request.num_inference_steps))),
             stages=stages,
             layers_per_stage=split,
+            transformers=model.transformers,
             loras=model.loras,
             device=choose_device(place.device, place.gpus),
             dtype=model.dtype,
@@ -203,7 +204,7 @@ def _job(
         model=model.model,
         sampler=model.sampler,
         flow_shift=model.flow_shift,
-        threads=choose_threads(place.threads, stages * places + place.decode_gpus, model.model),
+        threads=choose_threads(place.threads, stages * places + place.decode_gpus, model.model, model.transformers),
         outs=_outs(out, len(texts)),
         fps=output.fps,
         keep_blocks=output.keep_blocks,
@@ -317,7 +318,7 @@ def _planned(job: Job, mode: str, search_decoders: bool, search_places: bool) ->
         raise ValueError("--plan auto with --layers-per-stage or --max-blocks-in-flight: that is what it chooses")
     dtype = engine.dtype or ("float32" if engine.device == "cpu" else "bfloat16")
     vae_dtype = choose_vae_dtype(engine.vae_dtype, on_card=engine.device != "cpu")
-    sizes = resolve_model(job.model).sizes
+    sizes = resolve_model(job.model, transformers=engine.transformers).sizes
     work = Workload(sizes, job.video, replace(engine, dtype=dtype, vae_dtype=vae_dtype), len(job.prompts))
     found = plan_for(work, [cards(job.device, job.ranks)], search_decoders=search_decoders, search_places=search_places)
     typer.echo(f"plan: {found.describe()}", err=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+from dualparal.config.transformer_file import TransformerFile
 from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER, model_sizes
 
 _COLUMNS = 128  # of hidden states that a thread has to have
@@ -115,7 +116,9 @@ def choose_device(name: str | None, gpus: int | None) -> str:
     return "cpu"
 
 
-def choose_threads(asked: int, stages: int, model: str | None = None) -> int:
+def choose_threads(
+    asked: int, stages: int, model: str | None = None, transformers: tuple[TransformerFile, ...] = ()
+) -> int:
     """CPU threads of each stage: the number asked for, or, for 0, ``OMP_NUM_THREADS``, or a share of the cores.
 
     Of the cores that this process may use, one for each ``_COLUMNS`` of the model's hidden states at most: the threads
@@ -125,6 +128,7 @@ def choose_threads(asked: int, stages: int, model: str | None = None) -> int:
         asked: the flag's value.
         stages: of the run, and processes that decode.
         model: as the flag has it; None, or one whose sizes are not known here: taken for a large one.
+        transformers: files in place of its transformers.
 
     Raises:
         ValueError: a number that is none of threads.
@@ -140,5 +144,6 @@ def choose_threads(asked: int, stages: int, model: str | None = None) -> int:
     most = cores
     if model is not None:
         with contextlib.suppress(ValueError, OSError):
-            most = model_sizes(str(BUILT_IN_FOLDER) if model == BUILT_IN else model).inner // _COLUMNS
+            name = str(BUILT_IN_FOLDER) if model == BUILT_IN else model
+            most = model_sizes(name, transformers).inner // _COLUMNS
     return max(1, min(cores // stages, most))

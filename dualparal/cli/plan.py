@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dualparal.cli.block_flags import BlockFlags, ReuseFlags
-from dualparal.cli.flags import EightBitFlags, parse_steps
+from dualparal.cli.eight_bit_flags import EightBitFlags
+from dualparal.cli.flags import parse_steps
 from dualparal.config.blocks import DEFAULT_VERSION
 from dualparal.config.decoding import AUTO
 from dualparal.config.units import GIB
@@ -55,6 +56,10 @@ class PlanFlags:
         str,
         typer.Option(help="A name that 'dualparal models' lists, or a directory in diffusers format."),
     ] = "wan2.1-t2v-1.3b"
+    transformer: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE, weights in the transformer's place, as in 'generate'.", show_default=False),
+    ] = None
     num_frames: Annotated[int, typer.Option(help="Length in frames: 1, 5, 9 ... (4k + 1).")] = 1025
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "832x480"
     num_inference_steps: Annotated[
@@ -107,6 +112,7 @@ def plan(
     """Says what a video will cost on some cards, before weights are downloaded. A prediction."""
     options = {**asdict(flags), **asdict(blocks), **eight_bit.options(), **asdict(reuse)}
     height, width = _size(options.pop("size"))
+    options["transformers"] = options.pop("transformer")
     options |= {name: parse_steps(f"--{name}", options[name]) for name in ("timesteps", "sigmas")}
     options |= _places(options.pop("sequence_parallel"))
     options |= _decoders(options.pop("decode_gpus"), options.pop("decode_in_place"))

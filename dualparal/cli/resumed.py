@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dualparal")
 
-# All other flags decide latents, or where frames go: the snapshot has them, and fingerprints of decoder and LoRAs.
+# All other flags decide latents, or where frames go: the snapshot has them, and fingerprints of files.
 _MAY_CHANGE = {
     "resume", "timeline", "overwrite", "gpus", "stages", "layers_per_stage", "device", "threads", "depth", "graphs",
     "checkpoint_every", "decoder", "vae_dtype", "decode_gpus", "decode_in_place",
     "heartbeat_limit", "progress_limit", "startup_limit", "grace",
     "sequence_parallel", "sequence_parallel_form",
-    "lora",
+    "lora", "transformer",
 }  # fmt: skip
 # Fields of a job that follow from these flags, from the machine, or from where the command is called.
 _MAY_DIFFER = {
@@ -167,6 +167,7 @@ def _elsewhere(
     engine = replace(
         job.engine,
         stages=stages,
+        transformers=model.transformers if "transformer" in asked else job.engine.transformers,
         loras=model.loras if "lora" in asked else job.engine.loras,
         layers_per_stage=job.engine.layers_per_stage if split is None and stages == job.stages else split,
         device=choose_device(place.device or job.device, place.gpus),
@@ -181,7 +182,9 @@ def _elsewhere(
     return replace(
         job,
         engine=engine,
-        threads=choose_threads(place.threads or (job.threads if same else 0), stages * places + decoders, job.model),
+        threads=choose_threads(
+            place.threads or (job.threads if same else 0), stages * places + decoders, job.model, engine.transformers
+        ),
         checkpoint=folder,
         checkpoint_every=output.checkpoint_every if "checkpoint_every" in asked else job.checkpoint_every,
         timeline=output.timeline,

@@ -12,6 +12,7 @@ from dualparal.config.decoding import AUTO
 from dualparal.config.eight_bit import LINEAR_OFF, OFF, EightBitPolicy, LinearPolicy
 from dualparal.config.lora import Lora
 from dualparal.config.reuse import REUSE_OFF, Reuse
+from dualparal.config.transformer_file import TransformerFile
 
 # Of the transformer, and of the VAE: bytes per element.
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -26,6 +27,7 @@ class EngineConfig:
         blocks: the cut of a video into blocks, and what these see of each other.
         stages: number of runs of layers into which the model is cut. Default: the number of ranks.
         layers_per_stage: layers of each stage, for cards that are not alike. Default: an even split.
+        transformers: files in place of the folder's transformers, in the original or in diffusers' names.
         loras: files of low-rank updates that are merged into the weights while these are read, in this order.
         device: "cuda", "cuda:1" or "cpu". Default: "cuda" where there is one, else "cpu".
         dtype: of the transformer, a key of ``DTYPE_BYTES``. Default: "bfloat16" on CUDA, "float32" on the CPU.
@@ -61,6 +63,7 @@ class EngineConfig:
     blocks: BlockConfig = field(default_factory=BlockConfig)
     stages: int | None = None
     layers_per_stage: tuple[int, ...] | None = None
+    transformers: tuple[TransformerFile, ...] = ()
     loras: tuple[Lora, ...] = ()
     device: str | None = None
     dtype: str | None = None
@@ -174,8 +177,8 @@ class EngineConfig:
         Args:
             options: fields of this class and of ``BlockConfig`` (frames_per_block, context_frames, context, ...).
                 Dtypes and ``device`` may be torch's own objects, ``attention_8bit`` and ``linear_8bit`` names of
-                modes, ``reuse`` a text (``Reuse.of``), ``layers_per_stage`` any sequence, ``loras`` any sequence of
-                what ``Lora.of`` takes.
+                modes, ``reuse`` a text (``Reuse.of``), ``layers_per_stage`` any sequence, ``loras`` and
+                ``transformers`` any sequences of what ``Lora.of`` and ``TransformerFile.of`` take.
 
         Raises:
             ValueError: as the classes raise it; an option that neither has, with the nearest one; or ``blocks``
@@ -204,6 +207,9 @@ class EngineConfig:
         if isinstance(found.get("loras"), (str, Mapping)):
             raise ValueError(f"loras={found['loras']!r}: use a list of files or of (file, weight)")
         found["loras"] = tuple(Lora.of(value) for value in found.get("loras") or ())
+        if isinstance(found.get("transformers"), (str, Mapping)):
+            raise ValueError(f"transformers={found['transformers']!r}: use a list of files or of (file, 'high')")
+        found["transformers"] = tuple(TransformerFile.of(value) for value in found.get("transformers") or ())
         for name in ("device", "dtype", "vae_dtype"):
             if found.get(name) is not None:
                 found[name] = str(found[name]).removeprefix("torch.")
@@ -223,5 +229,6 @@ class EngineConfig:
                 "linear_8bit": LinearPolicy(linear["mode"], tuple(linear["keep_layers"])),
                 "reuse": Reuse(**values["reuse"]),
                 "loras": [Lora(**lora) for lora in values["loras"]],
+                "transformers": [TransformerFile(**file) for file in values["transformers"]],
             }
         )

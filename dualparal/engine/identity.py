@@ -40,7 +40,8 @@ def run_info(
         timeline, resumed: the run's, if it has them.
     """
     config = asdict(setup.config)
-    del config["device"], config["decoder"], config["loras"]  # ranks have cards and paths of their own
+    for name in ("device", "decoder", "loras", "transformers"):  # ranks have cards and paths of their own
+        del config[name]
     return {
         "dualparal": __version__,
         "torch": torch.__version__,

@@ -176,13 +176,9 @@ def check_request(
         for name, value in {"latents": inputs.latents, **given}.items():
             if value is not None and not encoded:
                 raise ValueError(f"{name} and video were both given: a video that goes on from a clip has no {name}")
-    if setup.config.blocks.anchor_frames and (
-        spec.unequal_times or (spec.keeps_first_frame and inputs.image is not None)
-    ):
-        raise ValueError(
-            f"anchor_frames={setup.config.blocks.anchor_frames}: not for a model that is told a timestep for each frame; "
-            "leave it out"
-        )
+    fixed_frames = int(spec.keeps_first_frame and inputs.image is not None)
+    if (anchor := setup.config.blocks.anchor_frames) and (spec.unequal_times or fixed_frames):
+        raise ValueError(f"anchor_frames={anchor}: this model is told a timestep for each frame; leave it out")
     layout = Layout.of(setup.config.blocks, video, temporal)
     grid = spec.grid(video.height, video.width)
     config = setup.config
@@ -210,7 +206,7 @@ def check_request(
         embeds=embeds,
         latents=None if inputs.latents is None else _latents(inputs.latents, layout, grid, spec.in_channels),
         images=tuple(read_image(image, name) for name, image in given.items() if image is not None),
-        fixed_frames=int(spec.keeps_first_frame and inputs.image is not None),
+        fixed_frames=fixed_frames,
         clip=_clip(inputs.clip, video, layout, [spec.in_channels, grid.height, grid.width], temporal),
         callback=callback,
     )

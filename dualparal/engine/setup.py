@@ -132,7 +132,12 @@ class Setup:
 def _source(model: Any, config: EngineConfig) -> ModelSource:
     """The model that ``Setup.of`` was given. Raises ModelError."""
     if isinstance(model, (str, Path)):
-        return resolve_model(model, config.loras)
+        return resolve_model(model, config.loras, config.transformers)
+    if config.transformers:
+        raise ModelError(
+            f"transformer {config.transformers[0].file} with a loaded pipeline: it has its own; load it there "
+            "(WanTransformer3DModel.from_single_file), or give the model as a directory"
+        )
     if config.loras:
         raise ModelError(
             f"LoRA {config.loras[0].file} with a loaded pipeline: fuse it there (pipe.load_lora_weights(...); "

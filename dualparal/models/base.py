@@ -6,7 +6,7 @@ are absolute latent-frame indices of the video, so features made for one block a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -39,12 +39,10 @@ class Rotary(NamedTuple):
 
 
 class TimeCondition(NamedTuple):
-    """The modulations that a timestep gives to the layers of a slice, made once per step, not per unit; or those of
-    several timesteps, joined for a unit whose tokens are not all at one.
+    """The modulations of a timestep for a slice's layers, made once per step; or those of several, joined for a unit.
 
     Attributes:
-        layers: float32 [layers of the slice, 6, inner] (or another number of rows, as the family has it); joined
-            [layers, runs, 6, inner].
+        layers: float32 [layers of the slice, 6 (or as the family has it), inner]; joined [layers, runs, 6, inner].
         head: float32 [2, inner] for the slice that has the head, otherwise None; joined [runs, 2, inner].
         rows: tokens of each run, in the order of the unit's; empty: all of them are at one timestep.
     """
@@ -298,8 +296,8 @@ class ModelSpec(Protocol):
         """The layer of a weight that may have 8 bits; None for all other tensors. The slice has a ``Linear`` of it."""
         ...
 
-    def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> Slice:
-        """A slice from its tensors, as ``models.linear.placed`` makes them of those of ``names``."""
+    def build(self, tensors: MutableMapping[str, torch.Tensor], layers: range) -> Slice:
+        """A slice from the tensors of ``names`` as ``models.linear.placed`` makes them; some are taken out."""
         ...
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,16 @@ from safetensors import SafetensorError
 
 from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.config.lora import Lora
+from dualparal.config.transformer_file import TransformerFile
 from dualparal.models.base import ModelSpec, Slice
+from dualparal.models.headers import elements
 from dualparal.models.json_files import ModelError, read_config, read_json
 from dualparal.models.linear import placed
 from dualparal.models.loading import one_at_a_time
-from dualparal.models.lora import LoraFile, expert_of
+from dualparal.models.lora import LoraFile
 from dualparal.models.registry import Component, Family, family_in, resolve
 from dualparal.models.sizes import ModelSizes
+from dualparal.models.transformer_header import TransformerHeader, by_expert, expert_of
 from dualparal.models.weights import WeightFiles, channels_last, check_part, check_tensors
 from dualparal.sampling.sampler import SUPPORTED as SAMPLERS
 from dualparal.sampling.sampler import check_config
@@ -37,6 +39,7 @@ class ModelFiles:
     Attributes:
         path: the directory.
         loras: are merged into the transformers' weights, in this order, while these are read.
+        transformers: files in place of the folder's transformers.
 
     Raises:
         ModelError: not a supported pipeline, an unsupported class, or missing, corrupt or foreign weight files.
@@ -44,6 +47,7 @@ class ModelFiles:
 
     path: Path
     loras: tuple[Lora, ...] = ()
+    transformers: tuple[TransformerFile, ...] = ()
 
     def __post_init__(self) -> None:
         index, components = self.index, {**self.family.components, "scheduler": _SCHEDULER}
@@ -86,7 +90,10 @@ class ModelFiles:
         """Facts of the model; raises ModelError for a variant of its family that is not supported."""
         try:
             return self.family.spec(
-                [self.config(name) for name in EXPERTS if self.has(name)],
+                [
+                    self._replaced[index].config if index in self._replaced else self.config(name)
+                    for index, name in enumerate(self._folders)
+                ],
                 self.config("vae"),
                 self.index,
                 self.config("image_encoder") if self.has("image_encoder") else None,
@@ -108,17 +115,40 @@ class ModelFiles:
         Raises:
             ModelError: there is no cost model for it.
         """
-        return self.family.sizes(self.path)
+        return self.family.sizes_with(self.family.sizes(self.path), self.headers)
+
+    @property
+    def _folders(self) -> list[str]:
+        """Folders of the transformers, by expert."""
+        return [name for name in EXPERTS if self.has(name)]
+
+    @cached_property
+    def _replaced(self) -> dict[int, TransformerHeader]:
+        """Headers of the files in place of the folder's transformers, by expert. Raises ModelError."""
+        files = by_expert(self.transformers, len(self._folders))
+        return {index: self.family.transformer(file, self.config(EXPERTS[index])) for index, file in files.items()}
+
+    @cached_property
+    def headers(self) -> list[TransformerHeader]:
+        """The headers of the transformers' weights, by expert. Raises ModelError."""
+        return [
+            self._replaced.get(index) or TransformerHeader.of_folder(self.path / name, self.config(name))
+            for index, name in enumerate(self._folders)
+        ]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names, shapes and sizes of the transformer files, for ranks to compare (no checksum of the data); LoRAs."""
+        """Names, shapes and sizes of the transformer files, for ranks to compare (no checksum of the data); LoRAs.
+
+        Of files in place of the folder's, and of LoRAs, samples of the data besides.
+        """
         parts = []
-        for folder in EXPERTS[: self.spec.num_experts]:
-            found = WeightFiles(self.path / folder)
-            size = sum(path.stat().st_size for path in set(found.owner.values()))
-            elements = sum(math.prod(shape) for shape in found.shapes.values())
-            parts.append(f"{len(found.shapes)} tensors, {elements} elements, {size} bytes")
+        for index, header in enumerate(self.headers):
+            found = list(header.entries.values())
+            size = sum(path.stat().st_size for path in {entry.path for entry in found})
+            parts.append(f"{len(found)} tensors, {elements(found)} elements, {size} bytes")
+            if index in self._replaced:
+                parts.append(f"file {header.fingerprint}")
         for folder, files in zip(EXPERTS, self.lora_files):
             parts += [f"LoRA {file.fingerprint} x {file.lora.weight:g} in {folder}" for file in files]
         return "; ".join(parts)
@@ -128,7 +158,8 @@ class ModelFiles:
         """By expert, the LoRAs that change it. Raises ModelError for one that is not understood or does not fit."""
         found: list[list[LoraFile]] = [[] for _ in range(self.spec.num_experts)]
         for lora in self.loras:
-            shapes = self.spec.shapes(expert := expert_of(lora, self.spec.num_experts))
+            expert = expert_of("LoRA", lora.file, lora.expert, self.spec.num_experts)
+            shapes = self.spec.shapes(expert)
             found[expert].append(LoraFile(lora, shapes, self.family.lora_names(shapes)))
         return found
 
@@ -144,8 +175,9 @@ class ModelFiles:
             ModelError: tensors are missing, too many, or of another shape; lists them.
         """
         _ = self.lora_files
-        for expert, folder in enumerate(EXPERTS[: self.spec.num_experts]):
-            check_tensors(self.path / folder, self.spec.shapes(expert), self.spec.is_unused)
+        for expert, header in enumerate(self.headers):
+            files = WeightFiles(header.place, header.entries)
+            check_tensors(files, self.spec.shapes(expert), self.spec.is_unused)
         self._check_sampler()
         if not parts:
             return
@@ -183,16 +215,19 @@ class ModelFiles:
     ) -> list[Slice]:
         """One slice per expert, on ``device``. Only the tensors of these layers are read, of LoRAs too.
 
-        A LoRA is added in float32 on the device, before the dtype or 8 bits round what comes of it.
+        A LoRA is added in float32 on the device, before the dtype or 8 bits round what comes of it. Linears that the
+        files have in 8 bits stay so.
         """
         slices: list[Slice] = []
-        for expert, folder in enumerate(EXPERTS[: self.spec.num_experts]):
-            files = WeightFiles(self.path / folder)
+        for expert, header in enumerate(self.headers):
+            names = self.spec.names(expert, layers)
+            scaled = WeightFiles(header.place, header.scales)
+            scales = dict(scaled.read(name for name in names if name in header.scales))
             tensors: dict[str, torch.Tensor] = {}
-            for name, tensor in files.read(self.spec.names(expert, layers)):
-                for lora in self.lora_files[expert]:
-                    tensor = lora.merge(name, tensor.to(device))
-                tensors |= placed(self.spec, name, tensor, dtype, device, linear_8bit)
+            for name, tensor in WeightFiles(header.place, header.entries).read(names):
+                loras = [lora for lora in self.lora_files[expert] if lora.changes(name)]
+                change = partial(_merged, name, loras) if loras else None
+                tensors |= placed(self.spec, name, tensor, dtype, device, linear_8bit, scales.get(name), change)
             slices.append(self.spec.build(tensors, layers))
         return slices
 
@@ -253,6 +288,13 @@ class ModelFiles:
         if missing or mismatched:
             raise ModelError(f"{folder}: tensors missing {missing[:3]} or of another shape {mismatched[:3]}")
         return part
+
+
+def _merged(name: str, loras: Sequence[LoraFile], tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the model with LoRAs, in float32."""
+    for lora in loras:
+        tensor = lora.merge(name, tensor)
+    return tensor
 
 
 @contextmanager

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from dualparal.config.transformer_file import NO_GGUF, TransformerFile
 from dualparal.models.json_files import ModelError, shorten
-from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER, hub_id_of
+from dualparal.models.registry import BUILT_IN, BUILT_IN_FOLDER, family_in, hub_id_of
 
+_FOLDERS = {None: "transformer", "high": "transformer", "low": "transformer_2"}  # by the expert of a file for it
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
-def folder_of(model: str | Path) -> Path:
+def folder_of(model: str | Path, transformers: Sequence[TransformerFile] = ()) -> Path:
     """The folder of a model.
 
     Args:
         model: a directory, ``BUILT_IN``, a name that a family knows, or a hub id; of the last two JSON, tokenizer and
             safetensors files are downloaded.
+        transformers: files in place of the folder's transformers, whose weights are not downloaded then.
 
     Raises:
         ModelError: none of them, a model that is known and not supported, or a download that failed.
@@ -31,6 +35,14 @@ def folder_of(model: str | Path) -> Path:
         return BUILT_IN_FOLDER
     if not exists:
         name = hub_id_of(name) or name
+    if name.endswith(".gguf"):
+        raise ModelError(f"model {shorten(name)}: {NO_GGUF}")
+    if name.endswith(".safetensors"):
+        raise ModelError(
+            f"model {shorten(name)} is a file, which has no VAE, text encoder and sampler: give a directory in "
+            "diffusers format or a name that 'dualparal models' lists as the model, and the file with --transformer "
+            "(transformers=[...])"
+        )
     if exists or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(
             f"model {shorten(name)} is not a directory in diffusers format, nor a hub id such as "
@@ -41,6 +53,9 @@ def folder_of(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        without = [f"{_FOLDERS[file.expert]}/*.safetensors*" for file in transformers]
+        if hub_id_of(name) is None:  # what is not supported is not worth a download of its weights
+            family_in(Path(snapshot_download(name, allow_patterns=["model_index.json"])))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=without))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"model {name!r} is no directory here and could not be had from the hub: {error}") from None

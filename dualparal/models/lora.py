@@ -7,7 +7,6 @@ differences ".diff", ".diff_b", ".diff_m"), kohya ("lora_unet_NAME.lora_down.wei
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dualparal.config.lora import LORA_EXPERTS, Lora
+from dualparal.config.lora import Lora
+from dualparal.models.headers import sampled
 from dualparal.models.json_files import ModelError, read_json, shorten
 
 _PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "lora_unet_")
@@ -28,7 +28,6 @@ _ROLES = {
     ".lora_B.bias": "up_bias", ".alpha": "alpha", ".diff": "diff", ".diff_b": "diff_b", ".diff_m": "diff_m",
 }  # fmt: skip
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
 _METADATA = "lora_adapter_metadata"  # diffusers: key of its header in which r and lora_alpha are kept
 
 
@@ -79,6 +78,10 @@ class LoraFile:
                 alpha = self._scalar(handle, keys["alpha"]) if "alpha" in keys else alphas.of(module)
                 self._add_module(module, keys, alpha, alphas.by_root, shapes)
         self.fingerprint = self._digest()
+
+    def changes(self, name: str) -> bool:
+        """True for a tensor that the file changes."""
+        return name in self._changes
 
     def merge(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the model with the changes of the file, in float32; one that it does not change as it is.
@@ -205,15 +208,7 @@ class LoraFile:
 
     def _digest(self) -> str:
         """The fingerprint. Files of one trainer share header and size, so it has samples of the data, too."""
-        size = self.path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with self.path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(header))
-            begin, room = 8 + header, max(0, size - 8 - header - _SAMPLE_BYTES)
-            for offset in sorted({begin + room * index // (_SAMPLES - 1) for index in range(_SAMPLES)}):
-                file.seek(offset)
-                digest.update(file.read(_SAMPLE_BYTES))
+        digest = sampled(self.path)
         changes = sorted((name, change.factor) for name, listed in self._changes.items() for change in listed)
         digest.update(json.dumps(changes).encode())
         return digest.hexdigest()
@@ -246,14 +241,3 @@ class _Alphas(NamedTuple):
     def of(self, module: str) -> float | None:
         """The alpha of a module; None: its rank."""
         return next((a for name, a in self.by_name.items() if f".{module}".endswith(f".{name}")), self.default)
-
-
-def expert_of(lora: Lora, num_experts: int) -> int:
-    """The index of the transformer that a LoRA changes. Raises ModelError where the model leaves it open."""
-    if num_experts > 1 and lora.expert is None:
-        raise ModelError(
-            f"LoRA {lora.file}: the model has two transformers; say high:{lora.file} or low:{lora.file}, or give both"
-        )
-    if num_experts == 1 and lora.expert is not None:
-        raise ModelError(f"LoRA {lora.file}: {lora.expert!r} of a model with one transformer; leave {lora.expert}: out")
-    return 0 if lora.expert is None else LORA_EXPERTS.index(lora.expert)

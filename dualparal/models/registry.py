@@ -7,12 +7,14 @@ class or of a directory, and the row finds the code by an import string, "module
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualparal.models.json_files import ModelError, read_json
+from dualparal.config.transformer_file import TransformerFile
+from dualparal.models.json_files import ModelError, read_config, read_json
+from dualparal.models.transformer_header import TransformerHeader, by_expert
 
 if TYPE_CHECKING:
     from dualparal.models.base import Decoder, LightFile, ModelSpec, PromptEncoder, RowExchange
@@ -24,6 +26,8 @@ BUILT_IN = "moving-shapes"  # the trained model that ships with the package
 BUILT_IN_FOLDER = Path(__file__).parents[1] / "moving_shapes"
 BUILT_IN_SIZE = (64, 64)  # height and width of its videos, pixels
 _VACE, _ANIMATE = "video from control signals (VACE)", "a character in another's motion"
+
+_SKYREELS = "SkyReels-V2, another model of Wan's architecture"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Family:
         spec_class, decoder_class, prompt_encoder_class: they implement the protocols of ``models.base``.
         known_sizes: a mapping from lower-case names to ``models.sizes.ModelSizes``.
         read_sizes: (directory) -> ``ModelSizes``, from config files alone. Neither of the two imports torch.
+        transformer_reader: a ``transformer_header.Reader`` for files in place of a folder's; empty: none.
+        resized: (sizes, headers of the transformers in their place) -> sizes. Neither of the two imports torch.
         lora_modules: (names of a transformer's tensors) -> the name of the module, without ".weight" and ".bias", by
             every name that LoRA files have for it; empty: they have the same names, with dots.
         encoder_class: implements ``models.images.Encoder``; empty: no model of the family takes images.
@@ -87,6 +93,8 @@ class Family:
     image_encoder_class: str = ""
     image_condition: str = ""
     light_file_class: str = ""
+    transformer_reader: str = ""
+    resized: str = ""
     lora_modules: str = ""
     hub_ids: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
@@ -177,6 +185,27 @@ class Family:
         found: ModelSizes = resolve(self.read_sizes)(directory)
         return found
 
+    def transformer(self, file: TransformerFile, folder: Mapping[str, Any]) -> TransformerHeader:
+        """The header of a transformer in files of its own.
+
+        Args:
+            file: the files.
+            folder: config of the transformer whose place it takes.
+
+        Raises:
+            ModelError: it is none of this family, or the family reads no such files.
+        """
+        if not self.transformer_reader:
+            raise ModelError(f"transformer {file.file}: {self.name} models are read from their folder alone")
+        return TransformerHeader.of_file(file, resolve(self.transformer_reader), folder)
+
+    def sizes_with(self, sizes: ModelSizes, headers: Sequence[TransformerHeader]) -> ModelSizes:
+        """Sizes of a model with the transformers of these headers."""
+        if not self.resized or not headers:
+            return sizes
+        found: ModelSizes = resolve(self.resized)(sizes, headers)
+        return found
+
 
 def _wan_components(transformer: str, experts: int) -> dict[str, Component]:
     """The folders of a pipeline with Wan's VAE and text encoder, and one or two transformers of a class."""
@@ -232,6 +261,8 @@ FAMILIES: dict[str, Family] = {
         image_encoder_class="dualparal.models.wan.image_encoder:ImageEncoder",
         image_condition="dualparal.models.wan.condition:image_condition",
         light_file_class="dualparal.models.wan.light_decoder:LightFile",
+        transformer_reader="dualparal.models.wan.single_file:read_transformer",
+        resized="dualparal.models.wan.sizes:resized",
         lora_modules="dualparal.models.wan.lora:lora_modules",
         hub_ids={
             "wan2.1-t2v-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
@@ -253,6 +284,8 @@ FAMILIES: dict[str, Family] = {
             "WanVACEPipeline": _VACE,
             "WanVideoToVideoPipeline": "video to video",
             "WanAnimatePipeline": _ANIMATE,
+            "SkyReelsV2Pipeline": _SKYREELS,
+            "SkyReelsV2DiffusionForcingPipeline": _SKYREELS,
         },
     ),
     "skyreels-v2": Family(
@@ -336,6 +369,11 @@ def family_in(directory: Path) -> Family:
         ModelError: not such a directory, or a pipeline of no family.
     """
     path = directory / "model_index.json"
+    if not path.exists() and any(directory.glob("*.safetensors")):
+        raise ModelError(
+            f"{directory} holds weights alone, without VAE, text encoder and sampler: give them with --transformer "
+            "(transformers=[...]) beside a model in diffusers format, or one that 'dualparal models' lists"
+        )
     name = read_json(path).get("_class_name")
     family = family_of(name)
     if family is None:
@@ -346,12 +384,13 @@ def family_in(directory: Path) -> Family:
     return family
 
 
-def model_sizes(model: str) -> ModelSizes:
+def model_sizes(model: str, transformers: Sequence[TransformerFile] = ()) -> ModelSizes:
     """Sizes of a model.
 
     Args:
         model: a name or hub id that a family knows, in any case, or a directory in diffusers format, of which only
             config files are read.
+        transformers: files in place of its transformers, of which headers are read.
 
     Raises:
         ValueError: neither, or configs of no family (``ModelError``).
@@ -361,7 +400,7 @@ def model_sizes(model: str) -> ModelSizes:
     for family in FAMILIES.values():
         known, name = family.named_sizes(), family.plain_name(model)
         if name in known:
-            return known[name]
+            return _with_files(family, known[name], transformers, {"attention_head_dim": known[name].head_dim})
         if not path.is_dir():
             _refuse_other(family, model)
         names += known
@@ -370,4 +409,21 @@ def model_sizes(model: str) -> ModelSizes:
             f"model {model!r} is not known; use one of {', '.join(names)}, or a directory in diffusers format "
             "(its config files are enough)"
         )
-    return family_in(path).sizes(path)
+    return folder_sizes(path, transformers)
+
+
+def folder_sizes(path: Path, transformers: Sequence[TransformerFile] = ()) -> ModelSizes:
+    """The sizes of ``model_sizes`` for a directory. Raises ModelError."""
+    family = family_in(path)
+    config = read_config(path / "transformer" / "config.json") if transformers else {}
+    return _with_files(family, family.sizes(path), transformers, config)
+
+
+def _with_files(
+    family: Family, sizes: ModelSizes, transformers: Sequence[TransformerFile], folder: Mapping[str, Any]
+) -> ModelSizes:
+    """Sizes with files in place of transformers; ``folder``: config of those. Raises ModelError."""
+    headers = [family.transformer(file, folder) for file in by_expert(transformers, sizes.experts).values()]
+    if headers and len(headers) < sizes.experts:  # nothing is known of how the other is stored
+        headers.append(replace(headers[0], entries={}))
+    return family.sizes_with(sizes, headers)

@@ -76,12 +76,14 @@ class LinearSizes(NamedTuple):
         channels: numbers per token that come out of all of them; each has a scale.
         inputs: numbers per token that go into all of them, and are quantised.
         widest: numbers per token of the largest input.
+        largest: parameters of the largest matrix, Q, K and V being one.
     """
 
     parameters: int
     channels: int
     inputs: int
     widest: int
+    largest: int
 
 
 class ModelSizes(Protocol):
@@ -196,7 +198,7 @@ class ModelSizes(Protocol):
 
     @property
     def joined_parameters(self) -> int:
-        """Parameters of one layer that are there twice while a slice is built from its tensors."""
+        """Parameters of one layer that are there twice while they are joined; one layer after the other."""
         ...
 
     @property
@@ -207,6 +209,11 @@ class ModelSizes(Protocol):
     @property
     def linears(self) -> LinearSizes:
         """Sizes of the linears of one layer that may have 8 bits; they are among ``layer_parameters``."""
+        ...
+
+    @property
+    def stored_8bit(self) -> frozenset[int]:
+        """Layers whose linears have 8 bits in the files, and stay so in memory."""
         ...
 
     @property

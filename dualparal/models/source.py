@@ -9,6 +9,7 @@ import torch
 
 from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.config.lora import Lora
+from dualparal.config.transformer_file import TransformerFile
 from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.files import ModelFiles
 from dualparal.models.folder import folder_of
@@ -59,10 +60,12 @@ class ModelSource(Protocol):
         ...
 
 
-def resolve_model(model: str | Path, loras: tuple[Lora, ...] = ()) -> ModelFiles:
-    """The files of a model, which ``folder_of`` finds, and the LoRAs that are merged into it.
+def resolve_model(
+    model: str | Path, loras: tuple[Lora, ...] = (), transformers: tuple[TransformerFile, ...] = ()
+) -> ModelFiles:
+    """The files of a model, which ``folder_of`` finds, with the LoRAs and in the place of the transformers given.
 
     Raises:
         ModelError: there is none, or its files are none of a supported pipeline.
     """
-    return ModelFiles(folder_of(model), loras)
+    return ModelFiles(folder_of(model, transformers), loras, transformers)

@@ -2,105 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from dualparal.models.json_files import ModelError, read_json, shorten
+from dualparal.models.headers import FP8, Entry, check_dtypes, read_entries, shapes_of
+from dualparal.models.json_files import ModelError
 
-_DTYPES = ("F32", "BF16", "F16", "F64")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    FP8: torch.float8_e4m3fn,
+}
 
 
 class WeightFiles:
-    """The safetensors files of one component, single or sharded, opened by header.
+    """The tensors of one component in safetensors files, of which headers are read at first.
+
+    Args:
+        place: a file, or the component's folder.
+        entries: its tensors by the names that they are asked for; None: those of the headers.
 
     Attributes:
-        owner: the file of each tensor.
+        entries: see above.
         shapes: the shape of each tensor.
-        dtypes: the dtype of each tensor, as safetensors names it.
 
     Raises:
         ModelError: no safetensors file, or one that is cut or corrupt.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        indices = sorted(folder.glob("*.safetensors.index.json"))
-        if len(indices) > 1:
-            raise ModelError(
-                f"{folder}: {' and '.join(p.name for p in indices)}: which to read? Keep the index of one variant"
-            )
-        if indices:
-            weight_map = read_json(indices[0]).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise ModelError(f"{indices[0]}: no weight_map in it; download the model again")
-            names = sorted(set(weight_map.values()))
-        else:
-            names = sorted(p.name for p in folder.glob("*.safetensors"))
-            if len(names) > 1:
-                raise ModelError(
-                    f"{folder}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} and no index file says "
-                    "which to read; keep one variant, or download the index too"
-                )
-        if not names:
-            other = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-            found = f"only {', '.join(other)}, which are pickles and never read" if other else "no weight file"
-            raise ModelError(
-                f"{folder}: {found}; a .safetensors file is needed (convert with "
-                "pipe.save_pretrained(..., safe_serialization=True))"
-            )
-        self.owner: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        for name in names:
-            if Path(name).name != name:
-                raise ModelError(f"{indices[0]}: names the file {shorten(name)} outside its folder")
-            if not name.endswith(".safetensors") or "\0" in name or len(name) > 255:
-                raise ModelError(f"{indices[0]}: names {shorten(name)}, which is no .safetensors file")
-            with _open(folder / name) as handle:
-                for key in handle.keys():  # noqa: SIM118 (not a dict)
-                    self.owner[key] = folder / name
-                    part = handle.get_slice(key)
-                    self.shapes[key], self.dtypes[key] = tuple(part.get_shape()), part.get_dtype()
-
-    def check_dtypes(self, names: Iterable[str]) -> None:
-        """Refuses numbers that are none without a scale of their own, such as int8, which no config here speaks of.
-
-        Raises:
-            ModelError: one of these tensors is quantized.
-        """
-        odd = sorted(name for name in names if self.dtypes.get(name, _DTYPES[0]) not in _DTYPES)
-        if odd:
-            raise ModelError(
-                f"{self.folder}: {len(odd)} tensors are {self.dtypes[odd[0]]} ({', '.join(odd[:3])}): quantized "
-                f"weights are not supported; use those in {', '.join(_DTYPES)} (--linear-8bit makes 8 bits of them)"
-            )
+    def __init__(self, place: Path, entries: Mapping[str, Entry] | None = None) -> None:
+        self.place = place
+        self.entries: Mapping[str, Entry] = read_entries(place) if entries is None else entries
+        self.shapes = shapes_of(self.entries)
 
     def read(self, names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
-        """Yields (name, tensor on the CPU) of just these tensors, file by file."""
+        """Yields (name, tensor on the CPU, in memory of its own) of just these tensors, file by file.
+
+        Raises:
+            ModelError: a file has been cut since its header was read.
+        """
         by_file: dict[Path, list[str]] = {}
         for name in names:
-            by_file.setdefault(self.owner[name], []).append(name)
+            by_file.setdefault(self.entries[name].path, []).append(name)
         for path, wanted in by_file.items():
-            with _open(path) as handle:
+            with _open(path) as file:
                 for name in wanted:
-                    yield name, handle.get_tensor(name)
+                    yield name, file.get_tensor(self.entries[name])
 
 
-def _open(path: Path) -> Any:
-    try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ModelError(f"{path} is no file; download it again")
-        if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
-            raise ModelError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull'")
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing, though the index names it; download the model again") from None
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+class _TensorFile:
+    """An open file, from which tensors are copied."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BufferedReader = path.open("rb")
+
+    def __enter__(self) -> _TensorFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def get_tensor(self, entry: Entry) -> torch.Tensor:
+        """The tensor of an entry of this file."""
+        made = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        self._file.seek(entry.begin)
+        if self._file.readinto(made.numpy().data) != len(made):
+            raise ModelError(f"{entry.path} was cut while it was read; download it again")
+        return made.view(_DTYPES[entry.dtype]).view(entry.shape)
+
+
+def _open(path: Path) -> _TensorFile:
+    return _TensorFile(path)
 
 
 def channels_last(module: torch.nn.Module) -> torch.nn.Module:
@@ -112,24 +90,23 @@ def channels_last(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], unused: Callable[[str], bool]) -> None:
-    """Checks the files that a slice is built from, by header.
+def check_tensors(files: WeightFiles, expected: dict[str, tuple[int, ...]], unused: Callable[[str], bool]) -> None:
+    """Checks the tensors that a slice is built from, by header.
 
     Args:
-        folder: of the component.
+        files: of the transformer.
         expected: name and shape of every tensor that must be there.
         unused: (name) -> True for a tensor that may be there besides.
 
     Raises:
-        ModelError: tensors are missing, too many, quantized, or of another shape.
+        ModelError: tensors are missing, too many, quantized in a way that is not read, or of another shape.
     """
-    files = WeightFiles(folder)
-    files.check_dtypes(expected)
+    check_dtypes(files.place, (files.entries[name] for name in expected if name in files.entries), also=(FP8,))
     found = files.shapes
     missing = sorted(set(expected) - set(found))
     extra = sorted(name for name in set(found) - set(expected) if not unused(name))
     shapes = [f"{n} {found[n]} instead of {s}" for n, s in expected.items() if n in found and found[n] != s]
-    _refuse(folder, missing, extra, shapes)
+    _refuse(files.place, missing, extra, shapes)
 
 
 def _refuse(folder: Path, missing: list[str], extra: list[str], shapes: list[str]) -> None:
@@ -165,7 +142,8 @@ def check_part(folder: Path, config: dict[str, Any], build: Callable[[dict[str, 
             tensors = build(config).state_dict(keep_vars=True)
     except Exception as error:  # whatever the library makes of a foreign config
         raise ModelError(f"{folder / 'config.json'}: cannot be built from it: {error}") from None
-    files.check_dtypes(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    floats = (name for name, tensor in tensors.items() if tensor.is_floating_point() and name in found)
+    check_dtypes(folder, (files.entries[name] for name in floats))
     there = {id(tensor) for name, tensor in tensors.items() if name in found}
     missing = sorted(name for name, tensor in tensors.items() if id(tensor) not in there)  # tied ones are stored once
     shapes = [

@@ -73,10 +73,12 @@ def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0,
     passes = PASSES + (SHARE_PASSES if work.places > 1 else 0)
     moved = h * (work.itemsize * passes * queries + heads * ((1 - kept) * plain + kept * packed))
     quantised = share * (work.itemsize + 1) * queries * work.model.linears.inputs  # read as they are, written in 8 bits
+    kept_only = sum(not work.engine.linear_8bit.covers(layer) for layer in work.model.stored_8bit)
+    restored = kept_only / work.model.num_layers * (work.itemsize + 1) * work.model.linears.parameters
     return Arithmetic(
         4.0 * h * (heads * window * keys + queries * work.condition_tokens),
         (1 - share) * linear,
-        moved + quantised,
+        moved + quantised + restored,
         share * linear,
     )
 

@@ -103,6 +103,8 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     model, size, h, tokens = work.model, work.itemsize, work.model.inner, work.tokens
     layers, first, last = split[stage], stage == 0, stage == len(split) - 1
     in_8bit, linears = _layers_8bit(work, split, stage), model.linears
+    owned = range(sum(split[:stage]), sum(split[: stage + 1]))
+    restores = any(layer in model.stored_8bit and not work.engine.linear_8bit.covers(layer) for layer in owned)
     branches, steps, experts = schedule.branches, schedule.num_steps, model.experts
     window = work.layout.max_window_frames * tokens
     rows, heads = work.place_tokens(window), work.head_share
@@ -111,7 +113,6 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
     inbound, outbound = velocity if first else hidden, velocity if last else hidden
     latents = 4 * model.in_channels * work.pixels * work.layout.first_frames
     blocks, videos = schedule.places, work.num_videos
-    owned = range(sum(split[:stage]), sum(split[: stage + 1]))
     means = blocks * sum(map(work.engine.attention_8bit.covers, owned)) * 4 * h
     lends = sum(count * slot_bytes(work, owned, side) for side, count in slots.items())
     leading, decodes = first and leads, leads and stage in schedule.decoders
@@ -122,7 +123,8 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         workspace=int(2 * (window + sum(work.lent_tokens(side) for side in SIDES if slots[side])) * heads * h * size)
         + _exchange_bytes(work, window),
         buffers=work.engine.depth * (inbound + outbound) * size if len(split) > 1 else 0,
-        activations=rows * (model.layer_activations * size + (linears.widest if in_8bit else 0)),
+        activations=rows * (model.layer_activations * size + (linears.widest if in_8bit else 0))
+        + (linears.largest * size if restores else 0),
         conditions=(
             videos * experts * branches * layers * 2 * work.condition_tokens * h * size
             + 4 * steps * (6 * layers + 2 * last) * h
@@ -135,8 +137,8 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         decode=(decode_bytes(work, len(schedule.decoders)) if decodes else 0)
         + (_joined_bytes(work, schedule) if leading else 0),
         # A matrix to be quantised is there in float32 at the worst.
-        load=((layers - in_8bit) * size + in_8bit) * model.joined_parameters
-        + (4 * linears.widest * h if in_8bit else 0),
+        # Q, K and V of one layer are there twice while they are joined.
+        load=(1 if in_8bit == layers else size) * model.joined_parameters + (4 * linears.widest * h if in_8bit else 0),
         before=max(0 if work.engine.encodes_elsewhere else model.text_encoder * size, _images_before(work))
         if leading
         else 0,
@@ -201,9 +203,9 @@ def slice_bytes(work: Workload, split: Sequence[int], stage: int) -> int:
 
 
 def _layers_8bit(work: Workload, split: Sequence[int], stage: int) -> int:
-    """Layers of a stage whose linears have 8 bits."""
-    start = sum(split[:stage])
-    return sum(map(work.engine.linear_8bit.covers, range(start, start + split[stage])))
+    """Layers of a stage whose linears have 8 bits, by choice or because files have them so."""
+    start, stored = sum(split[:stage]), work.model.stored_8bit
+    return sum(work.engine.linear_8bit.covers(k) or k in stored for k in range(start, start + split[stage]))
 
 
 def slot_bytes(work: Workload, layers: range, side: str) -> int:

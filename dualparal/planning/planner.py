@@ -57,7 +57,8 @@ def plan(
     names = {item.name for item in fields(VideoConfig)} & set(options)
     video = VideoConfig.of(**{"num_frames": 1025, **{name: options.pop(name) for name in names}})
     places = "sequence_parallel" not in options
-    work = Workload(model_sizes(model), video, EngineConfig.of(**options))
+    config = EngineConfig.of(**options)
+    work = Workload(model_sizes(model, config.transformers), video, config)
     search = not {"decode_ranks", "decode_in_place"} & set(options)
     groups = parse_gpus(gpus, extra_devices) if isinstance(gpus, str) else [list(group) for group in gpus]
     return plan_for(

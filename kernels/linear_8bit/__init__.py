@@ -22,6 +22,7 @@ from . import reference
 __all__ = ["DIVISOR", "Rows8", "absent", "linear_8bit", "quantise_rows", "restore_rows", "rows_absent"]
 
 BACKENDS = ("triton", "torch")
+_PIECE = 1 << 20  # numbers that the definition restores at once
 DIVISOR = 16  # of both sides of a weight: what torch._scaled_mm takes
 
 
@@ -174,7 +175,10 @@ def _restore_rows(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, 
     backends.check("values", values, out.shape, reference.FP8, out.device)
     backends.check("scale", scale, (out.shape[0], 1), torch.float32, out.device)
     if backends.choose("restore_rows", out.device, backend, BACKENDS) == "torch":
-        out.copy_(values.float() * scale)
+        step = max(1, _PIECE // max(1, out.shape[1]))
+        for part in range(0, len(out), step):  # float32 copies of a whole matrix would be large
+            piece = slice(part, part + step)
+            out[piece].copy_(values[piece].float() * scale[piece])
         return
     from . import triton_kernel
 

@@ -281,7 +281,8 @@ class ToySizes:
     def linear_flops(self) -> int:
         return 2 * self.inner**2
 
-    linears = LinearSizes(0, 0, 0, 0)
+    linears = LinearSizes(0, 0, 0, 0, 0)
+    stored_8bit: frozenset[int] = frozenset()
     image_counts = (0,)
     condition_channels = image_tokens = image_encoder = 0
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +17,11 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
 from counted_reads import noting
-from dualparal.models import weights
+from dualparal.models import files as model_files
+from dualparal.models import linear, weights
 from dualparal.models.files import ModelFiles
 from dualparal.models.json_files import ModelError
+from dualparal.models.linear import placed
 from dualparal.models.loaded import LoadedPipeline
 from dualparal.models.source import resolve_model
 from dualparal.models.wan.tiny import build_tiny_pipeline
@@ -77,8 +81,8 @@ def test_a_stage_reads_its_own_tensors_and_all_stages_the_whole_model(
     files = ModelFiles(wan21 if experts == 1 else wan22)
     read: Counter[str] = Counter()
 
-    def note(path: Path, name: str) -> None:
-        read[f"{path.parent.name}/{name}"] += 1
+    def note(path: Path, entry: Any) -> None:
+        read[f"{path.parent.name}/{entry.key}"] += 1
 
     monkeypatch.setattr(weights, "_open", noting(weights._open, note))
     files.check_weights()
@@ -104,6 +108,27 @@ def test_a_stage_reads_its_own_tensors_and_all_stages_the_whole_model(
     assert {n for n, count in everything.items() if count > 1} == (
         {n for n in everything if "/condition_embedder." in n} if stages > 1 else set()
     )
+
+
+def test_weights_of_one_layer_at_a_time_are_there_twice(wan21: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While Q, K and V are joined, which copies them."""
+    alive: list[int] = []
+    matrices: list[weakref.ref[torch.Tensor]] = []
+
+    def noted(*args: Any) -> dict[str, torch.Tensor]:
+        made = placed(*args)
+        matrices.extend(weakref.ref(t) for name, t in made.items() if re.search(r"attn1\.to_[qkv]\.weight", name))
+        return made
+
+    def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+        if len(tensors) == 3 and tensors[0].ndim == 2:
+            alive.append(sum(ref() is not None for ref in matrices))
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+    monkeypatch.setattr(model_files, "placed", noted)
+    monkeypatch.setattr(linear, "_joined", joined)
+    ModelFiles(wan21).load_slices(range(4), torch.bfloat16, CPU)
+    assert alive == [12, 9, 6, 3]
 
 
 def test_shards_hold_the_same_model_as_one_file(wan21: Path, tmp_path: Path) -> None:

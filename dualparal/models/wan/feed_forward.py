@@ -17,11 +17,12 @@ def linear_gelu(x: torch.Tensor, linear: Linear) -> torch.Tensor:
 
     Args:
         x: [tokens, in].
-        linear: weight [out, in], bias [out]; in 8 bits the GELU is a pass of its own.
+        linear: weight [out, in], bias [out]; where the product is made in 8 bits the GELU is a pass of its own.
 
     Returns:
         [tokens, out], like x.
     """
+    linear = linear.restored(x.dtype)
     if x.device.type == "cpu" or linear.scale is not None:
         return F.gelu(linear(x), approximate="tanh")
     return torch._addmm_activation(linear.bias, x, linear.weight.t(), use_gelu=True)

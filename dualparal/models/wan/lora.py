@@ -4,30 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-# diffusers' names, and those of the original code (diffusers: scripts/convert_wan_to_diffusers.py)
-_ORIGINAL = (
-    ("attn1.", "self_attn."),
-    ("attn2.", "cross_attn."),
-    (".to_out.0", ".o"),
-    (".to_", "."),
-    ("ffn.net.0.proj", "ffn.0"),
-    ("ffn.net.2", "ffn.2"),
-    (".norm2", ".norm3"),
-    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-    ("condition_embedder.time_proj", "time_projection.1"),
-    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-    ("attn.add_k_proj", "attn.k_img"),  # attn2 has its original name by then
-    ("attn.add_v_proj", "attn.v_img"),
-    ("attn.norm_added_k", "attn.norm_k_img"),
-    ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
-    ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
-    ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
-    ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
-    ("proj_out", "head.head"),
-    (".scale_shift_table", ".modulation"),
-)
+from dualparal.models.wan.names import original_name
 
 
 def lora_modules(tensors: Iterable[str]) -> dict[str, str]:
@@ -38,11 +15,7 @@ def lora_modules(tensors: Iterable[str]) -> dict[str, str]:
     """
     found = {}
     for tensor in tensors:
-        module = original = tensor.removesuffix(".weight").removesuffix(".bias")
-        for ours, theirs in _ORIGINAL:
-            original = original.replace(ours, theirs)
-        if module == "scale_shift_table":  # of the head: no dot before it
-            original = "head.modulation"
-        for name in (module, original):
+        module = tensor.removesuffix(".weight").removesuffix(".bias")
+        for name in (module, original_name(module)):
             found[name] = found[name.replace(".", "_")] = module
     return found

@@ -14,6 +14,9 @@ from typing import Any
 EMBED = ("patch_embedding.weight", "patch_embedding.bias")
 HEAD = ("proj_out.weight", "proj_out.bias", "scale_shift_table")
 TEXT_TOKENS = 512  # of a text in front of which tokens of images lie (diffusers: WanAttnProcessor)
+# The linears that see every token of a unit. Time, text, patches and the head are small, or all depends on them.
+LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0",
+           "ffn.net.0.proj", "ffn.net.2")  # fmt: skip
 # diffusers: the arguments of WanTransformer3DModel
 KEYS = {
     "patch_size",

@@ -5,16 +5,17 @@ Counts follow ``transformer`` beside this and diffusers' AutoencoderKLWan; tests
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dualparal.models.json_files import ModelError, read_config, read_json
 from dualparal.models.sizes import LinearSizes
+from dualparal.models.transformer_header import TransformerHeader
 from dualparal.models.wan.light_sizes import LightSizes, read_light_sizes
-from dualparal.models.wan.shapes import image_counts
-from dualparal.models.wan.vae_sizes import WanVaeSizes, read_vae
+from dualparal.models.wan.shapes import LINEARS, image_counts
+from dualparal.models.wan.vae_sizes import WAN21_VAE, WanVaeSizes, read_vae
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class WanSizes:
         image_dim, image_tokens: width and number of tokens of images that it reads before the text's; 0: none.
         positions: these tokens have positions of their own.
         image_encoder: number of parameters of what makes them; it is loaded before the transformer and dropped.
+        stored_8bit: layers whose linears have 8 bits in the files, of all transformers.
     """
 
     name: str
@@ -47,7 +49,7 @@ class WanSizes:
     patch: int = 2
     experts: int = 1
     cross_attn_norm: bool = True
-    vae: WanVaeSizes = WanVaeSizes()
+    vae: WanVaeSizes = WAN21_VAE
     text_encoder: int = 5_680_910_336  # UMT5-XXL
     trained_latents: int | None = 21
     image_counts: tuple[int, ...] = (0,)
@@ -56,6 +58,7 @@ class WanSizes:
     image_tokens: int = 0
     positions: bool = False
     image_encoder: int = 0
+    stored_8bit: frozenset[int] = frozenset()
 
     def light(self, path: Path) -> LightSizes:
         """Sizes of the light decoder in a file, by its header. Raises ModelError."""
@@ -113,7 +116,7 @@ class WanSizes:
     def linears(self) -> LinearSizes:
         """Sizes of Q, K and V and the way out, the same for text less K and V, and the feed-forward."""
         h, f = self.inner, self.ffn_dim
-        return LinearSizes(6 * h * h + 2 * h * f, 7 * h + f, 5 * h + f, f)
+        return LinearSizes(6 * h * h + 2 * h * f, 7 * h + f, 5 * h + f, f, h * max(3 * h, f))
 
     @property
     def layer_activations(self) -> int:
@@ -236,6 +239,27 @@ def read_skyreels_sizes(path: Path) -> SkyReelsSizes:
     tells_rate = bool(read_config(path / "transformer" / "config.json").get("inject_sample_info"))
     found = {**vars(read_sizes(path)), "trained_latents": 25, "tells_rate": tells_rate}
     return SkyReelsSizes(**found)
+
+
+def resized(sizes: WanSizes, headers: Sequence[TransformerHeader]) -> WanSizes:
+    """Sizes with the transformers of these files, in the place of those that were counted; of one shape."""
+    config = headers[0].config
+    layers = range(int(config["num_layers"]))
+    names = {layer: [f"blocks.{layer}.{name}.weight" for name in LINEARS] for layer in layers}
+    return replace(
+        sizes,
+        num_layers=len(layers),
+        heads=int(config["num_attention_heads"]),
+        head_dim=int(config["attention_head_dim"]),
+        ffn_dim=int(config["ffn_dim"]),
+        in_channels=int(config["out_channels"]),
+        out_channels=int(config["out_channels"]),
+        text_dim=int(config["text_dim"]),
+        freq_dim=int(config["freq_dim"]),
+        patch=int(config["patch_size"][1]),
+        cross_attn_norm=bool(config["cross_attn_norm"]),
+        stored_8bit=frozenset(k for k in layers if all(h.is_8bit(name) for h in headers for name in names[k])),
+    )
 
 
 def _text_parameters(config: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ sinusoids in float64 of whole timesteps, and an embedding of the frame rate besi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ class SkyReelsSpec(WanSpec):
             }
         return found
 
-    def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> SkyReelsSlice:
+    def build(self, tensors: MutableMapping[str, torch.Tensor], layers: range) -> SkyReelsSlice:
         return SkyReelsSlice(self.config, tensors, layers)
 
 

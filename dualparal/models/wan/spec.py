@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 from dualparal.models.base import Grid, component_config
-from dualparal.models.wan.shapes import EMBED, HEAD, KEYS, TEXT_TOKENS, image_counts, tensor_shapes
+from dualparal.models.wan.shapes import EMBED, HEAD, KEYS, LINEARS, TEXT_TOKENS, image_counts, tensor_shapes
 from dualparal.models.wan.transformer import WanSlice
 
 # diffusers: WanTransformer3DModel._keep_in_fp32_modules
 _KEEP_FP32 = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
-# The linears that see every token of a unit. Time, text, patches and the head are small, or all depends on them.
-_LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0",
-            "ffn.net.0.proj", "ffn.net.2")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -190,9 +187,9 @@ class WanSpec:
     def linear_layer(self, name: str) -> int | None:
         blocks, _, rest = name.partition(".")
         index, _, part = rest.partition(".")
-        return int(index) if blocks == "blocks" and part.removesuffix(".weight") in _LINEARS else None
+        return int(index) if blocks == "blocks" and part.removesuffix(".weight") in LINEARS else None
 
-    def build(self, tensors: Mapping[str, torch.Tensor], layers: range) -> WanSlice:
+    def build(self, tensors: MutableMapping[str, torch.Tensor], layers: range) -> WanSlice:
         return WanSlice(self.config, tensors, layers)
 
 

@@ -7,7 +7,7 @@ follows it (``dualparal.kernels``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ ROPE_THETA = 10000.0
 class _Layer:
     """The tensors of one transformer layer, Q, K and V of self-attention in one matrix."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], index: int, cross_norm: bool) -> None:
+    def __init__(self, tensors: MutableMapping[str, torch.Tensor], index: int, cross_norm: bool) -> None:
         def get(name: str) -> torch.Tensor:
             return tensors[f"blocks.{index}.{name}"]
 
@@ -58,11 +58,11 @@ class WanSlice:
 
     Args:
         config: of diffusers' class.
-        tensors: at least those of ``WanSpec.names(expert, layers)``, on one device.
+        tensors: at least those of ``WanSpec.names(expert, layers)``, on one device; weights of layers are taken out.
         layers: indices of its layers in the model.
     """
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], layers: range) -> None:
+    def __init__(self, config: Mapping[str, Any], tensors: MutableMapping[str, torch.Tensor], layers: range) -> None:
         self.config = config
         self.eps = float(config["eps"])
         self.num_layers = len(layers)

@@ -172,6 +172,9 @@ class WanVaeSizes:
         return Borders(numbers, len(spatial), 2 * self.base_dim * self.dim_mult[-1])
 
 
+WAN21_VAE = WanVaeSizes()
+
+
 def read_vae(config: dict[str, Any]) -> WanVaeSizes:
     """Sizes of the VAE of a config, or of Wan 2.1's for an empty one."""
     encoder, decoder = config.get("base_dim", 96), config.get("decoder_base_dim")
