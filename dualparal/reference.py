@@ -60,8 +60,7 @@ def generate(
     assert layout.num_blocks is not None, "the reference makes finite videos"
     plan = reuse.plan(sampler.levels, len(prompt_embeds(0)) == 2)
     policy, context, steps = layout.blocks.context, layout.blocks.context_frames, len(plan.runs)
-    gap, fp8 = layout.blocks.gap(steps), eight_bit.mode == "fp8"
-    ahead = steps_ahead(layout, gap)
+    gap = layout.blocks.gap(steps)
     states = [sampler.start(block) for block in range(layout.num_blocks)]
     latents: list[torch.Tensor] = []
     features: dict[Name, KeysValues | Features8] = {}
@@ -87,13 +86,15 @@ def generate(
             if context and policy != "prior" and block < newest and step < steps:
                 parts.append(features[layer, "head", block + 1, step - gap, plan_branch(plan, step - gap, branch)])
             if context and policy != "paper" and block > 0 and not refresh:
-                at = min(step + ahead, steps - 1)
+                at = min(step + steps_ahead(layout, gap), steps - 1)
                 parts.append(features[layer, "tail", block - 1, at, plan_branch(plan, at, branch)])
             if anchors.frames and block:
                 parts.append(anchors.read(layer, block, step, branch, expert))
             mean, on = means.get((layer, block, branch)), eight_bit.covers(layer) and eight_bit.at(step, steps)
             keys_values: KeysValues | Context8
-            keys_values = arena(mean, parts, hidden, spec.heads, fp8) if on and not refresh else join(parts, hidden)
+            keys_values = (
+                arena(mean, parts, hidden, spec.heads, eight_bit.mode) if on and not refresh else join(parts, hidden)
+            )
             hidden, pending = expert.layer(
                 layer, hidden, pending, time, KeysValues(*text[layer]), rotary, keys_values, (), anchors.strategy(block)
             )
@@ -258,7 +259,7 @@ def join(parts: Sequence[KeysValues | Features8], hidden: torch.Tensor) -> KeysV
 
 
 def arena(
-    mean: torch.Tensor | None, parts: Sequence[KeysValues | Features8], like: torch.Tensor, heads: int, fp8: bool
+    mean: torch.Tensor | None, parts: Sequence[KeysValues | Features8], like: torch.Tensor, heads: int, mode: str | None
 ) -> Context8:
     """Lays rows for ``like``, to be written, and the neighbours' features behind them into one 8-bit context.
 
@@ -267,8 +268,9 @@ def arena(
         parts: features of neighbours, in the order of their keys.
         like: hidden states [tokens, inner].
         heads: of self-attention.
-        fp8: values are in 8 bits, too.
+        mode: "fp8": values are in 8 bits, too.
     """
+    fp8 = mode == "fp8"
     neighbours = [part if isinstance(part, Features8) else to_8bit(part, heads, fp8) for part in parts]
     inner = like.shape[1]
     lengths = [(len(like), 0), *((len(part.keys_values.k), part.skip) for part in neighbours)]

@@ -45,7 +45,7 @@ class Weights:
             if "norm" in name and name.endswith("weight"):
                 drawn = 1 + 0.1 * drawn
             self.tensors[name] = drawn.to(self.spec.tensor_dtype(name, dtype))
-        self.ours = WanSlice(self.spec.config, self.tensors, range(shape.layers))
+        self.ours = WanSlice(self.spec.config, dict(self.tensors), range(shape.layers))
         self.blocks = torch.nn.ModuleList([self._block(index) for index in range(shape.layers)])
 
     def _block(self, index: int) -> WanTransformerBlock:

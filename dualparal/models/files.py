@@ -16,12 +16,13 @@ from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.config.lora import Lora
 from dualparal.config.transformer_file import TransformerFile
 from dualparal.models.base import ModelSpec, Slice
+from dualparal.models.family import Component, Family, resolve
 from dualparal.models.headers import elements
 from dualparal.models.json_files import ModelError, read_config, read_json
 from dualparal.models.linear import placed
 from dualparal.models.loading import one_at_a_time
 from dualparal.models.lora import LoraFile
-from dualparal.models.registry import Component, Family, family_in, resolve
+from dualparal.models.registry import family_in
 from dualparal.models.sizes import ModelSizes
 from dualparal.models.transformer_header import TransformerHeader, by_expert, expert_of
 from dualparal.models.weights import WeightFiles, channels_last, check_part, check_tensors

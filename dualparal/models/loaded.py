@@ -9,11 +9,12 @@ import torch
 
 from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.models.base import ModelSpec, Slice
+from dualparal.models.family import Family
 from dualparal.models.files import EXPERTS
 from dualparal.models.json_files import ModelError
 from dualparal.models.linear import placed
 from dualparal.models.loading import one_at_a_time
-from dualparal.models.registry import Family, family_of, supported_pipelines
+from dualparal.models.registry import family_of, supported_pipelines
 
 
 class LoadedPipeline:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 class Borders(NamedTuple):
@@ -154,6 +155,11 @@ class ModelSizes(Protocol):
     @property
     def image_counts(self) -> tuple[int, ...]:
         """Numbers of images that a video takes, see ``config.images.check_images``."""
+        ...
+
+    @property
+    def kind(self) -> Mapping[str, Any]:
+        """The keys of the transformer's config that its tensors do not tell."""
         ...
 
     @property

@@ -11,9 +11,9 @@ from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.config.lora import Lora
 from dualparal.config.transformer_file import TransformerFile
 from dualparal.models.base import ModelSpec, Slice
+from dualparal.models.family import Family
 from dualparal.models.files import ModelFiles
 from dualparal.models.folder import folder_of
-from dualparal.models.registry import Family
 
 
 class ModelSource(Protocol):

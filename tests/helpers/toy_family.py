@@ -24,9 +24,9 @@ from dualparal.device import to_device
 from dualparal.kernels.qk_norm_rope import Lend
 from dualparal.kernels.qk_norm_rope.reference import rotate
 from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, RowExchange, TimeCondition, attend_here
+from dualparal.models.family import Component, Family
 from dualparal.models.json_files import read_config
 from dualparal.models.keys_values import Context8, KeysValues
-from dualparal.models.registry import Component, Family
 from dualparal.models.sizes import Borders, LinearSizes
 from dualparal.models.wan.tiny import make_tokenizer
 
@@ -264,6 +264,10 @@ class ToySizes:
     @property
     def head_dim(self) -> int:
         return self.inner
+
+    @property
+    def kind(self) -> Mapping[str, Any]:
+        return {}
 
     @property
     def layer_parameters(self) -> tuple[int, int]:

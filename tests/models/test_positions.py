@@ -71,7 +71,7 @@ class WindowLocal:
 
     def layer(
         self, index: int, hidden: Any, pending: Any, time: Any, text: Any, rotary: Any,
-        context: KeysValues,
+        context: KeysValues, *_: Any,
     ) -> Any:  # fmt: skip
         own = len(hidden)
         local = KeysValues(torch.cat([context.keys[:own], self.turn(context.keys[own:], -self.start)]), context.values)

@@ -100,7 +100,8 @@ def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, residual: b
     assert shape.flops(height * width) == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert shape.cache_bytes(height * width, 4) == decoder.state_bytes
     assert shape.parameters == pytest.approx(sum(p.numel() for p in vae.parameters()), rel=0.15)
-    encoder, frames = StreamingEncoder(vae), torch.zeros(5, 3, 8 * height, 8 * width, device="meta")
+    side = shape.spatial_factor
+    encoder, frames = StreamingEncoder(vae), torch.zeros(5, 3, side * height, side * width, device="meta")
     encoder.push(frames)
     with FlopCounterMode(display=False) as counter:
         encoder.push(frames[1:])

@@ -60,6 +60,19 @@ class WanSizes:
     image_encoder: int = 0
     stored_8bit: frozenset[int] = frozenset()
 
+    @property
+    def kind(self) -> Mapping[str, Any]:
+        """The keys of the transformer's config that its tensors do not tell."""
+        images = self.image_dim or None
+        return {
+            "attention_head_dim": self.head_dim,
+            "in_channels": self.in_channels + self.condition_channels,
+            "out_channels": self.out_channels,
+            "image_dim": images,
+            "added_kv_proj_dim": images and self.inner,
+            "pos_embed_seq_len": self.image_tokens if self.positions else None,
+        }
+
     def light(self, path: Path) -> LightSizes:
         """Sizes of the light decoder in a file, by its header. Raises ModelError."""
         return read_light_sizes(path, self.vae.z_dim, self.vae.spatial_factor)
