@@ -70,8 +70,8 @@ def generate(
     scales = [guidance_scales[spec.expert(float(t), sampler.num_train_timesteps)] for t in sampler.timesteps]
 
     def forward(block: int, step: int, branch: int, newest: int, refresh: bool) -> torch.Tensor:
-        timestep = sampler.timesteps[plan.runs[min(step, steps - 1)]]
-        expert = experts[spec.expert(float(timestep), sampler.num_train_timesteps)]
+        timestep = float(sampler.timesteps[plan.runs[min(step, steps - 1)]])
+        expert = experts[spec.expert(timestep, sampler.num_train_timesteps)]
         fed = layout.fed_context(block, refresh)
         window = torch.cat([latents[block - 1][:, :, -fed:], latents[block]], dim=2) if fed else latents[block]
         if condition is not None:
@@ -90,11 +90,9 @@ def generate(
                 parts.append(features[layer, "tail", block - 1, at, plan_branch(plan, at, branch)])
             if anchors.frames and block:
                 parts.append(anchors.read(layer, block, step, branch, expert))
-            mean, on = means.get((layer, block, branch)), eight_bit.covers(layer) and eight_bit.at(step, steps)
-            keys_values: KeysValues | Context8
-            keys_values = (
-                arena(mean, parts, hidden, spec.heads, eight_bit.mode) if on and not refresh else join(parts, hidden)
-            )
+            keys_values: KeysValues | Context8 = join(parts, hidden)
+            if eight_bit.covers(layer) and eight_bit.at(step, steps) and not refresh:
+                keys_values = arena(means.get((layer, block, branch)), parts, hidden, spec.heads, eight_bit.mode)
             hidden, pending = expert.layer(
                 layer, hidden, pending, time, KeysValues(*text[layer]), rotary, keys_values, (), anchors.strategy(block)
             )
@@ -109,7 +107,7 @@ def generate(
     for iteration in itertools.count():
         newest = min(iteration // gap, layout.num_blocks - 1)
         if not (blocks := [block for block in range(newest + 1) if iteration - block * gap < steps]):
-            break
+            return torch.cat(latents, dim=2)[:, :, : layout.num_latents]
         if newest * gap == iteration:
             latents.append(begin(noise(newest), newest, first_frame))
         refresh = refreshes(layout, iteration, gap)
@@ -117,8 +115,7 @@ def generate(
         for branch in range(len(prompt_embeds(0)) if anchors.frames and iteration == steps else 0):
             forward(0, steps, branch, newest, refresh)  # its velocity is not wanted
         for block in blocks if policy == "prior" and not refresh else reversed(blocks):
-            step = iteration - block * gap
-            last = plan.runs[step]
+            last = plan.runs[step := iteration - block * gap]
             for branch in range(1 if step in plan.conditional_only else len(prompt_embeds(block))):
                 velocities.run[block, branch, last] = forward(block, step, branch, newest, refresh)
             for at in range(last, plan.runs[step + 1] if step + 1 < steps else len(sampler)):
@@ -126,7 +123,7 @@ def generate(
                 latents[block] = begin(states[block].step(velocity, at, latents[block]), block, first_frame)
         # The next iteration reads what was made at most ``gap`` iterations before it.
         features = {n: kv for n, kv in features.items() if n[2] * gap + n[3] > iteration - gap}
-    return torch.cat(latents, dim=2)[:, :, : layout.num_latents]
+    raise AssertionError("iterations end")
 
 
 def begin(latents: torch.Tensor, block: int, first_frame: torch.Tensor | None) -> torch.Tensor:

@@ -263,7 +263,7 @@ EIGHT = torch.zeros(48, 48, dtype=torch.float8_e4m3fn)
     [
         ({"img_emb.proj.0.weight": torch.zeros(1)}, r"\(image to video\), where the model's folder is of another kind"),
         ({"vace_blocks.0.after_proj.bias": torch.zeros(1)}, "VACE"),
-        ({"patch_embedding.weight": torch.zeros(48, 36, 1, 2, 2)}, r"takes 36 channels and makes 16 \(image to video\)"),
+        ({"patch_embedding.weight": torch.zeros(48, 36, 1, 2, 2)}, r"takes 36 channels and makes 16 \(image to"),
         ({"patch_embedding.weight": torch.zeros(50, 16, 1, 2, 2)}, "width of 50 does not divide into heads of 24"),
         ({"patch_embedding.weight": None}, "patch_embedding.weight is missing: no Wan transformer"),
         ({"blocks.0.ffn.0.weight": torch.zeros(4)}, r"ffn.0.weight is \[4\]: no Wan"),

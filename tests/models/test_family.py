@@ -18,7 +18,7 @@ from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.cli.main import app
 from dualparal.engine.engine import Engine
 from dualparal.io.latents import read_latents
-from dualparal.models import registry
+from dualparal.models.family import resolve
 from dualparal.models.files import ModelFiles
 from dualparal.models.json_files import ModelError
 from dualparal.models.loaded import LoadedPipeline
@@ -160,7 +160,7 @@ def test_a_row_finds_all_that_it_names(key: str) -> None:
     assert all(family_of(name) is family for name in family.pipelines)
     parts = [path for component in family.components.values() for path in (component.empty, component.load) if path]
     for path in (*parts, family.spec_class, family.decoder_class, family.prompt_encoder_class, family.read_sizes):
-        assert callable(registry.resolve(path))
+        assert callable(resolve(path))
     assert all(name == sizes.name == name.lower() for name, sizes in family.named_sizes().items())
 
 
