@@ -191,8 +191,9 @@ class Engine:
                 array [height, width, 3] of uint8 or of numbers from 0 to 1, stretched to the video's size as diffusers
                 does it; a list of them: one for each video. The same on all ranks.
             video: a clip that the video goes on from: the path of an mp4 file of the video's size, or latents
-                [1, C, L, h, w] of its end, such as ``chunk.latents``; a list of them: one for each video. ``num_frames``
-                are those that come after it, a multiple of four, and these alone are given out. The same on all ranks.
+                [1, C, L, h, w] of its end, such as ``chunk.latents``; a list of them: one for each video. Then
+                ``num_frames`` are those that come after it, a multiple of four, and these alone are given out. The same
+                on all ranks.
             timeline: a .json or .json.gz file for a trace of the run (ui.perfetto.dev opens it), replaced if it is
                 there; the same on all ranks. It is whole when the stream has ended; what ranks on other nodes, or a
                 distributed run that failed, left is in ``FILE.parts``, for ``dualparal.trace.timeline.merge``.
