@@ -74,11 +74,9 @@ def generate(
         expert = experts[spec.expert(timestep, sampler.num_train_timesteps)]
         fed = layout.fed_context(block, refresh)
         window = torch.cat([latents[block - 1][:, :, -fed:], latents[block]], dim=2) if fed else latents[block]
-        if condition is not None:
-            window = torch.cat([window, condition(layout.window(block, refresh))], dim=1)
         time, text = times.of(expert, block, min(step, steps - 1), refresh), expert.text(prompt_embeds(block)[branch])
         rotary = expert.rotary(layout.window(block, refresh).start, window.shape[2], grid)
-        hidden = expert.embed(expert.patches(window))
+        hidden = expert.embed(expert.patches(told(window, condition, layout.window(block, refresh))))
         pending: Pending | None = None
         own, count, first = len(hidden), context * grid.tokens, fed * grid.tokens
         for layer in range(expert.num_layers):
@@ -215,6 +213,11 @@ class Anchors:
         """The strategy around a block's self-attention."""
         weight = self.layout.blocks.anchor_weight
         return Weighed(self.tokens, weight, attend_here) if weight and block else attend_here
+
+
+def told(window: torch.Tensor, condition: Callable[[range], torch.Tensor] | None, frames: range) -> torch.Tensor:
+    """Latents [1, C, F, H, W] of some frames, and behind them the channels that the model is told of images there."""
+    return window if condition is None else torch.cat([window, condition(frames)], dim=1)
 
 
 class Velocities:
