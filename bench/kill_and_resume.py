@@ -28,7 +28,7 @@ from dualparal.models.wan.tiny import build_tiny_pipeline
 
 GENERATE = [sys.executable, "-m", "dualparal.cli", "generate"]
 _MIDDLE = 3  # most kills of one run before its end
-_HANGS = 300.0  # seconds
+_HANGS = 900.0  # seconds
 
 
 class Run:

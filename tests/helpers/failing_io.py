@@ -242,19 +242,19 @@ class Form(NamedTuple):
         size = ["--height", "32", "--width", "32", "--steps", "2", "--num-frames", "25", "--frames-per-block", "2"]
         video = ["--prompt", "a cat", "--context", "paper", "--context-frames", "1", "--model", str(self.model), *size]
         kept = ["--checkpoint" if self.resume else "--resume-or-start", "kept"]
-        return [*video, *made, *kept, *self._here(), "--device", "cpu"]
+        return [*video, *made, *kept, *self._here(), "--timeline", "trace.json", "--device", "cpu"]
 
     def again(self, folder: Path) -> list[str]:
         """The arguments that a folder needs; empty: nothing is left to do."""
         if not self.resume:
             return self.first()
         if any((folder / "kept").glob("snapshot-*.safetensors")):
-            return ["--resume", "kept", *self._here()]
+            return ["--resume", "kept", *self._here()]  # a trace of its own would not go over the one that is there
         done = (folder / self.out).exists() and (folder / "a.safetensors").exists()
         return [] if done and not (folder / f"{self.out}.blocks").exists() else [*self.first(), "--overwrite"]
 
     def _here(self) -> list[str]:
-        return ["--timeline", "trace.json", "--checkpoint-every", "1", "--threads", "1"]
+        return ["--checkpoint-every", "1", "--threads", "1"]
 
 
 class Case(NamedTuple):

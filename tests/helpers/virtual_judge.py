@@ -115,9 +115,17 @@ class Judge:
             return EARLY
         if kind in ("stop", "mute"):
             return SILENT
-        if kind in ("hang", "drop") or (kind == "slow" and (value > LIMITS.progress - 1 or effect.starting)):
+        if kind in ("hang", "drop") or (
+            kind == "slow" and (self.slow_for(effect) > LIMITS.progress - 1 or effect.starting)
+        ):
             return STALLED
         return PEER if kind == "glitch" else None
+
+    def slow_for(self, effect: Effect) -> float:
+        """Seconds in which a rank was slow without a break, around an effect."""
+        slow = [e for e in self.scenario.effects if e.kind == "slow" and e.rank == effect.rank]
+        one_after_the_other = (e for e in slow if -e.value - 0.1 < e.at - effect.at < effect.value + 0.1)
+        return float(sum(e.value for e in one_after_the_other))
 
     def known(self, effect: Effect) -> float:
         """A time at which the parent must know of an effect, apart from holds."""
@@ -171,7 +179,9 @@ class Judge:
         for effect in self.scenario.effects if result.exit_code == 0 else ():
             place = self.rank_of(effect)
             late_death = effect.kind == "late_exit" and effect.value <= 0  # libraries crash while they unload
-            if place in (KILLED, OWN, EARLY) and not late_death and self.known(effect) + self.away < self.at:
+            # An exit code is there to see at once, and a run that is done looks no further.
+            known = self.known(effect) - (self.slack - 0.15 if effect.kind == "late_exit" else 0.0)
+            if place in (KILLED, OWN, EARLY) and not late_death and known + self.away < self.at:
                 raise Broken(f"{effect} is not told")
 
     def meaning(self, failure: Failure) -> tuple[int, Effect | None, int]:
