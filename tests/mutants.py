@@ -62,6 +62,7 @@ TRANSPORT = "tests/distributed/test_transport.py"
 PRIVATE = "tests/distributed/test_private.py"
 WATCH = "tests/distributed/test_watch.py"
 RESUME = "tests/checkpoint/test_resume.py"
+POWER = "tests/io/test_power_cut.py"
 FILES, VIDEO, OUTPUT = "tests/io/test_files.py", "tests/io/test_video.py", "tests/io/test_output.py"
 SECURITY = "tests/repository/test_security.py"
 MODEL = f"{SECURITY}::test_a_model_that_brings_code_or_traps_is_refused"
@@ -167,7 +168,8 @@ GUARDS = (
          RESUME, "-k", "not_ours"),
     Guard("snapshots are files of this user alone", "dualparal/checkpoint/sealed.py", "mode=0o600", "mode=0o666",
           (FILES, "-k", "this_user_alone")),
-    Guard("and so is their folder", "dualparal/checkpoint/snapshot.py", "folder.mkdir(mode=0o700, ", "folder.mkdir(",
+    Guard("and so is their folder", "dualparal/checkpoint/snapshot.py", "make_folder(folder, mode=0o700)",
+          "make_folder(folder)",
           (FILES, "-k", "this_user_alone")),
     # Files ---------------------------------------------------------------------------------------------------------
     _off("a file that another process replaced is not committed", "dualparal/io/files.py",
@@ -176,6 +178,12 @@ GUARDS = (
           VIDEO, "-k", "order_of_sync"),
     _off("a folder is synced after a rename", "dualparal/io/files.py", "sync_directory",
          VIDEO, "-k", "order_of_sync"),
+    _gone("a new folder is synced into the one above", "dualparal/io/files.py", "sync_folder(folder.parent)",
+          POWER, "-k", "made_for_it"),
+    _gone("older snapshots are gone before the last one goes", "dualparal/checkpoint/snapshot.py",
+          "sync_folder(folder)", POWER, "-k", "removes_at_its_end"),
+    _gone("segments are gone before the last snapshot goes", "dualparal/io/output.py", "sync_folder(path.parent)",
+          POWER, "-k", "removes_at_its_end"),
     _off("an error of writing that was swallowed counts", "dualparal/io/files.py", "file.failure is not None",
          VIDEO, "-k", "swallowed"),
     _off("a folder that was removed is named", "dualparal/io/files.py", "not path.parent.is_dir()",

@@ -19,6 +19,7 @@ import torch
 from dualparal.checkpoint import sealed
 from dualparal.checkpoint.given import FORMAT, NAMES, floats
 from dualparal.checkpoint.sealed import SnapshotError
+from dualparal.io.files import make_folder, sync_folder
 from dualparal.io.locks import is_lock
 from dualparal.sampling.state import BlockState
 
@@ -249,10 +250,7 @@ def check_blocks(found: Snapshot, folder: Path, first: int) -> None:
         for path in paths:
             if block < first:
                 _read_block(path, found.id, video, block)
-            elif _run_of(sealed.told(path)) not in (
-                found.id,
-                None,
-            ):  # it will be made again, and replaces a damaged one
+            elif _run_of(sealed.told(path)) not in (found.id, None):  # a damaged one will be made again
                 raise SnapshotError(f"{path} is of another run; remove it, or start anew")
 
 
@@ -267,8 +265,7 @@ def forget_blocks(folder: Path, video: int, done: range) -> None:
 def prepare(folder: Path) -> None:
     """Makes a folder for the snapshots of a new run. Raises SnapshotError when it holds something, or OSError."""
     check_empty(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    make_folder(folder, mode=0o700)
     for path in list(folder.iterdir()):
         if not is_lock(path):  # of this run's own outputs
             path.unlink()  # see there
@@ -315,9 +312,12 @@ def close(folder: Path, keep: bool = False) -> None:
     if not folder.is_dir():
         return
     last = _snapshots(folder)[:1]
-    for path in [*(path for path in folder.iterdir() if path not in last), *([] if keep else last)]:
-        if _is_ours(path.name.removesuffix(".tmp")):
+    for path in list(folder.iterdir()):
+        if path not in last and _is_ours(path.name.removesuffix(".tmp")):
             path.unlink()
+    sync_folder(folder)  # or a power cut may bring back an older one in place of the last
+    for path in [] if keep else last:
+        path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
 

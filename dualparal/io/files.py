@@ -113,6 +113,26 @@ def sync_folder(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Makes a folder and those above it that are missing, each synced: what is in it lasts no longer than its name.
+
+    Args:
+        folder: where it is to be; it may be there already.
+        mode: the permissions of a new one, less the umask; those above it have the usual ones.
+
+    Raises:
+        OSError: it cannot be made; FileExistsError: no folder is there.
+    """
+    missing = [each for each in folder.parents if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        sync_folder(each.parent)
+    new = not folder.exists()
+    folder.mkdir(mode, exist_ok=True)
+    if new:
+        sync_folder(folder.parent)
+
+
 def remove_leftovers(directory: Path, names: re.Pattern[str]) -> None:
     """Removes what a killed run left unfinished of files whose whole name matches ``names``. Raises OSError."""
     for entry in os.scandir(directory):

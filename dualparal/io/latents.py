@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualparal.io.files import whole_file
+from dualparal.io.files import make_folder, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ def write_latents(path: Path, latents: torch.Tensor, replace: bool = True) -> No
     from safetensors.torch import save
 
     data = save({"latents": latents.float().contiguous().cpu()})
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if not replace and os.path.lexists(path):
         if path.is_symlink() or not path.is_file() or path.read_bytes() != data:
             raise FileExistsError(errno.EEXIST, "another file is there; move it away or pass --overwrite", str(path))

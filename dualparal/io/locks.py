@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from dualparal.io.files import make_folder
 from dualparal.io.output import OutputError, check_file
 
 logger = logging.getLogger("dualparal")
@@ -81,7 +82,7 @@ class Locks:
         """Makes a folder, and notes what was not there. Raises OSError."""
         new = [each for each in (folder, *folder.parents) if not each.exists()]
         if new:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         self._made += reversed(new)
 
     def _lock(self, descriptor: int, file: Path, path: Path, flag: str) -> bool:

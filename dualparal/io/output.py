@@ -147,9 +147,12 @@ def blocks_of(path: Path) -> Path:
 
 
 def remove_blocks(path: Path) -> None:
-    """Removes the segments of a video file that are left; pictures are no segments. Raises OSError."""
+    """Removes the segments of a video file that are left, and syncs that; pictures are no segments. Raises OSError."""
+    from dualparal.io.files import sync_folder
+
     if path.suffix == ".mp4" and blocks_of(path).is_dir():
         shutil.rmtree(blocks_of(path))
+        sync_folder(path.parent)  # before what says that they are not needed goes
 
 
 def missing_blocks(path: Path, receipts: Receipts) -> list[int]:
@@ -286,7 +289,6 @@ def open_output(path: Path, fps: float, receipts: Receipts | None = None) -> Out
     if path.suffix == ".mp4":
         if receipts is None:
             shutil.rmtree(blocks_of(path), ignore_errors=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
         return VideoOutput(path, fps, receipts)
     if receipts is None:
         for old in path.glob("frame-*.png"):

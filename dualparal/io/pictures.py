@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dualparal.io.files import numbered, remove_leftovers, sync_folder, whole_file
+from dualparal.io.files import make_folder, numbered, remove_leftovers, sync_folder, whole_file
 
 Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
 _PICTURE_NAME = re.compile(r"frame-(\d{8,})\.png")
@@ -29,7 +29,7 @@ class PngWriter:
             ValueError: the directory holds frames and ``resume_at`` is not given, or one before it is missing.
         """
         self._directory = Path(directory)
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self._directory)
         remove_leftovers(self._directory, _PICTURE_NAME)
         found = numbered(self._directory, _PICTURE_NAME)
         if found and resume_at is None:

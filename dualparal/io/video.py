@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from dualparal.io.files import WholeFile, numbered, remove_leftovers, whole_file
+from dualparal.io.files import WholeFile, make_folder, numbered, remove_leftovers, whole_file
 from dualparal.io.pictures import Frames, check_frames
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class SegmentWriter:
             raise ValueError(f"crf={crf}: H.264 takes 0 (no loss) to 51 (worst); 18 is hard to tell from 0")
         self._crf = crf
         self._directory = Path(directory)
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self._directory)
         remove_leftovers(self._directory, _OUR_NAMES)
         self._frames: dict[int, int] = {}  # block -> number of frames: one small entry for a whole file
         self._size: tuple[int, int] | None = None

@@ -1,11 +1,13 @@
 """A whole ``dualparal generate`` with one of its writing calls failing, torn or the last: then it is called once more.
 
-    python tests/helpers/failing_io.py [--every 1] [--kinds fail,kill,tear] [--out pictures]
+    python tests/helpers/failing_io.py [--every 1] [--kinds fail,kill,tear,power] [--out pictures] [--resume] [--seed 0]
 
 Every open for writing, write, sync, rename, link removed and folder made or removed below the run's folder is a call,
 numbered as they come. For each number and kind a process of its own (forked, since imports take seconds) runs into it
 there; then the same command runs again, with nothing in its way. What it leaves must be the bytes of a run that nobody
-disturbed, and nothing besides. Prints what happened, and ends with 1 when anything else did.
+disturbed, and nothing besides. "power" is a power cut: of what was not synced by then a seeded choice is lost
+(``power_cut``); a quarter of the runs that go on meet another one, and no snapshot or segment that was safe is lost.
+Prints what happened, and ends with 1 when anything else did.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import gc
 import importlib
 import io
 import os
+import random
 import re
 import shutil
 import signal
@@ -31,7 +34,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KINDS = ("fail", "kill", "tear")
+from power_cut import PowerCut
+
+KINDS = ("fail", "kill", "tear", "power")
 _KILLED = 128 + signal.SIGKILL
 _SLOW = {"dualparal", "torch", "diffusers", "transformers", "tokenizers", "av", "matplotlib", "numpy", "PIL", "rich"}
 _SECONDS = 180.0  # after which a run hangs
@@ -43,15 +48,18 @@ class Disk:
     Args:
         folder: the run's.
         number: of the call, from 0 on; -1: none.
-        kind: "fail" raises OSError (no space), "kill" ends the process before the call, and "tear" after the first
-            half of a write.
+        kind: "fail" raises OSError (no space), "kill" ends the process before the call, "tear" after the first
+            half of a write, and "power" loses what is not synced besides.
         log: descriptor to which a line per call is written.
+        seed: of what a power cut loses.
     """
 
-    def __init__(self, folder: Path, number: int, kind: str, log: int) -> None:
-        self.folder, self.number, self.kind, self.log = str(folder.resolve()), number, kind, log
+    def __init__(self, folder: Path, number: int, kind: str, log: int, seed: str = "") -> None:
+        self.folder, self.number, self.kind, self.log, self.seed = str(folder.resolve()), number, kind, log, seed
         self.count = 0
-        self._lock = threading.Lock()
+        self.power = PowerCut(self.folder) if kind == "power" and number >= 0 else None
+        self._lock = threading.RLock()  # one call at a time: a power cut looks at all of the folder
+        self._dark = False
 
     def patch(self) -> None:
         """Puts itself between Python and the calls, for the rest of this process."""
@@ -68,9 +76,13 @@ class Disk:
         opened = builtins.open
 
         def watched(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(file, int) and set(mode) & set("wax+") and self._below(file, None):
+            if isinstance(file, int) or not set(mode) & set("wax+") or not self._below(file, None):
+                return opened(file, mode, *args, **kwargs)
+            with self._lock:
                 self._meet("open", file, None)
-            return opened(file, mode, *args, **kwargs)
+                result = opened(file, mode, *args, **kwargs)
+                self._note("open", (file,), {})
+                return result
 
         builtins.open = watched  # type: ignore[assignment]
 
@@ -78,11 +90,36 @@ class Disk:
         do = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if wanted(*args, **kwargs):
+            if self._dark or not wanted(*args, **kwargs):
+                return do(*args, **kwargs)
+            with self._lock:
                 self._meet(name, args[0], None if tear is None else lambda: tear(do, *args))
-            return do(*args, **kwargs)
+                result = do(*args, **kwargs)
+                self._note(name, args, kwargs)
+                return result
 
         setattr(owner, name, watched)
+
+    def _note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tells the power cut of a call that was made."""
+        if self.power is None or "write" in name or name == "ftruncate":
+            return
+        if name == "fsync":
+            self.power.synced(args[0])
+            return
+        for path in args[:2] if name in ("replace", "rename") else args[:1]:
+            self.power.renamed(os.path.dirname(self._full(path, kwargs.get("dir_fd"))))
+
+    def end(self) -> None:
+        """The end of the run, at which the power may go out, too."""
+        if self.power is not None and self.number >= self.count:
+            self._cut()
+
+    def _cut(self) -> None:
+        assert self.power is not None
+        self._dark = True
+        self.power.happen(self.seed)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     @staticmethod
     def _tear_write(do: Callable[..., Any], target: int, data: bytes, *rest: int) -> None:
@@ -105,15 +142,19 @@ class Disk:
             if isinstance(what, io.FileIO):
                 what.failure = error  # type: ignore[attr-defined]  # as the write itself keeps it
             raise error
+        if self.kind == "power":
+            self._cut()
         if self.kind == "tear" and tear is not None:
             tear()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _below(self, path: Any, folder: int | None) -> bool:
-        if isinstance(path, int):
-            return self._below_open(path)
+        return self._below_open(path) if isinstance(path, int) else self._full(path, folder).startswith(self.folder)
+
+    @staticmethod
+    def _full(path: Any, folder: int | None) -> str:
         where = os.readlink(f"/proc/self/fd/{folder}") if folder is not None else os.getcwd()
-        return os.path.join(where, os.fspath(path)).startswith(self.folder)
+        return os.path.join(where, os.fspath(path))
 
     def _below_open(self, target: int) -> bool:
         with contextlib.suppress(OSError):
@@ -132,13 +173,13 @@ class Ended(NamedTuple):
     said: str
 
 
-def run(folder: Path, arguments: list[str], number: int = -1, kind: str = "fail") -> Ended:
+def run(folder: Path, arguments: list[str], number: int = -1, kind: str = "fail", seed: str = "") -> Ended:
     """``dualparal generate`` in a process forked from this one, in ``folder``, disturbed at a call."""
     read, write = os.pipe()
     said = folder.with_name(folder.name + ".said")
     child = os.fork()
     if child == 0:
-        _become(folder, arguments, Disk(folder, number, kind, write), said)
+        _become(folder, arguments, Disk(folder, number, kind, write, seed), said)
     os.close(write)
     kill = threading.Timer(_SECONDS, os.kill, (child, signal.SIGKILL))
     kill.start()
@@ -176,6 +217,7 @@ def _become(folder: Path, arguments: list[str], disk: Disk, said: Path) -> None:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        disk.end()
         _say(disk.log, "".join(f"module {name}\n" for name in list(sys.modules)).encode())
     finally:
         os._exit(code)
@@ -187,13 +229,32 @@ def left(folder: Path) -> dict[str, bytes]:
     return {name: b"" if name.startswith("trace") else path.read_bytes() for name, path in found.items()}
 
 
-def command(model: Path, out: str = "a.mp4") -> list[str]:
-    """The arguments of a small run with all that writes: segments or pictures, latents, snapshots, a trace."""
-    made = ["--out", out, "--latents-out", "a.safetensors", "--timeline", "trace.json"]
-    size = ["--height", "32", "--width", "32", "--steps", "2", "--num-frames", "25", "--frames-per-block", "2"]
-    video = ["--prompt", "a cat", "--context", "paper", "--context-frames", "1", "--model", str(model), *size]
-    kept = ["--resume-or-start", "kept", "--checkpoint-every", "1"]
-    return [*video, *made, *kept, "--device", "cpu", "--threads", "1"]
+class Form(NamedTuple):
+    """A command and how it is gone on with: ``--resume-or-start`` as it is, else by ``--resume``."""
+
+    model: Path
+    out: str
+    resume: bool
+
+    def first(self) -> list[str]:
+        """The arguments of a small run with all that writes: segments or pictures, latents, snapshots, a trace."""
+        made = ["--out", self.out, "--latents-out", "a.safetensors"]
+        size = ["--height", "32", "--width", "32", "--steps", "2", "--num-frames", "25", "--frames-per-block", "2"]
+        video = ["--prompt", "a cat", "--context", "paper", "--context-frames", "1", "--model", str(self.model), *size]
+        kept = ["--checkpoint" if self.resume else "--resume-or-start", "kept"]
+        return [*video, *made, *kept, *self._here(), "--timeline", "trace.json", "--device", "cpu"]
+
+    def again(self, folder: Path) -> list[str]:
+        """The arguments that a folder needs; empty: nothing is left to do."""
+        if not self.resume:
+            return self.first()
+        if any((folder / "kept").glob("snapshot-*.safetensors")):
+            return ["--resume", "kept", *self._here()]  # a trace of its own would not go over the one that is there
+        done = (folder / self.out).exists() and (folder / "a.safetensors").exists()
+        return [] if done and not (folder / f"{self.out}.blocks").exists() else [*self.first(), "--overwrite"]
+
+    def _here(self) -> list[str]:
+        return ["--checkpoint-every", "1", "--threads", "1"]
 
 
 class Case(NamedTuple):
@@ -218,46 +279,69 @@ def tiny_model(folder: Path) -> Path:
     return folder
 
 
-def cases(model: Path, folder: Path, every: int, kinds: Sequence[str], out: str, start: int = 0) -> Iterator[Case]:
+def cases(form: Form, folder: Path, every: int, kinds: Sequence[str], start: int = 0, seed: int = 0) -> Iterator[Case]:
     """Runs a command undisturbed, then into every ``every``-th of its calls from ``start``, and yields what came of it.
 
-    For "tear" only writes count.
+    For "tear" only writes count. The power goes out after the last call, too.
     """
-    arguments = command(model, out)
     whole = folder / "whole"
     whole.mkdir()
-    first = run(whole, arguments)
+    first = run(whole, form.first())
     assert first.code == 0, first.said
+    with contextlib.suppress(ImportError):
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("none")  # kept by it: a quarter of a child's time
     gc.freeze()  # a child looks for garbage among its own objects only
     wanted = left(whole)
     for kind in kinds:
         numbers = [n for n, (name, _) in enumerate(first.calls) if kind != "tear" or "write" in name]
-        for number in numbers[start::every]:
-            yield _case(folder / "broken", arguments, wanted, kind, number)
+        for number in [*numbers, *([len(first.calls)] if kind == "power" else [])][start::every]:
+            yield _case(folder / "broken", form, wanted, kind, number, f"{seed} {number}")
 
 
-def _case(place: Path, arguments: list[str], wanted: dict[str, bytes], kind: str, number: int) -> Case:
+def _case(place: Path, form: Form, wanted: dict[str, bytes], kind: str, number: int, seed: str) -> Case:
     place.mkdir()
+    rng = random.Random(seed)
     try:
-        ended = run(place, arguments, number, kind)
-        call = " ".join(ended.calls[number]) if number < len(ended.calls) else "none: this run had fewer calls"
-        expected = (_KILLED,) if kind != "fail" and number < len(ended.calls) else (0, 2, 5, 143)
+        ended = run(place, form.first(), number, kind, seed)
+        reached = number < len(ended.calls)
+        call = " ".join(ended.calls[number]) if reached else "none: this run had fewer calls"
+        expected = (_KILLED,) if kind != "fail" and (reached or kind == "power") else (0, 2, 5, 143)
         fault = "" if ended.code in expected else f"exit code {ended.code}: {ended.said[-500:]}"
         at_once = left(place)
         if ended.code == 0 and any(at_once.get(name) != data for name, data in wanted.items() if not _may(name)):
             fault = "said that it was done, and was not"
-        again = run(place, arguments)
-        anew = any(file.startswith("snapshot-0000000000-") for _, file in again.calls)
-        how = "done" if ended.code == 0 else "begun anew" if anew else "gone on"
+        safe = _snapshot_that_is_safe(ended.calls[:number]) if kind == "power" else 0
+        if kind == "power" and rng.random() < 0.25 and (arguments := form.again(place)):
+            cut = run(place, arguments, rng.randrange(len(ended.calls) + 1), kind, seed + " again")
+            fault = fault or ("" if cut.code == _KILLED else f"exit code {cut.code}: {cut.said[-500:]}")
+        arguments = form.again(place)
+        again = run(place, arguments) if arguments else Ended(0, [], "")
+        anew = any(name == "open" and file.startswith("snapshot-0000000000-") for name, file in again.calls)
+        how = "done" if ended.code == 0 or not arguments else "begun anew" if anew else "gone on"
         got = left(place)
         if again.code:
             fault = fault or f"then exit code {again.code}: {again.said[-500:]}"
+        if safe and (anew or "made again" in again.said):
+            fault = fault or f"what was safe was lost: {again.said[-500:]}"
         different = sorted(name for name in {*got, *wanted} if got.get(name) != wanted.get(name) and not _may(name))
         if different and not fault:
             fault = f"other files: {different}"
         return Case(kind, number, call, f"{ended.code}, {how}", fault)
     finally:
         shutil.rmtree(place)
+
+
+def _snapshot_that_is_safe(calls: Sequence[tuple[str, str]]) -> int:
+    """The iteration of the newest snapshot whose name was synced within some calls; 0: there is none to lose."""
+    safe = renamed = 0
+    for name, file in calls:
+        if name == "replace" and (found := re.match(r"snapshot-(\d{10})-", file)):
+            renamed = int(found[1])
+        elif name == "fsync" and file == "kept":
+            safe = renamed
+    return safe
 
 
 def _may(name: str) -> bool:
@@ -271,14 +355,16 @@ def main() -> int:
     options.add_argument("--start", type=int, default=0, help="the first of them (default: %(default)s)")
     options.add_argument("--kinds", default=",".join(KINDS))
     options.add_argument("--out", default="a.mp4", help="a.mp4, or a folder for pictures (default: %(default)s)")
+    options.add_argument("--resume", action="store_true", help="go on by --resume, not by the same command")
+    options.add_argument("--seed", type=int, default=0, help="of what power cuts lose (default: %(default)s)")
     given = options.parse_args()
     import torch
 
     torch.set_num_threads(1)  # a thread would not survive the fork
     began, ends, faults = time.monotonic(), Counter[str](), 0
     with tempfile.TemporaryDirectory(prefix="failing-io-") as name:
-        model = tiny_model(Path(name) / "model")
-        for case in cases(model, Path(name), given.every, given.kinds.split(","), given.out, given.start):
+        form = Form(tiny_model(Path(name) / "model"), given.out, given.resume)
+        for case in cases(form, Path(name), given.every, given.kinds.split(","), given.start, given.seed):
             ends[f"{case.kind}: exit {case.ended}"] += 1
             if case.fault:
                 faults += 1

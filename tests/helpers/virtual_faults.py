@@ -6,6 +6,7 @@ import logging
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dualparal.launch.heartbeat import STOP_SIGNALS
@@ -13,6 +14,7 @@ from dualparal.launch.stragglers import SlowStages
 from dualparal.launch.supervisor import Kept, Result, Supervisor
 from dualparal.schedule.schedule import Schedule
 from virtual_effects import FOREVER, LIMITS, START, Effect
+from virtual_habits import plan_habits
 from virtual_links import Edge, Gate, Run, Task
 from virtual_ranks import Rank, add_rank
 from virtual_world import ParentKilled, Process, VirtualMachine, World
@@ -29,7 +31,7 @@ class Scenario:
         heard: the last block that the parent heard of; kept: what it heard when it named a failure.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, error_path: Path | None = None) -> None:
         self.rng = rng = random.Random(seed)
         self.world = world = World(rng)
         places = rng.choice((1, 1, 1, 2))
@@ -59,9 +61,11 @@ class Scenario:
         self.length = 1.5 + (run.schedule.num_units or 0) * run.unit_seconds * 1.5
         self.machine.ends_by = START + 400.0
         self.supervisor = Supervisor(
-            ["rank"], run.world_size, limits=LIMITS, on_message=self._hear, kept=self._keep, machine=self.machine
-        )
+            ["rank"], run.world_size, limits=LIMITS, on_message=self._hear, kept=self._keep, machine=self.machine,
+            error_path=error_path,
+        )  # fmt: skip
         self._plan()
+        plan_habits(self, seed)
 
     def _schedule(self) -> Schedule:
         rng = self.rng

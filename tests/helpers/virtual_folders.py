@@ -31,6 +31,9 @@ class Folders:
         self.busy: list[int] = []  # in the middle of hold, innermost last
         self.private = contextlib.ExitStack()
         self.mine: list[Path] = []
+        self.others_folder = base / "dualparal-run-not-ours"
+        self.others_folder.mkdir()
+        self.others_folder.chmod(0o755)  # as ours never are
 
     def flock(self, descriptor: int, how: int) -> None:
         """The kernel's, with others before it and after it."""
@@ -94,6 +97,9 @@ class Folders:
             else:
                 self.act(self.rng.randrange(RUNS))
         self.private.close()
+        if not self.others_folder.exists():
+            raise Broken("a folder of somebody else is gone")
+        self.others_folder.rmdir()
         for locks in self.locks:
             locks.release()
         self.holds = [False] * RUNS

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import tempfile
+from pathlib import Path
 
 from dualparal.launch.blame import Failure
-from dualparal.launch.exit_codes import NO_PROGRESS, RANK_FAILED
+from dualparal.launch.exit_codes import BAD_INPUT, NO_PROGRESS, RANK_FAILED
 from dualparal.launch.heartbeat import TICK_SECONDS
 from dualparal.launch.supervisor import Result
 from virtual_effects import FOREVER, LIMITS, START, Broken, Effect
@@ -15,13 +18,27 @@ from virtual_world import Hang
 KILLED, OWN, EARLY, SILENT, STALLED, PEER = range(6)  # what beats what
 
 
+_OLD = "of an earlier run"
+
+
 def check(seed: int) -> Scenario:
-    """Plays a seed and judges it. Raises Broken, with the log of events."""
-    scenario = Scenario(seed)
+    """Plays a seed and judges it; a sixteenth of them with an error.json. Raises Broken, with the log of events."""
+    if seed % 16 != 5:
+        return _check(seed, None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.error.json"
+        path.write_text(_OLD, encoding="utf-8")
+        return _check(seed, path)
+
+
+def _check(seed: int, error_path: Path | None) -> Scenario:
+    scenario = Scenario(seed, error_path)
     try:
         try:
             result = scenario.play()
             Judge(scenario, result).judge()
+            if error_path is not None:
+                check_told(error_path, result)
         except Hang as error:
             raise Broken(str(error)) from None
         except Broken:
@@ -32,6 +49,19 @@ def check(seed: int) -> Scenario:
         log = "\n".join(f"{at:9.3f}  {text}" for at, text in scenario.world.log)
         raise Broken(f"seed {seed}: {error}\n{scenario.run.schedule}\nplaces={scenario.run.places}\n{log}") from error
     return scenario
+
+
+def check_told(path: Path, result: Result | None) -> None:
+    """Checks that an error.json is of this run's failure. Raises Broken."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text == _OLD:
+        raise Broken("the error.json of an earlier run is still there")
+    failure = None if result is None else result.failure
+    told = failure is not None and failure.exit_code != BAD_INPUT
+    if result is not None and bool(text) != told:
+        raise Broken(f"an error.json: {text or 'none'}, for {failure}")
+    if told and failure is not None and json.loads(text)["cause"] != failure.cause:
+        raise Broken(f"an error.json of another failure: {text}")
 
 
 class Judge:
@@ -51,7 +81,9 @@ class Judge:
         if self.result is None:
             return
         self.no_wrong_blame(self.result)
+        self.nothing_untold(self.result)
         self.interrupted(self.result)
+        self.asked_to_stop(self.result)
         self.in_time()
         self.no_lost_block(self.result)
         self.stragglers(self.result)
@@ -83,9 +115,17 @@ class Judge:
             return EARLY
         if kind in ("stop", "mute"):
             return SILENT
-        if kind in ("hang", "drop") or (kind == "slow" and (value > LIMITS.progress - 1 or effect.starting)):
+        if kind in ("hang", "drop") or (
+            kind == "slow" and (self.slow_for(effect) > LIMITS.progress - 1 or effect.starting)
+        ):
             return STALLED
         return PEER if kind == "glitch" else None
+
+    def slow_for(self, effect: Effect) -> float:
+        """Seconds in which a rank was slow without a break, around an effect."""
+        slow = [e for e in self.scenario.effects if e.kind == "slow" and e.rank == effect.rank]
+        one_after_the_other = (e for e in slow if -e.value - 0.1 < e.at - effect.at < effect.value + 0.1)
+        return float(sum(e.value for e in one_after_the_other))
 
     def known(self, effect: Effect) -> float:
         """A time at which the parent must know of an effect, apart from holds."""
@@ -133,6 +173,16 @@ class Judge:
                 and not (rank == EARLY and other.at > self.stopping_at)
             ):
                 raise Broken(f"{other} came first, and not: {failure}")
+
+    def nothing_untold(self, result: Result) -> None:
+        """A good run is one in which no rank failed, as far as the parent could know."""
+        for effect in self.scenario.effects if result.exit_code == 0 else ():
+            place = self.rank_of(effect)
+            late_death = effect.kind == "late_exit" and effect.value <= 0  # libraries crash while they unload
+            # An exit code is there to see at once, and a run that is done looks no further.
+            known = self.known(effect) - (self.slack - 0.15 if effect.kind == "late_exit" else 0.0)
+            if place in (KILLED, OWN, EARLY) and not late_death and known + self.away < self.at:
+                raise Broken(f"{effect} is not told")
 
     def meaning(self, failure: Failure) -> tuple[int, Effect | None, int]:
         """The class of a failure, the effect that it tells of (None: there is none), and its exit code."""
@@ -199,6 +249,11 @@ class Judge:
         told = {name: value for name, value in told.items() if value is not None}
         if failure.phase is not None and told != run.ranks[failure.rank].role:
             raise Broken(f"{told} for rank {failure.rank}, which is {run.ranks[failure.rank].role}")
+        mine = [effect for effect in self.scenario.effects if effect.rank == failure.rank]
+        where = run.ranks[failure.rank].heartbeat.where
+        stuck = failure.cause.startswith("no progress") and [effect.kind for effect in mine] == ["hang"]
+        if stuck and not self.away and (failure.phase, failure.block) != (where.get("phase"), where.get("block")):
+            raise Broken(f"rank {failure.rank} hangs in {where}, and not: {failure}")
 
     # Time ---------------------------------------------------------------------------------------------------------
 
@@ -250,6 +305,17 @@ class Judge:
                     raise Broken(f"the signal to rank {number} at {at - START:.3f} is not told: {result}")
         elif result.exit_code != result.failure.exit_code:
             raise Broken(f"exit code {result.exit_code} for a failure of {result.failure.exit_code}")
+
+    def asked_to_stop(self, result: Result) -> None:
+        """Every rank that lives on after a signal was asked to stop."""
+        stop_by = self.scenario.supervisor._stop_by
+        if result.interrupted is None or stop_by is None or self.away:
+            return
+        asked = stop_by - LIMITS.grace
+        for rank in self.scenario.run.ranks.values():
+            hears = rank.heeds and rank.heartbeat.supervised and rank.stopped_until < asked
+            if hears and rank.process.ended > asked + 1.0 and not rank.heartbeat.stop_requested.is_set():
+                raise Broken(f"rank {rank.number} was not asked to stop")
 
     # Work ---------------------------------------------------------------------------------------------------------
 

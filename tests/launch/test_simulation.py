@@ -33,6 +33,10 @@ NOTICED = (
     "grace has an end",
     "time in which the parent slept counts for nobody",
     "what a rank started goes with it",
+    "an old error.json goes away",
+    "silence is not held against who complains",
+    "ranks are asked to stop",
+    "a signal's own deaths are no fault while stopping",
 )
 
 
