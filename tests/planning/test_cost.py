@@ -100,7 +100,7 @@ def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, residual: b
     assert shape.flops(height * width) == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert shape.cache_bytes(height * width, 4) == decoder.state_bytes
     assert shape.parameters == pytest.approx(sum(p.numel() for p in vae.parameters()), rel=0.15)
-    side = shape.spatial_factor
+    side, level = shape.spatial_factor, 22 if residual else 18
     encoder, frames = StreamingEncoder(vae), torch.zeros(5, 3, side * height, side * width, device="meta")
     encoder.push(frames)
     with FlopCounterMode(display=False) as counter:
@@ -108,7 +108,7 @@ def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, residual: b
     assert shape.encode_flops(height * width) == pytest.approx(counter.get_total_flops(), rel=0.03)
     assert shape.encoder_history == encoder.history
     held = sum(cache.nbytes for cache in encoder._caches if isinstance(cache, torch.Tensor))
-    assert shape.encode_bytes(height * width, 4) - held == 4 * base_dim * 18 * 64 * height * width
+    assert shape.encode_bytes(height * width, 4) - held == 4 * base_dim * level * 64 * height * width
     assert sum((c.kernel * c.inputs + 1) * c.outputs for c in shape.encoder_convs) == pytest.approx(
         sum(p.numel() for name, p in vae.named_parameters() if name.startswith(("encoder.", "quant_conv"))), rel=0.01
     )

@@ -117,11 +117,12 @@ class WanVaeSizes:
     def encode_bytes(self, pixels: int, itemsize: int) -> int:
         """Bytes that the encoder holds while it encodes: for the next latent frame, and its largest set of tensors.
 
-        In the first level a residual block holds what the last one of the decoder does.
+        In the first level a residual block holds what the last one of the decoder does; of the residual VAE the level's
+        copy of its input besides.
         """
         held = sum(itemsize * c.cached * c.inputs * c.scale**2 * pixels for c in self.encoder_convs)
         frames, frame = self.temporal_factor, (self.spatial_factor // self.patch) ** 2 * pixels
-        return held + itemsize * (self.encoder_dim or self.base_dim) * (4 * frames + 2) * frame
+        return held + itemsize * (self.encoder_dim or self.base_dim) * ((4 + self.residual) * frames + 2) * frame
 
     def flops(self, pixels: int) -> int:
         """FLOPs of decoding one latent frame of ``pixels`` latent pixels, without attention's own product (1 %)."""
