@@ -197,7 +197,7 @@ MUTANTS = [
     ),
     Mutant(
         "a timestep is filled in",
-        "dualparal.models.wan.transformer:WanSlice.time",
+        "dualparal.models.wan.transformer:WanSlice._frequencies",
         "torch.full((1,), timestep.item(), dtype=timestep.dtype, device=self.device)",
         "timestep.reshape(1).to(self.device)",
         WAN,
