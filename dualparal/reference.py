@@ -79,11 +79,9 @@ def generate(
         expert = experts[spec.expert(float(timestep), sampler.num_train_timesteps)]
         fed = layout.fed_context(block, refresh)
         window = torch.cat([latents[block - 1][:, :, -fed:], latents[block]], dim=2) if fed else latents[block]
-        if condition is not None:
-            window = torch.cat([window, condition(layout.window(block, refresh))], dim=1)
         time, text = times.of(expert, block, step, refresh), expert.text(prompt_embeds(block)[branch])
         rotary = expert.rotary(layout.window(block, refresh).start, window.shape[2], grid)
-        hidden = expert.embed(expert.patches(window))
+        hidden = expert.embed(expert.patches(told(window, condition, layout.window(block, refresh))))
         pending: Pending | None = None
         own, count, first = len(hidden), context * grid.tokens, fed * grid.tokens
         for layer in range(expert.num_layers):
@@ -123,6 +121,11 @@ def generate(
         # The next iteration reads what was made at most ``gap`` iterations before it.
         features = {n: kv for n, kv in features.items() if n[2] * gap + n[3] > iteration - gap}
     return torch.cat(latents, dim=2)[:, :, : layout.num_latents]
+
+
+def told(window: torch.Tensor, condition: Callable[[range], torch.Tensor] | None, frames: range) -> torch.Tensor:
+    """Latents [1, C, F, H, W] of some frames, and behind them the channels that the model is told of images there."""
+    return window if condition is None else torch.cat([window, condition(frames)], dim=1)
 
 
 def begin(latents: torch.Tensor, block: int, first_frame: torch.Tensor | None) -> torch.Tensor:

@@ -143,6 +143,8 @@ def show(found: Plan, console: Console) -> None:
     )
     for line in _remarks(found):
         console.print(line, highlight=False)
+    if seconds := found.image_seconds:
+        console.print(f"Before that, {seconds:.1f} s in which the video's images are encoded.", highlight=False)
     console.print(_stages(found))
     if found.alternatives:
         console.print(_alternatives(found))

@@ -50,6 +50,19 @@ class VaeSizes(Protocol):
         """Bytes of the largest set of tensors that live at once while a latent frame is decoded."""
         ...
 
+    @property
+    def encoder_history(self) -> int:
+        """Latent frames back that an encoded one can see. This and what follows: of the VAE of a model with images."""
+        ...
+
+    def encode_flops(self, pixels: int) -> int:
+        """FLOPs of encoding one latent frame."""
+        ...
+
+    def encode_bytes(self, pixels: int, itemsize: int) -> int:
+        """Bytes that the encoder holds while it encodes, besides parameters, in numbers of ``itemsize`` bytes."""
+        ...
+
     def borders(self, width: int) -> Borders:
         """The needs of parts of the rows, of ``width`` latent pixels, while a latent frame is decoded."""
         ...
@@ -139,6 +152,21 @@ class ModelSizes(Protocol):
     @property
     def image_counts(self) -> tuple[int, ...]:
         """Numbers of images that a video takes, see ``config.images.check_images``."""
+        ...
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels that the transformer is told of images beside latents."""
+        ...
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of images that attention reads before the text's."""
+        ...
+
+    @property
+    def image_encoder(self) -> int:
+        """Parameters of what makes these tokens, in float32."""
         ...
 
     @property

@@ -74,7 +74,7 @@ def layer_arithmetic(work: Workload, queries: int, keys: int, borrowed: int = 0,
     moved = h * (work.itemsize * passes * queries + heads * ((1 - kept) * plain + kept * packed))
     quantised = share * (work.itemsize + 1) * queries * work.model.linears.inputs  # read as they are, written in 8 bits
     return Arithmetic(
-        4.0 * h * (heads * window * keys + queries * work.text_tokens),
+        4.0 * h * (heads * window * keys + queries * work.condition_tokens),
         (1 - share) * linear,
         moved + quantised,
         share * linear,
@@ -206,11 +206,13 @@ class Costing:
         """
         model, tokens = self.work.model, self.work.place_tokens(frames * self.work.tokens)
         first, last = stage == 0, stage == len(self.split) - 1
-        flops = 2.0 * tokens * model.inner * model.patch**2 * (first * model.in_channels + last * model.out_channels)
+        given = model.in_channels + model.condition_channels
+        flops = 2.0 * tokens * model.inner * model.patch**2 * (first * given + last * model.out_channels)
         moved = self.work.itemsize * tokens * model.inner * (2 * first + 3 * last)
         wire, between = self.wires[stage], 0.0
         if first and wire is not None:  # its first card has the latents
-            numbers = 2 * (self.work.places - 1) / self.work.places * frames * self.work.pixels * model.in_channels
+            channels = given + model.in_channels  # there, and back
+            numbers = (self.work.places - 1) / self.work.places * frames * self.work.pixels * channels
             between = numbers * self.work.itemsize / wire.bandwidth + 2 * wire.latency
         return Arithmetic(0.0, flops, moved).in_a_run(device) + between
 

@@ -36,7 +36,8 @@ class Memory:
         features: of neighbours, in all slots.
         decode: VAE, history and working set of the rows that are decoded here, and frames on their way out.
         load: bytes besides the weights while they are read.
-        before: the text encoder, before the weights are loaded (rank 0); 0 when it goes to the CPU instead.
+        before: text encoder or what encodes images, before the weights are loaded (rank 0); the text encoder may go to
+            the CPU instead.
     """
 
     weights: int
@@ -123,19 +124,36 @@ def stage_memory(work: Workload, schedule: Schedule, split: Sequence[int], stage
         buffers=work.engine.depth * (inbound + outbound) * size if len(split) > 1 else 0,
         activations=rows * (model.layer_activations * size + (linears.widest if in_8bit else 0)),
         conditions=(
-            videos * experts * branches * layers * 2 * work.text_tokens * h * size
+            videos * experts * branches * layers * 2 * work.condition_tokens * h * size
             + 4 * steps * (6 * layers + 2 * last) * h
             + (schedule.windows * rows + window) * 4 * model.head_dim  # and one being made
-            + videos * branches * work.text_tokens * model.text_dim * size
+            + videos * branches * work.condition_tokens * model.text_dim * size
         ),
-        latents=(latents * (SAMPLER_COPIES * (blocks + videos) + work.steps.kept * blocks) + noise) if leading else 0,
+        latents=(latents * (SAMPLER_COPIES * (blocks + videos) + work.steps.kept * blocks) + noise + _told(work))
+        if leading
+        else 0,
         decode=(decode_bytes(work, len(schedule.decoders)) if decodes else 0)
         + (_joined_bytes(work, schedule) if leading else 0),
         # A matrix to be quantised is there in float32 at the worst.
         load=((layers - in_8bit) * size + in_8bit) * model.joined_parameters
         + (4 * linears.widest * h if in_8bit else 0),
-        before=model.text_encoder * size if leading and not work.engine.encodes_elsewhere else 0,
+        before=max(0 if work.engine.encodes_elsewhere else model.text_encoder * size, _images_before(work))
+        if leading
+        else 0,
     )
+
+
+def _told(work: Workload) -> int:
+    """Bytes of what the model is told of images, of each video."""
+    return work.num_videos * 4 * work.model.condition_channels * work.pixels * work.encoded_latents
+
+
+def _images_before(work: Workload) -> int:
+    """Bytes while images are encoded, one model after the other: the VAE, and CLIP in float32."""
+    if not work.encoded_latents:
+        return 0
+    vae, size = work.model.vae, work.decode_itemsize
+    return max(size * vae.parameters + vae.encode_bytes(work.pixels, size), 4 * work.model.image_encoder)
 
 
 def _exchange_bytes(work: Workload, window: int) -> int:

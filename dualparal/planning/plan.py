@@ -147,6 +147,17 @@ class Plan:
         return self.simulation.first_frame if self.simulation else self.estimate.first_frame
 
     @property
+    def image_seconds(self) -> float:
+        """Seconds before the first unit in which one video's images are encoded, on the first card; 0 without them.
+
+        CLIP multiplies every parameter with each of its tokens once.
+        """
+        work, device = self.work, self.cards.devices[0]
+        vae = work.encoded_latents and work.encoded_latents * work.model.vae.encode_flops(work.pixels)
+        rate = device.conv if work.decode_itemsize == 4 else device.conv_16bit
+        return (vae + 2.0 * work.model.image_encoder * work.model.image_tokens) / rate
+
+    @property
     def bubble(self) -> float:
         """Share of the time in which a card computes no unit, averaged over stages."""
         if self.simulation:

@@ -89,6 +89,19 @@ class Workload:
         return self.video.max_sequence_length
 
     @property
+    def condition_tokens(self) -> int:
+        """Tokens beside the video's that attention reads: of images, and of a prompt."""
+        return self.model.image_tokens + self.text_tokens
+
+    @property
+    def encoded_latents(self) -> int:
+        """Latent frames that are encoded of a video with images; 0 where the model takes none."""
+        if not self.model.condition_channels:
+            return 0
+        most = self.model.vae.encoder_history + 2 + (max(self.model.image_counts) == 2)
+        return min(most, self.layout.padded_latents or most)
+
+    @property
     def pixels(self) -> int:
         """Latent pixels of a latent frame."""
         return self.tokens * self.model.patch**2

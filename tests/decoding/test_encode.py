@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from dualparal.io.images import fingerprint, pixels, read_image
+from dualparal.models.wan.condition import image_condition
 from dualparal.models.wan.encoder import StreamingEncoder
 from dualparal.models.wan.vae import latent_scale
 from small_vaes import CASES, make_vae
@@ -56,3 +59,29 @@ def test_what_is_no_image_is_refused_in_a_line(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=words) as error:
             read_image(given, "image")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [4, 24])  # latent frames: before and after still ones settle
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_model_is_told_is_what_diffusers_tells_of_the_whole_video(length: int, count: int) -> None:
+    vae = make_vae("wan2.1-shallow")
+    pipe = WanImageToVideoPipeline(None, None, vae, UniPCMultistepScheduler())
+    images = (torch.rand(2, 1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1)[:count]
+    latents, frames = torch.zeros(1, 16, length, 2, 3), 4 * length - 3
+    last = images[1] if count == 2 else None
+    given = (1, 16, 16, 24, frames, torch.float32, torch.device("cpu"), None, latents, last)
+    _, wanted = pipe.prepare_latents(images[0], *given)
+    spec, encoder = SimpleNamespace(temporal_factor=4), StreamingEncoder(vae)
+    found = image_condition(spec, encoder, [image[0] for image in images], length, length + 2)
+    assert torch.equal(found.of(range(length)), wanted)
+    assert found.first.shape[2] <= encoder.history + 1
+    whole = found.of(range(length + 2))  # with a surplus of the last block, which is grey
+    assert not whole[:, :4, length:].any() and whole[:, 4:, length:].any()
+    for start in range(length + 2):
+        for stop in (start + 1, start + 3, length + 2):
+            assert torch.equal(found.of(range(start, min(stop, length + 2))), whole[:, :, start:stop])
+    if count == 1:
+        encoder.reset()
+        endless = image_condition(spec, encoder, [images[0, 0]], None, None)
+        assert torch.equal(endless.of(range(length)), wanted)
+        assert torch.equal(endless.of(range(900, 901)), endless.of(range(encoder.history + 1, encoder.history + 2)))

@@ -90,3 +90,22 @@ def test_any_number_of_stages_makes_the_same_bits_and_a_resume_goes_on_with_them
     rest = [chunk.latents for chunk in engine.resume(tmp_path / "kept")]
     assert 2 <= len(rest) <= 4
     assert torch.equal(torch.cat([*done[: 5 - len(rest)], *rest], dim=2), wanted)
+
+
+def test_images_that_a_model_does_not_take_are_refused_before_weights_are_read(build: Build, wan21: Path) -> None:
+    ask = {**CALL, "prompt": "a cat"}
+    none, one, both = Engine.from_pretrained(wan21, device="cpu"), build("wan2.1-i2v"), build("wan2.1-flf2v")
+    cases: list[tuple[Engine, dict[str, Any], str]] = [
+        (none, FIRST, "makes videos of a text alone; leave it out"),
+        (one, {}, "makes videos of images: give image, the video's first frame"),
+        (one, ENDS, "takes the first image only"),
+        (one, {**FIRST, "max_sequence_length": 64}, "a text of 64 tokens: this model reads images before texts of 512"),
+        (both, FIRST, "give image and last_image"),
+        (both, {"last_image": IMAGES[1]}, "last_image without image"),
+        (both, {**ENDS, "num_frames": 1}, "last_image with num_frames=1"),
+        (both, {**ENDS, "image": wan21 / "none.png"}, "there is no such file"),
+    ]
+    for engine, given, words in cases:
+        with pytest.raises(ValueError, match=words) as error:
+            engine.stream(**{**ask, **given})
+        assert "\n" not in str(error.value) and not engine.parts.slices

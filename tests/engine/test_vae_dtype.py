@@ -24,8 +24,9 @@ from dualparal.config.video import VideoConfig
 from dualparal.engine import setup as engine_setup
 from dualparal.engine.engine import Engine
 from dualparal.engine.identity import run_info
-from dualparal.models.wan.sizes import MODELS, WanVaeSizes
+from dualparal.models.wan.sizes import MODELS
 from dualparal.models.wan.vae import StreamingDecoder
+from dualparal.models.wan.vae_sizes import WanVaeSizes
 from dualparal.models.weights import channels_last
 from dualparal.planning.cost import Costing
 from dualparal.planning.devices import CONV_GAIN, DEVICES, LINKS

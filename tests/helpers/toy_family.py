@@ -283,6 +283,7 @@ class ToySizes:
 
     linears = LinearSizes(0, 0, 0, 0)
     image_counts = (0,)
+    condition_channels = image_tokens = image_encoder = 0
 
     @property
     def layer_activations(self) -> int:

@@ -27,7 +27,16 @@ ODD = {  # no two sizes alike
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"cross_attn_norm": False}, {"out_channels": None}, {"num_layers": 0}], ids=str
+    "options",
+    [
+        {},
+        {"cross_attn_norm": False},
+        {"out_channels": None},
+        {"num_layers": 0},
+        {"image_dim": 13, "added_kv_proj_dim": 24},
+        {"image_dim": 13, "added_kv_proj_dim": 24, "pos_embed_seq_len": 6},
+    ],
+    ids=str,
 )
 def test_names_and_shapes(options: dict[str, Any]) -> None:
     with torch.device("meta"):

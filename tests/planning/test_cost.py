@@ -24,11 +24,13 @@ from dualparal.config.video import VideoConfig
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import supervise
 from dualparal.models.registry import model_sizes
-from dualparal.models.wan.sizes import MODELS, SKYREELS, SkyReelsSizes, WanVaeSizes
+from dualparal.models.wan.encoder import StreamingEncoder
+from dualparal.models.wan.sizes import MODELS, SKYREELS, SkyReelsSizes
 from dualparal.models.wan.skyreels import SkyReelsSpec
 from dualparal.models.wan.spec import WanSpec
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.models.wan.vae import StreamingDecoder
+from dualparal.models.wan.vae_sizes import WanVaeSizes
 from dualparal.planning.closed_form import closed_form
 from dualparal.planning.cost import Costing, balance, exchange_seconds, layer_arithmetic, unit_arithmetic
 from dualparal.planning.devices import DEVICES, LINKS
@@ -46,9 +48,13 @@ from steady_heap import STEADY
 def test_parameters_are_the_real_ones(name: str) -> None:
     shape = model_sizes(name)
     config = wan_config(shape.heads, shape.head_dim, shape.ffn_dim, shape.num_layers)
-    config |= {"in_channels": shape.in_channels, "out_channels": shape.out_channels}
+    config |= {"in_channels": shape.in_channels + shape.condition_channels, "out_channels": shape.out_channels}
+    if shape.image_dim:
+        positions = shape.image_tokens if shape.positions else None
+        config |= {"image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": positions}
     tells_rate = isinstance(shape, SkyReelsSizes) and shape.tells_rate
     spec = SkyReelsSpec((config | {"inject_sample_info": True},)) if tells_rate else WanSpec((config,))
+    assert (0 in spec.image_counts) == (0 in shape.image_counts)
     assert shape.parameters == sum(math.prod(size) for size in spec.shapes(0).values())
 
 
@@ -93,6 +99,18 @@ def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, residual: b
     assert shape.flops(height * width) == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert shape.cache_bytes(height * width, 4) == decoder.state_bytes
     assert shape.parameters == pytest.approx(sum(p.numel() for p in vae.parameters()), rel=0.15)
+    side, level = shape.spatial_factor, 22 if residual else 18
+    encoder, frames = StreamingEncoder(vae), torch.zeros(5, 3, side * height, side * width, device="meta")
+    encoder.push(frames)
+    with FlopCounterMode(display=False) as counter:
+        encoder.push(frames[1:])
+    assert shape.encode_flops(height * width) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert shape.encoder_history == encoder.history
+    held = sum(cache.nbytes for cache in encoder._caches if isinstance(cache, torch.Tensor))
+    assert shape.encode_bytes(height * width, 4) - held == 4 * base_dim * level * 64 * height * width
+    assert sum((c.kernel * c.inputs + 1) * c.outputs for c in shape.encoder_convs) == pytest.approx(
+        sum(p.numel() for name, p in vae.named_parameters() if name.startswith(("encoder.", "quant_conv"))), rel=0.01
+    )
 
 
 def test_the_residual_decoder_holds_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

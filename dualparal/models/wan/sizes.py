@@ -7,139 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dualparal.models.json_files import ModelError, read_config, read_json
-from dualparal.models.sizes import Borders, LinearSizes
+from dualparal.models.sizes import LinearSizes
 from dualparal.models.wan.light_sizes import LightSizes, read_light_sizes
+from dualparal.models.wan.shapes import image_counts
+from dualparal.models.wan.vae_sizes import WanVaeSizes
 
-
-class Conv(NamedTuple):
-    """A convolution of the decoder, for one latent frame that is not the first.
-
-    Attributes:
-        inputs, outputs: channels.
-        kernel: points.
-        frames: output frames.
-        scale: side of its output in latent pixels.
-        cached: input frames that are kept for the next latent (0 or 2).
-    """
-
-    inputs: int
-    outputs: int
-    kernel: int
-    frames: int
-    scale: int
-    cached: int
-
-
-@dataclass(frozen=True)
-class WanVaeSizes:
-    """Sizes of the decoder of diffusers' AutoencoderKLWan.
-
-    Attributes are keys of its config, ``base_dim`` being the decoder's (``decoder_base_dim``) and ``temporal_upsample``
-    being ``temperal_downsample`` reversed, and besides:
-        residual: the one of Wan 2.2 5B (``is_residual``), whose levels have shortcuts.
-        patch: side of the patches of a frame that it makes (``patch_size``).
-        encoder_dim: the encoder's ``base_dim``; None: the decoder's.
-    """
-
-    base_dim: int = 96
-    z_dim: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temporal_upsample: tuple[bool, ...] = (True, True, False)
-    residual: bool = False
-    patch: int = 1
-    encoder_dim: int | None = None
-
-    @property
-    def spatial_factor(self) -> int:
-        return self.patch * int(2 ** (len(self.dim_mult) - 1))
-
-    @property
-    def temporal_factor(self) -> int:
-        return int(2 ** sum(self.temporal_upsample))
-
-    @cached_property
-    def convs(self) -> list[Conv]:
-        """Every convolution of the decoder, in order; the attention in the middle counts as one of kernel 1."""
-        dims = [self.base_dim * m for m in (self.dim_mult[-1], *reversed(self.dim_mult))]
-        found = [Conv(self.z_dim, dims[0], 27, 1, 1, 2)]
-        found += [Conv(dims[0], dims[0], 27, 1, 1, 2)] * 4  # the two residual blocks in the middle
-        found += [Conv(dims[0], 4 * dims[0], 1, 1, 1, 0)]  # projections of the attention between them
-        frames = scale = 1
-        for index, (wide, out) in enumerate(pairwise(dims)):
-            before = wide // 2 if index and not self.residual else wide
-            for _ in range(self.num_res_blocks + 1):
-                if before != out:
-                    found.append(Conv(before, out, 1, frames, scale, 0))
-                found += [Conv(before, out, 27, frames, scale, 2), Conv(out, out, 27, frames, scale, 2)]
-                before = out
-            if index < len(self.dim_mult) - 1:
-                if self.temporal_upsample[index]:
-                    found.append(Conv(out, 2 * out, 3, frames, scale, 2))
-                    frames *= 2
-                scale *= 2
-                found.append(Conv(out, out if self.residual else out // 2, 9, frames, scale, 0))
-        found.append(Conv(dims[-1], 3 * self.patch**2, 27, frames, scale, 2))
-        return found
-
-    def flops(self, pixels: int) -> int:
-        """FLOPs of decoding one latent frame of ``pixels`` latent pixels, without attention's own product (1 %)."""
-        return sum(2 * c.kernel * c.inputs * c.outputs * c.frames * c.scale**2 * pixels for c in self.convs)
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the decoder and, as the engine loads both, of the encoder.
-
-        The encoder mirrors the decoder with one block less a level, at its own width.
-        """
-        decoder = sum((c.kernel * c.inputs + 1) * c.outputs for c in self.convs)
-        narrower = 1.0 if self.encoder_dim is None else (self.encoder_dim / self.base_dim) ** 2
-        return round(decoder * (1 + narrower * self.num_res_blocks / (self.num_res_blocks + 1)))
-
-    def cache_bytes(self, pixels: int, itemsize: int) -> int:
-        """Bytes that the decoder holds from one latent frame to the next, in numbers of ``itemsize`` bytes."""
-        return sum(itemsize * c.cached * c.inputs * c.scale**2 * pixels for c in self.convs)
-
-    def working_bytes(self, pixels: int, itemsize: int) -> int:
-        """Bytes of the largest set of tensors that live at once within one latent frame.
-
-        In the last level a residual block holds its input, the normed one, that padded and joined with two cached
-        frames, and the result. At its beginning the upsampled frames are held twice and the convolved ones once; in 16
-        bits diffusers upsamples in float32, and the larger copy is one of these.
-
-        The residual VAE halves its channels in that level only, so its first block holds more than all of this: the
-        input, the level's copy of it, the normed one, that joined and then padded, what it will keep, and the shortcut.
-        """
-        last = self.convs[-1]
-        frame = last.scale**2 * pixels
-        if self.residual:
-            into = next(c for c in self.convs if c.scale == last.scale and c.kernel == 27).inputs
-            wide = into * (3 * last.frames + 2 + 2 * (last.frames + 2))
-            return frame * itemsize * (wide + last.inputs * last.frames)
-        narrow, wide = last.inputs, self.convs[-1].inputs
-        for c in self.convs:
-            if c.kernel == 9 and c.scale == last.scale:
-                wide = c.inputs
-        block = itemsize * narrow * (3 * last.frames + last.frames + 2)
-        upsample = wide * last.frames * (4 + itemsize) + narrow * last.frames * itemsize
-        return frame * max(block, upsample)
-
-    def borders(self, width: int) -> Borders:
-        """A row of the input of every convolution over space, new frames only; keys and values of the attention."""
-        spatial = [c for c in self.convs if c.kernel in (9, 27)]
-        numbers = sum(c.inputs * c.frames * c.scale * width for c in spatial)
-        return Borders(numbers, len(spatial), 2 * self.base_dim * self.dim_mult[-1])
+_VAE = WanVaeSizes()  # Wan 2.1
 
 
 @dataclass(frozen=True)
 class WanSizes:
-    """Sizes of a Wan text-to-video pipeline: transformer (or two of one shape), VAE decoder, text encoder.
+    """Sizes of a Wan pipeline: transformer (or two of one shape), VAE decoder, text encoder.
 
     Attributes:
         ffn_dim: inner width of the feed-forward.
@@ -149,6 +31,10 @@ class WanSizes:
         text_encoder: number of its parameters; it is loaded before the transformer and dropped.
         trained_latents: latent frames of the videos that it was trained with.
         image_counts: numbers of images that a video takes.
+        condition_channels: channels that the transformer is told of images beside latents.
+        image_dim, image_tokens: width and number of tokens of images that it reads before the text's; 0: none.
+        positions: these tokens have positions of their own.
+        image_encoder: number of parameters of what makes them; it is loaded before the transformer and dropped.
     """
 
     name: str
@@ -163,10 +49,15 @@ class WanSizes:
     patch: int = 2
     experts: int = 1
     cross_attn_norm: bool = True
-    vae: WanVaeSizes = WanVaeSizes()
+    vae: WanVaeSizes = _VAE
     text_encoder: int = 5_680_910_336  # UMT5-XXL
     trained_latents: int | None = 21
     image_counts: tuple[int, ...] = (0,)
+    condition_channels: int = 0
+    image_dim: int = 0
+    image_tokens: int = 0
+    positions: bool = False
+    image_encoder: int = 0
 
     def light(self, path: Path) -> LightSizes:
         """Sizes of the light decoder in a file, by its header. Raises ModelError."""
@@ -181,17 +72,26 @@ class WanSizes:
         """Parameters of one layer: those kept in the model's dtype, and those kept in float32."""
         h, f = self.inner, self.ffn_dim
         narrow = 8 * (h * h + h) + 4 * h + (h * f + f) + (f * h + h)
+        if self.image_dim:
+            narrow += 2 * (h * h + h) + h
         return narrow, 6 * h + (2 * h if self.cross_attn_norm else 0)
 
     @property
     def condition_parameters(self) -> tuple[int, int]:
-        """Parameters that every stage owns: embeddings of time and text."""
-        h = self.inner
-        return (h * 6 * h + 6 * h) + (self.text_dim * h + h) + (h * h + h), (self.freq_dim * h + h) + (h * h + h)
+        """Parameters that every stage owns: embeddings of time and text, and of images' tokens."""
+        h, d = self.inner, self.image_dim
+        narrow, wide = (
+            (h * 6 * h + 6 * h) + (self.text_dim * h + h) + (h * h + h),
+            (self.freq_dim * h + h) + (h * h + h),
+        )
+        if d:
+            narrow += (d * d + d) + (d * h + h) + d * self.image_tokens * self.positions
+            wide += 2 * d + 2 * h
+        return narrow, wide
 
     @property
     def embed_parameters(self) -> int:
-        return self.in_channels * self.patch**2 * self.inner + self.inner
+        return (self.in_channels + self.condition_channels) * self.patch**2 * self.inner + self.inner
 
     @property
     def head_parameters(self) -> tuple[int, int]:
@@ -232,6 +132,8 @@ class WanSizes:
         return layers + sum(self.condition_parameters) + self.embed_parameters + sum(self.head_parameters)
 
 
+# CLIP's ViT-H/14, and what it makes of one image
+_CLIP = {"condition_channels": 20, "image_dim": 1280, "image_tokens": 257, "image_encoder": 630_766_080}
 _VAE_5B = WanVaeSizes(256, 48, residual=True, patch=2, encoder_dim=160)
 MODELS: Mapping[str, WanSizes] = {
     sizes.name: sizes
@@ -239,6 +141,21 @@ MODELS: Mapping[str, WanSizes] = {
         WanSizes("wan2.1-t2v-1.3b", 30, 12, 128, 8960),
         WanSizes("wan2.1-t2v-14b", 40, 40, 128, 13824),
         WanSizes("wan2.2-t2v-a14b", 40, 40, 128, 13824, experts=2),
+        *(
+            WanSizes(f"wan2.1-i2v-14b-{size}p", 40, 40, 128, 13824, image_counts=(1,), **_CLIP)  # type: ignore[arg-type]
+            for size in (480, 720)
+        ),
+        WanSizes(
+            "wan2.1-flf2v-14b-720p",
+            40,
+            40,
+            128,
+            13824,
+            image_counts=(2,),
+            positions=True,
+            **{**_CLIP, "image_tokens": 514},  # type: ignore[arg-type]
+        ),
+        WanSizes("wan2.2-i2v-a14b", 40, 40, 128, 13824, experts=2, image_counts=(1, 2), condition_channels=20),
         WanSizes(
             "wan2.2-ti2v-5b",
             30,
@@ -286,9 +203,10 @@ def read_sizes(path: Path) -> WanSizes:
     """Sizes of the model in a directory in diffusers format. Without a VAE or a text encoder, those of Wan 2.1 count.
 
     Raises:
-        ModelError: configs that cannot be read, are not a Wan text-to-video model's, or have no cost model.
+        ModelError: configs that cannot be read, are not a Wan model's, or have no cost model.
     """
     config = read_config(path / "transformer" / "config.json")
+    reader = read_config(path / "image_encoder" / "config.json") if (path / "image_encoder").is_dir() else None
     vae = read_config(path / "vae" / "config.json") if (path / "vae").is_dir() else {}
     text = read_config(path / "text_encoder" / "config.json") if (path / "text_encoder").is_dir() else None
     expands = bool(read_json(path / "model_index.json").get("expand_timesteps"))
@@ -299,8 +217,8 @@ def read_sizes(path: Path) -> WanSizes:
             int(config["num_attention_heads"]),
             int(config["attention_head_dim"]),
             int(config["ffn_dim"]),
-            int(config["in_channels"]),
-            int(config["out_channels"]),
+            int(config["out_channels"] or config["in_channels"]),
+            int(config["out_channels"] or config["in_channels"]),
             int(config["text_dim"]),
             int(config["freq_dim"]),
             int(config["patch_size"][1]),
@@ -309,10 +227,10 @@ def read_sizes(path: Path) -> WanSizes:
             _read_vae(vae),
             _text_parameters(text) if text else WanSizes.text_encoder,
             31 if vae.get("is_residual") else WanSizes.trained_latents,  # 121 frames of 24 a second
-            (0, 1) if expands else (0,),
+            **_image_sizes(config, reader, expands),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ModelError(f"{path}: not the configs of a Wan text-to-video model ({error!r})") from None
+        raise ModelError(f"{path}: not the configs of a Wan model ({error!r})") from None
 
 
 def read_skyreels_sizes(path: Path) -> SkyReelsSizes:
@@ -343,3 +261,21 @@ def _text_parameters(config: dict[str, Any]) -> int:
     gated = 3 if str(config.get("feed_forward_proj", "gated-gelu")).startswith("gated") else 2
     layer = 4 * d * inner + gated * d * config["d_ff"] + 2 * d + config["relative_attention_num_buckets"] * heads
     return int(config["vocab_size"] * d + config["num_layers"] * layer + d)
+
+
+def _image_sizes(config: dict[str, Any], reader: dict[str, Any] | None, keeps_first_frame: bool) -> dict[str, Any]:
+    """The fields of ``WanSizes`` on images, from the configs of the transformer and of its image encoder, if any."""
+    found: dict[str, Any] = {"image_counts": image_counts(config, keeps_first_frame)}
+    found["condition_channels"] = config["in_channels"] - (config["out_channels"] or config["in_channels"])
+    if reader is None or config.get("image_dim") is None:
+        return found
+    h, f, layers, patch = (reader[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size"))
+    tokens = 1 + (reader["image_size"] // patch) ** 2
+    parameters = h * 3 * patch**2 + h + tokens * h + 4 * h + layers * (4 * (h * h + h) + 2 * f * h + f + h + 4 * h)
+    return {
+        **found,
+        "image_dim": config["image_dim"],
+        "image_tokens": tokens * found["image_counts"][0],
+        "positions": config.get("pos_embed_seq_len") is not None,
+        "image_encoder": parameters,
+    }
