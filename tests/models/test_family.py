@@ -143,7 +143,7 @@ def test_a_family_refuses_what_it_does_not_run(toy: Path, tmp_path: Path) -> Non
     (empty / "transformer" / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="not a config of a toy transformer"):
         _ = ModelFiles(empty).spec
-    with pytest.raises(ModelError, match="a loaded WanPipeline, ToyPipeline"):
+    with pytest.raises(ModelError, match="a loaded WanPipeline, WanImageToVideoPipeline, ToyPipeline"):
         LoadedPipeline({})
 
 
