@@ -208,7 +208,9 @@ class Judge:
         if cause.startswith("no progress"):
             return STALLED, self.stalled(failure), NO_PROGRESS
         if cause.startswith("lost a peer"):
-            return PEER, first("glitch"), RANK_FAILED
+            # Who waits for a message that was lost may hear that its sender is gone, which crashed after its work.
+            gone = any(effect.kind == "late_kill" for effect in self.scenario.effects)
+            return PEER, first("glitch") or (first("drop") if gone else None), RANK_FAILED
         found = first("error", "late_error")
         if found is not None and found.value != cause:
             found = None
