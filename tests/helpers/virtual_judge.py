@@ -124,7 +124,8 @@ class Judge:
     def slow_for(self, effect: Effect) -> float:
         """Seconds in which a rank was slow without a break, around an effect."""
         slow = [e for e in self.scenario.effects if e.kind == "slow" and e.rank == effect.rank]
-        one_after_the_other = (e for e in slow if -e.value - 0.1 < e.at - effect.at < effect.value + 0.1)
+        more = 0.1 + self.away  # the machine may sleep meanwhile
+        one_after_the_other = (e for e in slow if -e.value - more < e.at - effect.at < effect.value + more)
         return float(sum(e.value for e in one_after_the_other))
 
     def known(self, effect: Effect) -> float:
