@@ -124,7 +124,8 @@ class Judge:
     def slow_for(self, effect: Effect) -> float:
         """Seconds in which a rank was slow without a break, around an effect."""
         slow = [e for e in self.scenario.effects if e.kind == "slow" and e.rank == effect.rank]
-        one_after_the_other = (e for e in slow if -e.value - 0.1 < e.at - effect.at < effect.value + 0.1)
+        more = 0.1 + self.away  # the machine may sleep meanwhile
+        one_after_the_other = (e for e in slow if -e.value - more < e.at - effect.at < effect.value + more)
         return float(sum(e.value for e in one_after_the_other))
 
     def known(self, effect: Effect) -> float:
@@ -208,7 +209,9 @@ class Judge:
         if cause.startswith("no progress"):
             return STALLED, self.stalled(failure), NO_PROGRESS
         if cause.startswith("lost a peer"):
-            return PEER, first("glitch"), RANK_FAILED
+            # Who waits for a message that was lost may hear that its sender is gone, which crashed after its work.
+            gone = any(effect.kind == "late_kill" for effect in self.scenario.effects)
+            return PEER, first("glitch") or (first("drop") if gone else None), RANK_FAILED
         found = first("error", "late_error")
         if found is not None and found.value != cause:
             found = None
