@@ -9,7 +9,6 @@ from pathlib import Path
 from dualparal.cli.job import Job, check_sampler
 from dualparal.config.decoding import row_ranges
 from dualparal.config.images import check_images
-from dualparal.io.clips import probe_clip
 from dualparal.models.folder import folder_of
 from dualparal.models.json_files import ModelError
 from dualparal.models.registry import folder_sizes
@@ -65,6 +64,8 @@ def check_job(job: Job) -> None:
 
             read_image(image, flag)
     if job.continue_from is not None:
+        from dualparal.io.clips import probe_clip  # and with it numpy
+
         probe_clip(job.continue_from)
     for file in job.engine.transformers:
         if not Path(file.file).exists():

@@ -35,7 +35,6 @@ from dualparal.config.decoding import choose_vae_dtype
 from dualparal.config.engine import EngineConfig
 from dualparal.config.reuse import Reuse
 from dualparal.config.video import VideoConfig
-from dualparal.io.clips import probe_clip
 from dualparal.io.locks import Locks
 from dualparal.launch.blame import Limits
 from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
@@ -264,7 +263,10 @@ def _video(flags: VideoFlags, model: str, output_type: str, clip: Path | None) -
     ValueError."""
     height, width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)
     if clip is not None:
-        height, width = probe_clip(clip).height, probe_clip(clip).width
+        from dualparal.io.clips import probe_clip  # and with it numpy
+
+        found = probe_clip(clip)
+        height, width = found.height, found.width
     return VideoConfig.of(
         height=height if flags.height is None else flags.height,
         width=width if flags.width is None else flags.width,
