@@ -56,7 +56,7 @@ def check_job(job: Job) -> None:
     if not 1 / 1001 <= job.fps <= 1000:
         raise ValueError(f"--fps {job.fps}: use a rate from 1/1001 to 1000; Wan's own is 16")
     for lora in job.engine.loras:
-        if not Path(lora.file).is_file():
+        if not os.path.isfile(lora.file):
             raise ValueError(f"--lora {lora.file}: there is no such file")
     for flag, image in (("--image", job.image), ("--last-image", job.last_image)):
         if image is not None:
@@ -68,7 +68,7 @@ def check_job(job: Job) -> None:
 
         probe_clip(job.continue_from)
     for file in job.engine.transformers:
-        if not Path(file.file).exists():
+        if not os.path.exists(file.file):  # unlike Path's, of names that no file can have, too
             raise ValueError(f"--transformer {file.file}: there is no such file")
     check_sampler(job.sampler)
     if job.latents_in is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from pathlib import Path
 
@@ -16,7 +17,7 @@ _PART = 1 << 20  # bytes read at a time
 
 def probe_clip(path: Path) -> VideoInfo:
     """Frame count, size and frame rate of a clip. Raises ValueError when it is not a complete mp4 file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"video {path}: there is no such file")
     return probe(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ def read_image(image: Any, name: str) -> Image:
 
     if isinstance(image, (str, Path)):
         path = Path(image)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ValueError(f"{name} {path}: there is no such file")
         try:
             with warnings.catch_warnings():

@@ -8,6 +8,7 @@ Weights in fp8 (e4m3) come as a plain cast, or with a scale per matrix or per ro
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,9 @@ class TransformerHeader:
             ModelError: no safetensors file, or one of no such transformer; says of what.
         """
         place = Path(file.file)
-        if not place.is_dir() and place.suffix != ".safetensors":
+        if not os.path.isdir(place) and place.suffix != ".safetensors":
             raise ModelError(f"transformer {place}: use a .safetensors file, or a folder of them")
-        if not place.exists():
+        if not os.path.exists(place):
             raise ModelError(f"transformer {place}: there is no such file")
         found, scales = _parted(place, read_entries(place))
         try:

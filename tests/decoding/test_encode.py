@@ -71,7 +71,7 @@ def test_what_a_model_is_told_is_what_diffusers_tells_of_the_whole_video(length:
     last = images[1] if count == 2 else None
     given = (1, 16, 16, 24, frames, torch.float32, torch.device("cpu"), None, latents, last)
     _, wanted = pipe.prepare_latents(images[0], *given)
-    spec, encoder = SimpleNamespace(temporal_factor=4), StreamingEncoder(vae)
+    spec, encoder = SimpleNamespace(temporal_factor=4, keeps_first_frame=False), StreamingEncoder(vae)
     found = image_condition(spec, encoder, [image[0] for image in images], length, length + 2)
     assert torch.equal(found.of(range(length)), wanted)
     assert found.first.shape[2] <= encoder.history + 1

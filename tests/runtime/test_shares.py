@@ -179,7 +179,7 @@ def test_the_first_stage_whose_output_was_not_finite_is_kept(marks: tuple[int, i
     plan: Any = SimpleNamespace(window=range(2), fed_context=0)
     places = []
     for way in ways:
-        spec = SimpleNamespace(patch=2, grid=None)
+        spec = SimpleNamespace(patch=2, velocity_patch=2, grid=None)
         stage: Any = SimpleNamespace(experts=[slice_], spec=spec, cut=lambda *_: Cut([range(0, 3), range(3, 5)], 1))
         team: Any = SimpleNamespace(exchange=way)
         places.append(FirstPlaces(team, stage))
