@@ -179,6 +179,7 @@ def run(folder: Path, arguments: list[str], number: int = -1, kind: str = "fail"
     said = folder.with_name(folder.name + ".said")
     child = os.fork()
     if child == 0:
+        os.close(read)
         _become(folder, arguments, Disk(folder, number, kind, write, seed), said)
     os.close(write)
     kill = threading.Timer(_SECONDS, os.kill, (child, signal.SIGKILL))
