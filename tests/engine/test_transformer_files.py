@@ -42,6 +42,8 @@ from dualparal.models.linear import placed
 from dualparal.models.registry import model_sizes
 from dualparal.models.wan.names import original_name
 from dualparal.models.wan.shapes import tensor_shapes
+from dualparal.models.wan.single_file import read_transformer
+from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.planning.cost import layer_arithmetic
 from dualparal.planning.memory import slice_bytes
 from dualparal.planning.workload import Workload
@@ -93,10 +95,13 @@ def values(files: ModelFiles, layers: range, dtype: torch.dtype = torch.float32)
 # Names ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", [True, False])
-def test_names_are_those_of_diffusers_conversion(wan21: Path, norm: bool) -> None:
+IMAGES = {"in_channels": 36, "out_channels": 16, "image_dim": 24, "added_kv_proj_dim": 48}
+
+
+@pytest.mark.parametrize("change", [{"cross_attn_norm": True}, {"cross_attn_norm": False}, IMAGES])
+def test_names_are_those_of_diffusers_conversion(wan21: Path, change: dict[str, Any]) -> None:
     config = json.loads((wan21 / "transformer" / "config.json").read_text())
-    shapes = tensor_shapes({**config, "num_layers": 12, "cross_attn_norm": norm})
+    shapes = tensor_shapes({**config, "num_layers": 12, **change})
     found = convert_wan_transformer_to_diffusers({original_name(name): name for name in shapes})
     assert found == {name: name for name in shapes}
 
@@ -116,6 +121,22 @@ def test_every_layout_is_the_folder_s_model_and_a_rank_reads_its_layers(
             made = values(files, layers)
             assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
             assert {int(key.split("blocks.")[1].split(".")[0]) for key in read if "blocks." in key} == set(layers)
+
+
+@pytest.mark.parametrize(("images", "known"), [("condition", "wan2.2-i2v-a14b"), ("both", "wan2.1-flf2v-14b-720p")])
+def test_a_file_of_an_image_to_video_model(bare: Path, tmp_path: Path, images: str, known: str) -> None:
+    folder = build_tiny_pipeline(tmp_path / "model", layers=2, images=images)
+    file = write_transformer(tmp_path / "file.safetensors", "original", state_of(folder))
+    given = (TransformerFile(str(file)),)
+    files, layers = ModelFiles(folder, transformers=given), range(2)
+    files.check_weights()
+    expected, made = values(ModelFiles(folder), layers), values(files, layers)
+    assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
+    assert model_sizes(str(folder), given) == model_sizes(str(folder))
+    with pytest.raises(ModelError, match=r"\(image to video\).* of another kind \(text to video\)"):
+        _ = ModelFiles(bare, transformers=given).spec
+    real = model_sizes(known)
+    assert read_transformer(tensor_shapes({**files.config("transformer"), **real.kind}), real.kind)  # for a plan
 
 
 def test_the_same_video_with_a_lora_and_for_each_expert(
