@@ -25,15 +25,15 @@ def left() -> tuple[int, list[psutil.Process], list[str]]:
     return own.num_fds(), own.children(recursive=True), threads
 
 
-def test_ranks_from_python(tiny_wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_from_python(wan21: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    alone = dualparal.Engine.from_pretrained(tiny_wan, **OPTIONS)
+    alone = dualparal.Engine.from_pretrained(wan21, **OPTIONS)
     first, second = ({**SIZE, **embeds(alone, seed=seed)} for seed in (1, 2))
     wanted = [list(alone.stream(**call, seed=seed)) for call, seed in ((first, 5), (second, 6))]
     before = left()
     with pytest.raises(ValueError, match="use gpus=3"):
-        dualparal.Engine.from_pretrained(tiny_wan, gpus=2, stages=3, **OPTIONS)
-    with dualparal.Engine.from_pretrained(tiny_wan, gpus=2, **OPTIONS) as engine:
+        dualparal.Engine.from_pretrained(wan21, gpus=2, stages=3, **OPTIONS)
+    with dualparal.Engine.from_pretrained(wan21, gpus=2, **OPTIONS) as engine:
         ranks = {child.pid for child in left()[1]}
         with pytest.raises(ValueError, match="height"):
             engine.stream(**{**first, "height": 33})
