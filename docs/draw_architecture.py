@@ -21,6 +21,7 @@ from test_architecture import imports, modules, package  # noqa: E402
 
 PLACES = {  # column, row
     "cli": (5.0, 0),
+    "workers": (2.4, 0),
     "engine": (4.2, 1),
     "planning": (6.6, 2),
     "runtime": (2.9, 2),
@@ -40,6 +41,7 @@ PLACES = {  # column, row
 }
 HOLDS = {
     "cli": "flags, ranks, progress",
+    "workers": "ranks from Python",
     "engine": "public calls, one run",
     "launch": "processes, whose fault",
     "planning": "cost, memory, search",

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from dualparal.config.reuse import Reuse
     from dualparal.config.video import VideoConfig
     from dualparal.decoding.chunks import Chunk
-    from dualparal.engine.engine import Engine
     from dualparal.engine.result import EngineOutput
     from dualparal.planning.plan import Plan
     from dualparal.planning.planner import plan
     from dualparal.schedule.schedule import Schedule
+    from dualparal.workers.engine import Engine
+    from dualparal.workers.ranks import RankFailed
 
 from_source.register()
 
@@ -33,12 +34,13 @@ _EXPORTS = {
     "Checkpoint": "checkpoint.checkpointer",
     "Chunk": "decoding.chunks",
     "EightBitPolicy": "config.eight_bit",
-    "Engine": "engine.engine",
+    "Engine": "workers.engine",
     "EngineConfig": "config.engine",
     "EngineOutput": "engine.result",
     "LinearPolicy": "config.eight_bit",
     "Lora": "config.lora",
     "Plan": "planning.plan",
+    "RankFailed": "workers.ranks",
     "Reuse": "config.reuse",
     "Schedule": "schedule.schedule",
     "plan": "planning.planner",
@@ -55,6 +57,7 @@ __all__ = [
     "LinearPolicy",
     "Lora",
     "Plan",
+    "RankFailed",
     "Reuse",
     "Schedule",
     "VideoConfig",

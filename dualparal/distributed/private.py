@@ -216,32 +216,30 @@ def _connect(store: Any, rank: int, size: int, limit: float) -> dict[int, socket
     """Connects this rank with all others of a group; the higher rank of two calls the lower one."""
     deadline = time.monotonic() + limit
     links: dict[int, socket.socket] = {}
-    with _listen(Path(os.environ[RENDEZVOUS]).parent, size) as (server, name):
+    with listen(Path(os.environ[RENDEZVOUS]).parent, size) as (server, name):
         store.set(f"socket/{rank}", name)
         for peer in range(rank):
             if not wait_for(store, [f"socket/{peer}"], deadline - time.monotonic()):
                 raise TimeoutError(f"rank(s) [{peer}] of the group did not come within {limit:g} s")
-            links[peer] = socket.socket(socket.AF_UNIX)
-            _at(Path(store.get(f"socket/{peer}").decode()), links[peer].connect)
-            links[peer].sendall(_RANK.pack(rank))
+            links[peer] = call(Path(store.get(f"socket/{peer}").decode()), rank)
         while len(links) < size - 1:
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 link, _ = server.accept()
-                caller = _caller(link, range(rank + 1, size))
+                found = caller(link, range(rank + 1, size))
             except TimeoutError:
                 missing = sorted(set(range(size)) - {rank, *links})
                 raise TimeoutError(f"rank(s) {missing} of the group did not come within {limit:g} s") from None
-            if caller is None or caller in links:
+            if found is None or found in links:
                 link.close()
             else:
-                links[caller] = link
+                links[found] = link
     return links
 
 
 @contextlib.contextmanager
-def _listen(folder: Path, size: int) -> Iterator[tuple[socket.socket, str]]:
-    """A socket that listens under a name in a folder, until all have connected."""
+def listen(folder: Path, size: int) -> Iterator[tuple[socket.socket, str]]:
+    """A socket that listens under a name in a private folder, until all have connected. Raises OSError."""
     path = folder / secrets.token_hex(8)
     with socket.socket(socket.AF_UNIX) as server:
         _at(path, server.bind)
@@ -252,19 +250,27 @@ def _listen(folder: Path, size: int) -> Iterator[tuple[socket.socket, str]]:
             path.unlink(missing_ok=True)
 
 
-def _at(path: Path, call: Any) -> None:
+def call(path: Path, rank: int) -> socket.socket:
+    """A connection to whoever listens under a path, which is told this rank. Raises OSError."""
+    link = socket.socket(socket.AF_UNIX)
+    _at(path, link.connect)
+    link.sendall(_RANK.pack(rank))
+    return link
+
+
+def _at(path: Path, reach: Any) -> None:
     """Calls ``bind`` or ``connect`` with a path of any length."""
     if len(os.fsencode(path)) <= _LONGEST_PATH:
-        call(str(path))
+        reach(str(path))
         return
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        call(f"/proc/self/fd/{folder}/{path.name}")
+        reach(f"/proc/self/fd/{folder}/{path.name}")
     finally:
         os.close(folder)
 
 
-def _caller(link: socket.socket, expected: range) -> int | None:
+def caller(link: socket.socket, expected: range) -> int | None:
     """The rank that has connected; None: another user's process, or none of these ranks."""
     if hasattr(socket, "SO_PEERCRED"):  # Linux; elsewhere the folder's mode alone keeps others out
         _, user, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))

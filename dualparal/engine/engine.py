@@ -25,7 +25,7 @@ from dualparal.engine.claimed import Claimed
 from dualparal.engine.identity import check_same_run
 from dualparal.engine.parts import Parts
 from dualparal.engine.request import Prompt, Request, check_alike, check_request, schedule_of, split_videos
-from dualparal.engine.result import EngineOutput, join_chunks
+from dualparal.engine.result import EngineOutput, whole_videos
 from dualparal.engine.resume import check_restartable, decode_again, requests_of
 from dualparal.engine.run import Run
 from dualparal.engine.setup import Setup
@@ -37,7 +37,7 @@ from dualparal.trace.timeline import check_name
 logger = logging.getLogger("dualparal")
 
 EngineCallback = Callable[["Engine", int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
-_BUSY = (
+BUSY = (
     "this engine is making a video: exhaust or close that stream first, give all prompts in one call, or use another "
     "engine"
 )
@@ -133,13 +133,7 @@ class Engine:
         Raises:
             ValueError: as ``stream`` raises it, or an endless video.
         """
-        return_dict = kwargs.pop("return_dict", True)
-        if kwargs.get("num_frames", 81) is None:
-            raise ValueError("num_frames=None is an endless video: use engine.stream(...)")
-        kwargs.setdefault("result_kind", "latents" if kwargs.get("output_type") == "latent" else "frames")
-        chunks = list(self.stream(prompt, **kwargs))
-        frames = join_chunks(chunks, kwargs.get("output_type", "np")) if chunks else None
-        return EngineOutput(frames, self.stats) if return_dict else (frames,)  # type: ignore[return-value]
+        return whole_videos(self, prompt, kwargs)
 
     def stream(
         self,
@@ -296,7 +290,7 @@ class Engine:
         schedule = schedule_of(self.setup, requests, 0 if resumed is None else resumed.snapshot.iteration)
         spec = RunSpec(requests, schedule, self.scheduler, timeline, checkpoint, resumed, self.report)
         if not self._claim.acquire(blocking=False):
-            raise RuntimeError(_BUSY)
+            raise RuntimeError(BUSY)
         self._run = Run(self.setup, self.parts, spec)
         return Claimed(self._follow(self._run), self._claim)
 
@@ -325,7 +319,7 @@ class Engine:
         found = snapshot.newest(folder).snapshot
         check_same_run(self.setup, self.scheduler, found)
         if not self._claim.acquire(blocking=False):
-            raise RuntimeError(_BUSY)
+            raise RuntimeError(BUSY)
         try:
             with current(self.mesh.device):
                 yield from decode_again(self.setup, self.parts, found, folder, video, blocks)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,34 @@ class EngineOutput:
 
     frames: Any
     stats: RunStats | None
+
+
+class Streams(Protocol):
+    """An engine, by its calls and its attributes."""
+
+    stats: RunStats | None
+
+    def stream(self, *args: Any, **kwargs: Any) -> Iterator[Chunk]:
+        """Yields chunks as they are finished."""
+        ...
+
+
+def whole_videos(engine: Streams, prompt: Any, kwargs: dict[str, Any]) -> EngineOutput:
+    """The result of a call of an engine, see ``engine.engine.Engine.__call__``.
+
+    Args:
+        kwargs: the other arguments of ``stream``, and ``return_dict``.
+
+    Raises:
+        ValueError: as ``stream`` raises it, or an endless video.
+    """
+    return_dict = kwargs.pop("return_dict", True)
+    if kwargs.get("num_frames", 81) is None:
+        raise ValueError("num_frames=None is an endless video: use engine.stream(...)")
+    kwargs.setdefault("result_kind", "latents" if kwargs.get("output_type") == "latent" else "frames")
+    chunks = list(engine.stream(prompt, **kwargs))
+    frames = join_chunks(chunks, kwargs.get("output_type", "np")) if chunks else None
+    return EngineOutput(frames, engine.stats) if return_dict else (frames,)  # type: ignore[return-value]
 
 
 def join_chunks(chunks: list[Chunk], kind: OutputType) -> Any:
