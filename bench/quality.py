@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from harness.record import record
-from meter import fifo, quality_report, scene_classifier, scene_metrics
+from meter import fifo, persistence, quality_report, scene_classifier, scene_metrics
 from rich.console import Console
 from rich.progress import track as progress
 from scenes import SIZE, Scene, sample_scene, video
@@ -265,7 +265,8 @@ def fingerprint(model: str) -> str:
 @lru_cache(1)
 def meter() -> str:
     """Of what measures: figures of an older meter are measured again (the videos are kept)."""
-    files = [Path(scene_metrics.__file__), Path(scene_classifier.__file__), scene_classifier.WEIGHTS]
+    files = [Path(part.__file__) for part in (scene_metrics, persistence, scene_classifier)]
+    files.append(scene_classifier.WEIGHTS)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from meter.persistence import KINDS
+
 RENDERINGS = 12  # of the truth per caption, that features are compared with
 RESAMPLES = 1000
 Videos = Mapping[tuple[int, int], dict[str, np.ndarray]]  # (prompt, seed) -> what quality.run found
@@ -31,12 +33,15 @@ class Column:
 COLUMNS = [
     Column("seam", "seam", 2, ratio=True),
     Column("right", "count %", 0, percent=True),
+    Column("many", "too many %", 0, percent=True),
+    Column("few", "too few %", 0, percent=True),
+    Column("colour", "wrong colour %", 0, percent=True),
     Column("held", "held %", 0, percent=True),
     Column("kept", "kept %", 0, percent=True),
-    Column("size", "size drift", 2),
-    Column("shape", "shape %", 0, percent=True),
+    *(Column(kind, f"{kind} /100", 2) for kind in KINDS),
+    Column("inside", "inside /100", 2),
+    Column("at_seam", "at seams /100", 2),
     Column("motion", "motion %", 0, percent=True),
-    Column("jitter", "jitter", 2, ratio=True),
     Column("ground", "ground drift", 3),
     Column("contrast", "contrast", 2, ratio=True),
     Column("ground_right", "ground %", 0, percent=True),
@@ -126,13 +131,14 @@ def summarise(videos: Videos, truth: list[np.ndarray]) -> dict[str, float]:
     return row
 
 
-PAIRED = ("seam", "right", "held", "shape", "caption", "seconds")
+EVENTS = (*KINDS, "inside", "at_seam")
+PAIRED = ("seam", "right", "many", "few", "colour", "held", "kept", *EVENTS, "caption", "seconds")
 
 
 def differences(videos: Videos, base: Videos) -> dict[str, tuple[float, ...]]:
     """Of a variant from another one with the same captions and seeds, figure -> (value, low, high), by caption.
 
-    Percentages are differences in points; seam and seconds are ratios.
+    Percentages are differences in points, events differences per 100 frames; seam and seconds are ratios.
     """
     prompts, found = sorted({prompt for prompt, _ in videos}), {}
     for name in PAIRED:
@@ -140,7 +146,7 @@ def differences(videos: Videos, base: Videos) -> dict[str, tuple[float, ...]]:
 
         def of(video: Mapping[str, np.ndarray], name: str = name, ratio: bool = ratio) -> float:
             value = float(video[f"figure {name}"])
-            return float(np.log(value)) if ratio else 100 * value
+            return float(np.log(value)) if ratio else value if name in EVENTS else 100 * value
 
         pairs = [[of(v) - of(base[key]) for key, v in videos.items() if key[0] == prompt] for prompt in prompts]
 
