@@ -420,7 +420,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     console.print(quality_report.table(rows))
     for (latents, name), found in videos.items() if options.against else ():
         told = quality_report.differences(found, videos[latents, options.against])
-        text = ", ".join(f"{figure} {v:.2f} ({low:.2f} to {high:.2f})" for figure, (v, low, high) in told.items())
+        text = ", ".join(
+            f"{figure} {v:.2f} ({low:.2f} to {high:.2f})"
+            + (" FINDING" if quality_report.is_finding(found, low, high, ratio=figure in quality_report.RATIOS) else "")
+            for figure, (v, low, high) in told.items()
+        )
         console.print(f"{latents} {name} against {options.against}: {text}")
     if options.figures:
         quality_report.draw(options.figures, videos, rows, jobs[0].scene().caption())

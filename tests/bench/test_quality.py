@@ -314,11 +314,40 @@ def test_unknown_variants_are_named(model: str) -> None:
 
 def test_differences_are_taken_by_caption() -> None:
     """Captions far apart and a constant difference: the interval is as narrow as that difference is steady."""
-    base = {(p, 0): {f"figure {n}": np.array(0.1 + 0.2 * p) for n in quality_report.PAIRED} for p in range(4)}
+    steady = 0.001 * np.array([-1, 1, -1, 1, -1, 1])
+    base = {(p, 0): {f"figure {n}": np.array(0.1 + 0.1 * p) for n in quality_report.PAIRED} for p in range(6)}
     other = {
-        key: {n: v * 2 if n in ("figure seam", "figure seconds") else v + 0.03 for n, v in found.items()}
-        for key, found in base.items()
+        key: {n: v * 2 if n in ("figure seam", "figure seconds") else v + 0.03 + steady[key[0]] for n, v in x.items()}
+        for key, x in base.items()
     }
-    for name, values in quality_report.differences(other, base).items():
-        right = 2 if name in ("seam", "seconds") else 0.03 if name in quality_report.EVENTS else 3
-        assert values == pytest.approx([right] * 3)
+    for name, (value, low, high) in quality_report.differences(other, base).items():
+        if name in quality_report.RATIOS:
+            assert value == pytest.approx(2) and math.isnan(low) and math.isnan(high)  # all agree: nothing is said
+            continue
+        unit = 1 if name in quality_report.EVENTS else 100
+        assert (value, (high - low) / 2) == pytest.approx((0.03 * unit, 2.5706 * 0.001 * unit / math.sqrt(5)), rel=1e-3)
+    few = {key: video for key, video in other.items() if key[0] < 5}
+    assert all(math.isnan(low) for _, low, _ in quality_report.differences(few, base).values())
+
+
+def test_intervals_cover() -> None:
+    """Of 1,000 paired differences of shares, two seeds of a caption, 95 % hold the true one: from six captions on."""
+    rng = np.random.default_rng(0)
+    for captions in (6, 20):
+        hits = 0
+        for _ in range(1000):
+            level = rng.beta(0.5, 0.5, (captions, 1))
+            pairs = list(rng.binomial(20, level, (captions, 2)) / 20 - rng.binomial(20, level**2, (captions, 2)) / 20)
+            _, low, high = quality_report.interval(quality_report.mean_of(pairs), captions)
+            hits += low <= 0.5 - 0.375 <= high  # the mean of x and of its square
+        assert 0.93 <= hits / 1000 <= 0.98, captions
+
+
+def test_a_finding_takes_twenty_captions_and_two_seeds() -> None:
+    videos = {(prompt, seed): {} for prompt in range(20) for seed in range(2)}
+    assert quality_report.is_finding(videos, 0.1, 0.2, ratio=False)
+    assert not quality_report.is_finding(videos, -0.1, 0.2, ratio=False)
+    assert not quality_report.is_finding(videos, 0.9, 1.2, ratio=True)
+    one_seed = {key: found for key, found in videos.items() if not key[1]}
+    fewer = {key: found for key, found in videos.items() if key[0]}
+    assert not any(quality_report.is_finding(few, 0.1, 0.2, ratio=False) for few in (one_seed, fewer))
