@@ -38,6 +38,7 @@ COLUMNS = [
     Column("few", "too few %", 0, percent=True),
     Column("colour", "wrong colour %", 0, percent=True),
     Column("held", "held %", 0, percent=True),
+    Column("of_vae", "held, of vae's %", 0, percent=True),
     Column("kept", "kept %", 0, percent=True),
     *(Column(kind, f"{kind} /100", 2) for kind in KINDS),
     Column("inside", "inside /100", 2),
@@ -114,9 +115,10 @@ def mean_of(values: list[np.ndarray]) -> Callable[[np.ndarray], float]:
     return mean
 
 
-def summarise(videos: Videos, truth: list[np.ndarray]) -> dict[str, float]:
+def summarise(videos: Videos, truth: list[np.ndarray], floor: Videos | None = None) -> dict[str, float]:
     """Of one variant at one length: every figure, and NAME_low and NAME_high of its interval.
 
+    floor: the truth through the VAE, of the same length and captions, that ``of_vae`` is relative to; None: NaN.
     truth: per prompt, features [renderings, clips, features] (``quality.reference``).
     """
     prompts, row = sorted({prompt for prompt, _ in videos}), {}
@@ -125,12 +127,25 @@ def summarise(videos: Videos, truth: list[np.ndarray]) -> dict[str, float]:
         return [found for (p, _), found in videos.items() if p == prompt]
 
     for column in COLUMNS:
-        if column.name in ("frechet", "diversity"):
+        if column.name in ("frechet", "diversity", "of_vae"):
             continue
         scale: Callable[[Any], Any] = np.log if column.ratio else lambda x: x
         back: Callable[[float], float] = np.exp if column.ratio else lambda x: x
         values = [scale(np.array([float(v[f"figure {column.name}"]) for v in of(prompt)])) for prompt in prompts]
         row |= _named(column.name, [back(x) for x in interval(mean_of(values), len(prompts))])
+
+    own_held, floor_held = (
+        np.array(
+            [np.mean([float(v["figure held"]) for (p, _), v in some.items() if p == prompt]) for prompt in prompts]
+        )
+        for some in (videos, floor or videos)
+    )
+
+    def relative(chosen: np.ndarray) -> float:
+        least = float(floor_held[chosen].mean()) if floor else 0.0
+        return float(own_held[chosen].mean()) / least if least else float("nan")
+
+    row |= _named("of_vae", interval(relative, len(prompts)))
 
     features = [[v["features"] for v in of(prompt)] for prompt in prompts]
     ideal = [truth[prompt].reshape(-1, truth[prompt].shape[-1]) for prompt in prompts]

@@ -287,7 +287,7 @@ def test_a_timestep_per_token_is_the_timestep_where_all_are_equal(model: str) ->
 def test_the_command_goes_on_where_it_stopped(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ["truth", "vae", "cached T4"]
+    names = ["truth", "vae", "cached T4", "cached forced"]
     monkeypatch.setattr(quality_report, "RENDERINGS", 3)
     arguments = ["--model", model, "--variants", *names, "--latents", "10", "--prompts", "1", "--seeds", "2"]
     arguments += ["--cache", str(tmp_path / "kept"), "--figures", str(tmp_path / "figures")]
@@ -295,6 +295,7 @@ def test_the_command_goes_on_where_it_stopped(
     assert [row["variant"] for row in rows] == names
     first = rows[0]
     assert first["right"] == first["kept"] == first["motion"] == 1
+    assert rows[1]["of_vae"] == 1 or not rows[1]["held"]
     assert rows[2]["right"] < 1 and rows[2]["frechet"] > first["frechet"], "random weights make no such videos"
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "quality-table.md", "quality-curves-10.png", "quality-strips-10.png",
