@@ -123,12 +123,12 @@ PRESETS = {
     ),
     # Less than twenty minutes of two cores, so few captions.
     "table": (
-        Part(TRAINED, ("truth", "vae", "whole", "whole T8"), 4, 2),
-        Part(5 * TRAINED, ("truth", "vae", "independent", "fifo", *POLICIES), 4, 2),
+        Part(TRAINED, ("truth", "vae", "whole", "whole T8"), 6, 1),
+        Part(5 * TRAINED, ("truth", "vae", "independent", "fifo", *POLICIES), 6, 1),
         Part(
             5 * TRAINED,
             ("cached C2", "cached C8", "cached T8", "cached K5 newest", "cached R5", "cached own noise"),
-            4,
+            6,
             1,
         ),
         Part(20 * TRAINED, ("truth", "vae", "paper", "cached", "prior"), 1, 1),

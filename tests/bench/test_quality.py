@@ -308,6 +308,14 @@ def test_the_command_goes_on_where_it_stopped(
     assert str(again) == str(rows)
 
 
+def test_a_forced_video_begins_with_the_truth(model: str) -> None:
+    for name, known in (("cached forced", 8), ("paper forced", 12)):
+        job = quality.Job(replace(quality.VARIANTS[name], steps=2), known + 6, 0, 0)
+        made = quality.make_latents(model, job)
+        truth = quality.encode(quality.load_pipe(model).vae, job.truth()[: 4 * known - 3])
+        assert made.shape[2] == known + 6 and torch.equal(made[:, :, :known], truth)
+
+
 def test_unknown_variants_are_named(model: str) -> None:
     with pytest.raises(SystemExit, match="no variant 'nonsense'"):
         quality.main(["--model", model, "--variants", "nonsense"])
