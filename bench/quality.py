@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from harness.record import record
-from meter import fifo, quality_report, scene_classifier, scene_metrics
+from meter import fifo, persistence, quality_report, scene_classifier, scene_metrics
 from rich.console import Console
 from rich.progress import track as progress
 from scenes import SIZE, Scene, sample_scene, video
@@ -61,13 +61,18 @@ class Variant:
     context_version: str = "matching"
     refresh_every: int | None = None  # R
     reuse: str = "off"  # a preset, or fields
+    forced: bool = False  # the first block is the truth, encoded: what the others do once the layout is right
+
+    def layout(self, latents: int) -> Layout:
+        context = self.context_frames if self.method == "engine" else 0
+        assert self.frames_per_block is not None
+        return Layout(BlockConfig(self.frames_per_block, context, self.context), latents)  # type: ignore[arg-type]
 
     def starts(self, latents: int) -> list[int]:
         """Latent frames at which a block begins, without the first. The truth has none: what if it had, every 8?"""
         if self.frames_per_block is None or self.method == "fifo":
             return []
-        context = self.context_frames if self.method == "engine" else 0
-        layout = Layout(BlockConfig(self.frames_per_block, context, self.context), latents)  # type: ignore[arg-type]
+        layout = self.layout(latents)
         assert layout.num_blocks is not None
         return [layout.start(block) for block in range(1, layout.num_blocks)]
 
@@ -81,6 +86,7 @@ VARIANTS = {
         Variant("independent", context_frames=0),
         Variant("fifo", method="fifo", steps=24),
         *(Variant(policy, context=policy) for policy in POLICIES),
+        *(Variant(f"{p} forced", context=p, forced=True) for p in POLICIES),
         *(Variant(f"{p} C{c}", context=p, context_frames=c) for p in POLICIES for c in (2, 8)),
         *(Variant(f"{p} B4", context=p, frames_per_block=4) for p in POLICIES),
         *(Variant(f"{p} B12", context=p, frames_per_block=12) for p in POLICIES),
@@ -117,20 +123,26 @@ PRESETS = {
     ),
     # Less than twenty minutes of two cores, so few captions.
     "table": (
-        Part(TRAINED, ("truth", "vae", "whole", "whole T8"), 4, 2),
-        Part(5 * TRAINED, ("truth", "independent", "fifo", *POLICIES), 4, 2),
+        Part(TRAINED, ("truth", "vae", "whole", "whole T8"), 6, 1),
+        Part(5 * TRAINED, ("truth", "vae", "independent", "fifo", *POLICIES), 6, 1),
         Part(
             5 * TRAINED,
             ("cached C2", "cached C8", "cached T8", "cached K5 newest", "cached R5", "cached own noise"),
-            4,
+            6,
             1,
         ),
-        Part(20 * TRAINED, ("truth", "paper", "cached", "prior"), 1, 1),
+        Part(20 * TRAINED, ("truth", "vae", "paper", "cached", "prior"), 1, 1),
+    ),
+    # What a finding takes. Hours of a core.
+    "findings": (
+        Part(5 * TRAINED, ("vae", *POLICIES, *(f"{policy} forced" for policy in POLICIES)), 20, 2),
+        Part(257, ("vae", *POLICIES), 20, 2),
     ),
     # Some 35 minutes of two cores; --prompts N for narrower intervals.
     "full": (
         Part(TRAINED, ("truth", "vae", "whole", "whole T4", "whole T8", "whole T50", "whole euler"), 8, 2),
-        Part(5 * TRAINED, ("truth", "independent", "fifo", *POLICIES), 6, 2),
+        Part(5 * TRAINED, ("truth", "vae", "independent", "fifo", *POLICIES), 6, 2),
+        Part(257, ("vae",), 6, 1),
         Part(
             5 * TRAINED,
             (
@@ -156,7 +168,7 @@ PRESETS = {
             4,
             1,
         ),
-        Part(20 * TRAINED, ("truth", "independent", "fifo", *POLICIES), 2, 1),
+        Part(20 * TRAINED, ("truth", "vae", "independent", "fifo", *POLICIES), 2, 1),
     ),
 }
 
@@ -223,11 +235,14 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
         channels = pipe.transformer.config.in_channels
         noise = torch.randn(1, channels, drawn, side, side, generator=torch.Generator().manual_seed(job.seed))
         noise = noise.repeat(1, 1, -(-job.latents // drawn), 1, 1)[:, :, : job.latents]
+    known = variant.layout(job.latents).frames(0) if variant.forced else 0
+    clip = encode(pipe.vae, job.truth()[: 4 * known - 3]) if known else None
     made: torch.Tensor = engine(
-        caption, height=SIZE, width=SIZE, num_frames=4 * job.latents - 3, num_inference_steps=variant.steps,
-        guidance_scale=variant.guidance_scale, seed=job.seed, latents=noise, output_type="latent",
+        caption, height=SIZE, width=SIZE, num_frames=4 * (job.latents - known) - (0 if known else 3),
+        num_inference_steps=variant.steps, guidance_scale=variant.guidance_scale, seed=job.seed, latents=noise,
+        video=clip, output_type="latent",
     ).frames  # fmt: skip
-    return made
+    return made if clip is None else torch.cat([clip, made], dim=2)
 
 
 @torch.inference_mode()
@@ -265,7 +280,8 @@ def fingerprint(model: str) -> str:
 @lru_cache(1)
 def meter() -> str:
     """Of what measures: figures of an older meter are measured again (the videos are kept)."""
-    files = [Path(scene_metrics.__file__), Path(scene_classifier.__file__), scene_classifier.WEIGHTS]
+    files = [Path(part.__file__) for part in (scene_metrics, persistence, scene_classifier)]
+    files.append(scene_classifier.WEIGHTS)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -412,14 +428,18 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     truth = reference(options.cache, max(part.prompts for part in parts))
     rows = [
         {"latents": part.latents, "variant": name, "prompts": part.prompts, "seeds": part.seeds}
-        | quality_report.summarise(videos[part.latents, name], truth)
+        | quality_report.summarise(videos[part.latents, name], truth, videos.get((part.latents, "vae")))
         for part in parts
         for name in part.names
     ]
     console.print(quality_report.table(rows))
     for (latents, name), found in videos.items() if options.against else ():
         told = quality_report.differences(found, videos[latents, options.against])
-        text = ", ".join(f"{figure} {v:.2f} ({low:.2f} to {high:.2f})" for figure, (v, low, high) in told.items())
+        text = ", ".join(
+            f"{figure} {v:.2f} ({low:.2f} to {high:.2f})"
+            + (" FINDING" if quality_report.is_finding(found, low, high, ratio=figure in quality_report.RATIOS) else "")
+            for figure, (v, low, high) in told.items()
+        )
         console.print(f"{latents} {name} against {options.against}: {text}")
     if options.figures:
         quality_report.draw(options.figures, videos, rows, jobs[0].scene().caption())

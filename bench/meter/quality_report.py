@@ -1,7 +1,7 @@
 """From measured videos to figures with intervals, a table, curves and filmstrips (quality.py makes the videos).
 
-Intervals are 95 %, by bootstrap over captions: captions are drawn with replacement, each with all of its seeds, as
-videos of one caption are no independent samples. They say what other captions of this kind would have given.
+Intervals are 95 %, Student's t over captions, each with all of its seeds, as videos of one caption are no independent
+samples. They say what other captions of this kind would have given.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from meter.persistence import KINDS
+
 RENDERINGS = 12  # of the truth per caption, that features are compared with
-RESAMPLES = 1000
+FEWEST = 6  # captions of which an interval is said
+ENOUGH = (20, 2)  # captions, and seeds of each, of which a difference may be called a finding
 Videos = Mapping[tuple[int, int], dict[str, np.ndarray]]  # (prompt, seed) -> what quality.run found
 
 
@@ -31,12 +34,16 @@ class Column:
 COLUMNS = [
     Column("seam", "seam", 2, ratio=True),
     Column("right", "count %", 0, percent=True),
+    Column("many", "too many %", 0, percent=True),
+    Column("few", "too few %", 0, percent=True),
+    Column("colour", "wrong colour %", 0, percent=True),
     Column("held", "held %", 0, percent=True),
+    Column("of_vae", "held, of vae's %", 0, percent=True),
     Column("kept", "kept %", 0, percent=True),
-    Column("size", "size drift", 2),
-    Column("shape", "shape %", 0, percent=True),
+    *(Column(kind, f"{kind} /100", 2) for kind in KINDS),
+    Column("inside", "inside /100", 2),
+    Column("at_seam", "at seams /100", 2),
     Column("motion", "motion %", 0, percent=True),
-    Column("jitter", "jitter", 2, ratio=True),
     Column("ground", "ground drift", 3),
     Column("contrast", "contrast", 2, ratio=True),
     Column("ground_right", "ground %", 0, percent=True),
@@ -68,28 +75,50 @@ def spread(features: list[np.ndarray]) -> float:
     return float(np.mean(pairs)) if pairs else float("nan")
 
 
-def interval(statistic: Callable[[np.ndarray], float], prompts: int, *, biased: bool = False) -> tuple[float, ...]:
-    """(value, low, high) of a statistic of prompt numbers (with repetitions).
+def interval(statistic: Callable[[np.ndarray], float], prompts: int) -> tuple[float, ...]:
+    """(value, low, high) of a statistic of prompt numbers, by the jackknife over captions and Student's t.
 
-    biased: resamples of a Frechet distance lie higher than the value, as they hold fewer different captions; the
-    interval is then the value and 1.96 of their standard deviations to both sides.
+    Of a mean over captions it is the t interval. Captions without which the statistic is NaN are no sample of it.
+    low and high are NaN below ``FEWEST`` captions, and where captions do not differ, which says nothing of others.
     """
-    value = statistic(np.arange(prompts))
-    rng = np.random.default_rng(0)
-    drawn = np.array([statistic(rng.integers(prompts, size=prompts)) for _ in range(100 if biased else RESAMPLES)])
-    drawn = drawn[~np.isnan(drawn)]
-    if prompts < 2 or np.isnan(value) or not len(drawn):
+    everyone = np.arange(prompts)
+    value = statistic(everyone)
+    without = np.array([statistic(np.delete(everyone, i)) for i in everyone]) if prompts > 1 else np.zeros(0)
+    without = without[~np.isnan(without)]
+    number = len(without)
+    if number < FEWEST or np.isnan(value) or np.ptp(without) < 1e-9 * max(1.0, abs(value)):
         return value, float("nan"), float("nan")
-    if biased:
-        wide = 1.96 * drawn.std()
-        return value, max(0.0, value - wide), value + wide
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return value, float(low), float(high)
+    wide = student(number - 1) * np.sqrt((number - 1) * without.var())
+    return value, value - wide, value + wide
 
 
-def summarise(videos: Videos, truth: list[np.ndarray]) -> dict[str, float]:
+def student(freedom: int) -> float:
+    """97.5 % quantile of Student's t, to 0.001 from 5 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
+    z = 1.959964
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return float(z + sum(term / freedom**power for power, term in enumerate(terms, 1)))
+
+
+def mean_of(values: list[np.ndarray]) -> Callable[[np.ndarray], float]:
+    """The statistic for ``interval`` of values [seeds] per caption: the mean of captions' means; NaN is left out."""
+    means = np.array([part[~np.isnan(part)].mean() if not np.isnan(part).all() else np.nan for part in values])
+
+    def mean(chosen: np.ndarray) -> float:
+        kept = means[chosen][~np.isnan(means[chosen])]
+        return float(kept.mean()) if len(kept) else float("nan")
+
+    return mean
+
+
+def summarise(videos: Videos, truth: list[np.ndarray], floor: Videos | None = None) -> dict[str, float]:
     """Of one variant at one length: every figure, and NAME_low and NAME_high of its interval.
 
+    floor: the truth through the VAE, of the same length and captions, that ``of_vae`` is relative to; None: NaN.
     truth: per prompt, features [renderings, clips, features] (``quality.reference``).
     """
     prompts, row = sorted({prompt for prompt, _ in videos}), {}
@@ -98,18 +127,25 @@ def summarise(videos: Videos, truth: list[np.ndarray]) -> dict[str, float]:
         return [found for (p, _), found in videos.items() if p == prompt]
 
     for column in COLUMNS:
-        if column.name in ("frechet", "diversity"):
+        if column.name in ("frechet", "diversity", "of_vae"):
             continue
         scale: Callable[[Any], Any] = np.log if column.ratio else lambda x: x
         back: Callable[[float], float] = np.exp if column.ratio else lambda x: x
         values = [scale(np.array([float(v[f"figure {column.name}"]) for v in of(prompt)])) for prompt in prompts]
+        row |= _named(column.name, [back(x) for x in interval(mean_of(values), len(prompts))])
 
-        def mean(chosen: np.ndarray, values: list[np.ndarray] = values) -> float:
-            joined = np.concatenate([values[i] for i in chosen])
-            joined = joined[~np.isnan(joined)]
-            return float(joined.mean()) if len(joined) else float("nan")
+    own_held, floor_held = (
+        np.array(
+            [np.mean([float(v["figure held"]) for (p, _), v in some.items() if p == prompt]) for prompt in prompts]
+        )
+        for some in (videos, floor or videos)
+    )
 
-        row |= _named(column.name, [back(x) for x in interval(mean, len(prompts))])
+    def relative(chosen: np.ndarray) -> float:
+        least = float(floor_held[chosen].mean()) if floor else 0.0
+        return float(own_held[chosen].mean()) / least if least else float("nan")
+
+    row |= _named("of_vae", interval(relative, len(prompts)))
 
     features = [[v["features"] for v in of(prompt)] for prompt in prompts]
     ideal = [truth[prompt].reshape(-1, truth[prompt].shape[-1]) for prompt in prompts]
@@ -121,35 +157,40 @@ def summarise(videos: Videos, truth: list[np.ndarray]) -> dict[str, float]:
 
     own = np.array([spread(f) for f in features])
     true = np.array([spread(list(truth[prompt])) for prompt in prompts])
-    row |= _named("frechet", interval(distance, len(prompts), biased=True))
+    row |= _named("frechet", interval(distance, len(prompts)))
     row |= _named("diversity", interval(lambda chosen: float(own[chosen].sum() / true[chosen].sum()), len(prompts)))
     return row
 
 
-PAIRED = ("seam", "right", "held", "shape", "caption", "seconds")
+RATIOS = ("seam", "seconds")
+EVENTS = (*KINDS, "inside", "at_seam")
+PAIRED = ("seam", "right", "many", "few", "colour", "held", "kept", *EVENTS, "caption", "seconds")
 
 
 def differences(videos: Videos, base: Videos) -> dict[str, tuple[float, ...]]:
     """Of a variant from another one with the same captions and seeds, figure -> (value, low, high), by caption.
 
-    Percentages are differences in points; seam and seconds are ratios.
+    Percentages are differences in points, events differences per 100 frames; seam and seconds are ratios.
     """
     prompts, found = sorted({prompt for prompt, _ in videos}), {}
     for name in PAIRED:
-        ratio = name in ("seam", "seconds")
+        ratio = name in RATIOS
 
         def of(video: Mapping[str, np.ndarray], name: str = name, ratio: bool = ratio) -> float:
             value = float(video[f"figure {name}"])
-            return float(np.log(value)) if ratio else 100 * value
+            return float(np.log(value)) if ratio else value if name in EVENTS else 100 * value
 
-        pairs = [[of(v) - of(base[key]) for key, v in videos.items() if key[0] == prompt] for prompt in prompts]
-
-        def mean(chosen: np.ndarray, pairs: list[list[float]] = pairs) -> float:
-            return float(np.nanmean(np.concatenate([pairs[i] for i in chosen])))
-
-        values = interval(mean, len(prompts))
+        pairs = [np.array([of(v) - of(base[key]) for key, v in videos.items() if key[0] == p]) for p in prompts]
+        values = interval(mean_of(pairs), len(prompts))
         found[name] = tuple(float(np.exp(x)) for x in values) if ratio else values
     return found
+
+
+def is_finding(videos: Videos, low: float, high: float, *, ratio: bool) -> bool:
+    """True if captions and seeds are ``ENOUGH`` and the interval of a difference (or ratio) leaves out none (or 1)."""
+    prompts = {prompt for prompt, _ in videos}
+    none = 1.0 if ratio else 0.0
+    return len(prompts) >= ENOUGH[0] and len(videos) >= len(prompts) * ENOUGH[1] and (low > none or high < none)
 
 
 def _named(name: str, values: Any) -> dict[str, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import permutations
 from pathlib import Path
 
@@ -17,7 +16,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-from scenes import BACKGROUNDS, COLOURS, ORBIT, SHAPES, SIZE, SPEEDS, SWING, Scene, video
+from scenes import BACKGROUNDS, COLOURS, ORBIT, SIZE, SPEEDS, SWING, Scene
+
+from meter import persistence
 
 COLOUR_NAMES, COLOUR_VALUES = tuple(COLOURS), np.array(list(COLOURS.values()), np.float32)
 GROUND_VALUES = np.array(list(BACKGROUNDS.values()), np.float32)
@@ -27,12 +28,8 @@ DEEP = 12  # pixels of a piece that is left three pixels in; a circle of radius 
 MIN_AREA = 25.0  # pixels; the smallest object of a scene, a triangle of radius 7, has 64
 FAR = 8.0  # pixels between two frames: not the same object
 ENDS = 16  # frames at the start and at the end that drift compares
-FLICKER = 9  # frames of the running median of counts: what lasts less than half of it is forgiven
 WINDOW = 24  # frames in which a motion is judged
 SLOW = SPEEDS[0] / 2  # pixels per frame: less does not count as moving
-UNSEEN = 0.05  # pixels per frame²
-# Area over the area of the circle round the object: 1, 2 / pi and 3 sqrt(3) / (4 pi) before pixels; between those.
-SHAPE_LIMITS = {"circle": (0.80, 9.0), "square": (0.53, 0.80), "triangle": (0.0, 0.53)}
 CHUNK = 64  # frames at a time, for memory
 
 
@@ -44,7 +41,6 @@ class Blobs:
     colour: np.ndarray  # [blobs], index into COLOUR_NAMES
     area: np.ndarray  # [blobs], pixels; edge pixels count by their share
     centre: np.ndarray  # [blobs, 2], x and y
-    fill: np.ndarray  # [blobs], area over that of the circle round it
     contrast: np.ndarray  # [blobs], its inner pixels' distance from the background over that of the palette's colours
 
 
@@ -214,8 +210,6 @@ def _measure(
     offset = (np.stack([x, y], -1) - origin[which] + SIZE // 2) % SIZE - SIZE // 2
     area = total(share)
     mean = np.stack([total(share * offset[:, axis]) for axis in range(2)], -1) / np.maximum(area, 1e-9)[:, None]
-    reach = np.zeros(number)
-    np.maximum.at(reach, which, np.where(share >= 0.5, np.hypot(*(offset - mean[which]).T), 0))
     kind, at = colour[frame[first], y[first], x[first]], frame[first]
     inside = np.stack([inner_mean(pixels[label >= 0][:, channel]) for channel in range(3)], -1)
     nearest = np.linalg.norm(background[:, None] - GROUND_VALUES, axis=-1).argmin(1)
@@ -225,7 +219,6 @@ def _measure(
         "colour": kind,
         "area": area,
         "centre": (origin + mean + 0.5) % SIZE,
-        "fill": area / (np.pi * (reach + 0.5) ** 2),  # a pixel's middle is half a pixel from the rim
         "contrast": np.linalg.norm(inside - background[at], axis=-1) / full,
     }
     keep = np.flatnonzero(area >= MIN_AREA)
@@ -294,68 +287,12 @@ def counts_right(seen: Seen, scene: Scene) -> np.ndarray:
     return (seen.counts == expected_counts(scene)).all(1)
 
 
-def held(seen: Seen) -> float:
-    """Share of the video before the number of objects of any colour first differs from the start's. 1: kept to the end.
-
-    Counts are running medians over ``FLICKER`` frames. It asks nothing of the caption: a wrong count that stays is
-    kept. (An empty video keeps nothing: 0.)
-    """
-    half = FLICKER // 2
-    padded = np.pad(seen.counts, ((half, half), (0, 0)), mode="edge")
-    smooth = np.median(np.lib.stride_tricks.sliding_window_view(padded, FLICKER, axis=0), axis=-1)
-    if not smooth[0].any():
-        return 0.0
-    changed = (smooth != smooth[0]).any(1)
-    return float(changed.argmax() / len(changed)) if changed.any() else 1.0
-
-
-def size_drift(seen: Seen) -> float:
-    """Mean over colours of |ln(mean area at the end / at the start)|, of the first and last ``ENDS`` frames.
-
-    Of colours with as many objects at the end as at the start (the median): else it would be another object's size.
-    """
-    blobs, drifts = seen.blobs, []
-    for colour in range(len(COLOUR_NAMES)):
-        own = blobs.colour == colour
-        start, end = own & (blobs.frame < ENDS), own & (blobs.frame >= seen.frames - ENDS)
-        count = seen.counts[:, colour]
-        if start.any() and end.any() and np.median(count[:ENDS]) == np.median(count[-ENDS:]):
-            drifts.append(abs(np.log(blobs.area[end].mean() / blobs.area[start].mean())))
-    return float(np.mean(drifts)) if drifts else float("nan")
-
-
-def shape_right(seen: Seen, scene: Scene) -> float:
-    """Share of windows of ``ENDS`` frames and colours asked for in which the median fill is the shape's.
-
-    Fill is area over that of the circle round the object; limits in ``SHAPE_LIMITS``. Colours not there are left out.
-    """
-    blobs, good = seen.blobs, []
-    for colour, shape in dict.fromkeys((thing.colour, thing.shape) for thing in scene.things):
-        low, high = SHAPE_LIMITS[shape]
-        own = blobs.colour == COLOUR_NAMES.index(colour)
-        for window in np.unique(blobs.frame[own] // ENDS):
-            fill = np.median(blobs.fill[own & (blobs.frame // ENDS == window)])
-            good.append(low <= fill < high)
-    return float(np.mean(good)) if good else float("nan")
-
-
-def jitter(seen: Seen) -> float:
-    """Median over objects and frames of the length of the second difference of a tracked centre, pixels per frame²."""
-    sizes = [np.linalg.norm(np.diff(t.positions, n=2, axis=0), axis=-1).ravel() for t in seen.tracks]
-    return float(np.median(np.concatenate(sizes))) if sizes else float("nan")
-
-
-def jitter_ratio(seen: Seen, scene: Scene) -> float:
-    """``jitter`` over that of the truth, a mean of four videos: speed and start are not in the caption.
-
-    ``UNSEEN`` is added to both: the truth's is next to nothing where the speed happens to be a pixel per frame.
-    """
-    return (jitter(seen) + UNSEEN) / (_true_jitter(scene) + UNSEEN)
-
-
-@lru_cache(1000)
-def _true_jitter(scene: Scene) -> float:
-    return float(np.mean([jitter(track(video(scene, 61, np.random.default_rng([7, n])))) for n in range(4)]))
+def counts_wrong(seen: Seen, scene: Scene) -> dict[str, float]:
+    """Shares of frames with too many objects, with too few, and with as many as asked for but in other colours."""
+    asked = expected_counts(scene)
+    more = seen.counts.sum(1) - asked.sum()
+    other = (more == 0) & (seen.counts != asked).any(1)
+    return {"many": float((more > 0).mean()), "few": float((more < 0).mean()), "colour": float(other.mean())}
 
 
 def motion_right(seen: Seen, scene: Scene) -> float:
@@ -430,21 +367,17 @@ def measure(frames: np.ndarray, scene: Scene, starts: list[int]) -> tuple[dict[s
     """All figures of one video, and its curves over frames. ``starts``: see ``seam_energy``."""
     seen = track(frames)
     right, drift = counts_right(seen, scene), background_drift(seen)
-    kept = held(seen)
+    kept = persistence.held(seen)
     figures = {
         "seam": seam_energy(frames, starts),
         "right": float(right.mean()),
+        **counts_wrong(seen, scene),
         "held": kept,
         "kept": float(kept == 1),
-        "size": size_drift(seen),
-        "shape": shape_right(seen, scene),
+        **persistence.rates(seen, starts),
         "motion": motion_right(seen, scene),
-        "jitter": jitter_ratio(seen, scene),
         "ground": float(drift[-ENDS:].mean()),
         "contrast": contrast_kept(seen),
         "ground_right": float(background_right(seen, scene).mean()),
     }
     return figures, {"right": right.astype(np.float32), "ground": drift.astype(np.float32)}
-
-
-assert set(SHAPE_LIMITS) == set(SHAPES)
