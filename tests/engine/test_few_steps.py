@@ -265,8 +265,7 @@ def test_resume_at_any_point(engine: Build, tmp_path: Path, scheduler: str, dtyp
     )
     points = {}
     for count, _ in enumerate(chunks):
-        points[count] = tmp_path / str(count)
-        shutil.copytree(folder, points[count], ignore=shutil.ignore_patterns("*.tmp"))
+        points[count] = copied(folder, tmp_path / str(count))
     starts = set()
     for count, point in points.items():
         made = list(build(1 + count % 3).resume(point))
@@ -278,6 +277,15 @@ def test_resume_at_any_point(engine: Build, tmp_path: Path, scheduler: str, dtyp
     other.scheduler = SAMPLERS["unipc"]
     with pytest.raises(SnapshotError, match="sampler"):
         other.resume(point)
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A copy of what is in a folder at one moment; a thread writes and removes snapshots there meanwhile."""
+    while True:
+        try:
+            return Path(shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.tmp")))
+        except shutil.Error:
+            shutil.rmtree(to)
 
 
 def test_a_model_folder_names_it(engine: Build, wan21: Path, tmp_path: Path) -> None:
