@@ -5,8 +5,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --constraint constraints.txt
 # The install is editable, so only what is compiled or declared calls for another one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
-# One more than two cores: many tests wait for processes that they start.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 PROMPT ?= two red circles and a blue square drifting left on a dark background
 
 .PHONY: demo test quick clean
