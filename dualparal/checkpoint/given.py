@@ -1,4 +1,4 @@
-"""Files beside snapshots that hold what was given to a run: initial noise, and what came of images."""
+"""Files beside snapshots that hold what was given to a run: initial noise, and what came of images and clips."""
 
 from __future__ import annotations
 

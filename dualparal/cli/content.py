@@ -1,4 +1,4 @@
-"""The flags of what a video shows: texts, and images that it begins or ends with."""
+"""The flags of what a video shows: texts, images that it begins or ends with, a clip that it goes on from."""
 
 from __future__ import annotations
 
