@@ -56,6 +56,7 @@ def test_a_silent_rank_under_torchrun_is_named(start: Callable[..., Run], wan21:
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
     )  # fmt: skip
     run.wait_for_segments(1)
+    time.sleep(3)  # a beat a second: until the others have heard that it works, it is given the time of a start
     run.ranks[1].send_signal(signal.SIGSTOP)
     run.ranks[0].wait(60)
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
