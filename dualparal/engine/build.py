@@ -335,14 +335,15 @@ class Builder:
         where = mesh.role if mesh.distributed else {"stage": index}
         if report is None:
             return None
-        iteration, units = -1, 0
+        iteration, units, actions = -1, 0, 0
 
         def tell(phase: str, unit: Unit) -> None:
-            nonlocal iteration, units
-            more: dict[str, Any] = {}
+            nonlocal iteration, units, actions
+            more: dict[str, Any] = {"action": actions}
+            actions += 1
             if phase == "run" and (now := schedule.iteration(unit)) > iteration:
                 iteration = now
-                more = {"iteration": iteration, "busy": clock.seconds / layers}
+                more |= {"iteration": iteration, "busy": clock.seconds / layers}
                 if decoding is not None:
                     more["decoding"] = decoding() / layers
             if phase == "run" and mesh.is_leader and index == 0:

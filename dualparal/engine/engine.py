@@ -80,10 +80,10 @@ class Engine:
         Args:
             model: a directory in diffusers format, a hub id, or a loaded WanPipeline.
             config: options as one value; or give its fields as ``options``.
-            report: called with (phase, block=, step=, stage=) before every action; for supervisors. At the first unit
-                of an iteration besides with iteration= and busy=, seconds per layer spent in units so far, stage 0
-                with decoding= too, the same of the decoder beside it; and stage 0 at every unit with units=, those
-                that it has run, and total_units= (None: endless).
+            report: called with (phase, block=, step=, stage=, action=) before every action, of which each stage counts
+                its own; for supervisors. At the first unit of an iteration besides with iteration= and busy=, seconds
+                per layer spent in units so far, stage 0 with decoding= too, the same of the decoder beside it; and
+                stage 0 at every unit with units=, those that it has run, and total_units= (None: endless).
             options: fields of ``EngineConfig`` and of ``BlockConfig``: frames_per_block, context_frames, context,
                 stages, device, dtype, attention_8bit ... . A torch.dtype or torch.device will do.
 

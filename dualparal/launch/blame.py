@@ -101,6 +101,7 @@ class RankState:
     decoder: int | None = None
     block: int | None = None
     step: int | None = None
+    action: int | None = None  # its number among those of its stage, the same for all places; None: it did not say
     phase: str | None = None  # None until the first phase: starting up
     done: bool = False
     error: Report | None = None  # its own
@@ -159,6 +160,7 @@ class RankState:
         if "phase" in message:
             self.phase = str(message["phase"])
             self.block, self.step = _int(message.get("block")), _int(message.get("step"))
+            self.action = _int(message.get("action"))
         if "error" in message:
             self._take_error(message, said)
         self.done = self.done or bool(message.get("done"))
@@ -239,17 +241,27 @@ def _silent(states: Sequence[RankState], limits: Limits, limit: float, now: floa
     return _failure(worst, f"no heartbeat for {now - worst.heard:.1f} s", NO_PROGRESS, hint)
 
 
+def _held(state: RankState, states: Sequence[RankState]) -> bool:
+    """True where another place of its stage waits, by its own account, for what comes before the action of this one.
+
+    Places of a stage need each other's shares of every unit: one that has begun a unit waits for those that have not.
+    """
+    return state.action is not None and any(
+        s.stage == state.stage and s.waiting and s.action is not None and s.action < state.action for s in states
+    )
+
+
 def _stalled(
     states: Sequence[RankState], limits: Limits, limit: float, now: float, busy_only: bool = False
 ) -> Failure | None:
     active = [s for s in states if s.active]
     late = [s for s in active if now - s.moved > _limit(s, limits, limit)]
-    busy = [s for s in late if not s.waiting]
+    busy = [s for s in late if not (s.waiting or _held(s, states))]
     # One rank at work may keep the others waiting as long as it likes: they are late, but innocent.
     deadlock = len(late) == len(active) and not busy_only
     if not busy and not (late and deadlock):
         return None
-    worst = min(busy or late, key=lambda s: s.moved)
+    worst = min(busy or [s for s in late if s.waiting] or late, key=lambda s: s.moved)
     cause = f"no progress for {now - worst.moved:.1f} s"
     if busy:
         return _failure(worst, cause, NO_PROGRESS, "a GPU kernel or an input/output call that never returns")

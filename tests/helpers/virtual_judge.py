@@ -240,9 +240,6 @@ class Judge:
         if failure.phase is None or failure.phase.startswith("start"):
             # All that have loaded wait for the last one, and say that they start: it cannot be told from them.
             return next((e for e in stalled if e.starting), None)
-        # Places of a stage wait for each other within a unit, which is no wait by their own account.
-        if run.places > 1 and (found := next((e for e in stalled if e.waiting or e.kind == "drop"), None)):
-            return found
         team = {failure.rank, *run.team(run.ranks[failure.rank])} if failure.stage is not None else {failure.rank}
         return next((e for e in stalled if e.rank in team), None)
 

@@ -43,6 +43,7 @@ class Rank:
         self.done = False
         self.busy = 0.0
         self.actions = 0  # so far
+        self.begun = 0  # actions of its stage
         self._served = False  # its decoder has nothing left to do
         self._early = False  # its walk ended before the schedule's end
         self._beat: Callable[[], object] | None = None
@@ -193,9 +194,10 @@ class Rank:
 
     def say(self, action: Action) -> None:
         """Reports an action, as the engine does."""
-        unit, more = action.unit, {}
+        unit, more = action.unit, {"action": self.begun}
+        self.begun += 1
         if action.op is Op.RUN and self.run.begins(self, unit):
-            more = {"iteration": self.run.schedule.iteration(unit), "busy": self.busy}
+            more |= {"iteration": self.run.schedule.iteration(unit), "busy": self.busy}
         name = {"recv": "wait_recv", "send": "wait_send"}.get(action.op.value, action.op.value)
         self.heartbeat.phase(name, **self.role, block=unit.block, step=unit.step, **more)
 

@@ -485,7 +485,8 @@ NOW = 1000.0
 
 def state(rank, *, quiet=0.1, idle=0.1, phase="wait_recv", **fields):
     """A rank heard `quiet` seconds ago, with its last message `idle` seconds ago."""
-    return RankState(rank, heard=NOW - quiet, moved=NOW - idle, stage=rank, block=4, step=2, phase=phase, **fields)
+    fields = {"stage": rank, "block": 4, "step": 2, **fields}
+    return RankState(rank, heard=NOW - quiet, moved=NOW - idle, phase=phase, **fields)
 
 
 def report(text, ago):
@@ -529,6 +530,26 @@ BLAME = {
     "the busy one, however long others wait": (
         [state(0, idle=999), state(1, idle=601, phase="run")],
         (1, "no progress"),
+    ),
+    "a place of a stage that waits for another one in its unit": (
+        [
+            state(0, phase="run", idle=700),
+            state(1, phase="run", idle=999, action=7),
+            state(2, stage=1, idle=999, action=6),
+        ],
+        (0, "no progress"),
+    ),
+    "a place that another one of its stage has left behind": (
+        [
+            state(0, phase="run", idle=700),
+            state(1, phase="run", idle=999, action=7),
+            state(2, stage=1, idle=999, action=8),
+        ],
+        (1, "no progress"),
+    ),
+    "all wait, one of them within its unit": (
+        [state(0, idle=998), state(1, phase="run", idle=999, action=7), state(2, stage=1, idle=700, action=6)],
+        (0, "every other rank waits"),
     ),
     "start-up may be silent longer": ([state(0, quiet=60, phase=None), state(1)], None),
     "a phase of starting is start-up too": ([state(0, quiet=60, phase="start"), state(1)], None),
