@@ -20,6 +20,8 @@ SPEC.loader.exec_module(mutants)
 
 # A fault that was found here: a rank spoke just before it and its parent were suspended, and was held to be stuck.
 SLEPT_AFTER_A_WORD = 174
+# Places that waited within a unit for another one of their stage, which waited for a rank before it, were blamed.
+HELD_BY_ANOTHER_PLACE = 5147, 87_372, 300_254
 GUARDS = {guard.name: guard for guard in [*(guard for guard in mutants.GUARDS if guard.file in FILES), *MORE]}
 NOTICED = (
     "a death by signal beats all other causes",
@@ -68,6 +70,13 @@ def test_a_word_from_before_a_sleep_is_not_older_for_it() -> None:
     assert state.error is not None and state.error.at == 2.0  # who was first is told by the clock
     state.take({"phase": "run", "at": 701.0}, now=702.0)
     assert state.moved == 701.0
+
+
+def test_a_place_is_innocent_while_another_waits_for_what_comes_before() -> None:
+    for seed in HELD_BY_ANOTHER_PLACE:
+        check(seed)
+    with without(GUARDS["a place is innocent while another waits for what comes before"]), pytest.raises(Broken):
+        check(HELD_BY_ANOTHER_PLACE[0])
 
 
 def test_a_broken_promise_tells_its_seed_and_log() -> None:
