@@ -98,8 +98,9 @@ class Run:
             time.sleep(0.05)
         if self.process.returncode and not self.done:
             return f"exit code {self.process.returncode}: {self.log.read_text()[-3000:]}"
-        # A lock file that a killed process left locks nobody out; the next command takes it away.
-        left = sorted(path.name for path in self.folder.iterdir() if not (self.done and path.suffix == ".lock"))
+        # Where the last kill came after everything, a lock file may be left, which locks nobody out, and word of it.
+        told = (".lock", ".error.json") if self.done else ()
+        left = sorted(path.name for path in self.folder.iterdir() if not path.name.endswith(told))
         if left != ["a.mp4", "a.safetensors", "said"]:
             return f"left: {left}"
         return "" if [path.read_bytes() for path in self.outputs] == whole else "other bytes"

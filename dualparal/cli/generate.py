@@ -360,6 +360,8 @@ def _run_job(job: Job, heartbeat: Heartbeat, limits: Limits, planned: bool, note
                 draw_timeline(job.timeline, started)
             if code:
                 say_how_to_resume(job)
+            else:
+                error_file(job).unlink(missing_ok=True)  # of an attempt before, under torchrun
     else:
         code = lead(job, limits, planned)
     return code
