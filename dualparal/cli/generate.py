@@ -38,7 +38,7 @@ from dualparal.config.video import VideoConfig
 from dualparal.io.locks import Locks
 from dualparal.launch.blame import Limits
 from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
-from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
+from dualparal.models.registry import default_size
 from dualparal.schedule.policies import POLICIES
 
 GROUPS = (
@@ -261,7 +261,7 @@ def _prompts(texts: list[str], later: list[str], num_frames: int) -> list[dict[i
 def _video(flags: VideoFlags, model: str, output_type: str, clip: Path | None) -> VideoConfig:
     """The request of the flags; the default size is that of the clip that it goes on from, or the model's. Raises
     ValueError."""
-    height, width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)
+    height, width = default_size(model)
     if clip is not None:
         from dualparal.io.clips import probe_clip  # and with it numpy
 
