@@ -31,7 +31,7 @@ class WantsTexts(PipelineCallback):
 
 
 def stock(path: Path) -> Any:
-    pipe = diffusers.WanPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipe = diffusers.WanPipeline.from_pretrained(path, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -108,7 +108,7 @@ def test_blocks_in_the_place_of_the_stock_ones(engine: Build, wan21: Path) -> No
     pipe = stock(wan21)
     parts = {"vae": pipe.vae, "transformer": pipe.transformer, "scheduler": pipe.scheduler}
     noise = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    built = engine(**BLOCKS)
+    built = engine(pipe, **BLOCKS)  # the same memory: another alignment can be another last bit
     texts = embeds(built)
 
     def run(denoise: Any = None, decode: Any = None, **call: Any) -> tuple[torch.Tensor, Any]:
@@ -159,7 +159,7 @@ def test_a_pipeline_that_makes_long_video_until_it_is_switched_back(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     pipe = stock(wan21)
-    built = engine(**BLOCKS)
+    built = engine(wan21 if gpus else pipe, **BLOCKS)
     texts = embeds(built)
     wanted = built(**texts, **LONG, seed=4).frames
     seen: list[Any] = []
@@ -188,7 +188,7 @@ def test_an_interrupt_of_the_pipeline_ends_the_video(engine: Build, wan21: Path)
     pipe = stock(wan21)
 
     def stop(pipeline: Any, step: int, time: torch.Tensor, values: dict[str, Any]) -> dict[str, Any]:
-        pipeline._interrupt = values["block"] == 2
+        pipeline._interrupt = values["block"] == 3
         return {}
 
     handle = dualparal.enable(pipe, **BLOCKS)
