@@ -35,11 +35,12 @@ def with_config(arguments: list[str], parameters: Sequence[Any]) -> list[str]:
     given = {name for name, each in flags.items() if _is_given(each, arguments[1:])}
     found: list[str] = []
     values = _flat(_read(path), flags, path)
-    if "prompt_at" in values and "prompt" in given:
-        given.add("prompt_at")  # another video's
+    if "prompt" in given:
+        given.add("prompt_at")  # of another video
     for name, value in values.items():
-        if name not in given and value is not None:
-            found += _arguments(flags[name], name, value, path)
+        said = [] if value is None else _arguments(flags[name], name, value, path)
+        if name not in given:
+            found += said
     return [arguments[0], *found, *_without_path(arguments[1:])]
 
 

@@ -45,10 +45,10 @@ def in_flags(text: str) -> str:
 
 
 def _typed(name: str) -> str:
-    """The flag of a name: of several spellings the one on this command line."""
+    """The flag of a name: of several spellings the last one on this command line."""
     spellings = _FLAGS.get(name, ("--" + name.replace("_", "-"),))
-    given = {argument.partition("=")[0] for argument in sys.argv[1:]}
-    return next((each for each in spellings if each in given), spellings[0])
+    given = [argument.partition("=")[0] for argument in reversed(sys.argv)]
+    return next((each for each in given if each in spellings), spellings[0])
 
 
 def of_usage(error: Any) -> str:

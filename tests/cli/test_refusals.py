@@ -147,7 +147,7 @@ def test_a_run_by_a_file_of_flags(dualparal: Callable[..., Outcome], wan21: Path
         ("a: &x [1]\nb: *x", "aliases (*name) are not read"),
         ("a: [[[[[[[[1]]]]]]]]", "nested deeper than 6"),
         ("seed: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
-        ("a: [1", "line 2: expected"),
+        ("a: [1", "line 1: expected"),
         ("\x00", "special characters are not allowed"),
         ("x" * 300_000, "larger than 256 KiB"),
     ],
