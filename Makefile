@@ -8,7 +8,10 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcar
 TEST_PROCESSES ?= 2
 PROMPT ?= two red circles and a blue square drifting left on a dark background
 
-.PHONY: demo test quick clean
+# More requirements of `make test-newest`, such as NEWEST=torch==2.13.0 where another torch is not to be had.
+NEWEST ?=
+
+.PHONY: demo test quick test-newest clean
 
 demo: .venv/.installed
 	mkdir -p demo
@@ -29,6 +32,14 @@ quick: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/pytest -q --quick --numprocesses $(TEST_PROCESSES)
 
+# Beside the pinned versions: the newest ones that pyproject.toml allows, in a folder of their own, installed as a user
+# installs, and the tests that are quick, or ask diffusers for its own numbers.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --upgrade --upgrade-strategy eager '.[dev]' $(NEWEST)
+	.venv-newest/bin/pytest -q --quick
+	.venv-newest/bin/pytest -q tests/hosts tests/engine/test_engine.py -k 'diffusers or loaded or argument or blocks'
+
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv
 
@@ -41,5 +52,5 @@ $(BIN)/pip:
 	touch .venv/.installed $@
 
 clean:
-	rm -rf .venv build dist demo *.egg-info dualparal/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest build dist demo *.egg-info dualparal/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,11 +1,13 @@
 """Package map and the native build; the metadata is in pyproject.toml.
 
 CMake compiles csrc/ to dualparal._C. It needs a C++ compiler only: no torch, and nvcc only if present.
-Two environment variables steer it: DUALPARAL_CUDA=0 leaves the CUDA sources out, DUALPARAL_CUDA_ARCHS
-(a CMake list such as "90a-real;120a-real") replaces the default architectures.
+Three environment variables steer it: DUALPARAL_CUDA=0 leaves the CUDA sources out, DUALPARAL_CUDA_ARCHS
+(a CMake list such as "90a-real;120a-real") replaces the default architectures;
+DUALPARAL_README_ADDRESS is where links in the description on a package index lead.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,16 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+def readme() -> str:
+    """README.md for a package index, which has none of our files: links and pictures lead to DUALPARAL_README_ADDRESS,
+    the place of the sources of this version, or where that is not said are their words alone."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    address = os.environ.get("DUALPARAL_README_ADDRESS", "").rstrip("/")
+    link = r"(!?)\[((?:[^\[\]]|`[^`]*`)*)\]\((?!https?:|#)([^)]+)\)"
+    return re.sub(link, rf"\1[\2]({address}/\3)" if address else r"\2", text)
+
 
 
 class CMakeBuild(build_ext):
@@ -46,6 +58,8 @@ setup(
         "dualparal.kernels",
         *(f"dualparal.kernels.{name}" for name in find_packages("kernels")),
     ],
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("dualparal._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

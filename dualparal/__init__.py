@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dualparal.config.video import VideoConfig
     from dualparal.decoding.chunks import Chunk
     from dualparal.engine.result import EngineOutput
+    from dualparal.hosts.enabled import disable, enable
+    from dualparal.hosts.modular import DualParalDecode, DualParalDenoise
     from dualparal.planning.plan import Plan
     from dualparal.planning.planner import plan
     from dualparal.schedule.schedule import Schedule
@@ -33,6 +35,8 @@ _EXPORTS = {
     "BlockConfig": "config.blocks",
     "Checkpoint": "checkpoint.checkpointer",
     "Chunk": "decoding.chunks",
+    "DualParalDecode": "hosts.modular",
+    "DualParalDenoise": "hosts.modular",
     "EightBitPolicy": "config.eight_bit",
     "Engine": "workers.engine",
     "EngineConfig": "config.engine",
@@ -43,6 +47,8 @@ _EXPORTS = {
     "RankFailed": "workers.ranks",
     "Reuse": "config.reuse",
     "Schedule": "schedule.schedule",
+    "disable": "hosts.enabled",
+    "enable": "hosts.enabled",
     "plan": "planning.planner",
     "VideoConfig": "config.video",
 }
@@ -50,6 +56,8 @@ __all__ = [
     "BlockConfig",
     "Checkpoint",
     "Chunk",
+    "DualParalDecode",
+    "DualParalDenoise",
     "EightBitPolicy",
     "Engine",
     "EngineConfig",
@@ -62,6 +70,8 @@ __all__ = [
     "Schedule",
     "VideoConfig",
     "__version__",
+    "disable",
+    "enable",
     "plan",
 ]
 

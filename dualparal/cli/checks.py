@@ -136,10 +136,9 @@ def _check_kept(job: Job) -> None:
 def _check_timeline(path: Path, overwrite: bool) -> None:
     """Checks that the trace, its picture and its parts can be written. Raises ValueError."""
     from dualparal.io.output import check_file
-    from dualparal.trace.picture import check_matplotlib, picture_of
+    from dualparal.trace.picture import picture_of
     from dualparal.trace.timeline import check_name, parts_of
 
-    check_matplotlib()
     check_name(path)
     for file in (path, picture_of(path), parts_of(path)):
         check_file(file, "--timeline", overwrite, folder=file == parts_of(path))

@@ -122,12 +122,20 @@ class ModelFlags:
     @property
     def transformers(self) -> tuple[TransformerFile, ...]:
         """The files in place of transformers. Raises ValueError."""
-        return tuple(TransformerFile.of(text) for text in self.transformer or ())
+        return tuple(_file("--transformer", text, TransformerFile.of) for text in self.transformer or ())
 
     @property
     def loras(self) -> tuple[Lora, ...]:
         """The LoRAs that the flags ask for. Raises ValueError."""
-        return tuple(Lora.parse(text) for text in self.lora or ())
+        return tuple(_file("--lora", text, Lora.parse) for text in self.lora or ())
+
+
+def _file(flag: str, text: str, make: Callable[[str], Any]) -> Any:
+    """What a flag's value makes. Raises ValueError, with the value as it was typed."""
+    try:
+        return make(text)
+    except ValueError as error:
+        raise ValueError(f"{flag} {text}: {str(error).partition(': ')[2] or error}") from None
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,16 @@ class OutputFlags:
         ),
     ] = None
     overwrite: Annotated[bool, typer.Option(help="Replace outputs that exist.")] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the request and its plan as YAML, check it, and start nothing.")
+    ] = False
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML file with these flags as keys, and a storyboard; flags that are given win (docs/api.md).",
+            show_default=False,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

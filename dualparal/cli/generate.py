@@ -16,6 +16,7 @@ import typer
 from dualparal.cli.block_flags import BlockFlags, ReuseFlags
 from dualparal.cli.checks import check_job
 from dualparal.cli.content import PromptFlags
+from dualparal.cli.dry_run import describe
 from dualparal.cli.eight_bit_flags import EightBitFlags
 from dualparal.cli.flags import (
     LimitFlags,
@@ -38,7 +39,7 @@ from dualparal.config.video import VideoConfig
 from dualparal.io.locks import Locks
 from dualparal.launch.blame import Limits
 from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
-from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
+from dualparal.models.registry import default_size
 from dualparal.schedule.policies import POLICIES
 
 GROUPS = (
@@ -72,7 +73,7 @@ def generate(
     limits = patience.limits(distributed="RANK" in os.environ)
     with Locks() as locks:
         # Held for the life of the run, by whoever starts it: ranks of ours work for a parent that has them.
-        hold = locks.hold if leads() and not heartbeat.supervised else None
+        hold = locks.hold if leads() and not heartbeat.supervised and not output.dry_run else None
         if hold is not None:
             _hold_snapshots(output, hold)
         if output.resume is not None:
@@ -81,6 +82,10 @@ def generate(
             job, note = _asked_for(
                 call, heartbeat.supervised, prompts, video, model, eight_bit, reuse, blocks, place, output
             )
+        if output.dry_run:
+            check_job(job)
+            typer.echo(describe(job))
+            raise typer.Exit(0)
         if hold is not None:
             _hold_outputs(job, hold)
         code = _run_job(job, heartbeat, limits, place.plan is not None and not job.resume, note)
@@ -261,7 +266,7 @@ def _prompts(texts: list[str], later: list[str], num_frames: int) -> list[dict[i
 def _video(flags: VideoFlags, model: str, output_type: str, clip: Path | None) -> VideoConfig:
     """The request of the flags; the default size is that of the clip that it goes on from, or the model's. Raises
     ValueError."""
-    height, width = BUILT_IN_SIZE if model == BUILT_IN else (480, 832)
+    height, width = default_size(model)
     if clip is not None:
         from dualparal.io.clips import probe_clip  # and with it numpy
 

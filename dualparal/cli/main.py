@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dualparal.cli import plan
+from dualparal.cli.config_file import with_config
 from dualparal.cli.flags import command_of
 from dualparal.cli.generate import GROUPS, generate
 from dualparal.cli.leader import unpack_arguments
 from dualparal.cli.rank import one_line
+from dualparal.cli.refusals import USAGE_ERRORS, in_flags, of_usage
 from dualparal.cli.stderr import keep_stderr
 from dualparal.launch.exit_codes import BAD_INPUT, STORAGE
 from dualparal.models.registry import BUILT_IN, known_models
@@ -27,7 +29,6 @@ from dualparal.version import __version__
 logger = logging.getLogger("dualparal")
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Long video from a stock video diffusion transformer, split over GPUs.",
@@ -80,9 +81,17 @@ def main() -> None:
     keep_stderr()
     sys.argv[1:] = unpack_arguments() or sys.argv[1:]
     try:
-        app()
+        if "generate" in sys.argv[1:2]:
+            commands: Any = typer.main.get_command(app)
+            sys.argv[1:] = with_config(sys.argv[1:], commands.commands["generate"].params)
+        sys.exit(app(standalone_mode=False))
+    except USAGE_ERRORS as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.exit(error.show() or BAD_INPUT)  # type: ignore[attr-defined]
+        typer.echo(f"error: {one_line(of_usage(error))}", err=True)
+        sys.exit(BAD_INPUT)
     except ValueError as error:
-        typer.echo(f"error: {one_line(error)}", err=True)
+        typer.echo(f"error: {one_line(in_flags(str(error)))}", err=True)
         sys.exit(BAD_INPUT)
     except OSError as error:
         typer.echo(f"error: cannot read or write: {one_line(error)}", err=True)

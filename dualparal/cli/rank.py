@@ -16,6 +16,7 @@ import typer
 
 from dualparal.cli.job import Job, call_arguments, checkpoint_of, display_of, error_file, make_engine, resume_command
 from dualparal.cli.place import leads
+from dualparal.cli.refusals import in_flags
 from dualparal.launch.blame import Failure, Limits
 from dualparal.launch.exit_codes import BAD_INPUT, NUMERICS, RANK_FAILED, STORAGE
 from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
@@ -71,8 +72,8 @@ def work(job: Job, heartbeat: Heartbeat, limits: Limits) -> int:
         heartbeat.error(error, exit_code=NUMERICS)
         return _fail(job, str(error), NUMERICS, heartbeat)
     except (ModelError, ValueError) as error:
-        heartbeat.error(one_line(str(error)), exit_code=BAD_INPUT)
-        return _fail(job, str(error), BAD_INPUT, heartbeat)
+        heartbeat.error(one_line(in_flags(str(error))), exit_code=BAD_INPUT)
+        return _fail(job, in_flags(str(error)), BAD_INPUT, heartbeat)
     except OSError as error:
         heartbeat.error(error, exit_code=STORAGE)
         return _fail(job, f"cannot read or write: {error}", STORAGE, heartbeat)

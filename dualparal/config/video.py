@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from dualparal.config.blocks import MAX_STEPS, check_int
@@ -69,7 +69,9 @@ class VideoConfig:
         if num_inference_steps is None:
             lists = [tuple(fields[name]) for name in ("timesteps", "sigmas") if _is_list(fields.get(name))]
             num_inference_steps = len(lists[0]) if lists else cls.num_inference_steps
-        return cls(num_inference_steps=num_inference_steps, **fields)
+        found = {"num_inference_steps": num_inference_steps, **fields}
+        scales = "guidance_scale", "guidance_scale_2"
+        return cls(**{name: _plain(value, real=name in scales) for name, value in found.items()})
 
     def __post_init__(self) -> None:
         self._keep_list("timesteps", "steps of the sampler, from the noisiest down, such as 1000,757,522", MAX_TIMESTEP)
@@ -171,6 +173,13 @@ class VideoConfig:
                     f"{name}={value} is not divisible by {multiple} (VAE scale times patch size of this model); "
                     f"use {lower} or {value // multiple * multiple + multiple}"
                 )
+
+
+def _plain(value: Any, real: bool) -> Any:
+    """A number, such as one of numpy's, as Python's int or (``real``) float; all else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return float(value) if real else int(value) if isinstance(value, Integral) else value
 
 
 def _is_list(value: object) -> bool:

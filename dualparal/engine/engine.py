@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,9 @@ from dualparal.engine.build import RunSpec
 from dualparal.engine.capacity import ResultKind, check_requests
 from dualparal.engine.claimed import Claimed
 from dualparal.engine.identity import check_same_run
+from dualparal.engine.inputs import Prompt, callback_of, check_unused, split_videos
 from dualparal.engine.parts import Parts
-from dualparal.engine.request import Prompt, Request, check_alike, check_request, schedule_of, split_videos
+from dualparal.engine.request import Request, check_alike, check_request, schedule_of
 from dualparal.engine.result import EngineOutput, whole_videos
 from dualparal.engine.resume import check_restartable, decode_again, requests_of
 from dualparal.engine.run import Run
@@ -139,18 +140,21 @@ class Engine:
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        height: int = 480,
-        width: int = 832,
+        height: int | None = None,
+        width: int | None = None,
         num_frames: int | None = 81,
         num_inference_steps: int | None = None,
         guidance_scale: float = 5.0,
         guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int | None = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        output_type: OutputType = "np",
+        output_type: OutputType | None = "np",
+        attention_kwargs: Mapping[str, Any] | None = None,
         callback_on_step_end: EngineCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
         *,
         timesteps: Sequence[float] | None = None,
@@ -172,6 +176,7 @@ class Engine:
                 ``prompt_embeds``): as many independent videos, whose units take turns; ``chunk.video`` says whose it
                 is, and each has the bits that it has alone. ``negative_prompt``, ``seed``, ``generator`` may then be
                 lists, and ``latents`` and embeddings have a row for each.
+            height, width: None: those that the model was trained for.
             num_frames: None for an endless video; stop by closing the iterator or calling ``interrupt``.
             num_inference_steps: None: the length of a list of steps, or 50.
             timesteps, sigmas: the steps one by one, as diffusers' ``retrieve_timesteps`` takes them; at most one of
@@ -179,8 +184,10 @@ class Engine:
             seed: of the noise (default 0), in video v of several seed + v; or give a ``generator``, from which one is
                 drawn for each.
             latents: initial noise [V, C, L, h, w] instead of the seed's.
+            num_videos_per_prompt: videos of each prompt, one after the other.
+            attention_kwargs: refused, unless it is empty.
             callback_on_step_end: called on rank 0 as (engine, step, timestep, {"latents", "block", "video"}) after
-                every step of every block; a returned dict's "latents" replace them.
+                every step of every block; a returned dict's "latents" replace them. Of tensors there are latents alone.
             image, last_image: the video's first and last frame, for models that take them: a path, a PIL image, or an
                 array [height, width, 3] of uint8 or of numbers from 0 to 1, stretched to the video's size as diffusers
                 does it; a list of them: one for each video. The same on all ranks.
@@ -203,16 +210,19 @@ class Engine:
 
         While the iterator runs it raises what ``engine.run.Run.chunks`` raises.
         """
+        check_unused(attention_kwargs)
+        callback = callback_of(callback_on_step_end, callback_on_step_end_tensor_inputs, self)
+        default = self.source.default_size
         config = VideoConfig.of(
-            height=height,
-            width=width,
+            height=default[0] if height is None else height,
+            width=default[1] if width is None else width,
             num_frames=num_frames,
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
             sigmas=sigmas,
-            guidance_scale=float(guidance_scale),
+            guidance_scale=guidance_scale,
             guidance_scale_2=guidance_scale_2,
-            output_type=output_type,
+            output_type=output_type or "np",
             max_sequence_length=max_sequence_length,
             continues=video is not None,
         )
@@ -227,8 +237,8 @@ class Engine:
             image,
             last_image,
             video,
+            num_videos_per_prompt,
         )
-        callback = callback_on_step_end and partial(callback_on_step_end, self)
         requests = [check_request(self.setup, self.scheduler, config, each, callback) for each in inputs]
         check_alike(requests)
         check_requests(self.setup, self.parts, requests, result_kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dualparal.config.decoding import row_ranges
 from dualparal.config.images import check_images
 from dualparal.config.reuse import StepPlan
 from dualparal.config.video import VideoConfig
+from dualparal.engine.inputs import Prompt, VideoInputs, a_
 from dualparal.engine.setup import Setup
 from dualparal.io.clips import probe_clip
 from dualparal.io.images import read_image
@@ -22,7 +24,6 @@ from dualparal.sampling.sampler import Sampler
 from dualparal.schedule.layout import Layout
 from dualparal.schedule.schedule import Schedule
 
-Prompt = str | Mapping[int, str]  # a text, or {first frame: text}
 UserCallback = Callable[[int, torch.Tensor, dict[str, Any]], Mapping[str, Any] | None]
 
 
@@ -63,77 +64,6 @@ class Request:
     condition: ImageCondition | None = None
     fixed_frames: int = 0
     callback: UserCallback | None = None
-
-
-@dataclass(frozen=True)
-class VideoInputs:
-    """The inputs of one video; each as in ``WanPipeline.__call__``, images as ``io.images.read_image`` takes them."""
-
-    prompt: Prompt | None = None
-    negative_prompt: str | None = None
-    latents: torch.Tensor | None = None
-    prompt_embeds: torch.Tensor | None = None
-    negative_prompt_embeds: torch.Tensor | None = None
-    image: Any = None
-    last_image: Any = None
-    clip: Any = None
-    seed: int = 0
-
-
-def split_videos(
-    prompt: Prompt | Sequence[Prompt] | None,
-    negative_prompt: str | Sequence[str] | None,
-    seed: int | Sequence[int] | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    latents: torch.Tensor | None,
-    prompt_embeds: torch.Tensor | None,
-    negative_prompt_embeds: torch.Tensor | None,
-    image: Any = None,
-    last_image: Any = None,
-    clip: Any = None,
-) -> list[VideoInputs]:
-    """The inputs of each video, as many as there are prompts: a list, or rows of ``prompt_embeds``.
-
-    A single value holds for all of them. A single seed is that of the first: video v takes seed + v, or the v-th seed
-    that the generator draws. The arguments are those of ``Engine.stream``.
-
-    Raises:
-        ValueError: lists and tensors of different lengths, or both seed and generator.
-    """
-    if seed is not None and generator is not None:
-        raise ValueError("seed and generator were both given; use one of them")
-    if isinstance(prompt, (list, tuple)):
-        count = len(prompt)
-    else:
-        count = len(prompt_embeds) if prompt_embeds is not None and prompt_embeds.ndim == 3 else 1
-    if count == 0:
-        raise ValueError("prompt holds no text; give one for each video")
-
-    def rows(name: str, value: Any) -> list[Any]:
-        several = list(value.split(1)) if isinstance(value, torch.Tensor) and count > 1 else value
-        if not isinstance(several, (list, tuple)):
-            return [value] * count
-        if len(several) != count:
-            raise ValueError(f"{name} for {len(several)} videos, and prompts for {count}; give one for each")
-        return list(several)
-
-    if isinstance(generator, torch.Generator):
-        generator = [generator] * count
-    if generator is not None:
-        seeds = [int(torch.randint(2**62, (1,), generator=g, device=g.device)) for g in rows("generator", generator)]
-    else:
-        seeds = rows("seed", [(seed or 0) + v for v in range(count)] if seed is None or isinstance(seed, int) else seed)
-    columns = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "latents": latents,
-        "prompt_embeds": prompt_embeds,
-        "negative_prompt_embeds": negative_prompt_embeds,
-        "image": image,
-        "last_image": last_image,
-    }
-    split = {"seed": seeds, "clip": rows("video", clip), **{name: rows(name, value) for name, value in columns.items()}}
-    return [VideoInputs(**{name: values[v] for name, values in split.items()}) for v in range(count)]
 
 
 def check_request(
@@ -245,14 +175,13 @@ def _prompts(prompt: Prompt, layout: Layout, temporal_factor: int, continues: bo
         return {0: prompt}
     if not isinstance(prompt, Mapping) or not all(isinstance(text, str) for text in prompt.values()):
         raise ValueError(
-            f"prompt is a {type(prompt).__name__}: use a text, {{first frame: text}}, or a list of these for several "
-            "videos"
+            f"prompt is {a_(prompt)}: use a text, {{first frame: text}}, or a list of these for several videos"
         )
     if 0 not in prompt:
         raise ValueError("prompt has no text for frame 0")
     found: dict[int, str] = {}
     for frame in sorted(prompt):
-        if not isinstance(frame, int) or frame < 0:
+        if not isinstance(frame, Integral) or frame < 0:
             raise ValueError(f"prompt for frame {frame!r}: frames are counted from 0")
         latent = (frame + temporal_factor - 1) // temporal_factor - layout.first_frames * (not continues)
         block = 0 if latent < 0 or (continues and not latent) else 1 + latent // layout.blocks.frames_per_block

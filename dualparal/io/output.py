@@ -6,10 +6,12 @@ the end, also after an interruption, they are joined without encoding again into
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import shutil
+import tempfile
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -224,8 +226,22 @@ def check_file(path: Path, flag: str, overwrite: bool, folder: bool = False) -> 
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not parent.is_dir() or not _can_hold_files(parent):
         raise OutputError(f"{flag} {path}: {parent} is not a folder that can be written to; choose another place")
+
+
+def _can_hold_files(folder: Path) -> bool:
+    """True when a file can be made there: root may write everywhere, but not in /proc, or where the disk is read only.
+
+    Where there is no room it is true: what is written first says so.
+    """
+    if not os.access(folder, os.W_OK):
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _check_name(path: Path, flag: str) -> None:

@@ -22,7 +22,7 @@ from dualparal.models.json_files import ModelError, read_config, read_json
 from dualparal.models.linear import placed
 from dualparal.models.loading import one_at_a_time
 from dualparal.models.lora import LoraFile
-from dualparal.models.registry import family_in
+from dualparal.models.registry import default_size, family_in
 from dualparal.models.sizes import ModelSizes
 from dualparal.models.transformer_header import TransformerHeader, by_expert, expert_of
 from dualparal.models.weights import WeightFiles, channels_last, check_part, check_tensors
@@ -136,6 +136,11 @@ class ModelFiles:
             self._replaced.get(index) or TransformerHeader.of_folder(self.path / name, self.config(name))
             for index, name in enumerate(self._folders)
         ]
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of a video for which none were asked."""
+        return default_size(self.path)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -58,4 +58,8 @@ def folder_of(model: str | Path, transformers: Sequence[TransformerFile] = ()) -
             family_in(Path(snapshot_download(name, allow_patterns=["model_index.json"])))
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=without))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"model {name!r} is no directory here and could not be had from the hub: {error}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelError(
+            f"model {name!r} is no directory here and could not be had from the hub ({reason}); download it where there "
+            "is a network, and give its folder"
+        ) from None

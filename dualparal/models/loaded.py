@@ -14,7 +14,7 @@ from dualparal.models.files import EXPERTS
 from dualparal.models.json_files import ModelError
 from dualparal.models.linear import placed
 from dualparal.models.loading import one_at_a_time
-from dualparal.models.registry import family_of, supported_pipelines
+from dualparal.models.registry import default_size, family_of, supported_pipelines
 
 
 class LoadedPipeline:
@@ -44,6 +44,11 @@ class LoadedPipeline:
             )
         except ValueError as error:
             raise ModelError(str(error)) from None
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of a video for which none were asked."""
+        return default_size(getattr(self.pipeline, "name_or_path", None) or "")
 
     @property
     def fingerprint(self) -> str:

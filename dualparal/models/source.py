@@ -30,6 +30,11 @@ class ModelSource(Protocol):
         ...
 
     @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of a video for which none were asked."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """A short text that differs between models of other sizes or LoRAs, for ranks to compare."""
         ...

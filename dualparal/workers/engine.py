@@ -22,7 +22,7 @@ from dualparal.distributed.mesh import in_distributed_run
 from dualparal.engine.claimed import Claimed
 from dualparal.engine.engine import BUSY
 from dualparal.engine.engine import Engine as LocalEngine
-from dualparal.engine.request import Prompt, split_videos
+from dualparal.engine.inputs import Prompt, callback_of, split_videos
 from dualparal.engine.result import EngineOutput, whole_videos
 from dualparal.launch.supervisor import Kept
 from dualparal.models.source import resolve_model
@@ -162,9 +162,11 @@ class WorkerEngine:
         """
         arguments = _ARGUMENTS.bind(self, *args, **kwargs).arguments
         del arguments["self"]
-        callback = arguments.pop("callback_on_step_end", None)
-        if arguments.pop("generator", None) is not None:
-            arguments["seed"] = _seeds(*args, **kwargs)
+        names = arguments.pop("callback_on_step_end_tensor_inputs", None)
+        callback = callback_of(arguments.pop("callback_on_step_end", None), names, self)
+        if arguments.get("generator") is not None:
+            arguments["seed"] = _seeds(arguments)
+        arguments.pop("generator", None)
         return self._ask("stream", arguments, callback)
 
     def resume(
@@ -177,9 +179,9 @@ class WorkerEngine:
         """Goes on with a run from its last snapshot, on any number of ranks; as
         ``dualparal.engine.engine.Engine.resume``. Raises SnapshotError, and as ``stream`` does."""
         arguments = {"checkpoint": checkpoint, "timeline": timeline}
-        return self._ask("resume", arguments, callback_on_step_end)
+        return self._ask("resume", arguments, callback_of(callback_on_step_end, None, self))
 
-    def _ask(self, kind: str, arguments: Mapping[str, Any], callback: Callback | None) -> Iterator[Chunk]:
+    def _ask(self, kind: str, arguments: Mapping[str, Any], callback: Callable[..., Any] | None) -> Iterator[Chunk]:
         """Has a request checked by all ranks, and returns the chunks that come of it."""
         fields, tensors = pack_arguments(arguments)
         request = {"kind": kind, "arguments": fields, "scheduler": pack_scheduler(self.scheduler)}
@@ -198,7 +200,7 @@ class WorkerEngine:
         self._begun, self._interrupted = True, False
         return Claimed(self._follow(callback), self._claim)
 
-    def _follow(self, callback: Callback | None) -> Generator[Chunk, None, None]:
+    def _follow(self, callback: Callable[..., Any] | None) -> Generator[Chunk, None, None]:
         """Begins the run on all ranks and asks for chunk after chunk."""
         self._ranks.tell_all({"kind": "go"})
         ended = False
@@ -219,9 +221,9 @@ class WorkerEngine:
             if not ended:
                 self._leave()
 
-    def _step(self, callback: Callback, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _step(self, callback: Callable[..., Any], fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         values = {"latents": tensors["latents"], "block": fields["block"], "video": fields["video"]}
-        result = callback(self, fields["step"], tensors["timestep"], values) or {}
+        result = callback(fields["step"], tensors["timestep"], values) or {}
         return {"latents": result["latents"]} if "latents" in result else {}
 
     def _leave(self) -> None:
@@ -294,12 +296,10 @@ def _threads() -> int:
     return int(text) if text.isdecimal() and int(text) else 1
 
 
-def _seeds(prompt: Any = None, negative_prompt: Any = None, *args: Any, **kwargs: Any) -> list[int]:
+def _seeds(arguments: Mapping[str, Any]) -> list[int]:
     """The seed of each video that the generators of a call draw, as in ``Engine.stream``. Raises ValueError."""
-    found = _ARGUMENTS.bind(None, prompt, negative_prompt, *args, **kwargs).arguments
-    names = "seed", "generator", "latents", "prompt_embeds", "negative_prompt_embeds"
-    inputs = split_videos(found["prompt"], found["negative_prompt"], *(found.get(name) for name in names))
-    return [each.seed for each in inputs]
+    names = "prompt", "seed", "generator", "prompt_embeds", "num_videos_per_prompt"
+    return [each.seed for each in split_videos(**{name: arguments[name] for name in names if name in arguments})]
 
 
 def _what_is_kept(folders: Sequence[Path]) -> Kept:

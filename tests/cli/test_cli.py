@@ -461,17 +461,17 @@ BAD_LATENTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 }
 
 BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
-    "C > B": (["--context-frames", "9"], ["context_frames=9", "4 or fewer"]),
-    "C < 0": (["--context-frames", "-1"], ["context_frames=-1", "from 0"]),
-    "B = 0": (["--frames-per-block", "0"], ["frames_per_block=0", "from 1"]),
+    "C > B": (["--context-frames", "9"], ["--context-frames 9", "4 or fewer"]),
+    "C < 0": (["--context-frames", "-1"], ["--context-frames -1", "from 0"]),
+    "B = 0": (["--frames-per-block", "0"], ["--frames-per-block 0", "from 1"]),
     "context": (["--context", "telepathy"], ["telepathy", "cached", "prior", "paper"]),
     "a split of other layers": (
         ["--layers-per-stage", "2,3", "--stages", "2"],
-        ["layers_per_stage=2,3", "the model has 4"],
+        ["--layers-per-stage 2,3", "the model has 4"],
     ),
     "a split into words": (["--layers-per-stage", "2,two"], ["--layers-per-stage '2,two'", "9,11,10"]),
-    "a split for other stages": (["--layers-per-stage", "2,2", "--stages", "3"], ["2 numbers with stages=3"]),
-    "steps twice": (["--timesteps", "1000,757,522"], ["num_inference_steps=2 with 3 timesteps", "leave num_inf"]),
+    "a split for other stages": (["--layers-per-stage", "2,2", "--stages", "3"], ["2 numbers with --stages 3"]),
+    "steps twice": (["--timesteps", "1000,757,522"], ["--steps 2 with 3 timesteps", "leave --steps out"]),
     "steps in words": (["--timesteps", "1000,x"], ["--timesteps '1000,x'", "1000,757,522"]),
     "steps upward": (["--sigmas", "0.5,1.0"], ["sigmas[1]=1.0", "below the one before"]),
     "both lists": (["--sigmas", "1.0,0.5", "--timesteps", "1000,500"], ["both given", "use one of them"]),
@@ -481,25 +481,25 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no list at all": (["--sampler", "dpm++", "--sigmas", "1.0,0.5"], ["DPMSolverMultistepScheduler", "unipc"]),
     "a step beyond": (["--sampler", "lcm", "--timesteps", "1001,500"], ["timesteps[0]=1001", "at most 1000"]),
-    "no block in flight": (["--max-blocks-in-flight", "0"], ["max_blocks_in_flight=0", "from 1"]),
+    "no block in flight": (["--max-blocks-in-flight", "0"], ["--max-blocks-in-flight 0", "from 1"]),
     "stages 0": (["--stages", "0"], ["--stages 0", "1 or more"]),
     "stages -2": (["--stages", "-2"], ["--stages -2", "1 or more"]),
-    "more stages than layers": (["--stages", "5"], ["stages=5", "4 layers", "1 to 4"]),
-    "no frame": (["--num-frames", "0"], ["num_frames=0", "from 1"]),
-    "negative frames": (["--num-frames", "-3"], ["num_frames=-3", "from 1"]),
-    "100 frames": (["--num-frames", "100"], ["num_frames=100", "97", "101"]),
-    "height": (["--height", "40"], ["height=40", "divisible by 16", "32 or 48"]),
-    "width": (["--width", "7"], ["width=7", "divisible by 16", "use 16"]),
-    "huge height": (["--height", "1000000"], ["height=1000000", "16384"]),
+    "more stages than layers": (["--stages", "5"], ["--stages 5", "4 layers", "1 to 4"]),
+    "no frame": (["--num-frames", "0"], ["--num-frames 0", "from 1"]),
+    "negative frames": (["--num-frames", "-3"], ["--num-frames -3", "from 1"]),
+    "100 frames": (["--num-frames", "100"], ["--num-frames 100", "97", "101"]),
+    "height": (["--height", "40"], ["--height 40", "divisible by 16", "32 or 48"]),
+    "width": (["--width", "7"], ["--width 7", "divisible by 16", "use 16"]),
+    "huge height": (["--height", "1000000"], ["--height 1000000", "16384"]),
     "cannot fit": (
         ["--height", "16384", "--width", "16384", "--frames-per-block", "4096", "--num-frames", "100001"],
         ["need about", "GiB", " bytes", "smaller"],
     ),
-    "NaN guidance": (["--guidance-scale", "nan"], ["guidance_scale=nan", "5.0"]),
-    "infinite guidance": (["--guidance-scale", "inf"], ["guidance_scale=inf", "5.0"]),
-    "second guidance": (["--guidance-scale-2", "3"], ["guidance_scale_2=3.0", "single transformer"]),
-    "no step": (["--steps", "0"], ["num_inference_steps=0", "from 1"]),
-    "seed": (["--seed", "-1"], ["seed=-1", "non-negative"]),
+    "NaN guidance": (["--guidance-scale", "nan"], ["--guidance-scale nan", "5.0"]),
+    "infinite guidance": (["--guidance-scale", "inf"], ["--guidance-scale inf", "5.0"]),
+    "second guidance": (["--guidance-scale-2", "3"], ["--guidance-scale-2 3.0", "single transformer"]),
+    "no step": (["--steps", "0"], ["--steps 0", "from 1"]),
+    "seed": (["--seed", "-1"], ["--seed -1", "non-negative"]),
     "not a model": (["--model", "nowhere"], ["'nowhere'", "diffusers format", "hub id"]),
     "a file": (["--model", "{file}"], ["file.txt", "diffusers format", "hub id"]),
     "below a file": (["--out", "{file}/a.mp4"], ["file.txt", "not a folder", "choose"]),
@@ -528,10 +528,10 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "NaN fps": (["--fps", "nan"], ["--fps nan", "1000"]),
     "slow fps": (["--fps", "0.0001"], ["--fps 0.0001", "1/1001"]),
     "device": (["--device", "tpu"], ["--device tpu", "cuda or cpu"]),
-    "depth": (["--depth", "0"], ["depth=0", "at least one"]),
+    "depth": (["--depth", "0"], ["--depth 0", "at least one"]),
     "8-bit mode": (["--attention-8bit", "int4"], ["mode='int4'", "int8"]),
-    "8 bits beside 32": (["--attention-8bit", "fp8"], ["attention_8bit='fp8'", "dtype=float32", "bfloat16"]),
-    "8-bit linears": (["--linear-8bit", "fp8", "--dtype", "float16"], ["linear_8bit='fp8'", "float16", "bfloat16"]),
+    "8 bits beside 32": (["--attention-8bit", "fp8"], ["--attention-8bit fp8", "--dtype float32", "bfloat16"]),
+    "8-bit linears": (["--linear-8bit", "fp8", "--dtype", "float16"], ["--linear-8bit fp8", "float16", "bfloat16"]),
     "8-bit linears' layers": (
         ["--linear-8bit", "fp8", "--linear-8bit-keep-layers", "x"],
         ["--linear-8bit-keep-layers 'x'", "0,29"],
@@ -630,7 +630,7 @@ def test_gpus_and_ranks_are_counted_once(
     refuses([*without_device, "--gpus", 2, "--decode-gpus", 2], ["--decode-gpus 2 of --gpus 2", "1 at most"])
     refuses([*without_device, "--gpus", 4, "--stages", 4, "--decode-gpus", 2], ["--gpus 4", "leave --stages out"])
     both = ["--decode-gpus", 2, "--decode-in-place"]
-    refuses([*SHORT, "--model", wan21, *both], ["decode_in_place=True", "decode_ranks=2", "leave one out"])
+    refuses([*SHORT, "--model", wan21, *both], ["--decode-in-place", "--decode-gpus 2", "leave one out"])
     refuses([*SHORT, "--model", wan21, "--decode-gpus", 5], ["5", "rows"])
     refuses([*SHORT, "--model", wan21, "--latents-out", "a", "--decode-gpus", 1], ["--decode-gpus 1 without --out"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

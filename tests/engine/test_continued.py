@@ -14,7 +14,8 @@ from dualparal import reference
 from dualparal.checkpoint.checkpointer import Checkpoint
 from dualparal.config.video import VideoConfig
 from dualparal.engine.engine import Engine
-from dualparal.engine.request import VideoInputs, check_request
+from dualparal.engine.inputs import VideoInputs
+from dualparal.engine.request import check_request
 from dualparal.io.clips import last_frames
 from dualparal.io.video import SegmentWriter
 from dualparal.models.wan.encoder import StreamingEncoder

@@ -16,7 +16,8 @@ from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.engine.engine import Engine
 from dualparal.engine.identity import _identity
-from dualparal.engine.request import VideoInputs, check_request, schedule_of
+from dualparal.engine.inputs import VideoInputs
+from dualparal.engine.request import check_request, schedule_of
 from dualparal.kernels import linear_8bit
 from dualparal.kernels.attention_8bit import TILE
 from dualparal.models.keys_values import KeysValues, Packed

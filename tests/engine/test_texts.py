@@ -19,7 +19,8 @@ from dualparal.config.video import VideoConfig
 from dualparal.engine import texts
 from dualparal.engine.capacity import TooLarge, check_requests
 from dualparal.engine.engine import Engine
-from dualparal.engine.request import VideoInputs, check_request
+from dualparal.engine.inputs import VideoInputs
+from dualparal.engine.request import check_request
 from dualparal.engine.setup import Setup
 from dualparal.engine.texts import Text, Texts
 from dualparal.models.files import ModelFiles

@@ -10,7 +10,8 @@ from dualparal import reference
 from dualparal.config.video import VideoConfig
 from dualparal.engine.engine import Engine
 from dualparal.engine.images import encode_images
-from dualparal.engine.request import VideoInputs, check_request
+from dualparal.engine.inputs import VideoInputs
+from dualparal.engine.request import check_request
 from dualparal.sampling.noise import BlockNoise
 
 

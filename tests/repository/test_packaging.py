@@ -1,5 +1,6 @@
 """The trap of two folders: kernels/ of the repository is dualparal.kernels, and nothing else."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -117,7 +118,7 @@ def test_a_source_distribution_holds_what_is_tracked_and_needed(tmp_path):
         held = {name.partition("/")[2] for name in (m.name for m in archive if not m.isdir())}
         links = [m.name for m in archive if not (m.isfile() or m.isdir())]
     generated = {"PKG-INFO", "setup.cfg"} | {name for name in held if name.startswith("dualparal.egg-info/")}
-    parts = ("csrc/", "dualparal/", "examples/", "kernels/", "tests/")
+    parts = ("csrc/", "dualparal/", "examples/", "integrations/", "kernels/", "tests/")
     single = {"CMakeLists.txt", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "constraints.txt"}
     needed = {name for name in files if name.startswith(parts)} | single | {"pyproject.toml", "setup.py"}
     assert held - generated == needed
@@ -140,3 +141,22 @@ def test_dependencies_are_bounded():
     assert [name for name in lowest if number(tested[name]) < number(lowest[name])] == []
     fixed = {"diffusers": "0.38", "transformers": "5.5", "av": "17.1"}
     assert [name for name in fixed if number(lowest[name]) < number(fixed[name])] == []
+
+
+@pytest.mark.parametrize("address", ["", "https://example.org/tree"])
+def test_the_readme_of_a_wheel_has_no_picture_that_a_package_index_cannot_load(tmp_path, address):
+    code = f"import setuptools.build_meta as build; print(build.prepare_metadata_for_build_wheel({str(tmp_path)!r}))"
+    clean = tmp_path / "clean"
+    (clean / "kernels").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "dualparal/__init__.py", "dualparal/version.py"):
+        (clean / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, clean / name)
+    environment = {**os.environ, "DUALPARAL_README_ADDRESS": address}
+    result = subprocess.run([sys.executable, "-c", code], cwd=clean, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
+    text = metadata.read_text(encoding="utf-8")
+    assert "Description-Content-Type: text/markdown" in text and "# " in text
+    targets = re.findall(r"\]\(([^)#]+)", text)
+    assert all(target.startswith("https://") for target in targets) and bool(targets) == bool(address)
+    assert ("![frames of a video" in text) == bool(address)

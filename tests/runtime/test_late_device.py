@@ -26,7 +26,8 @@ from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.config.video import VideoConfig
 from dualparal.engine import build
 from dualparal.engine.engine import Engine
-from dualparal.engine.request import VideoInputs, check_request
+from dualparal.engine.inputs import VideoInputs
+from dualparal.engine.request import check_request
 from dualparal.engine.setup import Setup
 from dualparal.engine.texts import Text
 from dualparal.kernels import attention_8bit as kernel
