@@ -195,7 +195,9 @@ def main() -> None:
     parser.add_argument("--schedule", type=stages, default=stages(SCHEDULE), help="until step:FRAMESxBATCH,...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="folder of finished weights, in diffusers' layout")
-    parser.add_argument("--short", help="name of a folder of short clips, seed one less, for three steps of four")
+    parser.add_argument(
+        "--short", help="name of a folder of short clips, made with --seed + 1, for three steps of four"
+    )
     parser.add_argument("--high-noise", type=float, default=0.0, help="share of those steps' samples above HIGH")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of all learning rates")
     parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
@@ -215,7 +217,7 @@ def main() -> None:
     scale = None if options.start is None else load_weights(options.start, trained)
     data = [Data(options.out / "latents", options.seed, device, scale)]
     if options.short is not None:
-        data += 3 * [Data(options.out / options.short, options.seed - 1, device, scale)]
+        data += 3 * [Data(options.out / options.short, options.seed + 1, device, scale)]
     average = copy.deepcopy(trained)
     optimizers = make_optimizers(model, text)
     steps = options.schedule[-1][0]
