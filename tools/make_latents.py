@@ -2,9 +2,9 @@
 
     python tools/make_latents.py --out build/train --clips 3072     (or torchrun --nproc-per-node 3 tools/...)
 
-Reads vae.safetensors of tools/train_vae.py from --out and writes latents/000000.npy ... there: float16
-[PER_FILE, latent frames, channels, height, width], as the encoder's mean, not normalised. Clip i is a function of
---seed and i alone: files that are there are kept, and --clips may grow.
+Reads vae.safetensors of tools/train_vae.py from --out, or the autoencoder in --vae, and writes latents/000000.npy ...
+there: float16 [PER_FILE, latent frames, channels, height, width], as the encoder's mean, not normalised. Clip i is a
+function of --seed and i alone: files that are there are kept, and --clips may grow.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import parallel
 import scenes
 import torch
+from diffusers import AutoencoderKLWan
 from train_vae import make_vae
 
 FRAMES = 81  # 21 latent frames, as Wan
@@ -37,16 +38,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=3072)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--frames", type=int, default=FRAMES, help="of a clip")
+    parser.add_argument("--latents", default="latents", help="name of the folder")
+    parser.add_argument("--vae", type=Path, help="folder in diffusers' layout")
+    parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rank, ranks = parallel.start()
     device = torch.device(options.device)
-    vae = make_vae().to(device).eval()
-    checkpoint.load(options.out / "vae.safetensors", {"vae": vae}, [])
-    folder = options.out / "latents"
-    folder.mkdir(exist_ok=True)
+    if options.vae is None:
+        vae = make_vae()
+        checkpoint.load(options.out / "vae.safetensors", {"vae": vae}, [])
+    else:
+        vae = AutoencoderKLWan.from_pretrained(options.vae, torch_dtype=torch.float32)
+    vae = vae.to(device).eval()
+    folder = options.out / options.latents
+    folder.mkdir(parents=True, exist_ok=True)
     for number in range(rank, -(-options.clips // PER_FILE), ranks):
         path = folder / f"{number:06}.npy"
         if path.exists():
@@ -54,9 +63,9 @@ def main() -> None:
         found = []
         for first in range(number * PER_FILE, (number + 1) * PER_FILE, BATCH):
             made = (scene_of(options.seed, index) for index in range(first, first + BATCH))
-            clips = np.stack([scenes.video(scene, FRAMES, rng) for scene, rng in made])
+            clips = np.stack([scenes.video(scene, options.frames, rng) for scene, rng in made])
             video = torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
                 found.append(vae.encode(video).latent_dist.mean.transpose(1, 2).half().cpu())
         with path.with_suffix(".part").open("wb") as file:
             np.save(file, torch.cat(found).numpy())

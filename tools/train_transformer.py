@@ -6,6 +6,11 @@ Flow matching as Wan does it: x_s = (1 - s) x + s noise, the model says noise - 
 of a few latent frames, then of more (SCHEDULE), from the start of their videos or from anywhere (FROM_START). Captions
 are dropped in a tenth of the cases, for classifier-free guidance. Muon for the matrices of the layers, AdamW for the
 rest; what is kept is the exponential average of the weights. Every batch is a function of --seed and its number.
+
+    python tools/train_transformer.py --out build/more --start dualparal/moving_shapes --short short --high-noise 0.7
+
+trains finished weights further: three steps of four on short clips from their start (``--short``, a folder of
+make_latents.py), with more of the high noise at which the layout of a picture is decided.
 """
 
 from __future__ import annotations
@@ -49,6 +54,7 @@ DROP_CAPTION = 0.1
 FROM_START = 0.5  # share of windows that begin where their video does
 FIRST = 4  # latent frames until a video's are all alike
 SCHEDULE = "1000:4x96,1800:8x48,3900:16x48"  # first what a scene looks like, then how it moves
+HIGH = 0.8  # noise level above which a layout is decided
 SHIFT = 2.0  # of the noise levels that are trained
 EMA = 0.999
 
@@ -123,16 +129,37 @@ def make_optimizers(model: nn.Module, text: nn.Module) -> list[torch.optim.Optim
     ]
 
 
-class Data:
-    """Latents in memory, normalised per channel, and the scenes that they show."""
+Scale = tuple[torch.Tensor, torch.Tensor]
 
-    def __init__(self, folder: Path, seed: int, device: torch.device) -> None:
+
+def load_weights(folder: Path, trained: nn.ModuleDict) -> Scale:
+    """Takes the weights of a pipeline in diffusers' layout. Returns mean and deviation of its latents' channels."""
+    state = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).state_dict()
+    trained["transformer"].load_state_dict(state)
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    trained["text"].encoder.load_state_dict(encoder.state_dict())
+    config = json.loads((folder / "vae/config.json").read_text())
+    return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+
+
+class Data:
+    """Latents in memory, normalised per channel, and the scenes that they show.
+
+    Args:
+        folder: of make_latents.py.
+        seed: with which they were made.
+        scale: mean and deviation of each channel; None: of these latents.
+    """
+
+    def __init__(self, folder: Path, seed: int, device: torch.device, scale: Scale | None = None) -> None:
         files = sorted(folder.glob("*.npy"))
         if not files:
             raise SystemExit(f"{folder} has no latents: run tools/make_latents.py first")
         raw = torch.from_numpy(np.concatenate([np.load(file) for file in files])).to(device)
-        sample = raw[:1024].float()
-        self.mean, self.std = sample.mean((0, 1, 3, 4)), sample.std((0, 1, 3, 4))
+        if scale is None:
+            sample = raw[:1024].float()
+            scale = sample.mean((0, 1, 3, 4)), sample.std((0, 1, 3, 4))
+        self.mean, self.std = (numbers.to(device) for numbers in scale)
         shape = (1, 1, -1, 1, 1)
         self.latents = ((raw.float() - self.mean.view(shape)) / self.std.view(shape)).half()
         self.scenes = [scene_of(seed, index)[0] for index in range(len(raw))]
@@ -145,7 +172,8 @@ class Data:
         the beginning of a window that starts later are seen, and not learnt from: weights [size, 1, frames, 1, 1].
         """
         index = rng.integers(len(self.latents), size=size)
-        start = np.where(rng.random(size) < FROM_START, 0, rng.integers(self.latents.shape[1] - frames + 1, size=size))
+        latest = self.latents.shape[1] - frames
+        start = np.where(rng.random(size) < FROM_START, 0, rng.integers(latest + 1, size=size))
         windows = torch.stack([self.latents[i, s : s + frames] for i, s in zip(index, start, strict=True)])
         weights = torch.ones(size, 1, frames, 1, 1, device=windows.device)
         weights[torch.from_numpy(start) > 0, :, :FIRST] = 0
@@ -166,6 +194,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--schedule", type=stages, default=stages(SCHEDULE), help="until step:FRAMESxBATCH,...")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="folder of finished weights, in diffusers' layout")
+    parser.add_argument(
+        "--short", help="name of a folder of short clips, made with --seed + 1, for three steps of four"
+    )
+    parser.add_argument("--high-noise", type=float, default=0.0, help="share of those steps' samples above HIGH")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor of all learning rates")
+    parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on another time")
@@ -174,12 +209,15 @@ def main() -> None:
     torch.manual_seed(options.seed)
     rank, ranks = parallel.start()
     device = torch.device(options.device)
-    data = Data(options.out / "latents", options.seed, device)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(folder, vocabulary())
     model, processor = make_transformer()
     text = Text(tokenizer)
     trained = nn.ModuleDict({"transformer": model, "text": text}).to(device)
+    scale = None if options.start is None else load_weights(options.start, trained)
+    data = [Data(options.out / "latents", options.seed, device, scale)]
+    if options.short is not None:
+        data += 3 * [Data(options.out / options.short, options.seed + 1, device, scale)]
     average = copy.deepcopy(trained)
     optimizers = make_optimizers(model, text)
     steps = options.schedule[-1][0]
@@ -188,24 +226,30 @@ def main() -> None:
     state = {"trained": trained, "average": average}
     start = checkpoint.load(path, state, optimizers)
     log = (options.out / "transformer.jsonl").open("a")
-    began, losses = time.perf_counter(), []
+    began, losses = time.perf_counter(), ([], [])
     for step in range(start, steps):
         share = step / steps
         warm, decay = min((step + 1) / 200, 1.0), min(1.0, max(0.0, 1 - share) / 0.4)  # trapezoid
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate * warm * decay
+            group["lr"] = options.rate * rate * warm * decay
         _, frames, batch = next(stage for stage in options.schedule if step < stage[0])
         rng = np.random.default_rng([options.seed, 2, step])
-        clean, weights, captions = data.batch(rng, batch, frames)
+        chosen = data[step % len(data)]
+        if short := chosen is not data[0]:
+            frames, batch = chosen.latents.shape[1], batch * frames // chosen.latents.shape[1]
+        clean, weights, captions = chosen.batch(rng, batch, frames)
         generator = torch.Generator(device).manual_seed(step)
         noise = torch.randn(clean.shape, generator=generator, device=device)
         u = torch.rand(batch, generator=generator, device=device)
         weights = weights / weights.mean().clamp_min(1e-6)  # windows of four frames may have nothing to learn from
         clean, noise, u, weights, captions = (whole[rank::ranks] for whole in (clean, noise, u, weights, captions))
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+        if short:
+            high = torch.from_numpy(rng.random(batch) < options.high_noise)[rank::ranks].to(device)
+            sigma = torch.where(high, HIGH + (1 - HIGH) * u, sigma)
         level = sigma.view(-1, 1, 1, 1, 1)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
             embeds, processor.bias = text(captions)
             velocity = model((1 - level) * clean + level * noise, 1000 * sigma, embeds, return_dict=False)[0]
         loss = (weights * (velocity.float() - (noise - clean)).square()).mean()
@@ -220,12 +264,14 @@ def main() -> None:
             keep = min(EMA, (step + 1) / (step + 10))
             for mine, new in zip(average.parameters(), trained.parameters(), strict=True):
                 mine.lerp_(new, 1 - keep)
-        losses.append(loss.item())
+        losses[short].append(loss.item())
         last = step + 1 == steps or parallel.any_rank(time.perf_counter() - began > 60 * options.minutes)
         if rank == 0 and ((step + 1) % 100 == 0 or last):
-            row = {"step": step + 1, "frames": frames, "loss": float(np.mean(losses))}
+            row = {"step": step + 1, "frames": frames, "loss": float(np.mean(losses[0] or losses[1]))}
+            if losses[0] and losses[1]:
+                row["short"] = float(np.mean(losses[1]))
             print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), file=log, flush=True)
-            losses.clear()
+            losses = [], []
         if rank == 0 and ((step + 1) % 500 == 0 or last):
             checkpoint.save(path, step + 1, state, optimizers)
         if last:

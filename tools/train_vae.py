@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--schedule", type=stages, default=stages(SCHEDULE), help="until step:FRAMESxBATCH,...")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--decoder-only", action="store_true", help="latents stay what they are, and so of use")
@@ -150,7 +151,7 @@ def main() -> None:
         _, frames, batch = next(stage for stage in options.schedule if step < stage[0])
         video = clips(options.seed, step, range(rank, batch, ranks), frames).to(device)
         torch.manual_seed(step * ranks + rank)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
             posterior = vae.encode(video).latent_dist
             left_out = LEFT_OUT[step % len(LEFT_OUT)] if options.decoder_only else 0
             restored = decode(vae, posterior.sample()[:, :, left_out:])

@@ -38,6 +38,8 @@ def small() -> Iterator[pytest.MonkeyPatch]:
 
 def run(module: ModuleType, *arguments: object) -> None:
     """What ``python tools/<module>.py`` does, in this process: a new one imports for many seconds."""
+    if module is not export_model:
+        arguments += ("--float32",)  # many processors take a hundred times as long in bfloat16
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         torch.manual_seed(os.getpid())  # as little to build on as in a new process
@@ -97,6 +99,21 @@ def test_the_export_is_a_pipeline(trained: Path, tmp_path: Path) -> None:
         "a red circle on a dark background", height=64, width=64, num_frames=17, num_inference_steps=2
     ).frames
     assert np.asarray(frames).shape[-4:] == (17, 64, 64, 3)
+
+
+def test_finished_weights_learn_on(trained: Path, tmp_path: Path) -> None:
+    run(export_model, "--out", trained, "--model", tmp_path / "model")
+    out = start(tmp_path / "more", trained)
+    vae = tmp_path / "model/vae"
+    run(make_latents, "--out", out, "--vae", vae, "--latents", "short", "--frames", 9, "--clips", 16, "--seed", 1)
+    more = ("--start", tmp_path / "model", "--short", "short", "--high-noise", 0.7)
+    run(train_transformer, "--out", out, *FOUR_STEPS, *more)
+    first, new = load_file(trained / "transformer.safetensors"), load_file(out / "transformer.safetensors")
+    name = "trained/transformer.blocks.0.ffn.net.2.weight"
+    change = (first[name.replace("trained", "average", 1)] - new[name]).norm() / new[name].norm()
+    assert 0 < change < 0.2  # four steps away from what was exported
+    (row,) = rows(out / "transformer.jsonl")
+    assert row["step"] == 4 and 0 < row["loss"] < 2 and 0 < row["short"] < 2
 
 
 def test_scenes_never_overlap_and_keep_their_truth() -> None:
