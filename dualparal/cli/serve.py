@@ -71,9 +71,7 @@ class ServeLimits:
 GROUPS = (ServeFlags, ServeLimits, BlockFlags, ReuseFlags)
 
 
-def serve(
-    call: typer.Context, flags: ServeFlags, limits: ServeLimits, blocks: BlockFlags, reuse: ReuseFlags
-) -> None:
+def serve(call: typer.Context, flags: ServeFlags, limits: ServeLimits, blocks: BlockFlags, reuse: ReuseFlags) -> None:
     """Serves videos over HTTP in the shape of OpenAI's API, with a page that shows them while they are made."""
     del call
     missing = [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]

@@ -272,4 +272,3 @@ class _Routes:
         if name not in _FILES:
             raise ApiError(404, "there is no such file", code="http")
         return FileResponse(_PAGE / name, media_type=_FILES[name], headers={"cache-control": "no-cache"})
-

@@ -70,7 +70,9 @@ class Guard:
         host = headers.get("host", "")
         name = _name(host)
         if not (is_address(name) or is_loopback(name) or name in self._names):
-            raise ApiError(421, "Host: this server does not know that name; start it with --allow-host NAME", code="host")
+            raise ApiError(
+                421, "Host: this server does not know that name; start it with --allow-host NAME", code="host"
+            )
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             raise ApiError(403, "Origin: pages of other sites may not call this server", code="origin")

@@ -180,7 +180,9 @@ class Jobs:
         except ValueError as error:
             raise ApiError(400, str(error), param="prompt") from None
         except (RuntimeError, OSError):
-            raise ApiError(409, "this video is not under way just now: ask again in some seconds", code="not_yet") from None
+            raise ApiError(
+                409, "this video is not under way just now: ask again in some seconds", code="not_yet"
+            ) from None
         with self._changed:
             video.prompts = [*(each for each in video.prompts if each[0] < block), (block, text)]
             self.store.save(video)
@@ -302,9 +304,9 @@ class Jobs:
         self.metrics.videos.labels("cancelled" if code == "cancelled" else status).inc()
         if video.started_at is not None and status == COMPLETED:
             self.metrics.seconds.observe(video.completed_at - video.started_at)
-        if self._current is not None and video in self._current.videos and not self._current.live():
-            if code == "cancelled":
-                self._current.stop()
+        run = self._current
+        if run is not None and video in run.videos and code == "cancelled" and not run.live():
+            run.stop()
         self._count()
 
     def _refresh(self, video: Video) -> None:
@@ -317,7 +319,8 @@ class Jobs:
             run.spans.look()
             frames = video.request.num_frames
             blocks = 1 + -(-(frames - 1) // (4 * self.settings.engine.blocks.frames_per_block))
-            done = max(done, run.spans.updates.get(video.place, 0) / (blocks * video.request.steps))
+            steps = min(1.0, run.spans.updates.get(video.place, 0) / (blocks * video.request.steps))
+            done = (done + steps) / 2  # decoding, which comes after the last step, takes its time, too
         video.progress = max(video.progress, min(99, int(100 * done)))
 
     def _make_room(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -55,10 +56,8 @@ class Spans:
                 names = []  # not begun, or joined by now: what is open is read on
             for name in names:
                 if name not in self._parts and name.startswith("rank-"):
-                    try:
-                        self._parts[name] = open(self._folder / name, "rb"), b""
-                    except OSError:
-                        continue
+                    with contextlib.suppress(OSError):
+                        self._parts[name] = (self._folder / name).open("rb"), b""
             for name, (file, rest) in self._parts.items():
                 *lines, rest = (rest + file.read(_BYTES)).split(b"\n")
                 self._parts[name] = file, rest[:_LONGEST_LINE]
