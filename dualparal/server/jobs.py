@@ -220,7 +220,8 @@ class Jobs:
             return None
         first, most = waiting[0], together(self.settings, waiting[0].request.steps)
         alike = [video for video in waiting if _kind(video) == _kind(first) and not video.failures]
-        return Run(secrets.token_hex(8), [first, *(video for video in alike if video is not first)][:most])
+        videos: list[Video | None] = [first, *(video for video in alike if video is not first)]
+        return Run(secrets.token_hex(8), videos[:most])
 
     def _begin(self, run: Run, video: Video) -> None:
         video.status, video.run, video.place = RUNNING, run.name, run.videos.index(video)
