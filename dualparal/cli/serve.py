@@ -94,7 +94,7 @@ def serve(call: typer.Context, flags: ServeFlags, limits: ServeLimits, blocks: B
         folder=flags.out_dir,
         host=flags.host,
         port=flags.port,
-        token=flags.token or os.environ.get(TOKEN) or None,
+        token=flags.token or os.environ.pop(TOKEN, None) or None,  # ranks do not inherit it
         allow_hosts=tuple(flags.allow_host or ()),
         height=height,
         width=width,

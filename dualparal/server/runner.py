@@ -23,6 +23,7 @@ from dualparal.workers.ranks import RankFailed
 logger = logging.getLogger("dualparal")
 
 _MOST_FAILURES = 1  # of ranks, that a video lives through
+_ASK_AGAIN_SECONDS = 0.1
 _JOIN_SECONDS = 30.0  # in which the thread has ended when the server does
 
 
@@ -111,7 +112,8 @@ class Runner:
         stream = self._stream(run, engine)
         writers: dict[int, SegmentWriter] = {}
         try:
-            self._change_prompts(run, engine)
+            if any(len(video.prompts) > 1 for video in run.live()):
+                threading.Thread(target=self._change_prompts, args=(run, engine), daemon=True).start()
             for chunk in stream:
                 if run.stopping:
                     break
@@ -161,10 +163,20 @@ class Runner:
         return stream
 
     def _change_prompts(self, run: Run, engine: WorkerEngine) -> None:
-        """Gives a run that was begun before the last prompt of each video, which its snapshot may not know."""
-        for video in run.live():
-            if len(video.prompts) > 1:
-                engine.set_prompt(video.prompts[-1][1], video.request.negative_prompt, video=video.place)
+        """Gives a run that was begun before the last prompt of each video, which its snapshot may not know.
+
+        Called on a thread of its own: the ranks take a prompt as soon as the run has begun.
+        """
+        for video in [video for video in run.live() if len(video.prompts) > 1]:
+            while not (run.over.is_set() or run.stopping or video.is_over):
+                try:
+                    engine.set_prompt(video.prompts[-1][1], video.request.negative_prompt, video=video.place)
+                    break
+                except ValueError as error:
+                    logger.warning("a changed prompt is lost: %s", error)
+                    break
+                except (RuntimeError, OSError):
+                    run.over.wait(_ASK_AGAIN_SECONDS)  # not yet; or the ranks are gone, and the run is over soon
 
     def _keep(self, run: Run, writers: dict[int, SegmentWriter], chunk: Chunk) -> None:
         """Writes a block of a video that somebody still wants."""
