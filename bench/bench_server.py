@@ -144,8 +144,9 @@ def run(load: Load, process: subprocess.Popen[str], requests: int, max_queue: in
           f"{max(rss) / _MIB:.0f}, {rss[-1] / _MIB:.0f} at the end; ranks were started "
           f"{figures['dualparal_engine_starts_total']:.0f} times; rank failures "
           f"{figures['dualparal_rank_failures_total']:.0f}")  # fmt: skip
-    print(f"stops answered after {max(load.stops, default=0):.2f} s at most; processes left: {len(alive)}; runs left on "
-          f"disk: {len(list((folder / 'runs').iterdir()))}")  # fmt: skip
+    runs = len(list((folder / "runs").iterdir()))
+    slowest = max(load.stops, default=0)
+    print(f"stops answered after {slowest:.2f} s at most; processes left: {len(alive)}; runs left on disk: {runs}")
     wrong = [*load.wrong]
     wrong += [f"{done} of {requests} have an end"] * (done != requests)
     wrong += [f"ends: {dict(load.ends)}"] * bool(set(load.ends) - {"completed", "cancelled"})
