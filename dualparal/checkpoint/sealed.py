@@ -29,11 +29,23 @@ class SnapshotError(ValueError):
 
 def write(folder: Path, stem: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> Path:
     """Writes a file of tensors and returns its path, ``stem`` and the checksum. Raises OSError."""
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    data = save(_apart(tensors), metadata)
     path = folder / f"{stem}-{checksum(data)}.safetensors"
     with whole_file(path, mode=0o600) as file:  # embeddings tell of the prompt
         file.write(data)
     return path
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors on the CPU, none of which shares its memory: two videos of one prompt have the same embeddings."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def checksum(data: bytes) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dualparal.cli import plan
+from dualparal.cli import plan, serve
 from dualparal.cli.config_file import with_config
 from dualparal.cli.flags import command_of
 from dualparal.cli.generate import GROUPS, generate
@@ -61,6 +61,7 @@ def calibrate() -> None:
 
 generate_command = app.command()(command_of(generate, *GROUPS))
 app.command()(command_of(plan.plan, *plan.GROUPS))
+app.command()(command_of(serve.serve, *serve.GROUPS))
 
 
 @app.callback(invoke_without_command=True)

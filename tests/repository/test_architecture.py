@@ -21,7 +21,7 @@ LEVELS = [
     {"dualparal"},  # the public names, loaded late
     {"from_source"},  # where the rest is found
     {"cli"},
-    {"hosts"},
+    {"hosts", "server"},
     {"workers"},
     {"engine"},
     {"planning"},

@@ -1,0 +1,134 @@
+"""The door: who may call (host, origin, token) and how much a body may hold. ASGI, before any route."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from dualparal.server.errors import ApiError
+from dualparal.server.settings import Settings, is_address, is_loopback
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+COOKIE = "dualparal"
+MAX_BODY = 64 * 1024  # bytes: a prompt of 4000 characters and what a form puts around it
+_OPEN = "/", "/healthz", "/session"  # without a token
+_OPEN_FOLDER = "/page/"
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; media-src 'self' blob:; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
+        b"form-action 'self'",
+    ),
+)
+
+
+class Guard:
+    """Refuses calls of strangers before a route sees them.
+
+    * ``Host`` is an IP address, localhost, or a name that the server was told: a page of another site whose name leads
+      to this address (DNS rebinding) is refused.
+    * ``Origin``, where a browser sends one, is that same host: pages of other sites cannot ask for anything.
+    * With a token: ``Authorization: Bearer`` or the page's cookie, but for the page itself and ``/healthz``.
+    * A body has at most ``MAX_BODY`` bytes, whatever its header says.
+    """
+
+    def __init__(self, app: Any, settings: Settings) -> None:
+        self._app, self._token = app, settings.token
+        self._names = {name.lower() for name in (settings.host, *settings.allow_hosts) if not is_address(name)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a call, or refuses it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+            self._check(scope["path"], headers)
+            body = _limited(receive, headers)
+        except ApiError as error:
+            await _refuse(error, send)
+            return
+
+        async def answer(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *_HEADERS]
+            await send(message)
+
+        await self._app(scope, body, answer)
+
+    def _check(self, path: str, headers: dict[str, str]) -> None:
+        host = headers.get("host", "")
+        name = _name(host)
+        if not (is_address(name) or is_loopback(name) or name in self._names):
+            raise ApiError(
+                421, "Host: this server does not know that name; start it with --allow-host NAME", code="host"
+            )
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            raise ApiError(403, "Origin: pages of other sites may not call this server", code="origin")
+        is_open = path in _OPEN or path.startswith(_OPEN_FOLDER)
+        if self._token is not None and not is_open and not self._knows(headers):
+            raise ApiError(401, "Authorization: give 'Bearer' and the server's token", code="invalid_api_key")
+
+    def _knows(self, headers: dict[str, str]) -> bool:
+        assert self._token is not None, "there is one"
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and same(given.strip(), self._token):
+            return True
+        cookies = [each.strip().partition("=") for each in headers.get("cookie", "").split(";")]
+        return any(name == COOKIE and same(value, cookie_of(self._token)) for name, _, value in cookies)
+
+
+def same(given: str, wanted: str) -> bool:
+    """True when two texts are equal; takes as long whatever they are."""
+    return hmac.compare_digest(given.encode(), wanted.encode())
+
+
+def cookie_of(token: str) -> str:
+    """The value of the page's cookie: not the token itself."""
+    return hashlib.sha256(b"dualparal page:" + token.encode()).hexdigest()
+
+
+def _name(host: str) -> str:
+    """The name or address in a Host header, without port and brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0].lower() if ":" in host else host.lower()
+
+
+def _limited(receive: Receive, headers: dict[str, str]) -> Receive:
+    """``receive`` that counts. Raises ApiError (413): the header alone says that it is too much."""
+    too_large = ApiError(413, f"the body has more than {MAX_BODY} bytes", code="body_too_large")
+    length = headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > MAX_BODY:
+        raise too_large
+    taken = 0
+
+    async def counted() -> MutableMapping[str, Any]:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > MAX_BODY:
+            raise too_large
+        return message
+
+    return counted
+
+
+async def _refuse(error: ApiError, send: Send) -> None:
+    body = json.dumps(error.body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *_HEADERS]
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
