@@ -32,7 +32,7 @@ class Lora:
     def __post_init__(self) -> None:
         if not isinstance(self.file, str) or not self.file.endswith(".safetensors"):
             raise ValueError(
-                f"LoRA {self.file!r}: not a .safetensors file (pickles, .pt and .bin, are never read); use FILE.safetensors"
+                f"LoRA {self.file!r}: not a .safetensors file (pickles, .pt and .bin, are never read)"
             )
         number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
         if not number or not math.isfinite(self.weight):
