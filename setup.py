@@ -27,7 +27,6 @@ def readme() -> str:
     return re.sub(link, rf"\1[\2]({address}/\3)" if address else r"\2", text)
 
 
-
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11

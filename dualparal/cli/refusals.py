@@ -25,7 +25,11 @@ _FLAGS = {
 }
 _GROUPS = PromptFlags, VideoFlags, ModelFlags, EightBitFlags, ReuseFlags, BlockFlags, PlaceFlags, OutputFlags
 _NAMES = {name for group in _GROUPS for name in group.__dataclass_fields__} | set(_FLAGS)
-_KINDS = {"integer": "a whole number", "number": "a number, such as 5.0", "float": "a number, such as 5.0"}  # by typer's words
+_KINDS = {
+    "integer": "a whole number",
+    "number": "a number, such as 5.0",
+    "float": "a number, such as 5.0",
+}  # by typer's words
 
 
 def in_flags(text: str) -> str:
@@ -65,7 +69,9 @@ def of_usage(error: Any) -> str:
     if kind == "NoSuchOption":
         known = [name for each in context.command.params for name in each.opts] if context is not None else []
         near = difflib.get_close_matches(option, known, 1)
-        return f"{option}: '{command}' has no such flag; " + (f"did you mean {near[0]}? Else {help_}" if near else help_)
+        return f"{option}: '{command}' has no such flag; " + (
+            f"did you mean {near[0]}? Else {help_}" if near else help_
+        )
     if kind == "BadOptionUsage" and option:
         return f"{option}: a value is missing, or it takes none; {help_}"
     parameter = getattr(error, "param", None)

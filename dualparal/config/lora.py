@@ -31,7 +31,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         if not isinstance(self.file, str) or not self.file.endswith(".safetensors"):
-            raise ValueError(f"LoRA {self.file!r}: not a .safetensors file (pickles, .pt and .bin, are never read); use FILE.safetensors")
+            raise ValueError(f"LoRA {self.file!r}: not a .safetensors file (pickles, .pt and .bin, are never read)")
         number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
         if not number or not math.isfinite(self.weight):
             raise ValueError(f"LoRA {self.file}: weight {self.weight!r}: use a finite number, such as 1.0")

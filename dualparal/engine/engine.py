@@ -184,8 +184,7 @@ class Engine:
             seed: of the noise (default 0), in video v of several seed + v; or give a ``generator``, from which one is
                 drawn for each.
             latents: initial noise [V, C, L, h, w] instead of the seed's.
-            num_videos_per_prompt: videos of each prompt, one after the other.
-            attention_kwargs: refused, unless it is empty.
+            num_videos_per_prompt, attention_kwargs: videos of each prompt, in a row; refused unless it is empty.
             callback_on_step_end: called on rank 0 as (engine, step, timestep, {"latents", "block", "video"}) after
                 every step of every block; a returned dict's "latents" replace them. Of tensors there are latents alone.
             image, last_image: the video's first and last frame, for models that take them: a path, a PIL image, or an

@@ -17,8 +17,8 @@ from dualparal.decoding.delivery import Delivery
 from dualparal.decoding.parts import PartDecoder
 from dualparal.engine.identity import check_same_run
 from dualparal.engine.images import kept_images
-from dualparal.engine.parts import Parts
 from dualparal.engine.inputs import VideoInputs
+from dualparal.engine.parts import Parts
 from dualparal.engine.request import Request, UserCallback, check_request, schedule_of
 from dualparal.engine.setup import Setup
 from dualparal.runtime.latents import LatentQueue

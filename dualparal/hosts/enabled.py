@@ -71,7 +71,9 @@ def enable(pipeline: Any, *, gpus: int | None = None, model: str | Path | None =
     if _KEPT in vars(pipeline):
         raise ValueError(f"enable: this {type(pipeline).__name__} is switched over already; disable it first")
     if model is not None and gpus is None:
-        raise ValueError(f"model={str(model)!r} without gpus: in this process the loaded weights are used; leave it out")
+        raise ValueError(
+            f"model={str(model)!r} without gpus: in this process the loaded weights are used; leave it out"
+        )
     transformer = pipeline.transformer
     options.setdefault("device", pipeline.device.type)
     options.setdefault("dtype", transformer.dtype)

@@ -60,6 +60,6 @@ def folder_of(model: str | Path, transformers: Sequence[TransformerFile] = ()) -
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
-            f"model {name!r} is no directory here and could not be had from the hub ({reason}); download it where there "
-            "is a network, and give its folder"
+            f"model {name!r} is no directory here and could not be had from the hub ({reason}); download it where "
+            "there is a network, and give its folder"
         ) from None

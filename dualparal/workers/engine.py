@@ -221,7 +221,9 @@ class WorkerEngine:
             if not ended:
                 self._leave()
 
-    def _step(self, callback: Callable[..., Any], fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _step(
+        self, callback: Callable[..., Any], fields: dict[str, Any], tensors: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
         values = {"latents": tensors["latents"], "block": fields["block"], "video": fields["video"]}
         result = callback(fields["step"], tensors["timestep"], values) or {}
         return {"latents": result["latents"]} if "latents" in result else {}

@@ -43,7 +43,7 @@ class LoadModel:
     CATEGORY, FUNCTION, RETURN_TYPES, RETURN_NAMES = _CATEGORY, "load", ("DUALPARAL_MODEL",), ("model",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """The inputs, as ComfyUI asks for them."""
         return {
             "required": {
@@ -66,7 +66,7 @@ class AddLora:
     CATEGORY, FUNCTION, RETURN_TYPES, RETURN_NAMES = _CATEGORY, "add", ("DUALPARAL_MODEL",), ("model",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """The inputs, as ComfyUI asks for them."""
         weight = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
         return {
@@ -90,7 +90,7 @@ class Storyboard:
     CATEGORY, FUNCTION, RETURN_TYPES, RETURN_NAMES = _CATEGORY, "read", ("DUALPARAL_PROMPT",), ("prompt",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """The inputs, as ComfyUI asks for them."""
         return {
             "required": {
@@ -120,7 +120,7 @@ class Generate:
     CATEGORY, FUNCTION, RETURN_TYPES, RETURN_NAMES = _CATEGORY, "generate", ("IMAGE",), ("frames",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """The inputs, as ComfyUI asks for them."""
         pixels = {"default": 64, "min": 16, "max": 16384, "step": 16}
         return {
@@ -187,6 +187,7 @@ def _picture(frame: Any) -> Any:
 def _write_clip(images: Any, folder: Path) -> Path:
     """Pictures [frames, height, width, 3] as an mp4 file without loss of its own, from which the engine goes on."""
     import numpy as np
+
     from dualparal.io.video import SegmentWriter
 
     frames = (np.asarray(images) * 255).round().clip(0, 255).astype(np.uint8)

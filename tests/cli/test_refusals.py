@@ -31,7 +31,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*START, "--hieght", "64"], "--hieght: 'dualparal generate' has no such flag; did you mean --height?"),
     ([*START, "--height", "40"], "--height 40 is not divisible by 16"),
     ([*START, "--num-inference-steps", "0"], "--num-inference-steps 0: denoising steps of a block"),
-    ([*START, "--timesteps", "9,8"], "--steps 1 with 2 timesteps: a list has every step, 1 to 10000 of them; leave --st"),
+    (
+        [*START, "--timesteps", "9,8"],
+        "--steps 1 with 2 timesteps: a list has every step, 1 to 10000 of them; leave --st",
+    ),
     ([*START, "--decode-in-place", "--decode-gpus", "1"], "--decode-in-place with --decode-gpus 1: "),
     ([*START, "--seed"], "--seed: a value is missing"),
     ([*START, "extra"], "got unexpected extra argument"),
@@ -101,10 +104,11 @@ layers_per_stage: [3, 5]
 device: cpu
 overwrite: true
 """
-FLAGS = (
-    "--prompt,a cat,--prompt-at,4:a dog: -running,--width,64,--height,32,--num-frames,17,--steps,2,--seed,7,"
-    "--frames-per-block,1,--context-frames,1,--device,cpu,--overwrite"
-).split(",") + ["--layers-per-stage", "3,5"]
+FLAGS = [
+    *("--prompt", "a cat", "--prompt-at", "4:a dog: -running", "--width", "64", "--height", "32"),
+    *("--num-frames", "17", "--steps", "2", "--seed", "7", "--frames-per-block", "1", "--context-frames", "1"),
+    *("--device", "cpu", "--overwrite", "--layers-per-stage", "3,5"),
+]
 
 
 def test_a_file_of_flags_is_the_flags(dualparal: Callable[..., Outcome]) -> None:
