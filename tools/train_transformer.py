@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from make_latents import scene_of
+from muon import Float32Muon
 from scenes import vocabulary
 from torch import nn
 from train_vae import stages
@@ -124,7 +125,7 @@ def make_optimizers(model: nn.Module, text: nn.Module) -> list[torch.optim.Optim
     chosen = {id(p) for p in matrices}
     rest = [p for p in [*model.parameters(), *text.parameters()] if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01, momentum=0.95),
+        Float32Muon(matrices, lr=0.02, weight_decay=0.01, momentum=0.95),
         torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 

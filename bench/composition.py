@@ -1,0 +1,144 @@
+"""Whether the model in the box shows what its captions ask for, by length, sampler and guidance, apart from any block.
+
+    python bench/composition.py --latents 1 2 4 --prompts 40
+    python bench/composition.py --latents 4 --prompts 40 --samplers 20:2 20:5 50:5
+    python bench/composition.py --encoder
+
+Whole clips in one batch by the model's own sampler (UniPC), of the captions and with the measures of bench/quality.py.
+Each sampler (STEPS:SHIFT, or STEPS:SHIFT:GUIDANCE) starts from the same noise; differences from the first are paired
+by caption, with 95 % intervals of Student's t. --encoder: how well a linear probe reads how many objects of a colour
+are asked for from the embedding of the colour's word, on captions that the probe was not fitted to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from diffusers import UniPCMultistepScheduler
+from meter.quality_report import student
+from meter.scene_metrics import counts_right, counts_wrong, track
+from quality import MODEL, PROMPTS, load_pipe
+from scenes import COLOURS, MAX_OBJECTS, SIZE, Scene, sample_scene, vocabulary
+from train_transformer import Text, make_transformer
+
+from dualparal.decoding.frames import to_uint8
+from dualparal.models.wan.tiny import make_tokenizer
+from dualparal.models.wan.vae import StreamingDecoder
+
+COLUMNS = ("right", "many", "few", "colour")  # % of frames; all of them together are 100
+FITTED, PROBED = 3000, 1000  # captions
+
+
+class Model:
+    """The model with the attention to captions that training uses: a pipeline's own pads each to 512 tokens."""
+
+    def __init__(self, folder: str) -> None:
+        self.pipe: Any = load_pipe(folder)
+        self.transformer, self.processor = make_transformer()
+        self.transformer.load_state_dict(self.pipe.transformer.state_dict())
+        with tempfile.TemporaryDirectory() as place:
+            self.text = Text(make_tokenizer(place, vocabulary()))
+        self.text.encoder.load_state_dict(self.pipe.text_encoder.state_dict())
+
+    def velocity(self, latents: torch.Tensor, time: torch.Tensor, said: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        self.processor.bias = said[1]
+        return self.transformer(latents, time.expand(len(latents)), said[0], return_dict=False)[0]
+
+    @torch.inference_mode()
+    def sample(self, captions: list[str], latents: int, sampler: str, seed: int) -> torch.Tensor:
+        """Clips [captions, channels, latents, h, w] by ``sampler``, STEPS:SHIFT or STEPS:SHIFT:GUIDANCE."""
+        steps, shift, guidance = (*map(float, sampler.split(":")), 4.0)[:3]
+        scheduler = UniPCMultistepScheduler.from_config(self.pipe.scheduler.config, flow_shift=shift)
+        scheduler.set_timesteps(int(steps))
+        side, channels = SIZE // 8, self.transformer.config.in_channels
+        shape = len(captions), channels, latents, side, side
+        clips = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        wanted, nothing = self.text(captions), self.text([""] * len(captions))
+        for now in scheduler.timesteps:
+            plain = self.velocity(clips, now, nothing)
+            velocity = plain + guidance * (self.velocity(clips, now, wanted) - plain)
+            clips = scheduler.step(velocity, now, clips, return_dict=False)[0]
+        return clips
+
+    @torch.inference_mode()
+    def judge(self, clips: torch.Tensor, scenes: list[Scene]) -> np.ndarray:
+        """COLUMNS of each clip, in percent: [clips, 4]."""
+        rows = []
+        for clip, scene in zip(clips, scenes, strict=True):
+            seen = track(to_uint8(StreamingDecoder(self.pipe.vae).push(clip[None])))
+            rows.append([counts_right(seen, scene).mean(), *counts_wrong(seen, scene).values()])
+        return 100 * np.array(rows)
+
+    @torch.inference_mode()
+    def words(self, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings [words, width] of the colours in captions at random, and how many objects each asks for."""
+        rng = np.random.default_rng([PROMPTS, seed])
+        scenes = [sample_scene(rng) for _ in range(number)]
+        captions = [scene.caption(rng) for scene in scenes]
+        embeds = torch.cat([self.text(captions[i : i + 256])[0] for i in range(0, number, 256)]).numpy()
+        found, counts = [], []
+        for scene, caption, embed in zip(scenes, captions, embeds, strict=True):
+            for place, word in enumerate(caption.split()):
+                if word in COLOURS:
+                    found.append(embed[place])
+                    counts.append(sum(thing.colour == word for thing in scene.things))
+        return np.array(found), np.array(counts)
+
+    def probe(self) -> tuple[float, float]:
+        """Shares of words whose count a linear probe reads, and of the most common count."""
+
+        def with_one(embeds: np.ndarray) -> np.ndarray:
+            return np.hstack([embeds, np.ones((len(embeds), 1))])
+
+        embeds, counts = self.words(1, FITTED)
+        probe = np.linalg.lstsq(with_one(embeds), np.eye(MAX_OBJECTS + 1)[counts], rcond=None)[0]
+        embeds, counts = self.words(2, PROBED)
+        return float(((with_one(embeds) @ probe).argmax(1) == counts).mean()), np.bincount(counts).max() / len(counts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--latents", type=int, nargs="+", default=[4], help="frames of the clips")
+    parser.add_argument("--samplers", nargs="+", default=["20:2"], help="STEPS:SHIFT or STEPS:SHIFT:GUIDANCE")
+    parser.add_argument("--prompts", type=int, default=40, help="captions, two at least")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--encoder", action="store_true", help="probe the text encoder, make no clip")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = Model(options.model)
+    if options.encoder:
+        print("count of a colour read {:.1%}, by always saying the most common {:.1%}".format(*model.probe()))
+        return
+    scenes = [sample_scene(np.random.default_rng([PROMPTS, prompt])) for prompt in range(options.prompts)]
+    numbers = np.array([len(scene.things) for scene in scenes])
+    for latents in options.latents:
+        first = None
+        for sampler in options.samplers:
+            began = time.process_time()
+            clips = model.sample([scene.caption() for scene in scenes], latents, sampler, options.seed)
+            seconds = time.process_time() - began
+            rows = model.judge(clips, scenes)
+            first = rows if first is None else first
+            half = student(len(rows) - 1) * (rows - first).std(0, ddof=1) / len(rows) ** 0.5
+            said = [
+                f"{name} {mean:.0f} ({change:+.1f} +- {wide:.1f})"
+                for name, mean, change, wide in zip(COLUMNS, rows.mean(0), (rows - first).mean(0), half, strict=True)
+            ]
+            parts = [f"{rows[numbers == k, 0].mean():.0f}" for k in range(1, MAX_OBJECTS + 1) if (numbers == k).any()]
+            print(f"{latents} latents, {sampler}: {', '.join(said)}; right by number {'/'.join(parts)}", end="; ")
+            print(f"{seconds:.0f} core s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
