@@ -343,7 +343,7 @@ def together(settings: Settings, steps: int) -> int:
 
 
 def _kind(video: Video) -> tuple[object, ...]:
-    """What videos that are made together share."""
+    """The properties that videos share which are made together."""
     request = video.request
     return request.width, request.height, request.num_frames, request.steps, request.guidance_scale
 
