@@ -340,6 +340,7 @@ class Jobs:
 
     def _count(self) -> None:
         self.metrics.queue.set(len(self.waiting()))
+        self.metrics.busy.set(self._current is not None)
         self.metrics.running.set(0 if self._current is None else len(self._current.live()))
 
 
