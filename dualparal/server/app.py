@@ -160,7 +160,7 @@ class _Routes:
         return JSONResponse({"id": video_id, "object": "video.prompt", "block": block})
 
     async def cancel(self, video_id: str) -> Response:
-        """Ends a video; the cards are free within a second when no other is made with it."""
+        """Ends a video, and with it the run, when no other is made with it."""
         return JSONResponse(self._told(await run_in_threadpool(self._jobs.cancel, video_id)))
 
     async def events(self, video_id: str, request: Request) -> Response:

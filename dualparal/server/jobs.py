@@ -154,7 +154,7 @@ class Jobs:
             video = self.cancel(name)
             video.deleted = True
             if self._current is not None and video in self._current.videos:
-                self.store.save(video)  # its folder goes when the run has let go of it
+                self._note(video)  # its folder goes when the run has let go of it
             else:
                 self.store.remove(video)
 
@@ -226,7 +226,7 @@ class Jobs:
     def _begin(self, run: Run, video: Video) -> None:
         video.status, video.run, video.place = RUNNING, run.name, run.videos.index(video)
         video.started_at = video.started_at or time.time()
-        self.store.save(video)
+        self._note(video)
 
     def block_done(self, run: Run, place: int, block: int, start: int, count: int) -> None:
         """Notes a block that is safe on disk."""
@@ -259,7 +259,7 @@ class Jobs:
                 video.failures += 1
                 if apart:
                     video.run, video.status = None, QUEUED
-                self.store.save(video)
+                self._note(video)
             if not apart:
                 self._again.appendleft(Run(run.name, run.videos))
 
@@ -293,6 +293,13 @@ class Jobs:
 
     # ---------------------------------------------------------------------------------------------------------------
 
+    def _note(self, video: Video) -> None:
+        """Writes a record where a full disk must not keep the queue from going on: clients are told all the same."""
+        try:
+            self.store.save(video)
+        except OSError as error:
+            logger.error("the record of %s is not on disk: %s", video.id, error.strerror)
+
     def _clear(self, run: Run) -> None:
         shutil.rmtree(self.store.run(run.name), ignore_errors=True)
 
@@ -300,7 +307,7 @@ class Jobs:
         video.status, video.error, video.completed_at = status, error, time.time()
         if status == COMPLETED:
             video.progress = 100
-        self.store.save(video)
+        self._note(video)
         code = (error or {}).get("code")
         self.metrics.videos.labels("cancelled" if code == "cancelled" else status).inc()
         if video.started_at is not None and status == COMPLETED:
@@ -333,6 +340,7 @@ class Jobs:
 
     def _count(self) -> None:
         self.metrics.queue.set(len(self.waiting()))
+        self.metrics.busy.set(self._current is not None)
         self.metrics.running.set(0 if self._current is None else len(self._current.live()))
 
 
@@ -343,7 +351,7 @@ def together(settings: Settings, steps: int) -> int:
 
 
 def _kind(video: Video) -> tuple[object, ...]:
-    """What videos that are made together share."""
+    """The properties that videos share which are made together."""
     request = video.request
     return request.width, request.height, request.num_frames, request.steps, request.guidance_scale
 

@@ -24,6 +24,7 @@ class Metrics:
         self.failures = Counter("dualparal_rank_failures", "Runs that a failed rank ended", registry=registry)
         self.queue = Gauge("dualparal_queue_length", "Videos that wait", registry=registry)
         self.running = Gauge("dualparal_running_videos", "Videos that are being made", registry=registry)
+        self.busy = Gauge("dualparal_engine_busy", "1 until the engine has let go of a run", registry=registry)
         self.up = Gauge("dualparal_engine_up", "1 when the ranks are there", registry=registry)
         self.seconds = Histogram(
             "dualparal_video_seconds", "Seconds from a video's start to its end", buckets=_MINUTES, registry=registry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable
 
 import uvicorn
@@ -48,8 +49,10 @@ def serve(settings: Settings, say: Callable[[int], None]) -> bool:
         False: it could not listen, which uvicorn has said.
 
     Raises:
-        ValueError, RankFailed, OSError: the engine cannot start, or another server has the folder.
+        ValueError: the address is taken, another server has the folder, or the model or an option cannot be used.
+        RankFailed, OSError: the ranks cannot start.
     """
+    address = _bind(settings)  # before what takes long
     store = Store(settings.folder)
     try:
         runner = Runner(jobs := Jobs(store, settings, Metrics()))
@@ -68,9 +71,25 @@ def serve(settings: Settings, say: Callable[[int], None]) -> bool:
                 h11_max_incomplete_event_size=64 * 1024,
             )
             server = _Server(config, jobs, say)
-            server.run()
+            server.run([address])
             return server.started
         finally:
             runner.stop()
     finally:
         store.close()
+        address.close()
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """A socket at the server's address, which does not listen yet. Raises ValueError: it cannot be had."""
+    found = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((settings.host, settings.port))
+    except OSError as error:
+        found.close()
+        raise ValueError(
+            f"--host {settings.host} --port {settings.port}: cannot listen there ({error.strerror}); use another "
+            "port, or 0 for one that is free"
+        ) from None
+    return found

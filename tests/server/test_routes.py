@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from dualparal.config.engine import EngineConfig
 from dualparal.server.app import make_app
 from dualparal.server.jobs import Jobs, together
 from dualparal.server.metrics import Metrics
+from dualparal.server.serve import serve as run_server
 from dualparal.server.settings import Settings
 from dualparal.server.store import COMPLETED, Store
 from places import ROOT
@@ -182,6 +184,31 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else name)
     result = CliRunner().invoke(commands, ["serve"])
     assert str(result.exception) == "serve needs uvicorn: pip install 'dualparal[server]'"
+
+
+def test_an_address_that_is_taken_is_named_before_ranks_start(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port}: cannot listen there"):
+            run_server(settings(tmp_path / "none", port=port), print)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_does_not_stop_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, jobs = made(tmp_path / "videos")
+    name = client.post("/v1/videos", json={"prompt": "a"}).json()["id"]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jobs.store, "save", full)
+    run = jobs.take()
+    assert run is not None
+    jobs.failed(run, "storage", "the disk is full")
+    jobs.finish(run)
+    assert client.get(f"/v1/videos/{name}").json()["error"]["code"] == "storage"
+    assert client.post("/v1/videos", json={"prompt": "b"}).json()["error"]["type"] == "server_error"
+    jobs.store.close()
 
 
 def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from dualparal.io.video import SegmentWriter, join, probe
 from servers import Served
 
 PROMPT = "two red circles on a dark background"
-warnings.filterwarnings("ignore", category=DeprecationWarning, message="The Sora API")
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +84,7 @@ def test_stop_frees_the_engine(served: Served) -> None:
     assert 'dualparal_videos_total{end="cancelled"} 1.0' in metrics and "dualparal_engine_up 1.0" in metrics
 
 
+@pytest.mark.timeout(900)  # four starts of processes that import torch
 def test_a_video_outlives_the_server_and_a_rank(tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     first = Served(folder)
