@@ -66,7 +66,7 @@ class Run:
     def _end(self) -> None:
         if not self.over.is_set() and self.engine is not None:
             logger.warning("a unit takes longer than %g s: the ranks are ended and started anew", SOFT_SECONDS)
-            self.engine.close()
+            self.engine.close(now=True)
 
 
 class Jobs:

@@ -140,8 +140,13 @@ class WorkerEngine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Ends the ranks, also in the middle of a video, and returns when they are gone. Again, it does nothing."""
+    def close(self, *, now: bool = False) -> None:
+        """Ends the ranks, also in the middle of a video, and returns when they are gone. Again, it does nothing.
+
+        now: they are not asked to leave first.
+        """
+        if now:
+            self._ranks.kill()
         self._end()
 
     def __call__(self, prompt: Prompt | Sequence[Prompt] | None = None, **kwargs: Any) -> EngineOutput:

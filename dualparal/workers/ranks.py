@@ -162,6 +162,11 @@ class Ranks:
             return ValueError(failure.cause)
         return RankFailed(failure)
 
+    def kill(self) -> None:
+        """Ends the ranks without asking them; ``close`` returns when they are gone."""
+        self._supervisor.interrupt()  # the first asks, the second ends
+        self._supervisor.interrupt()
+
     def close(self) -> None:
         """Ends the ranks, also in the middle of a run, and returns when all are gone."""
         if self.ready:
@@ -171,8 +176,7 @@ class Ranks:
             self._thread.join(_QUIT_SECONDS)
         self._closed = True
         if self._thread.is_alive():
-            self._supervisor.interrupt()  # the first asks, the second ends
-            self._supervisor.interrupt()
+            self.kill()
             self._thread.join()
         for line in self._lines.values():
             line.end()
