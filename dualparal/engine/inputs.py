@@ -112,7 +112,7 @@ def _seeds(seed: Any, generator: Any, count: int, rows: Callable[[str, Any], lis
 
 def _count(name: str, value: Any) -> int:
     """The number of videos of a prompt. Raises ValueError."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= 1024:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= int(value) <= 1024:
         raise ValueError(f"{name}={value!r}: videos of each prompt; use an integer from 1 to 1024")
     return int(value)
 

@@ -85,7 +85,7 @@ class DualParalDenoise(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         """Makes the latents. Raises ValueError, and what the engine raises."""
-        block_state = self.get_block_state(state)
+        block_state = self.get_block_state(state)  # type: ignore[attr-defined]
         engine = self._engine or self._made_of(components)
         engine.scheduler = components.scheduler
         values = {item.name: getattr(block_state, item.name, None) for item in self.inputs}
@@ -94,7 +94,7 @@ class DualParalDenoise(ModularPipelineBlocks):
         scale = _guidance_scale(components.guider)
         found = engine(guidance_scale=scale, output_type="latent", **values)
         block_state.latents = found.frames.float()
-        self.set_block_state(state, block_state)
+        self.set_block_state(state, block_state)  # type: ignore[attr-defined]
         return components, state
 
     def _made_of(self, components: Any) -> Any:
@@ -150,8 +150,8 @@ class DualParalDecode(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         """Decodes all videos. Raises ValueError for latents or a type that there is not."""
-        block_state = self.get_block_state(state)
-        kind = block_state.output_type or "np"
+        block_state = self.get_block_state(state)  # type: ignore[attr-defined]
+        kind: Any = block_state.output_type or "np"
         family = family_of(_PIPELINE)
         assert family is not None, "a row of the registry"
         chunks = []
@@ -162,7 +162,7 @@ class DualParalDecode(ModularPipelineBlocks):
                 given = to_uint8(frames) if kind == "uint8" else to_output(frames, kind)
                 chunks.append(Chunk(number, 0, given, part, None, video))  # type: ignore[arg-type]
         block_state.videos = join_chunks(chunks, kind)
-        self.set_block_state(state, block_state)
+        self.set_block_state(state, block_state)  # type: ignore[attr-defined]
         return components, state
 
 
