@@ -25,8 +25,7 @@ def with_config(arguments: list[str], parameters: Sequence[Any]) -> list[str]:
         parameters: the command's flags, as typer has them.
 
     Raises:
-        ValueError: a file that is not such a file, or a key or a value that no flag has.
-        OSError: it cannot be read.
+        ValueError: a file that cannot be read or is no such file, or a key or a value that no flag has.
     """
     path = _path(arguments)
     if path is None:
@@ -74,7 +73,7 @@ def _is_given(flag: Any, arguments: list[str]) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file: plain values, no aliases (a few bytes of which can stand for gigabytes), no objects.
 
-    Raises ValueError, OSError.
+    Raises ValueError.
     """
     import yaml
 
@@ -92,14 +91,17 @@ def _read(path: Path) -> dict[str, Any]:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            keys = [str(key.value) for key, _ in node.value]  # as written
             twice = [key for index, key in enumerate(keys) if key in keys[:index]]
             if twice:
                 raise yaml.YAMLError(f"{twice[0]} is there twice")
             return super().construct_mapping(node, deep)
 
-    with path.open("rb") as file:
-        data = file.read(_MOST_BYTES + 1)
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}; use a file that can be read") from None
     if len(data) > _MOST_BYTES:
         raise ValueError(f"--config {path}: larger than {_MOST_BYTES // 1024} KiB; it holds flags, no data")
     loader = None

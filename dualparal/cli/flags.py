@@ -131,7 +131,7 @@ class ModelFlags:
 
 
 def _file(flag: str, text: str, make: Callable[[str], Any]) -> Any:
-    """What a flag's value makes. Raises ValueError, with the value as it was typed."""
+    """The value that is made of a flag's text. Raises ValueError, with the text as it was typed."""
     try:
         return make(text)
     except ValueError as error:

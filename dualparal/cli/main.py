@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import lru_cache
 from typing import Annotated, Any
 
 import typer
@@ -77,15 +78,20 @@ def root(
         raise typer.Exit
 
 
+@lru_cache(1)
+def commands() -> Any:
+    """The commands that typer makes of the functions: once, since it takes long."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Entry point. An error is one line on stderr, with exit code 2 for the user's mistakes and 5 for files."""
     keep_stderr()
     sys.argv[1:] = unpack_arguments() or sys.argv[1:]
     try:
         if "generate" in sys.argv[1:2]:
-            commands: Any = typer.main.get_command(app)
-            sys.argv[1:] = with_config(sys.argv[1:], commands.commands["generate"].params)
-        sys.exit(app(standalone_mode=False))
+            sys.argv[1:] = with_config(sys.argv[1:], commands().commands["generate"].params)
+        sys.exit(commands()(standalone_mode=False))
     except USAGE_ERRORS as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.exit(error.show() or BAD_INPUT)  # type: ignore[attr-defined]

@@ -177,7 +177,7 @@ class VideoConfig:
 
 def _plain(value: Any, real: bool) -> Any:
     """A number, such as one of numpy's, as Python's int or (``real``) float; all else as it is."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) in (bool, int, float) or not isinstance(value, Real):
         return value
     return float(value) if real else int(value) if isinstance(value, Integral) else value
 

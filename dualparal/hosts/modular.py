@@ -47,7 +47,7 @@ class DualParalDenoise(ModularPipelineBlocks):
 
     @property
     def description(self) -> str:
-        """What the block does, for diffusers' descriptions."""
+        """A sentence for diffusers' descriptions."""
         return "Denoises a video of any length in blocks that are in flight together."
 
     @property
@@ -126,7 +126,7 @@ class DualParalDecode(ModularPipelineBlocks):
 
     @property
     def description(self) -> str:
-        """What the block does, for diffusers' descriptions."""
+        """A sentence for diffusers' descriptions."""
         return "Decodes latents of any length frame by frame."
 
     @property

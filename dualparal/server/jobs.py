@@ -135,7 +135,6 @@ class Jobs:
                 )
             self._make_room()
             video = self.store.add(request, self.settings.fps)
-            video.prompts = [(0, request.prompt)]
             self._count()
             self._changed.notify_all()
             return video

@@ -98,7 +98,8 @@ class Runner:
             self._jobs.failed(run, "storage", "the server cannot read or write its files")
         else:
             self._jobs.metrics.failures.inc()
-            logger.warning("a run failed: %s", _line(error))
+            known = isinstance(error, RankFailed)
+            logger.warning("a run failed: %s", _line(error), exc_info=None if known else error)
             if any(video.failures >= _MOST_FAILURES for video in run.live()):
                 kind = "rank_failed" if isinstance(error, RankFailed) else "engine_failed"
                 self._jobs.failed(run, kind, _line(error))

@@ -118,7 +118,8 @@ class Store:
     def add(self, request: VideoRequest, fps: int) -> Video:
         """Makes a new video and its folder. Raises OSError."""
         number = 1 + max((video.number for video in self.videos.values()), default=0)
-        video = Video(f"video_{secrets.token_hex(12)}", request, fps, number, time.time())
+        prompts = [(0, request.prompt)]
+        video = Video(f"video_{secrets.token_hex(12)}", request, fps, number, time.time(), prompts=prompts)
         make_folder(self.path(video), 0o700)
         self.save(video)
         self.videos[video.id] = video

@@ -39,7 +39,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*START, "--seed"], "--seed: a value is missing"),
     ([*START, "extra"], "got unexpected extra argument"),
     (["genrate"], "no such command 'genrate'"),
-    ([*START, "--config", "nope.yaml"], "cannot read or write: [Errno 2] No such file or directory: 'nope.yaml'"),
+    ([*START, "--config", "nope.yaml"], "--config nope.yaml: No such file or directory; use a file that can be read"),
 ]
 PROGRAM = """
 import contextlib, io, json, sys

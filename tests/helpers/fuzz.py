@@ -172,7 +172,6 @@ class Refused(Exception):
 def argv(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     """``dualparal generate`` up to the point where weights would be read: code 0 or 2, one line, no traceback."""
     os.environ.update(HF_HUB_OFFLINE="1", COLUMNS="200")
-    import typer.main
 
     from dualparal.cli import generate
     from dualparal.cli import main as cli
@@ -197,9 +196,7 @@ def argv(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
     Path("full").mkdir()
     Path("full/file").touch()
     Path("link.mp4").symlink_to("nowhere")
-    command = typer.main.get_command(cli.app)
     options = [*inspect.signature(cli.generate_command).parameters.values()]
-    cli.app = lambda: command(standalone_mode=True)  # type: ignore[assignment]
     right = ["generate", "--prompt", "a cat", "--model", "model", "--height", "32", "--width", "32", "--device", "cpu"]
     names = ["there.mp4", "full", "full/a.mp4", "there.mp4/a", "link.mp4", "model", "new/a.mp4"]
 
@@ -229,8 +226,7 @@ def argv(folder: Path) -> tuple[Feed, tuple[type[Exception], ...]]:
         text = re.sub(r"\Aplan: .*\n", "", errors.getvalue())  # what --plan auto found, before other flags are checked
         assert code in (0, 2), (code, sys.argv, text)
         if code == 2:
-            ours = text.startswith("error: ") and text.count("\n") == 1
-            assert "Traceback" not in text and (ours or "─ Error ─" in text), (sys.argv, text)
+            assert text.startswith("error: ") and text.count("\n") == 1, (sys.argv, text)
             raise Refused
 
     return feed, (Refused,)

@@ -113,7 +113,7 @@ def test_finished_weights_learn_on(trained: Path, tmp_path: Path) -> None:
     change = (first[name.replace("trained", "average", 1)] - new[name]).norm() / new[name].norm()
     assert 0 < change < 0.2  # four steps away from what was exported
     (row,) = rows(out / "transformer.jsonl")
-    assert row["step"] == 4 and 0 < row["loss"] < 2 and 0 < row["short"] < 2
+    assert row["step"] == 4 and 0 < row["loss"] < 2 and 0 < row["short"] < 3
 
 
 def test_scenes_never_overlap_and_keep_their_truth() -> None:
