@@ -23,7 +23,8 @@ from small_vaes import CASES, make_vae
 def test_frames_in_parts_have_the_latents_of_the_whole_and_still_ones_settle(case: str) -> None:
     vae = make_vae(case)
     side, encoder = int(vae.config.scale_factor_spatial), StreamingEncoder(vae)
-    frames = torch.rand(13, 3, 2 * side, 3 * side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    # 20 latent points: of 6, and AVX2 alone, MKL's products of one frame and of four differ in last bits.
+    frames = torch.rand(13, 3, 4 * side, 5 * side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, reciprocal = latent_scale(vae)
     whole = (vae.encode(frames.transpose(0, 1)[None]).latent_dist.mode() - mean) * reciprocal
     assert torch.equal(torch.cat([encoder.push(part) for part in frames.split([5, 4, 4])], dim=2), whole)
@@ -66,10 +67,10 @@ def test_what_is_no_image_is_refused_in_a_line(tmp_path: Path) -> None:
 def test_what_a_model_is_told_is_what_diffusers_tells_of_the_whole_video(length: int, count: int) -> None:
     vae = make_vae("wan2.1-shallow")
     pipe = WanImageToVideoPipeline(None, None, vae, UniPCMultistepScheduler())
-    images = (torch.rand(2, 1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1)[:count]
-    latents, frames = torch.zeros(1, 16, length, 2, 3), 4 * length - 3
+    images = (torch.rand(2, 1, 3, 32, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1)[:count]
+    latents, frames = torch.zeros(1, 16, length, 4, 5), 4 * length - 3
     last = images[1] if count == 2 else None
-    given = (1, 16, 16, 24, frames, torch.float32, torch.device("cpu"), None, latents, last)
+    given = (1, 16, 32, 40, frames, torch.float32, torch.device("cpu"), None, latents, last)
     _, wanted = pipe.prepare_latents(images[0], *given)
     spec, encoder = SimpleNamespace(temporal_factor=4, keeps_first_frame=False), StreamingEncoder(vae)
     found = image_condition(spec, encoder, [image[0] for image in images], length, length + 2)
