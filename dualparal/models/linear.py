@@ -89,7 +89,7 @@ def placed(
         dtype: of the model.
         policy: the layers whose linears have 8 bits.
         scale: of a tensor in fp8, one number or one per row; None: it was only cast.
-        change: makes others of its rows, in float32, given them and which they are; large tensors go through it in pieces.
+        change: (rows of the tensor, which they are) -> others, in float32; a large tensor goes through it in pieces.
     """
     layer, tensor = spec.linear_layer(name), tensor.to(device)
     covered, fp8 = policy.covers(layer), tensor.dtype == _FP8
