@@ -47,8 +47,10 @@ def doctor() -> None:
 @app.command()
 def models() -> None:
     """Lists the models that --model takes by name, with the hub ids of their weights."""
-    for name, hub_id in {BUILT_IN: "ships with this package", **known_models()}.items():
-        typer.echo(f"{name:<18} {hub_id}")
+    listed = {BUILT_IN: "ships with this package", **known_models()}
+    width = max(map(len, listed))
+    for name, hub_id in listed.items():
+        typer.echo(f"{name:<{width}} {hub_id}")
 
 
 @app.command()

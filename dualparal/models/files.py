@@ -18,6 +18,7 @@ from dualparal.config.transformer_file import TransformerFile
 from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.family import Component, Family, resolve
 from dualparal.models.headers import elements
+from dualparal.models.heap import give_back
 from dualparal.models.json_files import ModelError, read_config, read_json
 from dualparal.models.linear import placed
 from dualparal.models.loading import one_at_a_time
@@ -234,6 +235,8 @@ class ModelFiles:
                 loras = [lora for lora in self.lora_files[expert] if lora.changes(name)]
                 change = partial(_merged, name, loras) if loras else None
                 tensors |= placed(self.spec, name, tensor, dtype, device, linear_8bit, scales.get(name), change)
+                del tensor
+                give_back()
             slices.append(self.spec.build(tensors, layers))
         return slices
 
@@ -296,10 +299,10 @@ class ModelFiles:
         return part
 
 
-def _merged(name: str, loras: Sequence[LoraFile], tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the model with LoRAs, in float32."""
+def _merged(name: str, loras: Sequence[LoraFile], tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Rows of a tensor of the model with LoRAs, in float32."""
     for lora in loras:
-        tensor = lora.merge(name, tensor)
+        tensor = lora.merge(name, tensor, rows)
     return tensor
 
 

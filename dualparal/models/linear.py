@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from dualparal.models.base import ModelSpec
 _SCALE = "_scale"  # a weight whose products are made in 8 bits has its scales under its own name and this
 _KEPT_SCALE = "_kept_scale"  # the same of one that is only kept in 8 bits
 _FP8 = torch.float8_e4m3fn
+_PIECE = 1 << 22  # elements that are changed at once: 16 MiB in float32
 
 
 class Linear(NamedTuple):
@@ -75,7 +76,7 @@ def placed(
     device: torch.device,
     policy: LinearPolicy,
     scale: torch.Tensor | None = None,
-    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    change: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """A tensor of a checkpoint as its slice takes it, by name; with its scales, if it is one in 8 bits.
 
@@ -88,25 +89,39 @@ def placed(
         dtype: of the model.
         policy: the layers whose linears have 8 bits.
         scale: of a tensor in fp8, one number or one per row; None: it was only cast.
-        change: makes another tensor of it, in float32.
+        change: (rows of the tensor, which they are) -> others, in float32; a large tensor goes through it in pieces.
     """
     layer, tensor = spec.linear_layer(name), tensor.to(device)
-    eight, covered = tensor.dtype == _FP8 and layer is not None, policy.covers(layer)
-    rows: Rows8 | None = None
-    if tensor.dtype == _FP8:
+    covered, fp8 = policy.covers(layer), tensor.dtype == _FP8
+    eight = covered or (fp8 and layer is not None)
+    suffix = _SCALE if covered else _KEPT_SCALE
+    if fp8:
         scale = torch.ones(1, device=device) if scale is None else scale.to(device, torch.float32).flatten()
         if eight and change is None:
-            rows = Rows8(tensor, scale.expand(len(tensor))[:, None].contiguous())
-        else:
-            tensor = tensor.float() * (scale if len(scale) == 1 else scale.view(-1, *[1] * (tensor.ndim - 1)))
-    if change is not None:
-        tensor = change(tensor)
-    if rows is None and (eight or covered):
-        options = {} if covered else {"backend": _backend(device)}
-        rows = quantise_rows(tensor.contiguous(), **options)
-    if rows is None:
+            return {name: tensor, name + suffix: scale.expand(len(tensor))[:, None].contiguous()}
+    elif change is None and not eight:
         return {name: tensor.to(spec.tensor_dtype(name, dtype))}
-    return {name: rows.values, name + (_SCALE if covered else _KEPT_SCALE): rows.scale}
+    made = torch.empty(tensor.shape, dtype=_FP8 if eight else spec.tensor_dtype(name, dtype), device=device)
+    scales = torch.empty(len(tensor) if eight else 0, 1, device=device)
+    options = {} if covered else {"backend": _backend(device)}
+    for rows in _pieces(tensor):
+        piece = tensor[rows]
+        if scale is not None and fp8:
+            piece = piece.float() * (scale if len(scale) == 1 else scale[rows].view(-1, *[1] * (tensor.ndim - 1)))
+        if change is not None:
+            piece = change(piece, rows)
+        if eight:
+            made[rows], scales[rows] = quantise_rows(piece.contiguous(), **options)
+        else:
+            made[rows] = piece
+    return {name: made, name + suffix: scales} if eight else {name: made}
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[slice]:
+    """The rows of a tensor in pieces, so that a large matrix is never there as a whole in float32."""
+    count = max(1, _PIECE // max(1, tensor[0].numel()))
+    for first in range(0, len(tensor), count):
+        yield slice(first, min(first + count, len(tensor)))
 
 
 def _backend(device: torch.device) -> str:

@@ -83,24 +83,23 @@ class LoraFile:
         """True for a tensor that the file changes."""
         return name in self._changes
 
-    def merge(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the model with the changes of the file, in float32; one that it does not change as it is.
+    def merge(self, name: str, tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Rows of a tensor of the model with the changes of the file, in float32.
 
         Args:
-            name: of the tensor in the model's checkpoint.
-            tensor: on any device, where the product is made. It is not written to.
+            name: of a tensor in the model's checkpoint that ``changes``.
+            tensor: these rows of it, on any device, where the product is made. It is not written to.
+            rows: where in the tensor they are.
         """
-        changes = self._changes.get(name)
-        if changes is None:
-            return tensor
         made = tensor.to(torch.float32, copy=True)
         with self._open() as handle:
-            for change in changes:
-                down = handle.get_tensor(change.down).to(made.device, torch.float32)
+            for change in self._changes[name]:
                 if change.up is None:
-                    made.add_(down, alpha=change.factor)
+                    difference = handle.get_slice(change.down)[rows].to(made.device, torch.float32)
+                    made.add_(difference, alpha=change.factor)
                 else:
-                    up = handle.get_tensor(change.up).to(made.device, torch.float32)
+                    down = handle.get_tensor(change.down).to(made.device, torch.float32)
+                    up = handle.get_slice(change.up)[rows].to(made.device, torch.float32)
                     made.flatten(1).addmm_(up.flatten(1), down.flatten(1), alpha=change.factor)
         return made
 

@@ -34,6 +34,7 @@ from dualparal.config.transformer_file import TransformerFile
 from dualparal.config.video import VideoConfig
 from dualparal.engine.engine import Engine
 from dualparal.kernels.linear_8bit import quantise_rows
+from dualparal.models import linear as linear_module
 from dualparal.models import weights
 from dualparal.models.files import ModelFiles
 from dualparal.models.headers import read_entries
@@ -48,6 +49,7 @@ from dualparal.planning.cost import layer_arithmetic
 from dualparal.planning.memory import slice_bytes
 from dualparal.planning.workload import Workload
 from engine_calls import embeds, reference_latents
+from live_bytes import LiveBytes
 from lora_files import write_lora
 from transformer_files import FP8_KINDS, LAYOUTS, write_fp8, write_transformer
 
@@ -223,6 +225,47 @@ def test_fp8_products_take_the_file_s_numbers_and_a_lora_rounds_once_more(
         error = (made[name].float() * made[name + end] - wanted.values.float() * wanted.scale).abs().max()
         assert error < 0.1 * numbers[name].abs().max() and made[name].dtype == torch.float8_e4m3fn
         assert (made[name].float() * made[name + end] - numbers[name]).abs().max() > 2 * error
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+def test_a_lora_is_added_to_some_rows_at_a_time(
+    wan21: Path, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    write_fp8(file := tmp_path / "fp8.safetensors", "rows", state_of(wan21))
+    lora = write_lora(tmp_path / "lora.safetensors", "original", state_of(wan21))
+    files = ModelFiles(bare, (Lora(str(lora.path)),), (TransformerFile(str(file)),))
+    file_of_it, stored, end = files.lora_files[0][0], load_file(file), "_kept_scale"
+
+    def made(name: str) -> dict[str, torch.Tensor]:
+        own = stored[f"{original_name(name.removesuffix('.weight'))}.weight"]
+        scale = stored.get(f"{original_name(name.removesuffix('.weight'))}.weight_scale")
+        own, scale = (own, scale) if kind == "fp8" else (own.bfloat16(), None)
+        return placed(files.spec, name, own, torch.bfloat16, CPU, LINEAR_OFF, scale, partial(file_of_it.merge, name))
+
+    names = [name for name in files.spec.names(0, range(1)) if name.endswith("weight") and file_of_it.changes(name)]
+    assert len(names) >= 6
+    whole = {name: made(name) for name in names}
+    monkeypatch.setattr(linear_module, "_PIECE", 250)  # five rows of 48 numbers, two of 96
+    for name in names:
+        parts = made(name)
+        assert parts.keys() == whole[name].keys()
+        for key, tensor in parts.items():
+            rounding = 0.07 if tensor.dtype == torch.float8_e4m3fn else 1e-2
+            torch.testing.assert_close(tensor.float(), whole[name][key].float(), rtol=rounding, atol=1e-3)
+    assert any(name + end in whole[name] for name in names) == (kind == "fp8")
+
+
+def test_no_second_copy_of_a_matrix_is_held_while_a_lora_is_added(
+    wan21: Path, bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "_PIECE", 1 << 16)
+    name, spec = "blocks.0.ffn.net.0.proj.weight", ModelFiles(wan21).spec
+    matrix = torch.ones(2048, 1024, dtype=torch.bfloat16)
+    for own, scale in ((matrix, None), (matrix.to(torch.float8_e4m3fn), torch.ones(1))):
+        with LiveBytes() as live:
+            made = placed(spec, name, own, torch.bfloat16, CPU, LINEAR_OFF, scale, lambda piece, _: piece.float() + 1)
+        assert made[name].shape == own.shape
+        assert live.peak < 2 * own.nbytes + 8 * 4 * (1 << 16)  # the file's, the model's, and pieces in float32
 
 
 # Identity ---------------------------------------------------------------------------------------------------------

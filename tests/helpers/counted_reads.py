@@ -27,4 +27,21 @@ def noting(real: Callable[..., Any], note: Callable[[Any, str], None]) -> type:
             note(self.path, name)
             return self.handle.get_tensor(name)
 
+        def get_slice(self, name: str) -> Any:
+            return _NotingSlice(self.handle.get_slice(name), lambda: note(self.path, name))
+
     return Noting
+
+
+class _NotingSlice:
+    """A tensor of a file of which parts are read, and that notes it."""
+
+    def __init__(self, part: Any, note: Callable[[], None]) -> None:
+        self.part, self.note = part, note
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+    def __getitem__(self, rows: Any) -> Any:
+        self.note()
+        return self.part[rows]

@@ -75,6 +75,7 @@ def test_the_command_lists_them() -> None:
         ["moving-shapes", "ships with this package"],
         *([name, hub_id] for name, hub_id in known_models().items()),
     ]
+    assert len({line.index(line.split(maxsplit=1)[1]) for line in lines}) == 1  # one column, long names too
 
 
 def test_generate_takes_loras_and_says_which_file_is_not_there(tmp_path: Path) -> None:

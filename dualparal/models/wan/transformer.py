@@ -19,6 +19,7 @@ from dualparal.kernels.attention import attention
 from dualparal.kernels.attention_8bit import attention_8bit, key_mean, qk_norm_rope_8bit
 from dualparal.kernels.qk_norm_rope import Lend, qk_norm_rope
 from dualparal.models.base import AttentionStrategy, Grid, Pending, Rotary, TimeCondition, attend_here
+from dualparal.models.heap import give_back
 from dualparal.models.keys_values import Context8, KeysValues
 from dualparal.models.linear import Linear
 from dualparal.models.wan.feed_forward import linear_gelu
@@ -51,6 +52,7 @@ class _Layer:
             self.image_norm_k = get("attn2.norm_added_k.weight")
         self.cross_out = linear("attn2.to_out.0")
         self.ffn_in, self.ffn_out = linear("ffn.net.0.proj"), linear("ffn.net.2")
+        give_back()  # what was joined
 
 
 class WanSlice:
