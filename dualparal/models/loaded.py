@@ -16,6 +16,8 @@ from dualparal.models.linear import placed
 from dualparal.models.loading import one_at_a_time
 from dualparal.models.registry import default_size, family_of, supported_pipelines
 
+_ALIGNMENT = 64  # bytes, as torch's own allocations on a CPU
+
 
 class LoadedPipeline:
     """A diffusers pipeline that the user has loaded; its tensors are shared where device and dtype allow.
@@ -61,6 +63,9 @@ class LoadedPipeline:
     ) -> list[Slice]:
         """Slices that share the tensors of the loaded transformers (Q, K and V are copied into one matrix).
 
+        On the CPU a tensor that does not begin at a multiple of 64 bytes is copied: products with it can have other
+        last bits than with those that are read from files. transformers and diffusers map files, and begin anywhere.
+
         Raises:
             ModelError: weights were replaced (LoRA, quantisation), which would silently be lost.
         """
@@ -80,7 +85,8 @@ class LoadedPipeline:
                         f"the loaded transformer holds {name} as {state[name].dtype}: quantised weights "
                         "are not supported; load it in float32, bfloat16 or float16"
                     )
-                tensors |= placed(self.spec, name, state[name], dtype, device, linear_8bit)
+                made = placed(self.spec, name, state[name], dtype, device, linear_8bit)
+                tensors |= {each: _aligned(tensor) for each, tensor in made.items()}
             slices.append(self.spec.build(tensors, layers))
         return slices
 
@@ -100,3 +106,7 @@ class LoadedPipeline:
     def load_image_encoder(self, device: torch.device) -> tuple[Any, Any]:
         """Returns the pipeline's own (image processor, image encoder), the latter moved to ``device``."""
         return self.pipeline.image_processor, self.pipeline.image_encoder.to(device)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT else tensor

@@ -472,9 +472,9 @@ def test_nan_is_not_given_out(engine: Build) -> None:
         ({"num_frames": 100}, "use 97 or 101"),
         ({"height": 40}, "height=40 is not divisible by 16"),
         ({"prompt": None}, "either prompt or prompt_embeds"),
-        ({"prompt": 3}, "prompt is a int: use a text"),
+        ({"prompt": 3}, "prompt is an int: use a text"),
         ({"prompt": []}, "prompt holds no text"),
-        ({"prompt": ["a", 3]}, "prompt is a int: use a text"),
+        ({"prompt": ["a", 3]}, "prompt is an int: use a text"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "negative_prompt for 1 videos, and prompts for 2"),
         ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "seed for 3 videos, and prompts for 2"),
         ({"prompt": ["a", "b"], "latents": torch.zeros(1, 16, 3, 4, 4)}, "latents for 1 videos"),
@@ -522,5 +522,5 @@ def test_bad_engines_are_refused(engine: Build, options: dict[str, Any], words: 
 
 
 def test_unknown_arguments_are_errors(engine: Build) -> None:
-    with pytest.raises(TypeError, match="num_videos_per_prompt"):
-        engine()("a cat", num_videos_per_prompt=2)
+    with pytest.raises(TypeError, match="clip_skip"):
+        engine()("a cat", clip_skip=2)
