@@ -20,8 +20,10 @@ sys.path.insert(0, str(next((ROOT / "tests").rglob("test_architecture.py")).pare
 from test_architecture import imports, modules, package  # noqa: E402
 
 PLACES = {  # column, row
-    "cli": (5.0, 0),
-    "workers": (2.4, 0),
+    "cli": (5.0, -2),
+    "hosts": (2.4, -1),
+    "server": (6.6, -1),
+    "workers": (4.2, 0),
     "engine": (4.2, 1),
     "planning": (6.6, 2),
     "runtime": (2.9, 2),
@@ -39,8 +41,11 @@ PLACES = {  # column, row
     "config": (6.0, 7),
     "_C": (9.0, 7),
 }
+APART = {"device", "dualparal", "from_source", "version"}  # small files at the top, used from anywhere
 HOLDS = {
     "cli": "flags, ranks, progress",
+    "hosts": "inside a stock pipeline",
+    "server": "HTTP, queue, page",
     "workers": "ranks from Python",
     "engine": "public calls, one run",
     "launch": "processes, whose fault",
@@ -69,10 +74,12 @@ def reach(start: str, pairs: set[tuple[str, str]]) -> set[str]:
 def main() -> None:
     known = modules(ROOT)
     pairs = {(package(m), package(name)) for m, path in known.items() for _, name in imports(m, path, known)}
+    if missing := {package(m) for m in known} - PLACES.keys() - APART:
+        raise SystemExit(f"no place for {', '.join(sorted(missing))}: give them one in PLACES")
     places = {name: (column, -row) for name, (column, row) in PLACES.items()}
     pairs = {(start, end) for start, end in pairs if start != end and start in places and end in places}
     direct = {(a, b) for a, b in pairs if not any(b in reach(c, pairs) for start, c in pairs if start == a)}
-    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 8), layout="constrained")
     for start, end in sorted(direct):
         (x, y), (to, below) = places[start], places[end]
         arrow = {"arrowstyle": "-|>", "color": "tab:blue", "shrinkA": 0, "shrinkB": 0}
@@ -81,7 +88,7 @@ def main() -> None:
         box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": "black"}
         axes.text(x, y, f"{name}\n{HOLDS[name]}", ha="center", va="center", fontsize=9, bbox=box)
     axes.set_xlim(0, 10)
-    axes.set_ylim(-7.4, 0.4)
+    axes.set_ylim(-7.4, 2.4)
     axes.axis("off")
     figure.savefig(Path(__file__).with_name("architecture.png"), dpi=110)
 
