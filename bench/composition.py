@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from diffusers import UniPCMultistepScheduler
 from meter.quality_report import student
 from meter.scene_metrics import counts_right, counts_wrong, track
-from quality import MODEL, PROMPTS, load_pipe
-from scenes import COLOURS, MAX_OBJECTS, SIZE, Scene, sample_scene, vocabulary
+from quality import MODEL, load_pipe
+from scenes import COLOURS, HELD_OUT, MAX_OBJECTS, SIZE, Scene, held_out, sample_scene, vocabulary
 from train_transformer import Text, make_transformer
 
 from dualparal.decoding.frames import to_uint8
@@ -82,7 +82,7 @@ class Model:
     @torch.inference_mode()
     def words(self, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings [words, width] of the colours in captions at random, and how many objects each asks for."""
-        rng = np.random.default_rng([PROMPTS, seed])
+        rng = np.random.default_rng([HELD_OUT, seed])
         scenes = [sample_scene(rng) for _ in range(number)]
         captions = [scene.caption(rng) for scene in scenes]
         embeds = torch.cat([self.text(captions[i : i + 256])[0] for i in range(0, number, 256)]).numpy()
@@ -120,7 +120,7 @@ def main() -> None:
     if options.encoder:
         print("count of a colour read {:.1%}, by always saying the most common {:.1%}".format(*model.probe()))
         return
-    scenes = [sample_scene(np.random.default_rng([PROMPTS, prompt])) for prompt in range(options.prompts)]
+    scenes = [held_out(prompt) for prompt in range(options.prompts)]
     numbers = np.array([len(scene.things) for scene in scenes])
     for latents in options.latents:
         first = None

@@ -4,7 +4,7 @@
     python bench/quality.py --model DIR --variants cached prior "paper C8" --latents 80 --prompts 4 --seeds 2
 
 What is measured is defined in meter/: scene_metrics.py (one video), scene_classifier.py (features), quality_report.py
-(many videos); docs/quality.md has it in words. Captions are ``sample_scene`` of fixed seeds. Each video that was made
+(many videos); docs/quality.md has it in words. Captions are of ``scenes.held_out``. Each video that was made
 and measured is kept under --cache, so a command that was stopped goes on, and presets share what they have in common.
 """
 
@@ -32,7 +32,7 @@ from harness.record import record
 from meter import fifo, persistence, quality_report, scene_classifier, scene_metrics
 from rich.console import Console
 from rich.progress import track as progress
-from scenes import SIZE, Scene, sample_scene, video
+from scenes import HELD_OUT, SIZE, Scene, held_out, video
 
 import dualparal
 from dualparal.config.blocks import BlockConfig
@@ -41,7 +41,6 @@ from dualparal.schedule.layout import Layout
 MODEL = str(Path(dualparal.__file__).with_name("moving_shapes"))
 TRAINED = 16  # latent frames of a training clip
 POLICIES = ("paper", "cached", "prior")
-PROMPTS = 20  # number of the list of captions: another number, other captions
 
 
 @dataclass(frozen=True)
@@ -183,10 +182,10 @@ class Job:
     seed: int
 
     def scene(self) -> Scene:
-        return sample_scene(np.random.default_rng([PROMPTS, self.prompt]))
+        return held_out(self.prompt)
 
     def truth(self) -> np.ndarray:
-        rng = np.random.default_rng([PROMPTS, self.prompt, self.seed])
+        rng = np.random.default_rng([HELD_OUT, self.prompt, self.seed])
         return video(self.scene(), 4 * self.latents - 3, rng)
 
 
@@ -362,7 +361,7 @@ def run_all(model: str, cache: Path, jobs: list[Job], workers: int) -> Iterator[
 def reference(cache: Path, prompts: int) -> list[np.ndarray]:
     """Per caption, features [renderings, clips, features] of the truth, which share no randomness with the videos."""
     scene_classifier.load()
-    path = cache / f"{key('reference', meter(), PROMPTS, prompts)}.npz"
+    path = cache / f"{key('reference', meter(), HELD_OUT, prompts)}.npz"
     if not path.exists():
         found = []
         for prompt in range(prompts):

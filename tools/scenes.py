@@ -38,6 +38,8 @@ MOTIONS = (
     "drifting left", "drifting right", "drifting up", "drifting down",
     "bouncing", "circling clockwise", "circling anticlockwise", "swinging",
 )  # fmt: skip
+HELD_OUT = 20  # number of the list of scenes that judge: another number, other captions
+JUDGES = 400  # that no training sees
 _DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 _NUMBERS = ("no", "one", "two", "three")
 # What a caption may say instead; the first word is the one that ``Scene.caption`` uses.
@@ -123,6 +125,11 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         checkered=bool(rng.random() < 0.3),
         spinning=bool(rng.random() < 0.3),
     )
+
+
+def held_out(prompt: int) -> Scene:
+    """Scene number ``prompt`` of those whose captions videos are judged by, and nothing is trained on."""
+    return sample_scene(np.random.default_rng([HELD_OUT, prompt]))
 
 
 def trajectories(scene: Scene, frames: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from make_latents import scene_of
 from muon import Float32Muon
-from scenes import vocabulary
+from scenes import JUDGES, held_out, vocabulary
 from torch import nn
 from train_vae import stages
 from transformers import UMT5Config, UMT5EncoderModel
@@ -144,7 +144,7 @@ def load_weights(folder: Path, trained: nn.ModuleDict) -> Scale:
 
 
 class Data:
-    """Latents in memory, normalised per channel, and the scenes that they show.
+    """Latents in memory, normalised per channel, and the scenes that they show: none of those that judge.
 
     Args:
         folder: of make_latents.py.
@@ -162,8 +162,11 @@ class Data:
             scale = sample.mean((0, 1, 3, 4)), sample.std((0, 1, 3, 4))
         self.mean, self.std = (numbers.to(device) for numbers in scale)
         shape = (1, 1, -1, 1, 1)
-        self.latents = ((raw.float() - self.mean.view(shape)) / self.std.view(shape)).half()
-        self.scenes = [scene_of(seed, index)[0] for index in range(len(raw))]
+        scenes = [scene_of(seed, index)[0] for index in range(len(raw))]
+        judges = {held_out(prompt).caption() for prompt in range(JUDGES)}
+        kept = [index for index, scene in enumerate(scenes) if scene.caption() not in judges]
+        self.scenes = [scenes[index] for index in kept]
+        self.latents = ((raw[kept].float() - self.mean.view(shape)) / self.std.view(shape)).half()
 
     def batch(self, rng: np.random.Generator, size: int, frames: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """Windows [size, channels, frames, height, width], what their loss counts, captions, some of them dropped.
