@@ -30,7 +30,8 @@ from dualparal.engine.engine import Engine
 from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.trace.stats import peak_rss
 
-SIZE = {"height": 96, "width": 96}
+SIDE = 96  # pixels, of a square
+WARM_FRAMES = 33
 RIVALS = (("WanPipeline", 1), ("ours, N=1", 1), ("ours, N=2", 2))
 CASES = {"81 frames": 81, "257 frames": 257}
 
@@ -45,7 +46,7 @@ def stock(job: dict[str, Any]) -> Frames:
     pipeline.set_progress_bar_config(disable=True)
 
     def make(frames: int) -> float:
-        pipeline(prompt="a cat", num_frames=frames, num_inference_steps=job["steps"], **SIZE)
+        pipeline(prompt="a cat", num_frames=frames, num_inference_steps=job["steps"], **job["size"])
         return now()
 
     return make
@@ -55,7 +56,8 @@ def ours(job: dict[str, Any]) -> Frames:
     engine = Engine.from_pretrained(job["model"], device="cpu")
 
     def make(frames: int) -> float:
-        times = [now() for _ in engine.stream("a cat", num_frames=frames, num_inference_steps=job["steps"], **SIZE)]
+        call = {"num_frames": frames, "num_inference_steps": job["steps"], **job["size"]}
+        times = [now() for _ in engine.stream("a cat", **call)]
         return times[0] if times else now()  # ranks other than 0 get none
 
     return make
@@ -63,7 +65,7 @@ def ours(job: dict[str, Any]) -> Frames:
 
 def work(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
     make = (stock if job["rival"] == "WanPipeline" else ours)(job)
-    make(33)
+    make(job["warm"])
     begin = now()
     first = make(job["frames"])
     tell({"seconds": now() - begin, "first": first - begin, "gb": peak_rss() / 1e9})
@@ -84,7 +86,8 @@ def main() -> None:
             runs: dict[str, list[dict[str, Any]]] = {rival: [] for rival, _ in RIVALS}
             for _ in range(arguments.repeats):  # in turn, so that a noisy machine hits all alike
                 for rival, ranks in RIVALS:
-                    job = {"model": model, "rival": rival, "frames": frames, "steps": arguments.steps}
+                    job = {"model": model, "rival": rival, "frames": frames, "steps": arguments.steps,
+                           "size": {"height": SIDE, "width": SIDE}, "warm": WARM_FRAMES}  # fmt: skip
                     runs[rival] += in_processes(__file__, ranks, job)
             base = statistics.median(run["seconds"] for run in runs["WanPipeline"])
             for rival, found in runs.items():

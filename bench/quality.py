@@ -54,7 +54,8 @@ class Variant:
     context_frames: int = 4  # C
     steps: int = 20  # T
     noise: str = "pool"  # of the paper; or "independent" from frame to frame, or "shared": every block's the same
-    sampler: str = "unipc"  # the model's own; or "euler"
+    sampler: str = "unipc"  # the model's own; or "euler"; or "lcm", which takes fresh noise at every step
+    flow_shift: float = 2.0  # the model's own; 5: more steps at high noise, where a layout is decided
     guidance_scale: float = 4.0
     max_blocks_in_flight: int | None = None  # K
     context_version: str = "matching"
@@ -76,6 +77,11 @@ class Variant:
         return [layout.start(block) for block in range(1, layout.num_blocks)]
 
 
+# The sampler with fresh noise at its best, and the model's own with the same shift and guidance.
+FRESH = {
+    "lcm": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 3.0},
+    "shift 5": {"flow_shift": 5.0, "guidance_scale": 3.0},
+}
 VARIANTS = {
     variant.name: variant
     for variant in [
@@ -99,6 +105,12 @@ VARIANTS = {
         *(Variant(f"whole T{t}", frames_per_block=None, context_frames=0, steps=t) for t in (4, 8, 50)),
         *(Variant(f"cached {name}", reuse=name) for name in ("mild", "strong")),
         *(Variant(f"cached T50 {name}", steps=50, reuse=name) for name in ("mild", "strong")),
+        *(Variant(f"{p} {name}", context=p, **kind) for p in POLICIES for name, kind in FRESH.items()),  # type: ignore[arg-type]
+        *(Variant(f"whole {name}", frames_per_block=None, context_frames=0, **kind) for name, kind in FRESH.items()),  # type: ignore[arg-type]
+        *(
+            Variant(f"cached K5 newest {name}", max_blocks_in_flight=5, context_version="newest", **kind)  # type: ignore[arg-type]
+            for name, kind in FRESH.items()
+        ),
         Variant("whole euler", frames_per_block=None, context_frames=0, sampler="euler"),
     ]
 }
@@ -216,7 +228,7 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
             pipe, caption, size=(side, side), num_latents=job.latents, steps=variant.steps,
             guidance_scale=variant.guidance_scale, seed=job.seed,
         )  # fmt: skip
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
 
     from dualparal import Engine
 
@@ -226,8 +238,11 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
         max_blocks_in_flight=variant.max_blocks_in_flight, context_version=variant.context_version,
         refresh_every=variant.refresh_every, reuse=variant.reuse,
     )  # fmt: skip
-    if variant.sampler == "euler":
-        engine.scheduler = FlowMatchEulerDiscreteScheduler(shift=engine.scheduler.config.flow_shift)
+    if variant.sampler == "unipc":
+        engine.scheduler = UniPCMultistepScheduler.from_config(engine.scheduler.config, flow_shift=variant.flow_shift)
+    else:
+        flow_match = {"euler": FlowMatchEulerDiscreteScheduler, "lcm": FlowMatchLCMScheduler}[variant.sampler]
+        engine.scheduler = flow_match(shift=variant.flow_shift)
     noise = None
     if variant.noise != "pool":
         drawn = block if variant.noise == "shared" else job.latents

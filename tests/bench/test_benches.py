@@ -139,7 +139,7 @@ def test_the_pipeline_bench_and_its_curves(bench: Callable[..., ModuleType], tmp
 def test_end_to_end_compares_the_stock_pipeline(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
     small = lambda path, **_: build_tiny_pipeline(path, layers=2)  # noqa: E731
     bench("bench_end_to_end", "--repeats", "1", "--steps", "1", CASES={"5 frames": 5}, build_tiny_pipeline=small,
-          RIVALS=(("WanPipeline", 1), ("ours, N=2", 2)))  # fmt: skip
+          SIDE=32, WARM_FRAMES=5, RIVALS=(("WanPipeline", 1), ("ours, N=2", 2)))  # fmt: skip
     found = rows(tmp_path / "end_to_end.csv")
     assert [row["what"] for row in found] == ["WanPipeline", "ours, N=2"]
     assert float(found[0]["times_stock"]) == 1.0
