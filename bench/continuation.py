@@ -1,6 +1,6 @@
 """How well does a video join the clip that it goes on from? The seam of ``quality.py``, where the clip ends.
 
-    python bench/continuation.py --prompts 6 --contexts cached paper prior --workers 1
+    python bench/continuation.py --prompts 6 --contexts cached paper prior --record
 
 Per caption a video is made and cut behind block 3, its file written (H.264). Then four videos are compared at the cut:
 
@@ -9,8 +9,8 @@ encoding   the video's own latents, decoded behind the clip's file, encoded: wha
 latents    a video with another seed that goes on from the clip's last latents
 file       the same from the clip's file
 
-In the first and third the clip's frames are decoded latents, in the others those of its file. Each is measured and kept
-under --cache. Intervals: ``meter/quality_report.py``'s kind, Student's t over captions of the logarithm.
+In the first and third the clip's frames are decoded latents, in the others those of its file. Intervals are 95 %,
+Student's t over captions of the logarithm. ``count`` is the share of new frames with the objects of the caption.
 """
 
 from __future__ import annotations
