@@ -33,23 +33,25 @@ def read_noise(folder: Path, name: str) -> torch.Tensor:
     return floats(_read(folder, name, "noise").get("latents"), 5)
 
 
-def write_clips(folder: Path, latents: Sequence[torch.Tensor]) -> str:
-    """Writes the last latents [1, C, L, h, w] of the clip that each video goes on from; returns the file's name.
+def write_clips(folder: Path, latents: Sequence[torch.Tensor], pools: Sequence[torch.Tensor]) -> str:
+    """Writes the last latents [1, C, L, h, w] of the clip that each video goes on from, and their noise
+    [1, C, f, h, w]; returns the file's name.
 
     Raises OSError.
     """
     tensors = {str(video): tensor.contiguous() for video, tensor in enumerate(latents)}
+    tensors |= {f"{video}/noise": tensor.contiguous() for video, tensor in enumerate(pools)}
     return sealed.write(folder, "clips", tensors, {"format": FORMAT}).name
 
 
-def read_clips(folder: Path, name: str, videos: int) -> list[torch.Tensor]:
-    """Reads what ``write_clips`` wrote under ``name``.
+def read_clips(folder: Path, name: str, videos: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Reads what ``write_clips`` wrote under ``name``: for each video latents and noise.
 
     Raises:
         SnapshotError: not such a name, or the file is missing, damaged, or of other videos.
     """
     tensors = _read(folder, name, "clips")
-    return [floats(tensors.get(str(video)), 5) for video in range(videos)]
+    return [(floats(tensors.get(str(v)), 5), floats(tensors.get(f"{v}/noise"), 5)) for v in range(videos)]
 
 
 def write_images(folder: Path, conditions: Sequence[ImageCondition]) -> str:

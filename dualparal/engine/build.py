@@ -78,6 +78,7 @@ class Builder:
         prompts: of every video, on the rank that leads; empty elsewhere.
         images: the same of what the model is told of images, where there are any.
         clips: the same of what it goes on from.
+        pools: the noise [1, C, f, h, w] of every clip; none where there is none.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class Builder:
         prompts: Sequence[Prompts],
         images: Sequence[ImageCondition | None],
         clips: Sequence[Clip | None],
+        pools: Sequence[torch.Tensor] = (),
     ) -> None:
         self.setup, self.parts, self.spec, self.prompts = setup, parts, spec, prompts
-        self.images, self.clips = images, clips
+        self.images, self.clips, self.pools = images, clips, pools
         self.request = spec.requests[0]  # where it is asked, all requests say the same
         self.schedule, self.layout = spec.schedule, self.request.layout
 
@@ -110,7 +112,7 @@ class Builder:
             told = [condition for condition in self.images if condition is not None]
             images = given.write_images(checkpoint.folder, told) if told else None
             known = [clip.latents for clip in self.clips if clip is not None]
-            clips = given.write_clips(checkpoint.folder, known) if known else None
+            clips = given.write_clips(checkpoint.folder, known, self.pools) if known else None
             files = {"noise": noise, "images": images, "clips": clips}
             run = snapshot_info(setup, spec.scheduler, spec.requests, files, checkpoint.notes)
         found = Checkpointer(
@@ -258,7 +260,8 @@ class Builder:
         condition, clip = self.images[index], self.clips[index]
         if condition is not None:
             condition = condition.on(self.setup.mesh.device)
-        noise = BlockNoise(request.layout, shape, video.seed, request.latents)
+        pool = self.pools[index] if self.pools else None
+        noise = BlockNoise(request.layout, shape, video.seed, request.latents, pool)
         return LatentQueue(
             self.schedule,
             request.layout,

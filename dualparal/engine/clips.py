@@ -33,24 +33,25 @@ def encode_clips(setup: Setup, parts: Parts, requests: Sequence[Request]) -> lis
     for request in requests:
         latents = request.clip
         if isinstance(latents, Path):
-            latents = _encoded(setup, parts, latents, request.layout.frames(0))
+            latents = _encoded(setup, parts, latents, request)
         found.append(None if latents is None else Clip.of(latents, request.layout.frames(0)))
     return found
 
 
-def _encoded(setup: Setup, parts: Parts, path: Path, frames: int) -> torch.Tensor:
-    """The last latents of a clip: block 0's, and before them those that the decoder sees.
+def _encoded(setup: Setup, parts: Parts, path: Path, request: Request) -> torch.Tensor:
+    """The last latents of a clip: those that are inverted, block 0's, and before them those that the decoder sees.
 
     The encoder begins with a frame by itself, and what follows sees it for a while: as many more are encoded, where the
     clip has them, and dropped.
     """
     encoder, factor = setup.source.family.encoder(parts.vae), setup.source.spec.temporal_factor
     (decoder,) = parts.decoders(1)
-    wanted = max(frames, decoder.history)
+    needed = max(request.layout.frames(0), request.inverted_frames)
+    wanted = max(needed, decoder.history)
     pictures = clips.last_frames(path, (wanted + encoder.history - 1) * factor + 1)
     pictures = pictures[(len(pictures) - 1) % factor :]
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     latents = encoder.push(pixels).cpu()
-    if latents.shape[2] < frames:
+    if latents.shape[2] < needed:
         raise ValueError(f"video {path} has fewer frames than its header says")
     return latents[:, :, -wanted:]

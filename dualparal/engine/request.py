@@ -44,6 +44,8 @@ class Request:
         images: the first, or the first and the last frame, as PIL has them; of a resumed run none.
         clip: what it goes on from: the path of a file, or latents [1, C, L, h, w] on the CPU, block 0's and some before
             them; None: it begins, or (of a resumed run) another rank knows it.
+        inverted_frames: latent frames of the clip's end whose noise the new blocks' is made of; 0: there is no clip.
+        pool: that noise [1, C, f, h, w], of a resumed run.
         condition: what the model is told of its images, on the leading rank of a resumed run.
         fixed_frames: latent frames of the video's beginning that an image gives, 1 or 0: they stay.
         callback: the caller's, after every step: (step, timestep, {"latents", "block", "video"}); a returned dict's
@@ -61,6 +63,8 @@ class Request:
     latents: torch.Tensor | None
     images: tuple[Any, ...] = ()
     clip: Path | torch.Tensor | None = None
+    inverted_frames: int = 0
+    pool: torch.Tensor | None = None
     condition: ImageCondition | None = None
     fixed_frames: int = 0
     callback: UserCallback | None = None
@@ -125,6 +129,7 @@ def check_request(
             f"a text of {tokens} tokens: this model reads images before texts of {spec.text_tokens}; pad it, or leave "
             "max_sequence_length out"
         )
+    clip, length = _clip(inputs.clip, video, layout, [spec.in_channels, grid.height, grid.width], temporal)
     return Request(
         video=video,
         layout=layout,
@@ -137,7 +142,8 @@ def check_request(
         latents=None if inputs.latents is None else _latents(inputs.latents, layout, grid, spec.in_channels),
         images=tuple(read_image(image, name) for name, image in given.items() if image is not None),
         fixed_frames=fixed_frames,
-        clip=_clip(inputs.clip, video, layout, [spec.in_channels, grid.height, grid.width], temporal),
+        clip=clip,
+        inverted_frames=min(length, layout.pool_frames),
         callback=callback,
     )
 
@@ -233,8 +239,10 @@ def _latents(latents: torch.Tensor, layout: Layout, grid: Grid, channels: int) -
     return latents
 
 
-def _clip(clip: Any, video: VideoConfig, layout: Layout, shape: list[int], factor: int) -> Path | torch.Tensor | None:
-    """Checks a clip, and returns its path or its latents, float32 on the CPU; None: there is none.
+def _clip(
+    clip: Any, video: VideoConfig, layout: Layout, shape: list[int], factor: int
+) -> tuple[Path | torch.Tensor | None, int]:
+    """Checks a clip, and returns its path or its latents, float32 on the CPU, and their number; None, 0: there is none.
 
     Args:
         clip: a path of an mp4 file, or latents [1, C, L, h, w].
@@ -246,7 +254,7 @@ def _clip(clip: Any, video: VideoConfig, layout: Layout, shape: list[int], facto
         ValueError: it does not fit.
     """
     if clip is None:
-        return None
+        return None, 0
     frames, size = layout.frames(0), (video.height, video.width)
     if isinstance(clip, torch.Tensor):
         if clip.ndim != 5 or [n for axis, n in enumerate(clip.shape) if axis != 2] != [1, *shape]:
@@ -273,4 +281,4 @@ def _clip(clip: Any, video: VideoConfig, layout: Layout, shape: list[int], facto
             f"video has {length} latent frames, and the first block goes on from {frames}: a latent is {factor} "
             "frames; use smaller blocks or a longer clip"
         )
-    return clip
+    return clip, length

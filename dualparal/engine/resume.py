@@ -70,15 +70,18 @@ def _read_requests(
     clips = _read_clips(found, folder)
     requests = []
     for number, (fields, prompts) in enumerate(zip(found.run["videos"], found.prompts, strict=True)):
-        video, rows = VideoConfig(**fields), prompts[min(prompts)]
+        video, rows, clip = VideoConfig(**fields), prompts[min(prompts)], clips[number]
         inputs = VideoInputs(
             latents=None if latents is None else latents[number : number + 1],
             prompt_embeds=rows[:1],
             negative_prompt_embeds=rows[1:] if len(rows) > 1 else None,
-            clip=clips[number],
+            clip=None if clip is None else clip[0],
             seed=video.seed,
         )
-        requests.append(check_request(setup, scheduler, video, inputs, callback, encoded=True))
+        request = check_request(setup, scheduler, video, inputs, callback, encoded=True)
+        if clip is not None:
+            request = replace(request, pool=_fitting_pool(clip, request, folder))
+        requests.append(request)
     images = found.run.get("images")
     model = setup.source.spec
     if (0 not in model.image_counts) if images is None else max(model.image_counts) == 0:
@@ -91,8 +94,19 @@ def _read_requests(
     return [replace(request, condition=condition) for request, condition in zip(requests, kept, strict=True)]
 
 
-def _read_clips(found: Snapshot, folder: Path) -> list[torch.Tensor | None]:
-    """The ends of the clips that a run's videos go on from; None where they begin. Raises SnapshotError."""
+def _fitting_pool(clip: tuple[torch.Tensor, torch.Tensor], request: Request, folder: Path) -> torch.Tensor:
+    """The noise of a clip, as the request takes it. Raises SnapshotError."""
+    latents, noise = clip
+    if noise.shape != latents[:, :, -request.inverted_frames :].shape or noise.dtype != torch.float32:
+        raise SnapshotError(f"{folder}: the noise of the clip is {noise.dtype} {list(noise.shape)}")
+    return noise
+
+
+def _read_clips(found: Snapshot, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """The ends of the clips that a run's videos go on from, and their noise; None where they begin.
+
+    Raises SnapshotError.
+    """
     name, count = found.run.get("clips"), len(found.run["videos"])
     if (name is None) == VideoConfig(**found.run["videos"][0]).continues:
         raise SnapshotError(f"{folder}: the end of the clip that the video goes on from is missing, or none was taken")
@@ -173,7 +187,7 @@ def decode_again(
             decoder.reset()
             before = blocks_to_restore(layout, block, part.history) if block else range(0)
             if clip is not None and before.start == 0:
-                part.push(None, 0, Clip.of(clip, layout.frames(0)).before.to(device))
+                part.push(None, 0, Clip.of(clip[0], layout.frames(0)).before.to(device))
             for seen in before:
                 part.push(None, 0, snapshot.read_blocks(folder, found.id, video, range(seen, seen + 1))[0].to(device))
         (latents,) = snapshot.read_blocks(folder, found.id, video, range(block, block + 1))

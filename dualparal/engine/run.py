@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from dualparal.checkpoint.checkpointer import Checkpointer
@@ -25,6 +26,7 @@ from dualparal.engine.clips import encode_clips
 from dualparal.engine.decoders import DecoderBuilder
 from dualparal.engine.identity import run_info
 from dualparal.engine.images import encode_images
+from dualparal.engine.inversion import invert_clips
 from dualparal.engine.parts import Parts
 from dualparal.engine.resume import restore
 from dualparal.engine.setup import Setup
@@ -61,6 +63,7 @@ class Run:
         self._prompts: list[Prompts] = []  # of every video, on the rank that leads, while it runs
         self._images: list[ImageCondition | None] = []  # the same of what the model is told of images
         self._clips: list[Clip | None] = []  # that videos go on from
+        self._pools: list[torch.Tensor] = []  # their noise
         self._store: Any = None  # where the ranks meet
         self._executors: list[StageExecutor] = []
         self._decoders = DecoderBuilder(setup, parts, spec)
@@ -123,6 +126,7 @@ class Run:
             self._meet()
             self._encode()
             self._parts.load()
+            self._invert()
             recorder, clocks = self._clocks()
             self._build(clocks, recorder)
             self._started = time.perf_counter()
@@ -137,8 +141,8 @@ class Run:
             self._finish(clocks)
             finished = True
         except NonFiniteError:
-            assert self._decoder is not None, "stage 0 has found it"
-            yield from self._decoder.drain()  # blocks finished before are whole
+            if self._decoder is not None:  # else it is a clip that cannot be inverted
+                yield from self._decoder.drain()  # blocks finished before are whole
             raise
         except PeerLost:
             if self._service is not None and self._service.error is not None:
@@ -199,6 +203,14 @@ class Run:
             self._clips = encode_clips(self._setup, self._parts, requests)
             self._prompts = [Prompts(dict(prompts)) for prompts in resumed.snapshot.prompts]
 
+    def _invert(self) -> None:
+        """Makes the noise of clips, with all stages, or takes it from the snapshot."""
+        spec = self.spec
+        if spec.resumed is not None:
+            self._pools = [request.pool for request in spec.requests if request.pool is not None]
+        elif spec.requests[0].video.continues:
+            self._pools = invert_clips(self._setup, self._parts, spec, self._prompts, self._clips)
+
     def _clocks(self) -> tuple[Recorder | None, list[BusyClock]]:
         """A clock per stage here, and this rank's part of the timeline that they write, if one is wanted."""
         mesh, timeline = self._mesh, self.spec.timeline
@@ -215,7 +227,7 @@ class Run:
 
     def _build(self, clocks: Sequence[BusyClock], recorder: Recorder | None) -> None:
         """Makes executors and decoders and, on the rank that leads, the keeper; restores a resumed run."""
-        builder = Builder(self._setup, self._parts, self.spec, self._prompts, self._images, self._clips)
+        builder = Builder(self._setup, self._parts, self.spec, self._prompts, self._images, self._clips, self._pools)
         spec, mesh = self.spec, self._mesh
         tracks: dict[int, Track | None] = {stage: clock.track for stage, clock in zip(mesh.stages, clocks, strict=True)}
         if recorder is not None:
@@ -311,7 +323,7 @@ class Run:
                 merge_left(recorder.path)
         for executor in self._executors:
             executor.close()
-        self._prompts, self._images, self._clips, self._executors = [], [], [], []
+        self._prompts, self._images, self._clips, self._pools, self._executors = [], [], [], [], []
         self._decoder = self._keeper = self._service = None
         self.running = False
 

@@ -51,18 +51,26 @@ class BlockNoise:
         seed: of pool and permutations.
         latents: [1, channels, L or padded L, height, width] to use instead, as in diffusers. Where it is shorter than
             the latents that are computed (the surplus of the last block), the pool goes on.
+        pool: [1, channels, f, height, width], the last frames of the pool in place of the seed's.
     """
 
     def __init__(
-        self, layout: Layout, shape: tuple[int, int, int], seed: int, latents: torch.Tensor | None = None
+        self,
+        layout: Layout,
+        shape: tuple[int, int, int],
+        seed: int,
+        latents: torch.Tensor | None = None,
+        pool: torch.Tensor | None = None,
     ) -> None:
         channels, height, width = shape
         self.layout = layout
         self.seed = seed
         self.latents = None if latents is None else latents.to("cpu", torch.float32)
-        size = layout.blocks.frames_per_block + layout.blocks.context_frames
+        size = layout.pool_frames
         generator = torch.Generator().manual_seed(derive_seed(seed, -1))
         self.pool = torch.randn(size, channels, height, width, generator=generator)
+        if pool is not None:
+            self.pool[size - pool.shape[2] :] = pool[0].transpose(0, 1)
         self._state: tuple[int, list[int]] = (0, list(range(size)))
 
     def frames(self, block: int) -> list[int]:

@@ -51,6 +51,11 @@ class Layout:
         return full if self.num_latents is None else min(full, self.num_latents)
 
     @property
+    def pool_frames(self) -> int:
+        """Frames of the pool of noise (``sampling.noise``)."""
+        return self.blocks.frames_per_block + self.blocks.context_frames
+
+    @property
     def num_blocks(self) -> int | None:
         """Blocks of the video, M; None: endless."""
         if self.num_latents is None:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchLCMScheduler
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from cli_runs import Outcome, Run
 from dualparal.cli.job import Job, call_arguments
 from dualparal.engine.engine import Engine
+from dualparal.io.video import SegmentWriter
 from engine_calls import embeds
 
 VIDEO = ["--prompt", "a cat", "--height", 32, "--width", 32, "--steps", 4, "--frames-per-block", 2]
@@ -57,6 +59,29 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(
     for name in ("mp4", "safetensors"):
         assert (run.folder / f"a.{name}").read_bytes() == (here / f"b.{name}").read_bytes()
     assert sorted(p.name for p in run.folder.iterdir()) == ["a.mp4", "a.safetensors", "stderr.txt"]
+
+
+def test_a_killed_run_that_goes_on_from_a_clip_is_resumed_without_it(
+    start: Callable[..., Run],
+    dualparal: Callable[..., Outcome],
+    wan21: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), dtype=np.uint8)
+    clip = SegmentWriter(tmp_path / "clip", 16).write(0, frames)
+    video = [*VIDEO, "--model", wan21, "--num-frames", 160, "--continue-from", clip]
+    run = start(*video, *KEPT, "--out", "a.mp4", "--stages", 2)
+    assert dualparal("generate", *video, "--out", "b.mp4").code == 0
+    here = Path.cwd()
+    run.wait_for_segments(3)
+    run.ranks[0].kill()
+    assert run.end(20) == 3, run.stderr
+    clip.unlink()
+    monkeypatch.chdir(run.folder)
+    again = dualparal("generate", "--resume", "kept")
+    assert again.code == 0, again.stderr
+    assert (run.folder / "a.mp4").read_bytes() == (here / "b.mp4").read_bytes()
 
 
 def test_an_interrupted_run_goes_on_with_its_pictures(

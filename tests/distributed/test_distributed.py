@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from dualparal.config.eight_bit import EightBitPolicy
 from dualparal.engine.engine import Engine
+from dualparal.io.video import SegmentWriter
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import Result, supervise
 from places import WORKERS
@@ -88,6 +90,13 @@ def test_ranks_give_the_bits_of_one_process(tmp_path: Path, wan21: Path, wan22: 
     cases += [
         case(model, policy, eight_bit={"mode": "int8", "first_steps": 1}, options={"dtype": "bfloat16"})
         for model, policy in ((wan21, "cached"), (wan21, "prior"), (wan22, "paper"))
+    ]
+    frames = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), dtype=np.uint8)
+    clip = {"video": str(SegmentWriter(tmp_path / "clip", 16).write(0, frames)), "num_frames": 24}
+    cases += [
+        case(wan21, options={"anchor_frames": 1}),
+        case(wan21, options={"anchor_frames": 2, "refresh_every": 2}, call=clip),
+        case(wan22, "paper", call=clip),
     ]
     more, check = (several_videos if ranks == 2 else leaving_early)(wan21)
     assert launch(tmp_path, ranks, [*cases, *more]) == Result(0)

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dualparal.distributed.mesh import Mesh, role_of
 from dualparal.engine.engine import Engine
+from dualparal.io.video import SegmentWriter
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import Result, supervise
 from dualparal.models.wan.tiny import build_tiny_pipeline
@@ -53,9 +56,15 @@ def alone(case: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def test_ranks_that_share_stages_give_the_bits_of_one(tmp_path: Path, wan21: Path, three_heads: Path) -> None:
     """One, two and three stages of two ranks: the policies, guidance or none, heads that do not divide, both forms,
-    refreshes, ends before the end, and ranks that decode. One set of processes: where there are fewer stages the
-    others have nothing to decode."""
+    refreshes, ends before the end, ranks that decode, an image and a clip. One set of processes: where there are fewer
+    stages the others have nothing to decode."""
+    frames = np.random.default_rng(0).integers(0, 256, (17, 128, 128, 3), dtype=np.uint8)
+    clip = str(SegmentWriter(tmp_path / "clip", 16).write(0, frames))
+    Image.fromarray(frames[0]).save(tmp_path / "image.png")
+    images = build_tiny_pipeline(tmp_path / "images", layers=3, images="first")
     cases = [
+        case(images, {"image": str(tmp_path / "image.png")}),
+        case(three_heads, {"video": clip, "num_frames": 20}),
         case(three_heads, decode_ranks=4),
         case(wan21, {"num_frames": None, "guidance_scale": 1.0}, {"leave_after": 1}, decode_ranks=4),
         case(three_heads, context="paper", decode_ranks=2),

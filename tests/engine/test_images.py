@@ -109,3 +109,16 @@ def test_images_that_a_model_does_not_take_are_refused_before_weights_are_read(b
         with pytest.raises(ValueError, match=words) as error:
             engine.stream(**{**ask, **given})
         assert "\n" not in str(error.value) and not engine.parts.slices
+
+
+def test_a_loaded_pipeline_and_prompts_with_an_image_each(build: Build) -> None:
+    options = {"frames_per_block": 2, "context_frames": 1}
+    files = build("wan2.1-i2v", stages=2, **options)
+    pipe = diffusers.WanImageToVideoPipeline.from_pretrained(files.source.path)
+    asked = {**CALL, "output_type": "latent"}
+    both = Engine.from_pretrained(pipe, device="cpu", **options)(
+        ["a cat", "a dog"], image=list(IMAGES), seed=3, **asked
+    )
+    for number, prompt in enumerate(["a cat", "a dog"]):
+        alone = files(prompt, image=IMAGES[number], seed=3 + number, **asked).frames
+        assert torch.equal(both.frames[number : number + 1], alone)

@@ -6,6 +6,7 @@ diffusers' own ``load_lora_weights`` and ``fuse_lora`` as well.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from counted_reads import noting
@@ -29,9 +31,10 @@ from dualparal.models import lora as lora_module
 from dualparal.models.files import ModelFiles
 from dualparal.models.json_files import ModelError
 from dualparal.models.loaded import LoadedPipeline
+from dualparal.models.wan.tiny import build_tiny_pipeline
 from dualparal.schedule.layout import split_layers
 from engine_calls import embeds, reference_latents
-from lora_files import LAYOUTS, Written, merge, write_lora
+from lora_files import IMAGE_MODULES, LAYOUTS, MODULES, Written, merge, write_lora
 
 CPU = torch.device("cpu")
 CALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 4, "output_type": "latent"}
@@ -98,6 +101,29 @@ def test_one_block_equals_diffusers_own_loader(
     pipe.fuse_lora(lora_scale=0.7)
     pipe.unload_lora_weights()
     assert (by_us(engine(loras=[(path, 0.7)])) - by_diffusers(pipe)).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original", "kohya"])
+def test_layers_that_read_images_are_changed_too(tmp_path: Path, engine: Build, layout: str) -> None:
+    model = build_tiny_pipeline(tmp_path / "model", layers=4, images="first")
+    modules = {**MODULES, **IMAGE_MODULES}
+    path, added = write_lora(tmp_path / "lora.safetensors", layout, state_of(model), 1, modules)
+    call = {**CALL, "image": Image.radial_gradient("L").convert("RGB").resize((32, 32)), "prompt": "two cats"}
+    noise = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    made = engine(model, stages=2, loras=[(path, 0.7)])(latents=noise, **call).frames
+    expected = []
+    for changes in (added, {name: added[name] for name in added if name.removesuffix(".weight") not in IMAGE_MODULES}):
+        pipe = WanImageToVideoPipeline.from_pretrained(model)
+        pipe.set_progress_bar_config(disable=True)
+        merge(pipe.transformer, changes, 0.7)
+        expected.append(pipe(latents=noise, **call).frames)
+    assert (made - expected[0]).abs().max() < 5e-5 < 1e-3 < (made - expected[1]).abs().max()
+    if layout == "diffusers" and importlib.util.find_spec("peft"):  # and their own loader
+        pipe = WanImageToVideoPipeline.from_pretrained(model)
+        pipe.load_lora_weights(path.parent, weight_name=path.name)
+        pipe.fuse_lora(lora_scale=0.7)
+        pipe.unload_lora_weights()
+        assert (made - pipe(latents=noise, **call).frames).abs().max() < 5e-5
 
 
 def test_two_files_add_up_and_each_expert_has_its_own(

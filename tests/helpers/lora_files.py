@@ -26,6 +26,13 @@ MODULES = {
     "condition_embedder.time_proj": "time_projection.1",
     "proj_out": "head.head",
 }
+# Those of image to video
+IMAGE_MODULES = {
+    "blocks.0.attn2.add_k_proj": "blocks.0.cross_attn.k_img",
+    "blocks.1.attn2.add_v_proj": "blocks.1.cross_attn.v_img",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+}
 # Whole differences, which the original layout has: the tensor in diffusers' names, the key of the file
 WHOLE = {
     "blocks.0.attn1.to_q.bias": "blocks.0.self_attn.q.diff_b",
@@ -47,13 +54,15 @@ class Written(NamedTuple):
     added: dict[str, torch.Tensor]
 
 
-def write_lora(path: Path, layout: str, state: Mapping[str, torch.Tensor], seed: int = 0) -> Written:
+def write_lora(
+    path: Path, layout: str, state: Mapping[str, torch.Tensor], seed: int = 0, modules: Mapping[str, str] = MODULES
+) -> Written:
     """Writes a LoRA for the transformer of ``state``; a PEFT one has its config beside it."""
     generator = torch.Generator().manual_seed(seed)
     alpha = 2.0 * RANK if layout != "diffusers" else float(RANK)
     tensors: dict[str, torch.Tensor] = {}
     added: dict[str, torch.Tensor] = {}
-    for ours, theirs in MODULES.items():
+    for ours, theirs in modules.items():
         out, inputs = state[f"{ours}.weight"].shape
         down = torch.randn(RANK, inputs, generator=generator) * inputs**-0.5
         up = torch.randn(out, RANK, generator=generator) * 0.2
@@ -72,7 +81,7 @@ def write_lora(path: Path, layout: str, state: Mapping[str, torch.Tensor], seed:
             tensors[f"diffusion_model.{key}"], added[ours] = change, change.double()
     metadata = {"format": "pt"}
     if layout == "diffusers with alpha":
-        config = {"r": RANK, "lora_alpha": alpha, "target_modules": list(MODULES)}
+        config = {"r": RANK, "lora_alpha": alpha, "target_modules": list(modules)}
         kept = {f"transformer.{key}": value for key, value in config.items()}
         metadata["lora_adapter_metadata"] = json.dumps(kept)
     if layout == "peft":
