@@ -426,7 +426,8 @@ class Command:
         while len(self.segments()) < 3:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.01)
-        self.ranks = psutil.Process(self.process.pid).children(recursive=True)
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.ranks = [child for child in children if "RANK" in child.environ()]
 
     def segments(self) -> list[Path]:
         return sorted(self.blocks.glob("block-*.mp4"))
