@@ -52,7 +52,7 @@ def in_flags(text: str) -> str:
 
 
 def _counted(stages: str) -> str:
-    """What a number of stages was counted from, where ``--stages`` is not what was typed; else nothing."""
+    """The flag that a number of stages was counted from, where ``--stages`` is not what was typed; else an empty text."""
     gpus = _value_of("--gpus")
     if _value_of("--stages") is not None or (gpus is None and "RANK" not in os.environ):
         return ""

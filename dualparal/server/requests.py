@@ -164,16 +164,16 @@ def _scenes(texts: Mapping[float, str], num_frames: int, settings: Settings) -> 
 
 def _check_image(value: Any, settings: Settings) -> None:
     """Checks that an image is there, or none, as the model has it. Raises ApiError (400)."""
-    counts = settings.image_counts
+    counts, most = settings.image_counts, max(settings.image_counts)
     rule = ""
     if value is None and 0 not in counts:
         rule = " is missing: this model makes videos of an image; send it as a file of a form (multipart/form-data)"
-    elif value is not None and max(counts) == 0:
+    elif value is not None and most == 0:
         rule = ": this model makes videos of a text alone; leave it out"
     elif value is not None and not isinstance(value, bytes):
         rule = ": send the image as a file of a form (multipart/form-data); no address is fetched"
-    if (value is not None or rule) and max(counts) and 1 not in counts:
-        rule = f": this model takes {max(counts)} images for a video, and this API has one; use 'dualparal generate'"
+    if most and 1 not in counts and (value is not None or rule):
+        rule = f": this model takes {most} images for a video, and this API has one; use 'dualparal generate'"
     if rule:
         raise ApiError(400, f"input_reference{rule}", param="input_reference", code="invalid_value")
 

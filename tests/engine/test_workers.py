@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 import dualparal
 from dualparal.launch.supervisor import write_error
 from dualparal.models.wan.tiny import build_tiny_pipeline
+from dualparal.workers.engine import WorkerEngine
 from engine_calls import embeds
 from lora_files import write_lora
 
@@ -103,7 +105,7 @@ def test_ranks_of_every_kind_and_what_they_keep(wan21: Path, tmp_path: Path, mon
     lora = write_lora(tmp_path / "a.safetensors", "diffusers", state).path
     options = {**OPTIONS, "loras": [str(lora)]}
     alone = dualparal.Engine.from_pretrained(model, **options)
-    call = {"height": 128, "width": 128, "num_frames": 13, "num_inference_steps": 2, "guidance_scale": 1.0}
+    call = {"height": 128, "width": 128, "num_frames": 37, "num_inference_steps": 2, "guidance_scale": 1.0}
     call |= {"output_type": "uint8", "callback_on_step_end": shrink}
     with dualparal.Engine.from_pretrained(model, gpus=3, sequence_parallel=2, decode_ranks=1, **options) as engine:
         stream = engine.stream(["a cat", "a cow"], **call, seed=3)
@@ -111,16 +113,24 @@ def test_ranks_of_every_kind_and_what_they_keep(wan21: Path, tmp_path: Path, mon
         changed = engine.set_prompt("a dog", video=1)
         found += stream
         frames = {chunk.block: chunk.start_frame for chunk in found}
-        texts = ["a cat", {0: "a cow", frames[changed]: "a dog"} if changed in frames else "a cow"]
-        check_same(found, alone.stream(texts, **call, seed=3))
+        assert changed in frames
+        check_same(found, alone.stream(["a cat", {0: "a cow", frames[changed]: "a dog"}], **call, seed=3))
         assert engine.stats is not None and (len(engine.stats.ranks), len(engine.stats.decoders)) == (2, 1)
+        call["num_frames"] = 5
         second = list(alone.stream("a dog", **call, seed=4))
-        for part in ("transformer", "text_encoder", "tokenizer", "vae"):
-            shutil.rmtree(model / part)
-        lora.unlink()
+        for file in [*model.rglob("*.safetensors"), model / "tokenizer" / "tokenizer.json", lora]:
+            file.unlink()
         check_same(engine.stream("a dog", **call, seed=4), second)
         with pytest.raises((ValueError, OSError, dualparal.RankFailed)):
             list(engine.stream("a bird", **call))
+
+
+def test_answers_of_an_earlier_request_are_dropped() -> None:
+    engine = WorkerEngine.__new__(WorkerEngine)
+    engine._id = 2
+    messages = [({"id": number, "kind": kind}, {}) for number, kind in ((1, "checked"), (1, "end"), (2, "refused"))]
+    engine._ranks = SimpleNamespace(receive=lambda rank: messages.pop(0))  # type: ignore[assignment]
+    assert engine._receive(0)[0]["kind"] == "refused" and not messages
 
 
 class Pressed:
