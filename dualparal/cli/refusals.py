@@ -52,7 +52,7 @@ def in_flags(text: str) -> str:
 
 
 def _counted(stages: str) -> str:
-    """The flag that a number of stages was counted from, where ``--stages`` is not what was typed; else an empty text."""
+    """The flag that a number of stages was counted from, where ``--stages`` was not typed; else an empty text."""
     gpus = _value_of("--gpus")
     if _value_of("--stages") is not None or (gpus is None and "RANK" not in os.environ):
         return ""
