@@ -24,7 +24,7 @@ from dualparal.server.store import COMPLETED, FAILED, QUEUED, RUNNING, Store, Vi
 
 logger = logging.getLogger("dualparal")
 
-SOFT_SECONDS = 0.6  # from the wish to stop, which the unit under way is waited for, to the end of the ranks
+SOFT_SECONDS = 0.5  # from the wish to stop, which the unit under way is waited for, to the end of the ranks
 _CANCELLED = {"code": "cancelled", "message": "it was stopped on request"}
 
 
