@@ -120,11 +120,11 @@ def _limited(receive: Receive, headers: dict[str, str], most: int) -> Receive:
     length = headers.get("content-length", "0")
     if not (length.isascii() and length.isdecimal()) or len(length) > 9 or int(length) > most:
         raise too_large
-    taken, until, whole = 0, 0.0, False
+    taken, until, whole = 0, 0.0, length == "0" and "transfer-encoding" not in headers
 
     async def counted() -> MutableMapping[str, Any]:
         nonlocal taken, until, whole
-        if whole:  # what comes is the client's leaving, whenever that is
+        if whole:  # what comes then is that the client leaves, whenever it does
             return await receive()
         now = asyncio.get_running_loop().time()
         until = until or now + _BODY_SECONDS

@@ -188,7 +188,8 @@ def test_images_have_limits(tmp_path: Path) -> None:
 def test_who_neither_sends_nor_reads_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "_BODY_SECONDS", 0.1)
     monkeypatch.setattr(guard, "_SEND_SECONDS", 0.1)
-    scope = {"type": "http", "method": "POST", "path": "/v1/videos", "headers": [(b"host", b"127.0.0.1")]}
+    headers = [(b"host", b"127.0.0.1"), (b"content-length", b"5")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/videos", "headers": headers}
 
     async def never(*_: Any) -> Any:
         await asyncio.sleep(30)
