@@ -68,6 +68,7 @@ SECURITY = "tests/repository/test_security.py"
 MODEL = f"{SECURITY}::test_a_model_that_brings_code_or_traps_is_refused"
 LOADING = "tests/models/test_loading.py"
 SURROUNDINGS = "tests/cli/test_surroundings.py"
+ROUTES, HOSTILE = "tests/server/test_routes.py", "tests/server/test_hostile.py"
 
 GUARDS = (
     # Who is to blame -----------------------------------------------------------------------------------------------
@@ -231,6 +232,31 @@ GUARDS = (
          "tests/config/test_config.py", "-k", "refusals"),
     _off("more context than a block has", "dualparal/config/blocks.py",
          "self.context_frames > self.frames_per_block", "tests/config/test_config.py", "-k", "refusals"),
+    # Callers from Python and over HTTP -----------------------------------------------------------------------------
+    Guard("an answer of an earlier request is not taken for this one's", "dualparal/workers/engine.py",
+          'if message[0]["id"] == self._id:', "if True:", ("tests/engine/test_workers.py", "-k", "earlier_request")),
+    Guard("a killed parent's folder goes at once", "dualparal/launch/machine.py",
+          "run_folder() as path, swept(path):", "run_folder() as path:", (SUPERVISOR, "-k", "outlives_its_parent")),
+    _off("a full queue takes nothing more", "dualparal/server/jobs.py",
+         "len(self.waiting()) >= self.settings.max_queue", ROUTES, "-k", "queue_and_its_list"),
+    _off("who has no token is not served", "dualparal/server/guard.py",
+         "self._token is not None and not is_open and not self._knows(headers)", ROUTES, "-k", "the_door"),
+    _off("a page of another site is not served", "dualparal/server/guard.py",
+         'origin is not None and origin.partition("://")[2].lower() != host.lower()', ROUTES, "-k", "the_door"),
+    Guard("a stop ends the run that nobody wants", "dualparal/server/jobs.py",
+          "            run.stop()\n        self._count()\n", "            pass\n        self._count()\n",
+          (ROUTES, "-k", "queue_and_its_list")),
+    Guard("a stop ends ranks whose unit takes long", "dualparal/server/jobs.py",
+          "                self.engine.close(now=True)\n", "", (HOSTILE, "-k", "late_end_of_ranks")),
+    _off("an id is looked up among those made here", "dualparal/server/jobs.py",
+         "video is None or video.deleted", ROUTES, "-k", "queue_and_its_list"),
+    _off("a record whose names lead out of the folder is left out", "dualparal/server/store.py",
+         "video.id != name or not (known and run and whole and video.prompts and video.place < _MOST_TOGETHER)",
+         HOSTILE, "-k", "damaged_record"),
+    Guard("images are of few kinds", "dualparal/server/reference.py", "Image.open(file, formats=_FORMATS)",
+          "Image.open(file)", ("tests/server/test_references.py", "-k", "images_have_limits")),
+    _off("a body has a limit, whatever its header says", "dualparal/server/guard.py", "taken > most",
+         ROUTES, "-k", "bodies_and_models"),
     # The schedule's proof ------------------------------------------------------------------------------------------
     _off("a read of other features than those named", "dualparal/schedule/validate.py", "found != wanted",
          "tests/schedule/test_schedule.py", "-k", "wrong_reads"),

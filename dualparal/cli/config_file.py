@@ -14,7 +14,7 @@ _OTHER_NAMES = {  # of EngineConfig, and of the request, where a flag is called 
     "steps": "num_inference_steps", "video": "continue_from",
 }  # fmt: skip
 _GROUPS = "storyboard", "size"
-_FPS = 16.0
+_FPS, _MOST_FPS = 16.0, 1000.0
 
 
 def with_config(arguments: list[str], parameters: Sequence[Any]) -> list[str]:
@@ -33,7 +33,7 @@ def with_config(arguments: list[str], parameters: Sequence[Any]) -> list[str]:
     flags = {each.name: each for each in parameters if each.name not in ("config", "resume", "resume_or_start")}
     given = {name for name, each in flags.items() if _is_given(each, arguments[1:])}
     found: list[str] = []
-    values = _flat(_read(path), flags, path)
+    values = _flat(_read(path), flags, path, _typed_fps(arguments[1:]))
     if "prompt" in given:
         given.add("prompt_at")  # of another video
     for name, value in values.items():
@@ -120,8 +120,24 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _flat(found: dict[str, Any], flags: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The values by the name of their flag. Raises ValueError."""
+def _typed_fps(arguments: list[str]) -> float | None:
+    """The value of ``--fps`` on the command line, the last one; None: none, or one that its flag will refuse."""
+    found = None
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag == "--fps":
+            found = value if equals else after
+    try:
+        return None if found is None else float(found)
+    except ValueError:
+        return None
+
+
+def _flat(found: dict[str, Any], flags: dict[str, Any], path: Path, fps: float | None) -> dict[str, Any]:
+    """The values by the name of their flag. Raises ValueError.
+
+    fps: as it was typed; None: as the file has it.
+    """
     values: dict[str, Any] = {}
     for key, value in found.items():
         name = key.replace("-", "_")
@@ -141,25 +157,35 @@ def _flat(found: dict[str, Any], flags: dict[str, Any], path: Path) -> dict[str,
             raise ValueError(f"--config {path}: size: use WIDTHxHEIGHT, such as 832x480, in place of height and width")
         values |= {"width": width, "height": height}
     if (scenes := values.pop("storyboard", None)) is not None:
-        values |= _storyboard(scenes, values, path)
+        values |= _storyboard(scenes, values, path, values.get("fps", _FPS) if fps is None else fps)
     return values
 
 
-def _storyboard(scenes: Any, values: dict[str, Any], path: Path) -> dict[str, Any]:
+def _storyboard(scenes: Any, values: dict[str, Any], path: Path, fps: Any) -> dict[str, Any]:
     """The prompts of a storyboard, second -> text, as values of flags. Raises ValueError."""
     if {"prompt", "prompt_at"} & set(values):
         raise ValueError(f"--config {path}: storyboard and prompt: a storyboard has the prompts; leave prompt out")
     if not isinstance(scenes, dict) or 0 not in scenes:
         raise ValueError(f"--config {path}: storyboard: use second: text, from 0 on, such as 0: a cat")
-    fps = values.get("fps", _FPS)
-    later = []
-    for second in scenes:
-        number = isinstance(second, (int, float)) and not isinstance(second, bool)
-        if not number or not 0 <= second <= 1e8 or not isinstance(fps, (int, float)):
+    if not _is_number(fps) or not 0 < fps <= _MOST_FPS:
+        raise ValueError(f"--config {path}: fps: {fps!r}: use a number of frames per second, such as 16")
+    frames: dict[int, str] = {}
+    for second, text in scenes.items():
+        if not _is_number(second) or not 0 <= second <= 1e8:
             raise ValueError(f"--config {path}: storyboard: {second!r}: use seconds from 0 on")
-        if second:
-            later.append(f"{round(second * fps)}:{scenes[second]}")
-    return {"prompt": scenes[0], "prompt_at": later}
+        if not isinstance(text, str):
+            raise ValueError(f"--config {path}: storyboard: {second!r}: {text!r} is not a text; put it into quotes")
+        frame = round(second * fps)
+        if frame in frames:
+            raise ValueError(
+                f"--config {path}: storyboard: {second!r}: frame {frame} has a text already; put them apart"
+            )
+        frames[frame] = text
+    return {"prompt": frames.pop(0), "prompt_at": [f"{frame}:{text}" for frame, text in frames.items()]}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _arguments(flag: Any, name: str, value: Any, path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from typing import Any
@@ -39,6 +40,8 @@ def in_flags(text: str) -> str:
         name, value = found[1], found[2]
         if name not in _NAMES:
             return found[0]
+        if name == "stages" and (counted := _counted(value)):
+            return counted
         typed = _typed(name)
         if value in ("True", "False"):
             return typed if value == "True" else f"--no-{typed[2:]}"
@@ -46,6 +49,16 @@ def in_flags(text: str) -> str:
 
     text = re.sub(r"(?<![\w-])([a-z][a-z0-9_]+)=('[^']*'|[\w.+-]+)", flag, text)
     return re.sub(r"\bleave ([a-z0-9_]+) out", lambda f: f"leave {_typed(f[1]) if f[1] in _NAMES else f[1]} out", text)
+
+
+def _counted(stages: str) -> str:
+    """The flag that a number of stages was counted from, where ``--stages`` was not typed; else an empty text."""
+    gpus = _value_of("--gpus")
+    if _value_of("--stages") is not None or (gpus is None and "RANK" not in os.environ):
+        return ""
+    count = gpus or os.environ.get("WORLD_SIZE", "1")
+    given = f"--gpus {gpus}" if gpus is not None else f"a run of {count} processes"
+    return given if stages == count else f"{given}, which makes {stages} stages,"
 
 
 def _typed(name: str) -> str:

@@ -189,8 +189,8 @@ def _prompts(prompt: Prompt, layout: Layout, temporal_factor: int, continues: bo
     for frame in sorted(prompt):
         if not isinstance(frame, Integral) or frame < 0:
             raise ValueError(f"prompt for frame {frame!r}: frames are counted from 0")
-        latent = (frame + temporal_factor - 1) // temporal_factor - layout.first_frames * (not continues)
-        block = 0 if latent < 0 or (continues and not latent) else 1 + latent // layout.blocks.frames_per_block
+        latent = -(-frame // temporal_factor) + layout.first_frames * continues
+        block = 0 if continues and not frame else layout.block_of(latent)
         if block in found or (continues and block == 1):
             raise ValueError(
                 f"prompt for frame {frame} and an earlier one lie in the same block {block}: a block has "

@@ -11,11 +11,14 @@ import fcntl
 import os
 import shutil
 import stat
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _PREFIX = "dualparal-run-"
+# Waits for the end of its input, and removes a folder; a second time where somebody still wrote into it.
+_SWEEP = 'read -r _; rm -rf -- "$1" 2>/dev/null || { sleep 1; rm -rf -- "$1"; }'
 _Flock = Callable[[int, int], object]
 
 
@@ -38,6 +41,32 @@ def run_folder(base: Path | None = None, flock: _Flock = fcntl.flock) -> Iterato
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
+
+
+@contextlib.contextmanager
+def swept(folder: Path) -> Iterator[None]:
+    """Meanwhile a process waits that removes the folder should this one be killed, which could not do it itself.
+
+    Where it cannot be started the folder stays for the next run, see ``remove_abandoned``.
+    """
+    try:
+        sweeper = subprocess.Popen(
+            ["/bin/sh", "-c", _SWEEP, "sh", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env={"PATH": os.defpath},
+            start_new_session=True,  # ctrl-C in the terminal is not for it
+        )
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        sweeper.kill()
+        sweeper.communicate()
 
 
 def remove_abandoned(base: Path, flock: _Flock = fcntl.flock) -> None:

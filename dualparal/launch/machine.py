@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from dualparal.launch.folder import run_folder
+from dualparal.launch.folder import run_folder, swept
 from dualparal.launch.heartbeat import LIFE_FD, STATUS_FD, on_stop_signals
 
 
@@ -123,7 +123,7 @@ class ThisMachine:
 
     @contextlib.contextmanager
     def folder(self) -> Iterator[Path]:
-        with self._selector, run_folder() as path:
+        with self._selector, run_folder() as path, swept(path):
             yield path
 
 

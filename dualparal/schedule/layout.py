@@ -76,6 +76,10 @@ class Layout:
         """Absolute index of the first own latent frame of ``block``."""
         return 0 if block == 0 else self.first_frames + (block - 1) * self.blocks.frames_per_block
 
+    def block_of(self, latent: int) -> int:
+        """The block among whose own frames an absolute latent frame is."""
+        return 0 if latent < self.first_frames else 1 + (latent - self.first_frames) // self.blocks.frames_per_block
+
     def fed_context(self, block: int, refresh: bool = False) -> int:
         """Latent frames of the previous block that are fed through the layers in front of the own ones: C under a
         policy that feeds latents and, with any policy, in a refresh; otherwise 0."""

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from dualparal.io.fragments import Fragment, fragment
@@ -18,7 +19,8 @@ from dualparal.io.video import segment_name
 from dualparal.server.errors import ApiError
 from dualparal.server.guard import COOKIE, Guard, cookie_of, same
 from dualparal.server.jobs import Jobs
-from dualparal.server.requests import read_request, read_text
+from dualparal.server.reference import check_reference
+from dualparal.server.requests import read_request, read_text, shown
 from dualparal.server.runner import Runner
 from dualparal.server.store import COMPLETED, Video, as_openai
 
@@ -28,6 +30,7 @@ _LOOK_SECONDS = 0.2  # between two looks of a stream of events
 _QUIET_LOOKS = 50  # after which it says that it is still there
 _MOST_STREAMS = 64  # of events at once
 _MOST_LISTED = 100
+_MOST_FORMS = 8  # read at once: each may hold an image
 _COOKIE_SECONDS = 30 * 86_400
 
 
@@ -83,7 +86,7 @@ async def _fields(request: Request) -> dict[str, Any]:
     try:
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
             async with request.form(max_files=1, max_fields=32, max_part_size=64 * 1024) as form:
-                return dict(form)
+                return {name: await _value(value) for name, value in form.items()}
         found = json.loads(await request.body() or b"{}")
     except (ValueError, RecursionError, HTTPException, KeyError, AssertionError):
         raise ApiError(400, "the body is neither a JSON object nor a form", code="invalid_body") from None
@@ -92,25 +95,40 @@ async def _fields(request: Request) -> dict[str, Any]:
     return found
 
 
+async def _value(value: Any) -> Any:
+    """A field of a form: a text, or the bytes of a file."""
+    return await value.read() if isinstance(value, UploadFile) else value
+
+
 class _Routes:
     """The handlers. What touches disk or waits for ranks runs on threads, so that no client waits for another."""
 
     def __init__(self, jobs: Jobs, runner: Runner) -> None:
         self._jobs, self._runner, self._streams = jobs, runner, 0
+        self._forms = asyncio.Semaphore(_MOST_FORMS)
+
+    async def _get(self, video_id: str) -> Video:
+        """The video of an id, on a thread: the queue may wait for a slow disk. Raises ApiError (404)."""
+        return await run_in_threadpool(self._jobs.get, video_id)
 
     def _told(self, video: Video) -> dict[str, Any]:
         return as_openai(video, self._jobs.settings.model_name)
 
     async def create(self, request: Request) -> Response:
         """Appends a video to the queue."""
-        wanted = read_request(await _fields(request), self._jobs.settings)
-        return JSONResponse(self._told(await run_in_threadpool(self._jobs.submit, wanted)))
+        async with self._forms:
+            fields = await _fields(request)
+            wanted = read_request(fields, self._jobs.settings)
+            image = fields.get("input_reference")
+            if image is not None:
+                await run_in_threadpool(check_reference, image)
+            return JSONResponse(self._told(await run_in_threadpool(self._jobs.submit, wanted, image)))
 
     async def list(self, request: Request) -> Response:
         """A page of videos."""
         query = request.query_params
         limit, order = query.get("limit", "20"), query.get("order", "desc")
-        if not limit.isdecimal() or not 1 <= int(limit[:6]) <= _MOST_LISTED:
+        if not limit.isdecimal() or len(limit) > 3 or not 1 <= int(limit) <= _MOST_LISTED:
             raise ApiError(400, f"limit: use a number from 1 to {_MOST_LISTED}", param="limit")
         if order not in ("asc", "desc"):
             raise ApiError(400, "order: use asc or desc", param="order")
@@ -133,7 +151,7 @@ class _Routes:
 
     async def retrieve(self, video_id: str) -> Response:
         """One video."""
-        return JSONResponse(self._told(await run_in_threadpool(self._jobs.get, video_id)))
+        return JSONResponse(self._told(await self._get(video_id)))
 
     async def delete(self, video_id: str) -> Response:
         """Ends and removes a video."""
@@ -142,19 +160,22 @@ class _Routes:
 
     async def content(self, video_id: str, variant: str = "video") -> Response:
         """The finished file, also in parts (Range)."""
-        video = self._jobs.get(video_id)
+        video = await self._get(video_id)
         if variant != "video":
             raise ApiError(400, "variant: this server keeps the video only", param="variant")
         if video.status != COMPLETED:
             raise ApiError(409, f"this video is {video.status}: there is no file of it", code="video_not_ready")
-        return FileResponse(self._jobs.store.file(video), media_type="video/mp4", filename=f"{video.id}.mp4",
+        path = self._jobs.store.file(video)
+        if not await run_in_threadpool(path.is_file):
+            raise ApiError(404, "its file is gone", code="video_not_found")
+        return FileResponse(path, media_type="video/mp4", filename=f"{video.id}.mp4",
                             content_disposition_type="inline")  # fmt: skip
 
     async def prompt(self, video_id: str, request: Request) -> Response:
         """Changes the prompt from the next block that can take it."""
         fields = await _fields(request)
         if unknown := set(fields) - {"prompt"}:
-            raise ApiError(400, "only prompt can change", param=str(min(unknown))[:64], code="unknown_parameter")
+            raise ApiError(400, "only prompt can change", param=shown(min(unknown)), code="unknown_parameter")
         text = read_text(fields.get("prompt"), "prompt")
         block = await run_in_threadpool(self._jobs.set_prompt, video_id, text)
         return JSONResponse({"id": video_id, "object": "video.prompt", "block": block})
@@ -165,19 +186,21 @@ class _Routes:
 
     async def events(self, video_id: str, request: Request) -> Response:
         """Events while a video is made: ``video``, its record, and ``spans``, what the ranks do."""
-        video = self._jobs.get(video_id)
+        video = await self._get(video_id)
         if self._streams >= _MOST_STREAMS:
             raise ApiError(429, f"{_MOST_STREAMS} streams of events are open, the limit; poll instead", code="streams")
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(self._follow(video, request), media_type="text/event-stream", headers=headers)
 
     async def _follow(self, video: Video, request: Request) -> AsyncIterator[bytes]:
+        if self._streams >= _MOST_STREAMS:  # of many that came at once
+            return
         self._streams += 1
         try:
             last, seen, quiet = "", 0, 0
             while not self._jobs.ended and not await request.is_disconnected():
                 try:
-                    told = json.dumps(self._told(await run_in_threadpool(self._jobs.get, video.id)))
+                    told = json.dumps(self._told(await self._get(video.id)))
                 except ApiError:
                     yield b"event: deleted\ndata: {}\n\n"
                     return
@@ -199,7 +222,7 @@ class _Routes:
 
     async def playlist(self, video_id: str) -> Response:
         """The HLS playlist of the blocks that are finished."""
-        video = self._jobs.get(video_id)
+        video = await self._get(video_id)
         blocks = list(video.blocks)
         longest = max((count / video.fps for _, count in blocks), default=1)
         lines = ["#EXTM3U", "#EXT-X-VERSION:7", f"#EXT-X-TARGETDURATION:{int(longest) + 1}",
@@ -220,7 +243,7 @@ class _Routes:
         return Response((await self._fragment(video_id, number)).media, media_type="video/iso.segment")
 
     async def _fragment(self, video_id: str, number: str) -> Fragment:
-        video = self._jobs.get(video_id)
+        video = await self._get(video_id)
         if not (number.isascii() and number.isdecimal()) or len(number) > 9 or int(number) >= len(video.blocks):
             raise ApiError(404, "there is no such block, or not yet", code="block_not_found")
         block = int(number)
@@ -237,9 +260,16 @@ class _Routes:
 
     async def server(self) -> Response:
         """The defaults and limits that the page shows."""
-        settings, waiting = self._jobs.settings, len(self._jobs.waiting())
+        settings, waiting = self._jobs.settings, len(await run_in_threadpool(self._jobs.waiting))
         names = "fps", "seconds", "max_seconds", "steps", "max_steps", "guidance_scale", "gpus", "max_queue"
-        rest = {"model": settings.model_name, "size": f"{settings.width}x{settings.height}", "waiting": waiting}
+        counts = settings.image_counts
+        images = "none" if 1 not in counts else "may" if 0 in counts else "must"
+        rest = {
+            "images": images,
+            "model": settings.model_name,
+            "size": f"{settings.width}x{settings.height}",
+            "waiting": waiting,
+        }
         return JSONResponse({**{name: getattr(settings, name) for name in names}, **rest, "up": self._runner.is_up})
 
     async def session(self, request: Request) -> Response:

@@ -17,14 +17,14 @@ from typing import Any
 from dualparal.io.video import segments_in
 from dualparal.server.errors import ApiError
 from dualparal.server.metrics import Metrics
-from dualparal.server.requests import VideoRequest
+from dualparal.server.requests import VideoRequest, layout_of
 from dualparal.server.settings import Settings
 from dualparal.server.spans import Spans
 from dualparal.server.store import COMPLETED, FAILED, QUEUED, RUNNING, Store, Video
 
 logger = logging.getLogger("dualparal")
 
-SOFT_SECONDS = 0.6  # from the wish to stop, which the unit under way is waited for, to the end of the ranks
+SOFT_SECONDS = 0.5  # from the wish to stop, which the unit under way is waited for, to the end of the ranks
 _CANCELLED = {"code": "cancelled", "message": "it was stopped on request"}
 
 
@@ -39,6 +39,8 @@ class Run:
         spans: of its timeline, while it is made.
         stopping: nobody wants any of it any more, or the server ends.
         over: the engine is free again.
+        killed: its ranks were ended.
+        changing: a prompt is being encoded.
     """
 
     name: str
@@ -47,6 +49,9 @@ class Run:
     spans: Spans | None = None
     stopping: bool = False
     over: threading.Event = field(default_factory=threading.Event)
+    killed: bool = False
+    changing: bool = False
+    _letting_go: threading.Lock = field(default_factory=threading.Lock)
 
     def live(self) -> list[Video]:
         """The videos that are still wanted and not finished."""
@@ -57,16 +62,24 @@ class Run:
         if self.stopping:
             return
         self.stopping = True
-        if self.engine is not None:
-            self.engine.interrupt()
+        if (engine := self.engine) is not None:
+            engine.interrupt()
             timer = threading.Timer(SOFT_SECONDS, self._end)
             timer.daemon = True
             timer.start()
 
     def _end(self) -> None:
-        if not self.over.is_set() and self.engine is not None:
-            logger.warning("a unit takes longer than %g s: the ranks are ended and started anew", SOFT_SECONDS)
-            self.engine.close(now=True)
+        with self._letting_go:  # the next run has the same engine
+            if not self.over.is_set() and self.engine is not None:
+                logger.warning("a unit takes longer than %g s: the ranks are ended and started anew", SOFT_SECONDS)
+                self.killed = True
+                self.engine.close(now=True)
+
+    def let_go(self) -> None:
+        """The engine is free again, or of no use any more."""
+        with self._letting_go:
+            self.over.set()
+            self.engine = None
 
 
 class Jobs:
@@ -121,8 +134,13 @@ class Jobs:
             waiting = [video for video in self.store.videos.values() if video.status == QUEUED and video.run is None]
             return sorted(waiting, key=lambda video: video.number)
 
-    def submit(self, request: VideoRequest) -> Video:
-        """Appends a video to the queue. Raises ApiError: the queue is full (429), or the server ends (503)."""
+    def submit(self, request: VideoRequest, image: bytes | None = None) -> Video:
+        """Appends a video to the queue, with the image that it begins with.
+
+        Raises:
+            ApiError: the queue is full (429), or the server ends (503).
+            OSError: it cannot be written down.
+        """
         with self._changed:
             if self._ended:
                 raise ApiError(503, "this server is ending; ask again when it is back", code="ending")
@@ -134,7 +152,7 @@ class Jobs:
                     code="queue_full",
                 )
             self._make_room()
-            video = self.store.add(request, self.settings.fps)
+            video = self.store.add(request, self.settings.fps, image)
             self._count()
             self._changed.notify_all()
             return video
@@ -152,28 +170,34 @@ class Jobs:
         with self._changed:
             video = self.cancel(name)
             video.deleted = True
+            self._note(video)
             if self._current is not None and video in self._current.videos:
-                self._note(video)  # its folder goes when the run has let go of it
-            else:
-                self.store.remove(video)
+                return  # its folder goes when the run has let go of it
+            self.store.forget(video)
+        self.store.erase(video)
 
     def set_prompt(self, name: str, text: str) -> int:
         """Changes a video's prompt from the next block that can take it; returns that block. Slow: it is encoded.
 
         Raises:
-            ApiError: no such video (404), it is over, or begins only now (409), or the engine cannot (400, 503).
+            ApiError: no such video (404), it is over, begins only now or takes another prompt (409), or the engine
+                cannot (400).
+            OSError: it waits, and its record cannot be written.
         """
         with self._changed:
             video, run = self.get(name), self._current
             if video.is_over:
                 raise ApiError(409, f"this video is {video.status}: its prompt cannot change", code="video_over")
             if run is None or video not in run.videos:
-                video.prompts = [(0, text)] if not video.blocks else [*video.prompts, (len(video.blocks), text)]
+                self._prompt(video, len(video.blocks), text)
                 self.store.save(video)
-                return video.prompts[-1][0]
+                return len(video.blocks)
             engine = run.engine
-        if engine is None:
-            raise ApiError(409, "the ranks are starting: ask again in some seconds", code="not_yet")
+            if engine is None:
+                raise ApiError(409, "the ranks are starting: ask again in some seconds", code="not_yet")
+            if run.changing:  # one at a time: who waits would keep a thread from others
+                raise ApiError(409, "another prompt is being taken: ask again in some seconds", code="not_yet")
+            run.changing = True
         try:
             block = int(engine.set_prompt(text, video.request.negative_prompt, video=video.place))
         except ValueError as error:
@@ -182,10 +206,18 @@ class Jobs:
             raise ApiError(
                 409, "this video is not under way just now: ask again in some seconds", code="not_yet"
             ) from None
+        finally:
+            run.changing = False
         with self._changed:
-            video.prompts = [*(each for each in video.prompts if each[0] < block), (block, text)]
-            self.store.save(video)
+            self._prompt(video, block, text)
+            if not video.deleted:
+                self._note(video)
         return block
+
+    def _prompt(self, video: Video, block: int, text: str) -> None:
+        video.prompts = [*(each for each in video.prompts if each[0] < block), (block, text)]
+        if video.run is not None:  # else its run will have them all
+            video.changed = text
 
     def spans(self, video: Video, seen: int) -> tuple[int, list[list[Any]]]:
         """The spans of the run that makes a video, see ``Spans.after``; none when nothing makes it."""
@@ -218,7 +250,7 @@ class Jobs:
         if not waiting:
             return None
         first, most = waiting[0], together(self.settings, waiting[0].request.steps)
-        alike = [video for video in waiting if _kind(video) == _kind(first) and not video.failures]
+        alike = [video for video in waiting if _kind(video) == _kind(first) and not (video.failures or first.failures)]
         videos: list[Video | None] = [first, *(video for video in alike if video is not first)]
         return Run(secrets.token_hex(8), videos[:most])
 
@@ -264,9 +296,8 @@ class Jobs:
 
     def finish(self, run: Run) -> None:
         """Lets go of a run. What it has left stays on disk while somebody may go on with it."""
+        run.let_go()
         with self._changed:
-            run.over.set()
-            run.engine = None
             if run.spans is not None:
                 run.spans.close()
             self._current = None
@@ -324,8 +355,7 @@ class Jobs:
         done = sum(count for _, count in video.blocks) / video.request.num_frames
         if run.spans is not None:
             run.spans.look()
-            frames = video.request.num_frames
-            blocks = 1 + -(-(frames - 1) // (4 * self.settings.engine.blocks.frames_per_block))
+            blocks = layout_of(video.request.num_frames, self.settings).num_blocks or 1
             steps = min(1.0, run.spans.updates.get(video.place, 0) / (blocks * video.request.steps))
             done = (done + steps) / 2  # decoding, which comes after the last step, takes its time, too
         video.progress = max(video.progress, min(99, int(100 * done)))
@@ -352,7 +382,7 @@ def together(settings: Settings, steps: int) -> int:
 def _kind(video: Video) -> tuple[object, ...]:
     """The properties that videos share which are made together."""
     request = video.request
-    return request.width, request.height, request.num_frames, request.steps, request.guidance_scale
+    return request.width, request.height, request.num_frames, request.steps, request.guidance_scale, request.image
 
 
 def block_paths(store: Store, video: Video) -> list[Any]:

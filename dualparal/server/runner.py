@@ -15,6 +15,8 @@ from dualparal.decoding.chunks import Chunk
 from dualparal.io.files import make_folder
 from dualparal.io.video import SegmentWriter, join
 from dualparal.server.jobs import Jobs, Run, block_paths
+from dualparal.server.reference import read_reference
+from dualparal.server.requests import first_frame, layout_of
 from dualparal.server.spans import Spans
 from dualparal.server.store import Video
 from dualparal.workers.engine import Engine, WorkerEngine
@@ -78,6 +80,8 @@ class Runner:
                 self._failed(run, error)
             finally:
                 self._jobs.finish(run)
+            if run.killed:
+                self._end_engine()
             if self._engine is None and not self._jobs.ended:
                 with contextlib.suppress(ValueError, OSError, RuntimeError):  # whoever comes next is told
                     self._start_engine()
@@ -110,14 +114,12 @@ class Runner:
 
     def _make(self, run: Run) -> None:
         run.engine = engine = self._start_engine()
+        if run.stopping:  # while the ranks started
+            return
         stream = self._stream(run, engine)
         writers: dict[int, SegmentWriter] = {}
         try:
-            if any(len(video.prompts) > 1 for video in run.live()):
-                threading.Thread(target=self._change_prompts, args=(run, engine), daemon=True).start()
-            for chunk in stream:
-                if run.stopping:
-                    break
+            while not run.stopping and (chunk := next(stream, None)) is not None:
                 self._keep(run, writers, chunk)
         finally:
             stream.close()  # type: ignore[attr-defined]
@@ -138,17 +140,21 @@ class Runner:
                     video.blocks = []
             else:
                 run.spans = Spans(timeline)
+                if any(video.changed is not None for video in run.live()):
+                    threading.Thread(target=self._change_prompts, args=(run, engine), daemon=True).start()
                 return stream
         shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder, 0o700)
-        run.videos = list(run.live())
-        for place, video in enumerate(run.live()):
-            video.place = place
+        videos = run.live() or [video for video in run.videos if video is not None]  # who stops them tells ``_make``
+        run.videos = list(videos)
+        for place, video in enumerate(videos):
+            video.place, video.changed = place, None
             self._jobs.store.save(video)
-        videos = run.live()
         request = videos[0].request
+        layout = layout_of(request.num_frames, self._settings)
+        images = [read_reference(self._jobs.store.reference(video)) for video in videos] if request.image else None
         stream = engine.stream(
-            [video.prompts[0][1] for video in videos],
+            [{first_frame(layout, block): text for block, text in video.prompts} for video in videos],
             [video.request.negative_prompt or "" for video in videos],
             height=request.height,
             width=request.width,
@@ -156,6 +162,7 @@ class Runner:
             num_inference_steps=request.steps,
             guidance_scale=request.guidance_scale,
             seed=[video.request.seed for video in videos],
+            image=images,
             output_type="uint8",
             checkpoint=Checkpoint(snapshots),
             timeline=timeline,
@@ -164,14 +171,14 @@ class Runner:
         return stream
 
     def _change_prompts(self, run: Run, engine: WorkerEngine) -> None:
-        """Gives a run that was begun before the last prompt of each video, which its snapshot may not know.
+        """Gives a run that was begun before the last change of each video's prompt, which its snapshot may not know.
 
         Called on a thread of its own: the ranks take a prompt as soon as the run has begun.
         """
-        for video in [video for video in run.live() if len(video.prompts) > 1]:
+        for video in [video for video in run.live() if video.changed is not None]:
             while not (run.over.is_set() or run.stopping or video.is_over):
                 try:
-                    engine.set_prompt(video.prompts[-1][1], video.request.negative_prompt, video=video.place)
+                    engine.set_prompt(video.changed or "", video.request.negative_prompt, video=video.place)
                     break
                 except ValueError as error:
                     logger.warning("a changed prompt is lost: %s", error)

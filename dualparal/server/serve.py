@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from dualparal.models.folder import folder_of
+from dualparal.models.json_files import ModelError
+from dualparal.models.registry import folder_sizes
 from dualparal.server.app import make_app
 from dualparal.server.jobs import Jobs
 from dualparal.server.metrics import Metrics
@@ -19,6 +26,42 @@ logger = logging.getLogger("dualparal")
 
 _LEAVE_SECONDS = 2  # for open streams and downloads at the end
 _MOST_CONNECTIONS = 512
+_HEAD_SECONDS = 15.0  # in which a connection has sent the head of its next request
+
+
+class _Patient(H11Protocol):
+    """uvicorn's protocol, which leaves who connects and does not ask: such would keep others out."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._late is not None:
+            self._late.cancel()
+
+    @property
+    def _asks(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _wait(self) -> None:
+        """Starts the clock where none runs, and stops it while a request is answered."""
+        if self._asks and self._late is not None:
+            self._late.cancel()
+            self._late = None
+        elif not self._asks and self._late is None:
+            self._late = self.loop.call_later(_HEAD_SECONDS, self._leave)
+
+    def _leave(self) -> None:
+        if not self._asks:
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -55,6 +98,7 @@ def serve(settings: Settings, say: Callable[[int], None]) -> bool:
     address = _bind(settings)  # before what takes long
     store = Store(settings.folder)
     try:
+        settings = replace(settings, image_counts=_image_counts(settings))
         runner = Runner(jobs := Jobs(store, settings, Metrics()))
         try:
             runner.start()
@@ -62,6 +106,7 @@ def serve(settings: Settings, say: Callable[[int], None]) -> bool:
                 make_app(jobs, runner),
                 host=settings.host,
                 port=settings.port,
+                http=_Patient,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -78,6 +123,15 @@ def serve(settings: Settings, say: Callable[[int], None]) -> bool:
     finally:
         store.close()
         address.close()
+
+
+def _image_counts(settings: Settings) -> tuple[int, ...]:
+    """The numbers of images that the model takes; none where nothing is known of it here, as the ranks will say."""
+    try:
+        sizes = folder_sizes(folder_of(settings.model, settings.engine.transformers), settings.engine.transformers)
+    except ModelError:
+        return (0,)
+    return tuple(sizes.image_counts)
 
 
 def _bind(settings: Settings) -> socket.socket:

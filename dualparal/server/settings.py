@@ -31,6 +31,7 @@ class Settings:
         fps, seconds, steps, guidance_scale: the same of frames per second (of all videos), length, steps and guidance.
         max_queue, max_seconds, max_pixels, max_steps: limits: waiting videos, and of one video, pixels of a frame.
         keep: finished videos that are kept; beyond it the oldest goes.
+        image_counts: numbers of images that the model takes for a video.
 
     Raises:
         ValueError: a value cannot be; names the flag.
@@ -56,6 +57,7 @@ class Settings:
     max_pixels: int = 1280 * 720
     max_steps: int = 100
     keep: int = 200
+    image_counts: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         for flag, value, most in (

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ logger = logging.getLogger("dualparal")
 
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
 _ID = re.compile(r"video_[0-9a-f]{24}")
-_RECORD, _FILE, _BLOCKS = "video.json", "video.mp4", "blocks"
+_RECORD, _FILE, _BLOCKS, _REFERENCE = "video.json", "video.mp4", "blocks", "reference"
+_RUN = re.compile(r"[0-9a-f]{16}")
+_MOST_TOGETHER = 4096  # videos of a run
 
 
 @dataclass
@@ -39,7 +41,8 @@ class Video:
         status: as OpenAI's API has them; one that was cancelled has failed with the code "cancelled".
         progress: 0 to 100.
         error: code and message of a failed one.
-        prompts: [first block, text] of every change of prompt.
+        prompts: [first block, text] of every prompt.
+        changed: the last text that somebody gave while it was made; None: nobody did.
         blocks: [first frame, frames] of the blocks that are finished.
         run, place: of the run that makes it, and its index among the videos of that.
         failures: of ranks, that it has lived through.
@@ -57,6 +60,7 @@ class Video:
     progress: int = 0
     error: dict[str, str] | None = None
     prompts: list[tuple[int, str]] = field(default_factory=list)
+    changed: str | None = None
     blocks: list[tuple[int, int]] = field(default_factory=list)
     run: str | None = None
     place: int = 0
@@ -97,14 +101,16 @@ class Store:
         self._locks.release()
 
     def _read(self, folder: Path) -> Video | None:
-        """The video of a folder; None: it is none of ours, or was deleted."""
+        """The video of a folder; None: it is none of ours, or was deleted, or nobody was told of it yet."""
         if not _ID.fullmatch(folder.name):
+            return None
+        if not (folder / _RECORD).exists():  # the process ended while it made or removed it
+            shutil.rmtree(folder, ignore_errors=True)
             return None
         try:
             found = json.loads((folder / _RECORD).read_bytes())
             video = Video(**{**found, "request": VideoRequest(**found["request"])})
-            if video.id != folder.name:
-                raise ValueError("its id is another's")
+            _check(video, folder.name)
         except (OSError, ValueError, TypeError, LookupError) as error:
             logger.warning("%s is left out of the list: %s", folder, type(error).__name__)
             return None
@@ -113,14 +119,19 @@ class Store:
             return None
         video.blocks = [(start, count) for start, count in video.blocks]
         video.prompts = [(block, text) for block, text in video.prompts]
+        scenes = tuple((block, text) for block, text in video.request.scenes)
+        video.request = replace(video.request, scenes=scenes)
         return video
 
-    def add(self, request: VideoRequest, fps: int) -> Video:
-        """Makes a new video and its folder. Raises OSError."""
+    def add(self, request: VideoRequest, fps: int, image: bytes | None = None) -> Video:
+        """Makes a new video and its folder, with the image that it begins with. Raises OSError."""
         number = 1 + max((video.number for video in self.videos.values()), default=0)
-        prompts = [(0, request.prompt)]
+        prompts = [(0, request.prompt), *request.scenes]
         video = Video(f"video_{secrets.token_hex(12)}", request, fps, number, time.time(), prompts=prompts)
         make_folder(self.path(video), 0o700)
+        if image is not None:
+            with whole_file(self.reference(video), mode=0o600) as file:
+                file.write(image)
         self.save(video)
         self.videos[video.id] = video
         return video
@@ -132,7 +143,15 @@ class Store:
 
     def remove(self, video: Video) -> None:
         """Removes a video and all that is its own."""
+        self.forget(video)
+        self.erase(video)
+
+    def forget(self, video: Video) -> None:
+        """Takes a video off the list."""
         self.videos.pop(video.id, None)
+
+    def erase(self, video: Video) -> None:
+        """Removes all that is a video's own."""
         shutil.rmtree(self.path(video), ignore_errors=True)
 
     def path(self, video: Video) -> Path:
@@ -147,9 +166,23 @@ class Store:
         """The finished file."""
         return self.path(video) / _FILE
 
+    def reference(self, video: Video) -> Path:
+        """The image that it begins with."""
+        return self.path(video) / _REFERENCE
+
     def run(self, name: str) -> Path:
         """The folder of a run: snapshots and timeline."""
         return self.folder / "runs" / name
+
+
+def _check(video: Video, name: str) -> None:
+    """Checks a record where a wrong value would lead out of the folder or end the server. Raises ValueError."""
+    numbers = (video.number, video.place, video.failures, video.fps, video.request.num_frames, video.request.steps)
+    known = video.status in (QUEUED, RUNNING, COMPLETED, FAILED) and isinstance(video.request.prompt, str)
+    run = video.run is None or (isinstance(video.run, str) and _RUN.fullmatch(video.run))
+    whole = all(isinstance(number, int) and number >= 0 for number in numbers)
+    if video.id != name or not (known and run and whole and video.prompts and video.place < _MOST_TOGETHER):
+        raise ValueError("this is no record of a video")
 
 
 def as_openai(video: Video, model: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from dualparal.workers.content import (
     unpack_refusal,
     unpack_stats,
 )
+from dualparal.workers.line import Message
 from dualparal.workers.rank import FILLED_IN
 from dualparal.workers.ranks import Ranks
 
@@ -121,11 +122,14 @@ class WorkerEngine:
                 f"gpus={gpus!r} with a loaded pipeline: its weights are in this process; give the model as a directory"
             )
         config = replace(config, stages=_stages(config, gpus))
-        self.scheduler: Any = resolve_model(model, config.loras, config.transformers).load_scheduler()
+        source = resolve_model(model, config.loras, config.transformers)
+        _check_layers(config, gpus, source.spec.num_layers)
+        self.scheduler: Any = source.load_scheduler()
         self.stats: RunStats | None = None
         self._claim = threading.Lock()  # held from a stream's being asked for to its end
         self._prompt_lock = threading.Lock()  # one change at a time waits for its answer
-        self._prompt_ids = count()
+        self._ids = count()  # of requests and changes of a prompt
+        self._id = -1  # of the request under way
         self._begun = self._interrupted = False
         kept: list[Path] = []  # the folder of the last run's snapshots, for the message of a failure
         self._kept = kept
@@ -189,12 +193,14 @@ class WorkerEngine:
     def _ask(self, kind: str, arguments: Mapping[str, Any], callback: Callable[..., Any] | None) -> Iterator[Chunk]:
         """Has a request checked by all ranks, and returns the chunks that come of it."""
         fields, tensors = pack_arguments(arguments)
-        request = {"kind": kind, "arguments": fields, "scheduler": pack_scheduler(self.scheduler)}
+        scheduler = pack_scheduler(self.scheduler)
         if not self._claim.acquire(blocking=False):
             raise RuntimeError(BUSY)
         try:
+            self._id = next(self._ids)
+            request = {"kind": kind, "id": self._id, "arguments": fields, "scheduler": scheduler}
             self._ranks.tell_all({**request, "callback": callback is not None}, tensors)
-            answers = [self._ranks.receive(rank)[0] for rank in self._ranks.all]
+            answers = [self._receive(rank)[0] for rank in self._ranks.all]
             for answer in answers:
                 if answer["kind"] == "refused":
                     raise unpack_refusal(answer)
@@ -205,18 +211,25 @@ class WorkerEngine:
         self._begun, self._interrupted = True, False
         return Claimed(self._follow(callback), self._claim)
 
+    def _receive(self, rank: int) -> Message:
+        """The next message of a rank about this request. Those of one that an exception ended here are dropped."""
+        while True:
+            message = self._ranks.receive(rank)
+            if message[0]["id"] == self._id:
+                return message
+
     def _follow(self, callback: Callable[..., Any] | None) -> Generator[Chunk, None, None]:
         """Begins the run on all ranks and asks for chunk after chunk."""
-        self._ranks.tell_all({"kind": "go"})
         ended = False
         try:
+            self._ranks.tell_all({"kind": "go"})
             while True:
                 self._ranks.tell(0, {"kind": "next"})
-                fields, tensors = self._ranks.receive(0)
+                fields, tensors = self._receive(0)
                 while fields["kind"] == "step":
                     assert callback is not None, "which the request said"
                     self._ranks.tell(0, {"kind": "step"}, self._step(callback, fields, tensors))
-                    fields, tensors = self._ranks.receive(0)
+                    fields, tensors = self._receive(0)
                 if fields["kind"] == "end":
                     ended = True
                     self.stats = unpack_stats(fields["stats"])
@@ -239,7 +252,7 @@ class WorkerEngine:
             self._ranks.tell(0, {"kind": "close"})
             fields: Mapping[str, Any] = {"kind": ""}
             while fields["kind"] != "end":
-                fields, _ = self._ranks.receive(0)
+                fields, _ = self._receive(0)
             self.stats = unpack_stats(fields["stats"])
 
     def set_prompt(self, prompt: str, negative_prompt: str | None = None, *, video: int = 0) -> int:
@@ -253,7 +266,7 @@ class WorkerEngine:
         if not self._claim.locked():
             raise RuntimeError(_NO_VIDEO)
         with self._prompt_lock:
-            number = next(self._prompt_ids)
+            number = next(self._ids)
             change = {"prompt": prompt, "negative": negative_prompt, "video": video}
             self._ranks.tell(0, {"kind": "prompt", "id": number, **change})
             answer = self._ranks.answer(number)
@@ -295,6 +308,15 @@ def _stages(config: EngineConfig, gpus: int) -> int:
             "device='cpu'"
         )
     return stages
+
+
+def _check_layers(config: EngineConfig, gpus: int, layers: int) -> None:
+    """Checks that a model has a layer for every stage, before any rank starts. Raises ValueError."""
+    if (config.stages or 1) > layers:
+        most = layers * config.sequence_parallel + config.decode_ranks
+        raise ValueError(
+            f"gpus={gpus} with a model of {layers} layers: every stage owns at least one layer; use {most} or fewer"
+        )
 
 
 def _threads() -> int:

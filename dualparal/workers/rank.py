@@ -8,6 +8,9 @@ The parent speaks first: ``start``, with the model, the options and the threads,
   caller has a callback, which the parent answers with ``step`` or ``close``;
 * ``interrupt``, ``prompt`` (answered by ``prompt``) and ``quit`` at any time.
 
+Every answer has the request's ``id``: a parent that was interrupted (ctrl-C in a notebook) knows by it those that it
+did not wait for.
+
 torch is imported late, so that the heartbeat starts before it.
 """
 
@@ -85,6 +88,7 @@ class _Server:
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._running = False
         self._closing = False  # the parent wants no more of this run
+        self._id = 0  # of the request
 
     def run(self) -> None:
         """Makes the engine and serves requests until the parent says that it is enough. Raises what they raise."""
@@ -147,12 +151,15 @@ class _Server:
             except queue.Empty:
                 continue
 
+    def _answer(self, kind: str, fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        self._line.send({"kind": kind, "id": self._id, **fields}, tensors)
+
     def _serve(self, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Message:
         """Answers a request. Returns the message that came after it."""
         from dualparal.workers.content import pack_refusal, unpack_arguments, unpack_scheduler
 
         engine = self._engine
-        self._closing = False
+        self._closing, self._id = False, fields["id"]
         callback = self._callback if fields["callback"] and engine.mesh.is_leader else None
         try:
             engine.scheduler = unpack_scheduler(fields["scheduler"])
@@ -160,9 +167,9 @@ class _Server:
             make = engine.resume if fields["kind"] == "resume" else engine.stream
             chunks: Any = make(**arguments, callback_on_step_end=callback)
         except Exception as error:  # of any kind: a request can be wrong in every way, and this rank is as it was
-            self._line.send({"kind": "refused", **pack_refusal(error)})
+            self._answer("refused", pack_refusal(error))
             return self._wait("wait_request")
-        self._line.send({"kind": "checked"})
+        self._answer("checked", {})
         message = self._wait("wait_request")
         if message[0]["kind"] != "go":
             chunks.close()
@@ -181,15 +188,17 @@ class _Server:
         """Gives the parent chunk after chunk, as it asks for them."""
         from dualparal.workers.content import pack_chunk, pack_stats
 
-        while self._wait("wait_consumer")[0]["kind"] == "next":
+        begun = False  # else the other ranks would wait for a run that was closed before its beginning
+        while self._wait("wait_consumer")[0]["kind"] == "next" or not begun:
+            begun = True
             self._heartbeat.phase("start run" if self._engine.stats is None else "run", **self._engine.mesh.role)
             chunk = next(chunks, None)
             if chunk is None:
                 break
             fields, tensors = pack_chunk(chunk)
-            self._line.send({"kind": "chunk", **fields}, tensors)
+            self._answer("chunk", fields, tensors)
         chunks.close()  # type: ignore[attr-defined]
-        self._line.send({"kind": "end", "stats": pack_stats(self._engine.stats)})
+        self._answer("end", {"stats": pack_stats(self._engine.stats)})
 
     def _callback(
         self, engine: Any, step: int, timestep: torch.Tensor, values: dict[str, Any]
@@ -199,7 +208,7 @@ class _Server:
             return None
         where = {"step": step, "block": values["block"], "video": values["video"]}
         latents = values["latents"]
-        self._line.send({"kind": "step", **where}, {"timestep": timestep, "latents": latents})
+        self._answer("step", where, {"timestep": timestep, "latents": latents})
         fields, tensors = self._wait("wait_consumer")
         if fields["kind"] == "close" or "latents" not in tensors:
             return None

@@ -16,7 +16,7 @@ import torch
 from dualparal.distributed.private import caller, listen
 from dualparal.launch.blame import Failure
 from dualparal.launch.exit_codes import BAD_INPUT
-from dualparal.launch.folder import run_folder
+from dualparal.launch.folder import run_folder, swept
 from dualparal.launch.supervisor import Kept, Result, Supervisor
 from dualparal.workers.line import Line, Message
 from dualparal.workers.rank import ADDRESS
@@ -67,8 +67,9 @@ class Ranks:
         self._listeners: list[threading.Thread] = []
         self._result: Result | OSError | None = None
         self._closed = False
+        self._owner = os.getpid()
         try:
-            with run_folder() as folder, listen(folder, count) as (server, path):
+            with run_folder() as folder, swept(folder), listen(folder, count) as (server, path):
                 # Code that CUDA loads at its first use makes the host wait for the device, in the middle of a run.
                 loading = os.environ.get("CUDA_MODULE_LOADING", "EAGER")
                 env = {ADDRESS: path, "OMP_NUM_THREADS": str(hello["threads"]), "CUDA_MODULE_LOADING": loading}
@@ -168,7 +169,12 @@ class Ranks:
         self._supervisor.interrupt()
 
     def close(self) -> None:
-        """Ends the ranks, also in the middle of a run, and returns when all are gone."""
+        """Ends the ranks, also in the middle of a run, and returns when all are gone.
+
+        In a fork of the process that started them it does nothing: they are that one's.
+        """
+        if os.getpid() != self._owner:
+            return
         if self.ready:
             for line in self._lines.values():
                 with contextlib.suppress(OSError):

@@ -14,6 +14,8 @@ import yaml
 from safetensors.torch import load_file
 
 from cli_runs import Outcome
+from dualparal.cli.refusals import in_flags
+from dualparal.schedule.layout import split_layers
 
 START = ["generate", "--prompt", "x", "--device", "cpu", "--num-frames", "5", "--steps", "1"]
 MISTAKES: list[tuple[list[str], str]] = [
@@ -71,6 +73,30 @@ def test_mistakes_are_answered_by_one_line_before_slow_imports(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("argv", "world", "words"),
+    [
+        ("--stages 99", None, "--stages 99 with a model of 8 layers"),
+        ("--gpus 99", None, "--gpus 99 with a model of 8 layers"),
+        ("--gpus=100 --decode-gpus 1", None, "--gpus 100, which makes 99 stages, with a model of 8 layers"),
+        ("--stages 99 --gpus 99", None, "--stages 99 with a model of 8 layers"),
+        ("", "99", "a run of 99 processes with a model of 8 layers"),
+    ],
+)
+def test_too_many_stages_are_named_as_they_were_typed(
+    monkeypatch: pytest.MonkeyPatch, argv: str, world: str | None, words: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["dualparal", "generate", *argv.split()])
+    monkeypatch.delenv("RANK", raising=False)
+    if world is not None:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError) as caught:
+        split_layers(8, 99)
+    said = in_flags(str(caught.value))
+    assert said.startswith(words) and said.endswith(": every stage owns at least one layer; use 1 to 8 stages")
+
+
 def test_a_hub_id_without_a_network_is_one_line(
     dualparal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +149,8 @@ def test_a_file_of_flags_is_the_flags(dualparal: Callable[..., Outcome]) -> None
 
     won = yaml.safe_load(dualparal("generate", "--seed=9", "--config=a.yaml", "--prompt", "a cow", "--dry-run").stdout)
     assert (won["request"]["video"]["seed"], won["request"]["prompts"]) == (9, [{0: "a cow"}])
+    faster = yaml.safe_load(dualparal("generate", "--config=a.yaml", "--fps", "32", "--dry-run").stdout)
+    assert faster["request"]["prompts"] == [{0: "a cat", 8: "a dog: -running"}]  # seconds of this video
 
 
 def test_a_run_by_a_file_of_flags(dualparal: Callable[..., Outcome], wan21: Path) -> None:
@@ -147,6 +175,12 @@ def test_a_run_by_a_file_of_flags(dualparal: Callable[..., Outcome], wan21: Path
         ("size: 64", "size: use WIDTHxHEIGHT"),
         ("storyboard: {1: a}", "storyboard: use second: text, from 0 on"),
         ("storyboard: {0: a, -1: b}", "storyboard: -1: use seconds from 0 on"),
+        ("storyboard: {0: a, .nan: b}", "storyboard: nan: use seconds from 0 on"),
+        ("storyboard: {0: a, 2: }", "storyboard: 2: None is not a text"),
+        ("storyboard: {0: a, 2: no}", "storyboard: 2: False is not a text"),
+        ("storyboard: {0: a, 0.01: b}", "storyboard: 0.01: frame 0 has a text already"),
+        ("fps: .inf\nstoryboard: {0: a, 1: b}", "fps: inf: use a number"),
+        ("fps: yes\nstoryboard: {0: a, 1: b}", "fps: True: use a number"),
         ("- a", "use a mapping of flags to values"),
         ("a: &x [1]\nb: *x", "aliases (*name) are not read"),
         ("a: [[[[[[[[1]]]]]]]]", "nested deeper than 6"),

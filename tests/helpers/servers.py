@@ -1,4 +1,4 @@
-"""A server as a process of its own, on a port that is free."""
+"""A server as a process of its own, on a port that is free, and one in this process, without an engine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,35 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
+from fastapi.testclient import TestClient
+
+from dualparal.config.engine import EngineConfig
+from dualparal.server.app import make_app
+from dualparal.server.jobs import Jobs
+from dualparal.server.metrics import Metrics
+from dualparal.server.settings import Settings
+from dualparal.server.store import Store
 
 PROGRAM = "from dualparal.cli.main import main; main()"
 BLOCKS = ["--frames-per-block", "2", "--context-frames", "1", "--refresh-every", "2"]
+
+
+URL = "http://127.0.0.1"
+
+
+def settings(folder: Path, **more: Any) -> Settings:
+    given = {"model": "moving-shapes", "height": 64, "width": 64, "steps": 2, "max_queue": 3, "max_seconds": 10.0}
+    return Settings(**{**given, "gpus": 1, "engine": EngineConfig(), "folder": folder, **more})
+
+
+def made(folder: Path, **more: Any) -> tuple[TestClient, Jobs]:
+    jobs = Jobs(Store(folder), settings(folder, **more), Metrics())
+    runner: Any = SimpleNamespace(is_up=True)
+    return TestClient(make_app(jobs, runner), base_url=URL, raise_server_exceptions=False), jobs
 
 
 class Served:

@@ -459,6 +459,7 @@ def test_no_rank_outlives_its_parent(tmp_path, fault):
             rank.kill()
         pytest.skip("only Linux ends a process that cannot run")
     assert wait_until(lambda: not parent.alive(), 5.0)
+    assert wait_until(lambda: not list(tmp_path.glob("dualparal-*")), 10.0)
 
 
 def test_interrupt_from_another_thread():

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,27 +17,13 @@ from dualparal.cli import serve
 from dualparal.cli.main import app as commands
 from dualparal.config.blocks import BlockConfig
 from dualparal.config.engine import EngineConfig
-from dualparal.server.app import make_app
-from dualparal.server.jobs import Jobs, together
-from dualparal.server.metrics import Metrics
+from dualparal.server.jobs import together
 from dualparal.server.serve import serve as run_server
-from dualparal.server.settings import Settings
 from dualparal.server.store import COMPLETED, Store
 from places import ROOT
+from servers import URL, made, settings
 
 TOKEN = "0123456789abcdef"
-URL = "http://127.0.0.1"
-
-
-def settings(folder: Path, **more: Any) -> Settings:
-    given = {"model": "moving-shapes", "height": 64, "width": 64, "steps": 2, "max_queue": 3, "max_seconds": 10.0}
-    return Settings(**{**given, "gpus": 1, "engine": EngineConfig(), "folder": folder, **more})
-
-
-def made(folder: Path, **more: Any) -> tuple[TestClient, Jobs]:
-    jobs = Jobs(Store(folder), settings(folder, **more), Metrics())
-    runner: Any = SimpleNamespace(is_up=True)
-    return TestClient(make_app(jobs, runner), base_url=URL, raise_server_exceptions=False), jobs
 
 
 @pytest.fixture

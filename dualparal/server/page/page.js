@@ -10,8 +10,8 @@ let server = null, current = null, events = null, player = null;
 async function call(method, path, body) {
   const answer = await fetch(path, {
     method,
-    headers: body === undefined ? {} : { "content-type": "application/json" },
-    body: body === undefined ? undefined : JSON.stringify(body),
+    headers: body === undefined || body instanceof FormData ? {} : { "content-type": "application/json" },
+    body: body === undefined || body instanceof FormData ? body : JSON.stringify(body),
   });
   if (answer.status === 401) at("door").hidden = false;
   if (answer.ok) return answer.json();
@@ -186,6 +186,17 @@ function note(text, bad = false) {
   at("note").className = bad ? "error" : "";
 }
 
+function storyboard() {  // lines of "SECOND: TEXT"
+  const scenes = {};
+  for (const line of at("storyboard").value.split("\n")) {
+    if (!line.trim()) continue;
+    const found = /^\s*(\d+(?:\.\d+)?)\s*:\s*(\S.*)$/.exec(line);
+    if (!found || found[1] in scenes) throw new Error(`Storyboard: use SECOND: TEXT, each second once, not "${line.trim()}"`);
+    scenes[found[1]] = found[2];
+  }
+  return Object.keys(scenes).length ? scenes : null;
+}
+
 function guarded(action) {
   return async (event) => {
     event?.preventDefault();
@@ -197,7 +208,14 @@ at("ask").onsubmit = guarded(async () => {
   note("");
   const fields = { prompt: at("prompt").value };
   for (const name of ["seconds", "steps", "seed", "size"]) if (at(name).value) fields[name] = at(name).value;
-  show((await call("POST", "v1/videos", fields)).id);
+  const scenes = storyboard();
+  if (scenes) fields.storyboard = scenes;
+  const file = at("reference").files[0];
+  if (!file) return show((await call("POST", "v1/videos", fields)).id);
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) form.set(name, name === "storyboard" ? JSON.stringify(value) : value);
+  form.set("input_reference", file);
+  show((await call("POST", "v1/videos", form)).id);
 });
 at("change").onclick = guarded(async () => {
   if (!at("prompt").value.trim()) return note("Say first what is to follow.", true);
@@ -224,6 +242,8 @@ async function begin() {
   at("seconds").value = server.seconds; at("seconds").max = server.max_seconds;
   at("steps").value = server.steps; at("steps").max = server.max_steps;
   at("size").value = server.size;
+  at("reference-label").hidden = server.images === "none";
+  at("reference").required = server.images === "must";
   await list();
   const wanted = location.hash.slice(1);
   if (/^video_[0-9a-f]{24}$/.test(wanted)) show(wanted);
