@@ -1,13 +1,14 @@
 """Whether the model in the box shows what its captions ask for, by length, sampler and guidance, apart from any block.
 
     python bench/composition.py --latents 1 2 4 --prompts 40
-    python bench/composition.py --latents 4 --prompts 40 --samplers 20:2 20:5 50:5
+    python bench/composition.py --latents 4 --prompts 40 --samplers 20:2 20:5 50:5 20:5:3:lcm
     python bench/composition.py --encoder
 
-Whole clips in one batch by the model's own sampler (UniPC), of the captions and with the measures of bench/quality.py.
-Each sampler (STEPS:SHIFT, or STEPS:SHIFT:GUIDANCE) starts from the same noise; differences from the first are paired
-by caption, with 95 % intervals of Student's t. --encoder: how well a linear probe reads how many objects of a colour
-are asked for from the embedding of the colour's word, on captions that the probe was not fitted to.
+Whole clips in one batch by the model's own sampler (UniPC), or by the one that takes fresh noise at every step (lcm),
+of the captions and with the measures of bench/quality.py.
+Each sampler (STEPS:SHIFT, STEPS:SHIFT:GUIDANCE, or that and :lcm) starts from the same noise; differences from the
+first are paired by caption, with 95 % intervals of Student's t. --encoder: how well a linear probe reads how many
+objects of a colour are asked for from the embedding of the colour's word, on captions that it was not fitted to.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler
 from meter.quality_report import student
 from meter.scene_metrics import counts_right, counts_wrong, track
 from quality import MODEL, load_pipe
@@ -56,18 +57,24 @@ class Model:
 
     @torch.inference_mode()
     def sample(self, captions: list[str], latents: int, sampler: str, seed: int) -> torch.Tensor:
-        """Clips [captions, channels, latents, h, w] by ``sampler``, STEPS:SHIFT or STEPS:SHIFT:GUIDANCE."""
-        steps, shift, guidance = (*map(float, sampler.split(":")), 4.0)[:3]
-        scheduler = UniPCMultistepScheduler.from_config(self.pipe.scheduler.config, flow_shift=shift)
+        """Clips [captions, channels, latents, h, w] by ``sampler``: STEPS:SHIFT[:GUIDANCE[:lcm]]."""
+        numbers, fresh, _ = sampler.partition(":lcm")
+        steps, shift, guidance = (*map(float, numbers.split(":")), 4.0)[:3]
+        generator = torch.Generator().manual_seed(seed)
+        if fresh:
+            scheduler: Any = FlowMatchLCMScheduler(shift=shift)
+        else:
+            scheduler = UniPCMultistepScheduler.from_config(self.pipe.scheduler.config, flow_shift=shift)
         scheduler.set_timesteps(int(steps))
+        noise = {"generator": generator} if fresh else {}
         side, channels = SIZE // 8, self.transformer.config.in_channels
         shape = len(captions), channels, latents, side, side
-        clips = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        clips = torch.randn(shape, generator=generator)
         wanted, nothing = self.text(captions), self.text([""] * len(captions))
         for now in scheduler.timesteps:
             plain = self.velocity(clips, now, nothing)
             velocity = plain + guidance * (self.velocity(clips, now, wanted) - plain)
-            clips = scheduler.step(velocity, now, clips, return_dict=False)[0]
+            clips = scheduler.step(velocity, now, clips, **noise, return_dict=False)[0]
         return clips
 
     @torch.inference_mode()
@@ -110,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--latents", type=int, nargs="+", default=[4], help="frames of the clips")
-    parser.add_argument("--samplers", nargs="+", default=["20:2"], help="STEPS:SHIFT or STEPS:SHIFT:GUIDANCE")
+    parser.add_argument("--samplers", nargs="+", default=["20:2"], help="STEPS:SHIFT[:GUIDANCE[:lcm]]")
     parser.add_argument("--prompts", type=int, default=40, help="captions, two at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder", action="store_true", help="probe the text encoder, make no clip")
