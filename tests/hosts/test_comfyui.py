@@ -71,6 +71,14 @@ def package() -> Iterator[Any]:
         del sys.modules[loaded]
 
 
+def test_a_folder_that_would_hide_the_library_is_refused() -> None:
+    """Some versions of ComfyUI put the package into sys.modules under the folder's own name."""
+    spec = importlib.util.spec_from_file_location("dualparal", FOLDER / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(ImportError, match="call it comfyui-dualparal"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 def test_node_classes_keep_the_contract(package: Any) -> None:
     assert set(package.NODE_CLASS_MAPPINGS) == set(package.NODE_DISPLAY_NAME_MAPPINGS)
     for node in package.NODE_CLASS_MAPPINGS.values():
