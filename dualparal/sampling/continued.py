@@ -62,7 +62,6 @@ class Inversion(Sampler):
 
     They are Euler's steps of flow matching's equation up the sampler's noise levels. The model is told the timestep of
     the level at which a step begins; of finished latents that of the sampler's last step.
-
     """
 
     def __init__(self, sampler: Sampler) -> None:
