@@ -7,10 +7,12 @@ of a few latent frames, then of more (SCHEDULE), from the start of their videos 
 are dropped in a tenth of the cases, for classifier-free guidance. Muon for the matrices of the layers, AdamW for the
 rest; what is kept is the exponential average of the weights. Every batch is a function of --seed and its number.
 
-    python tools/train_transformer.py --out build/more --start dualparal/moving_shapes --short short --high-noise 0.7
+    python tools/train_transformer.py --out build/more --start dualparal/moving_shapes --high-noise 0.65 \
+        --mix whole:0.45,short:0.35,queue:0.2
 
-trains finished weights further: three steps of four on short clips from their start (``--short``, a folder of
-make_latents.py), with more of the high noise at which the layout of a picture is decided.
+trains finished weights further: on short clips too, as long as the first block of a video (of the folder short/, made
+with --seed + 1 and --frames 29), on windows as a queue of blocks shows them, whose blocks have noise of their own
+(``queue_levels``), and with more of the high noise at which the layout of a picture is decided.
 """
 
 from __future__ import annotations
@@ -52,11 +54,17 @@ TRANSFORMER = {
     "num_layers": 8,
 }
 DROP_CAPTION = 0.1
-FROM_START = 0.5  # share of windows that begin where their video does
+FROM_START = 0.5  # share of whole windows that begin where their video does
 FIRST = 4  # latent frames until a video's are all alike
 SCHEDULE = "1000:4x96,1800:8x48,3900:16x48"  # first what a scene looks like, then how it moves
-HIGH = 0.8  # noise level above which a layout is decided
+HIGH = 0.85  # noise level above which a layout is decided
 SHIFT = 2.0  # of the noise levels that are trained
+# Windows of a queue: latent frames of the block before, the block itself and the one behind it, and how often each is
+# drawn. The newest block has none behind it, the first none before it.
+QUEUE = (((4, 8, 0), 0.5), ((4, 8, 4), 0.35), ((0, 8, 4), 0.15))
+GAPS = 0.1, 0.5  # share of all steps that a block is ahead of the next one
+SHIFTS = 2.0, 6.0  # of the samplers that a queue may run with
+LAST = 0.05  # share of the steps that a block has left when its features are last taken
 EMA = 0.999
 
 
@@ -168,8 +176,12 @@ class Data:
         self.scenes = [scenes[index] for index in kept]
         self.latents = ((raw[kept].float() - self.mean.view(shape)) / self.std.view(shape)).half()
 
-    def batch(self, rng: np.random.Generator, size: int, frames: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    def batch(
+        self, rng: np.random.Generator, size: int, frames: int, from_start: float
+    ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """Windows [size, channels, frames, height, width], what their loss counts, captions, some of them dropped.
+
+        ``from_start`` of them, at least, begin where their video does; all if it is 1, none if it is 0 and they can.
 
         A video's first latent frames are of another kind: the very first stands for one frame, and the encoder's
         caches fill. That a frame is among them a model can only tell from there being little on its left. So those at
@@ -177,7 +189,8 @@ class Data:
         """
         index = rng.integers(len(self.latents), size=size)
         latest = self.latents.shape[1] - frames
-        start = np.where(rng.random(size) < FROM_START, 0, rng.integers(latest + 1, size=size))
+        start = rng.integers(min(1, latest) if from_start == 0 else 0, latest + 1, size=size)
+        start = np.where(rng.random(size) < from_start, 0, start)
         windows = torch.stack([self.latents[i, s : s + frames] for i, s in zip(index, start, strict=True)])
         weights = torch.ones(size, 1, frames, 1, 1, device=windows.device)
         weights[torch.from_numpy(start) > 0, :, :FIRST] = 0
@@ -193,16 +206,46 @@ class Data:
         return " ".join(words)
 
 
+def mixture(text: str) -> dict[str, float]:
+    """ "whole:0.75,queue:0.25" to the share of steps of each kind: whole, short or queue."""
+    shares = {kind: float(share) for kind, _, share in (part.partition(":") for part in text.split(","))}
+    if not shares.keys() <= {"whole", "short", "queue"}:
+        raise argparse.ArgumentTypeError(f"{text}: kinds are whole, short and queue")
+    return {kind: share / sum(shares.values()) for kind, share in shares.items()}
+
+
+def shifted(times: np.ndarray, shift: np.ndarray | float) -> np.ndarray:
+    """Noise levels of ``times``, the share of the steps that are left."""
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def equal_levels(rng: np.random.Generator, size: int, frames: int, high_noise: float) -> np.ndarray:
+    """Noise levels [size, frames] of windows whose frames have the same; ``high_noise`` of them are above HIGH."""
+    u = rng.random((size, 1))
+    high = rng.random((size, 1)) < high_noise
+    return np.where(high, HIGH + (1 - HIGH) * u, shifted(u, SHIFT)).repeat(frames, axis=1)
+
+
+def queue_levels(rng: np.random.Generator, size: int, parts: tuple[int, int, int]) -> np.ndarray:
+    """Noise levels [size, frames] of windows of a queue: the block before is ahead by a gap, the one behind is late.
+
+    A block that is the newest is in its first steps, before the next one enters; any other is behind them.
+    """
+    gap = rng.uniform(*GAPS, size=size)
+    own = rng.random(size)
+    own = LAST + (1 - gap - LAST) * own if parts[2] else 1 - gap * own
+    times = np.stack([np.maximum(own - gap, LAST), own, own + gap], axis=1).repeat(parts, axis=1)
+    return shifted(times, rng.uniform(*SHIFTS, size=(size, 1)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--schedule", type=stages, default=stages(SCHEDULE), help="until step:FRAMESxBATCH,...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="folder of finished weights, in diffusers' layout")
-    parser.add_argument(
-        "--short", help="name of a folder of short clips, made with --seed + 1, for three steps of four"
-    )
-    parser.add_argument("--high-noise", type=float, default=0.0, help="share of those steps' samples above HIGH")
+    parser.add_argument("--mix", type=mixture, default=mixture("whole:1"), help="shares of steps by kind of window")
+    parser.add_argument("--high-noise", type=float, default=0.0, help="share of samples above HIGH, but in a queue")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of all learning rates")
     parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -219,9 +262,10 @@ def main() -> None:
     text = Text(tokenizer)
     trained = nn.ModuleDict({"transformer": model, "text": text}).to(device)
     scale = None if options.start is None else load_weights(options.start, trained)
-    data = [Data(options.out / "latents", options.seed, device, scale)]
-    if options.short is not None:
-        data += 3 * [Data(options.out / options.short, options.seed + 1, device, scale)]
+    data = {"whole": Data(options.out / "latents", options.seed, device, scale)}
+    data["queue"] = data["whole"]
+    if "short" in options.mix:
+        data["short"] = Data(options.out / "short", options.seed + 1, device, scale)
     average = copy.deepcopy(trained)
     optimizers = make_optimizers(model, text)
     steps = options.schedule[-1][0]
@@ -230,7 +274,7 @@ def main() -> None:
     state = {"trained": trained, "average": average}
     start = checkpoint.load(path, state, optimizers)
     log = (options.out / "transformer.jsonl").open("a")
-    began, losses = time.perf_counter(), ([], [])
+    began, losses = time.perf_counter(), {kind: [] for kind in options.mix}
     for step in range(start, steps):
         share = step / steps
         warm, decay = min((step + 1) / 200, 1.0), min(1.0, max(0.0, 1 - share) / 0.4)  # trapezoid
@@ -239,23 +283,32 @@ def main() -> None:
             group["lr"] = options.rate * rate * warm * decay
         _, frames, batch = next(stage for stage in options.schedule if step < stage[0])
         rng = np.random.default_rng([options.seed, 2, step])
-        chosen = data[step % len(data)]
-        if short := chosen is not data[0]:
-            frames, batch = chosen.latents.shape[1], batch * frames // chosen.latents.shape[1]
-        clean, weights, captions = chosen.batch(rng, batch, frames)
+        kind = str(rng.choice(list(options.mix), p=list(options.mix.values())))
+        tokens, from_start = frames * batch, FROM_START
+        if kind == "short":
+            frames, from_start = data[kind].latents.shape[1], 1.0
+        elif kind == "queue":
+            parts = QUEUE[rng.choice(len(QUEUE), p=[share for _, share in QUEUE])][0]
+            frames, from_start = sum(parts), float(parts[0] == 0)
+        batch = tokens // frames
+        clean, weights, captions = data[kind].batch(rng, batch, frames, from_start)
+        if kind == "queue":
+            levels = queue_levels(rng, batch, parts)
+        else:
+            levels = equal_levels(rng, batch, frames, options.high_noise)
+        sigma = torch.from_numpy(levels).float().to(device)
         generator = torch.Generator(device).manual_seed(step)
         noise = torch.randn(clean.shape, generator=generator, device=device)
-        u = torch.rand(batch, generator=generator, device=device)
         weights = weights / weights.mean().clamp_min(1e-6)  # windows of four frames may have nothing to learn from
-        clean, noise, u, weights, captions = (whole[rank::ranks] for whole in (clean, noise, u, weights, captions))
-        sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
-        if short:
-            high = torch.from_numpy(rng.random(batch) < options.high_noise)[rank::ranks].to(device)
-            sigma = torch.where(high, HIGH + (1 - HIGH) * u, sigma)
-        level = sigma.view(-1, 1, 1, 1, 1)
+        mine = (whole[rank::ranks] for whole in (clean, noise, sigma, weights, captions))
+        clean, noise, sigma, weights, captions = mine
+        level = sigma[:, None, :, None, None]
+        times = 1000 * sigma[:, 0]
+        if kind == "queue":  # a time for each token
+            times = (1000 * sigma).repeat_interleave(clean.shape[-2] * clean.shape[-1] // 4, dim=1)
         with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
             embeds, processor.bias = text(captions)
-            velocity = model((1 - level) * clean + level * noise, 1000 * sigma, embeds, return_dict=False)[0]
+            velocity = model((1 - level) * clean + level * noise, times, embeds, return_dict=False)[0]
         loss = (weights * (velocity.float() - (noise - clean)).square()).mean()
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -268,14 +321,12 @@ def main() -> None:
             keep = min(EMA, (step + 1) / (step + 10))
             for mine, new in zip(average.parameters(), trained.parameters(), strict=True):
                 mine.lerp_(new, 1 - keep)
-        losses[short].append(loss.item())
+        losses[kind].append(loss.item())
         last = step + 1 == steps or parallel.any_rank(time.perf_counter() - began > 60 * options.minutes)
         if rank == 0 and ((step + 1) % 100 == 0 or last):
-            row = {"step": step + 1, "frames": frames, "loss": float(np.mean(losses[0] or losses[1]))}
-            if losses[0] and losses[1]:
-                row["short"] = float(np.mean(losses[1]))
+            row = {"step": step + 1} | {kind: float(np.mean(seen)) for kind, seen in losses.items() if seen}
             print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), file=log, flush=True)
-            losses = [], []
+            losses = {kind: [] for kind in options.mix}
         if rank == 0 and ((step + 1) % 500 == 0 or last):
             checkpoint.save(path, step + 1, state, optimizers)
         if last:
