@@ -48,10 +48,21 @@ def stages(text: str) -> list[tuple[int, int, int]]:
 
 def make_vae() -> AutoencoderKLWan:
     vae = AutoencoderKLWan(**CONFIG, latents_mean=[0.0] * CONFIG["z_dim"], latents_std=[1.0] * CONFIG["z_dim"])
-    # Begin linear: with PyTorch's own initial values the trunk fades against the residual branches, whose norms keep
-    # only the direction of a pixel's channels. For the last norm of encoder and decoder, which is left, large biases:
-    # without them the direction of a flat colour says its sign and no more.
-    for name, part in vae.named_modules():
+    begin_linear(vae)
+    # A posterior as wide as the prior drowns what an untrained encoder has to say: begin narrow.
+    nn.init.zeros_(vae.quant_conv.weight[CONFIG["z_dim"] :])
+    nn.init.constant_(vae.quant_conv.bias[CONFIG["z_dim"] :], -4.0)
+    return vae
+
+
+def begin_linear(part_of_vae: nn.Module) -> None:
+    """Gives the whole autoencoder, its encoder or its decoder first weights with which it learns.
+
+    With PyTorch's own the trunk fades against the residual branches, whose norms keep only the direction of a pixel's
+    channels. For the last norm of encoder and decoder, which is left, large biases: without them the direction of a
+    flat colour says its sign and no more.
+    """
+    for name, part in part_of_vae.named_modules():
         if isinstance(part, WanResidualBlock):
             nn.init.zeros_(part.conv2.weight)
             nn.init.zeros_(part.conv2.bias)
@@ -60,10 +71,13 @@ def make_vae() -> AutoencoderKLWan:
             nn.init.normal_(part.weight, std=seen.numel() ** -0.5)
         if name.endswith("conv_in"):
             nn.init.normal_(part.bias, std=0.5)
-    # A posterior as wide as the prior drowns what an untrained encoder has to say: begin narrow.
-    nn.init.zeros_(vae.quant_conv.weight[CONFIG["z_dim"] :])
-    nn.init.constant_(vae.quant_conv.bias[CONFIG["z_dim"] :], -4.0)
-    return vae
+
+
+def picture_loss(error: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
+    """L1 and squared ``error`` of [batch, 3, frames, height, width]; pixels of an object in ``video`` count more."""
+    ground = video.flatten(2).median(2).values[..., None, None, None]
+    weight = 1 + OBJECTS * ((video - ground).abs().amax(1, keepdim=True) > 0.2)
+    return (weight * (error.abs() + error.square())).mean()
 
 
 class Guide:
@@ -158,9 +172,7 @@ def main() -> None:
         video = video[:, :, 4 * left_out :]
         error = restored.float() - video
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        ground = video.flatten(2).median(2).values[..., None, None, None]
-        weight = 1 + OBJECTS * ((video - ground).abs().amax(1, keepdim=True) > 0.2)
-        loss = (weight * (error.abs() + error.square())).mean() + KL_WEIGHT * kl
+        loss = picture_loss(error, video) + KL_WEIGHT * kl
         if step < GUIDED and not options.decoder_only:
             guided = (posterior.mean.float() - guide(video)).square().mean()
             loss = loss + (1 - step / GUIDED) * guided

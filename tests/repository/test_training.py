@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import scenes
 import torch
+import train_decoder
 import train_transformer
 import train_vae
 from safetensors.torch import load_file
@@ -68,7 +70,7 @@ def rows(path: Path) -> list[dict[str, float]]:
 def test_it_learns(trained: Path) -> None:
     of_vae = {row["step"]: row["l1"] for row in rows(trained / "vae.jsonl")}
     assert of_vae[33] < 0.9 * of_vae[0] and 35 in of_vae  # the decoder alone went on from there
-    untrained, *_, learnt = (row["loss"] for row in rows(trained / "transformer.jsonl"))
+    untrained, *_, learnt = (row["whole"] for row in rows(trained / "transformer.jsonl"))
     assert learnt < 0.95 * untrained
 
 
@@ -105,15 +107,73 @@ def test_finished_weights_learn_on(trained: Path, tmp_path: Path) -> None:
     run(export_model, "--out", trained, "--model", tmp_path / "model")
     out = start(tmp_path / "more", trained)
     vae = tmp_path / "model/vae"
-    run(make_latents, "--out", out, "--vae", vae, "--latents", "short", "--frames", 9, "--clips", 16, "--seed", 1)
-    more = ("--start", tmp_path / "model", "--short", "short", "--high-noise", 0.7)
-    run(train_transformer, "--out", out, *FOUR_STEPS, *more)
+    run(make_latents, "--out", out, "--vae", vae, "--latents", "short", "--frames", 29, "--clips", 16, "--seed", 1)
+    with pytest.MonkeyPatch.context() as patch:  # all videos here have nine latent frames
+        patch.setattr(train_transformer, "QUEUE", (((2, 4, 0), 0.5), ((2, 4, 2), 0.25), ((0, 4, 2), 0.25)))
+        more = ("--start", tmp_path / "model", "--mix", "whole:1,short:1,queue:2", "--high-noise", 0.7)
+        run(train_transformer, "--out", out, "--schedule", "16:4x8", *more)
     first, new = load_file(trained / "transformer.safetensors"), load_file(out / "transformer.safetensors")
     name = "trained/transformer.blocks.0.ffn.net.2.weight"
     change = (first[name.replace("trained", "average", 1)] - new[name]).norm() / new[name].norm()
-    assert 0 < change < 0.2  # four steps away from what was exported
+    assert 0 < change < 0.2  # sixteen steps away from what was exported
     (row,) = rows(out / "transformer.jsonl")
-    assert row["step"] == 4 and 0 < row["loss"] < 2 and 0 < row["short"] < 3
+    assert row["step"] == 16 and all(0 < row[kind] < 3 for kind in ("whole", "short", "queue"))
+
+
+@pytest.mark.parametrize(("parts", "_share"), train_transformer.QUEUE)
+def test_blocks_of_a_queue_are_a_gap_apart(parts: tuple[int, int, int], _share: float) -> None:
+    levels = train_transformer.queue_levels(np.random.default_rng(0), 500, parts)
+    assert levels.shape == (500, sum(parts)) and levels.min() > 0 and levels.max() <= 1
+    before, own, behind = np.split(levels, np.cumsum(parts)[:-1], axis=1)
+    for block in (before, own, behind):
+        assert not block.size or (block == block[:, :1]).all()
+    assert not before.size or (before[:, 0] < own[:, 0]).all()
+    if behind.size:
+        assert (own[:, 0] < behind[:, 0]).all()
+    else:  # the newest block: the next one enters when it has got to where that begins
+        assert own.min() > train_transformer.shifted(0.5, train_transformer.SHIFTS[0])
+
+
+def test_windows_of_equal_noise_are_mostly_high() -> None:
+    levels = train_transformer.equal_levels(np.random.default_rng(0), 2000, 3, 0.6)
+    assert (levels == levels[:, :1]).all() and levels.min() >= 0 and levels.max() <= 1
+    assert 0.6 < (levels[:, 0] > train_transformer.HIGH).mean() < 0.75
+
+
+def test_a_mixture_has_kinds_that_exist() -> None:
+    assert train_transformer.mixture("whole:1,queue:3") == {"whole": 0.25, "queue": 0.75}
+    with pytest.raises(argparse.ArgumentTypeError, match="long:1: kinds are whole, short and queue"):
+        train_transformer.mixture("long:1")
+
+
+def test_a_slimmer_decoder_learns_what_latents_show(trained: Path, tmp_path: Path) -> None:
+    run(export_model, "--out", trained, "--model", tmp_path / "model")
+    out = start(tmp_path / "slim", trained)
+    slim = ("--vae", tmp_path / "model/vae", "--base-dim", 4)
+    for schedule in ("60:1x8", "100:1x8,104:3x2"):
+        run(train_decoder, "--out", out, "--schedule", schedule, *slim)
+    psnr = {row["step"]: row["psnr"] for row in rows(out / "decoder.jsonl")}
+    assert psnr.keys() == {50, 60, 100, 104} and psnr[100] > psnr[50] + 0.5
+    old, new = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (slim[1], out / "decoder"))
+    assert old["decoder.conv_out.weight"].shape[1] == 8 and new["decoder.conv_out.weight"].shape[1] == 4
+    assert all(new[name].equal(old[name]) for name in old if not name.startswith("decoder."))
+
+
+def test_a_decoders_truth_are_the_frames_that_its_latents_stand_for(trained: Path) -> None:
+    clips = train_decoder.Clips(trained / "latents", 0)
+    seen = set()
+    for number in range(20):
+        rng = np.random.default_rng(number)
+        latents, pixels = clips.window(rng, 3)
+        assert latents.shape[0] == 3 and pixels.shape == (9, 3, scenes.SIZE, scenes.SIZE)
+        index, start = next(
+            (i, s) for i in range(16) for s in range(7) if (clips.latents[i, s : s + 3] == latents).all()
+        )
+        scene, of_scene = make_latents.scene_of(0, index)
+        video = scenes.video(scene, make_latents.FRAMES, of_scene)[4 * start : 4 * start + 9]
+        assert abs(255 * pixels.transpose(0, 2, 3, 1) - video).max() <= 0.51
+        seen.add(start)
+    assert 0 in seen and len(seen) > 2  # from the beginning, and from anywhere
 
 
 def test_scenes_never_overlap_and_keep_their_truth() -> None:
