@@ -1,8 +1,10 @@
 """Puts the trained parts together: a Wan pipeline in diffusers' layout, float16, with its model card.
 
     python tools/export_model.py --out build/train --model dualparal/moving_shapes
+    python tools/export_model.py --out build/more --vae dualparal/moving_shapes/vae --model dualparal/moving_shapes
 
-Reads what tools/train_vae.py, make_latents.py and train_transformer.py left in --out. Before it writes anything it
+Reads what tools/train_vae.py, make_latents.py and train_transformer.py left in --out, or the autoencoder from --vae,
+with whose latents the transformer was trained further. Before it writes anything it
 checks that the transformer, asked as a pipeline asks it (a prompt padded with zeros to 512 tokens, diffusers' own
 attention), answers as it did in training.
 """
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import checkpoint
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from make_latents import LATENTS
 from scenes import vocabulary
 from train_transformer import PADDED, SHIFT, TRANSFORMER, Data, Text, make_transformer
@@ -45,11 +47,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--model", type=Path, required=True, help="folder to write; what is there is replaced")
+    parser.add_argument("--vae", type=Path, help="folder in diffusers' layout")
     options = parser.parse_args()
-    data = Data(options.out / "latents", 0, torch.device("cpu"))
-    vae = make_vae()
-    checkpoint.load(options.out / "vae.safetensors", {"vae": vae}, [])
-    vae.register_to_config(latents_mean=data.mean.tolist(), latents_std=data.std.tolist())
+    if options.vae is None:
+        data = Data(options.out / "latents", 0, torch.device("cpu"))
+        vae = make_vae()
+        checkpoint.load(options.out / "vae.safetensors", {"vae": vae}, [])
+        vae.register_to_config(latents_mean=data.mean.tolist(), latents_std=data.std.tolist())
+    else:
+        vae = AutoencoderKLWan.from_pretrained(options.vae)
     shutil.rmtree(options.model, ignore_errors=True)
     tokenizer = make_tokenizer(options.model / "tokenizer", vocabulary())
     text = Text(tokenizer)

@@ -116,6 +116,9 @@ def test_finished_weights_learn_on(trained: Path, tmp_path: Path) -> None:
     name = "trained/transformer.blocks.0.ffn.net.2.weight"
     change = (first[name.replace("trained", "average", 1)] - new[name]).norm() / new[name].norm()
     assert 0 < change < 0.2  # sixteen steps away from what was exported
+    run(export_model, "--out", out, "--model", tmp_path / "model", "--vae", vae)  # in the place of what it began with
+    exported = load_file(tmp_path / "model/transformer/diffusion_pytorch_model.safetensors")
+    assert exported["blocks.0.ffn.net.2.weight"].equal(new[name.replace("trained", "average", 1)].half())
     (row,) = rows(out / "transformer.jsonl")
     assert row["step"] == 16 and all(0 < row[kind] < 3 for kind in ("whole", "short", "queue"))
 
