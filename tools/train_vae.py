@@ -30,9 +30,6 @@ GUIDED = 1000  # steps, with less and less weight
 # Single frames first, for colours and edges, then motion, then length: what lies many latents back still reaches a
 # frame, through the caches of both halves, and a model of short clips falls apart behind them.
 SCHEDULE = "900:1x16,2600:9x4,4800:33x1,5600:33x3"
-# Of the decoder alone: it learns to begin at any latent, because what the transformer begins with has little of a
-# video's start. So many latents are left out in front.
-LEFT_OUT = (0, 4, 5, 6)
 OBJECTS = 4  # times more does a pixel of an object count: most of a picture is background
 
 
@@ -139,7 +136,6 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--decoder-only", action="store_true", help="latents stay what they are, and so of use")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -147,39 +143,32 @@ def main() -> None:
     device = torch.device(options.device)
     vae = make_vae().to(device)
     guide = Guide(options.seed, CONFIG["z_dim"])
-    if options.decoder_only:
-        for part in (vae.encoder, vae.quant_conv):
-            part.requires_grad_(False)
-    learning = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "vae.safetensors"
     start = checkpoint.load(path, {"vae": vae}, [optimizer])
-    cold = 0 if optimizer.state else start  # where the optimizer has no past: from nothing, or from weights alone
     steps = options.schedule[-1][0]
     log = (path.parent / "vae.jsonl").open("a")
     began = time.perf_counter()
     for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * min((step + 1 - cold) / 100, 1.0) * max(0.02, 1 - step / steps)
+            group["lr"] = options.lr * min((step + 1) / 100, 1.0) * max(0.02, 1 - step / steps)
         _, frames, batch = next(stage for stage in options.schedule if step < stage[0])
         video = clips(options.seed, step, range(rank, batch, ranks), frames).to(device)
         torch.manual_seed(step * ranks + rank)
         with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
             posterior = vae.encode(video).latent_dist
-            left_out = LEFT_OUT[step % len(LEFT_OUT)] if options.decoder_only else 0
-            restored = decode(vae, posterior.sample()[:, :, left_out:])
-        video = video[:, :, 4 * left_out :]
+            restored = decode(vae, posterior.sample())
         error = restored.float() - video
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         loss = picture_loss(error, video) + KL_WEIGHT * kl
-        if step < GUIDED and not options.decoder_only:
+        if step < GUIDED:
             guided = (posterior.mean.float() - guide(video)).square().mean()
             loss = loss + (1 - step / GUIDED) * guided
         optimizer.zero_grad()
         loss.backward()
-        parallel.average_gradients(learning)
-        nn.utils.clip_grad_norm_(learning, 1.0)
+        parallel.average_gradients(vae.parameters())
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if rank == 0 and (step % 50 == 0 or step + 1 == steps):
             row = {

@@ -59,7 +59,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small: pytest.MonkeyPatch)
         ("30:2x16,90:4x8", 9),
     ):  # one step, which is an untrained model
         run(train_transformer, "--out", out, "--schedule", steps, "--minutes", minutes)
-    run(train_vae, "--out", out, "--schedule", "36:29x1", "--decoder-only")
     return out
 
 
@@ -69,7 +68,7 @@ def rows(path: Path) -> list[dict[str, float]]:
 
 def test_it_learns(trained: Path) -> None:
     of_vae = {row["step"]: row["l1"] for row in rows(trained / "vae.jsonl")}
-    assert of_vae[33] < 0.9 * of_vae[0] and 35 in of_vae  # the decoder alone went on from there
+    assert of_vae[33] < 0.9 * of_vae[0]
     untrained, *_, learnt = (row["whole"] for row in rows(trained / "transformer.jsonl"))
     assert learnt < 0.95 * untrained
 
