@@ -7,8 +7,8 @@ from itertools import pairwise
 AUTO = "auto"
 MOST_LEVELS = 3  # of 255: frames in 16 bits that lie further from those in float32 are nobody's default
 # The most levels of 255 between frames in bfloat16 and in float32, of the package's trained VAE on latents of its
-# model, few steps included, on a CPU: bench/vae_error.py, docs/vae-dtype.md.
-MEASURED_LEVELS = 9
+# model, few steps and six, on a CPU: bench/vae_error.py, docs/vae-dtype.md.
+MEASURED_LEVELS = 7
 
 
 def choose_vae_dtype(asked: str, on_card: bool, has_bfloat16: bool = True) -> str:

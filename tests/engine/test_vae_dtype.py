@@ -63,13 +63,13 @@ def test_the_card_is_asked_for_its_units(monkeypatch: pytest.MonkeyPatch, wan21:
 
 
 def test_the_measured_error_is_still_that() -> None:
-    """The bench on the shorter of its videos, where the figure is from that the rule rests on."""
-    sample = vae_error.trained(frames=9, steps=3)
-    sample = sample._replace(latents=sample.latents[1:])
+    """The bench on the longer of its videos, where the figure is from that the rule rests on."""
+    sample = vae_error.trained(frames=33, steps=6)
     truth = vae_error.levels(sample, torch.float32)
     assert truth.std() > 5  # a grey picture would prove nothing
     found = vae_error.distance(sample, torch.bfloat16, truth)
-    assert 2 / 3 <= found.most / decoding.MEASURED_LEVELS <= 3 / 2  # another CPU adds in another order
+    # Another CPU adds in another order, and one pixel makes the figure; but the rule's answer has to stay.
+    assert decoding.MOST_LEVELS < found.most <= 2 * decoding.MEASURED_LEVELS
     assert found.mean < 1
 
 
