@@ -264,16 +264,16 @@ def test_processes_take_the_time(outcomes: list[list[Outcome]]) -> None:
 
     That is the claim about the schedule, whose shortest run is the least disturbed. Another order or a wait too many
     lengthens every one of them; a machine that is late lengthens some. Where even the shortest is late, the rest of the
-    claim is asked, which no load excuses: who waits for whom, with sleeps and messages as long as they were.
+    claim is asked, which no load excuses: who waits for whom, with sleeps and messages as long as they were. What a
+    calm machine adds to every sleep and message stays below a tenth.
     """
     for repeats in outcomes:
         best = _best(repeats)
         assert best.makespan > 0.99 * best.nominal.seconds, best.row  # a sleep is never too short
-        if _calm(best):
-            assert _in_time(best), best.row
-        else:
+        if not _in_time(best):
             found = [outcome.timed.seconds / outcome.makespan for outcome in repeats]
             assert min(abs(ratio - 1) for ratio in found) < 0.05, found
+            assert not _calm(best) or best.makespan < 1.1 * best.nominal.seconds, best.row
 
 
 def test_an_endless_schedule_is_simulated_as_far_as_asked() -> None:
