@@ -4,9 +4,9 @@
     python tools/export_model.py --out build/more --vae dualparal/moving_shapes/vae --model dualparal/moving_shapes
 
 Reads what tools/train_vae.py, make_latents.py and train_transformer.py left in --out, or the autoencoder from --vae,
-with whose latents the transformer was trained further. Before it writes anything it
-checks that the transformer, asked as a pipeline asks it (a prompt padded with zeros to 512 tokens, diffusers' own
-attention), answers as it did in training.
+with whose latents the transformer was trained further. Before it writes anything it checks that the transformer, asked
+as a pipeline asks it (a prompt padded with zeros to 512 tokens, diffusers' own attention), answers as it did in
+training.
 """
 
 from __future__ import annotations

@@ -238,6 +238,25 @@ def queue_levels(rng: np.random.Generator, size: int, parts: tuple[int, int, int
     return shifted(times, rng.uniform(*SHIFTS, size=(size, 1)))
 
 
+def draw(
+    kind: str, data: Data, rng: np.random.Generator, frames: int, total: int, high_noise: float
+) -> tuple[torch.Tensor, torch.Tensor, list[str], np.ndarray]:
+    """A step's windows of a kind, ``total`` latent frames in all: as ``Data.batch``, and noise levels [size, frames].
+
+    Whole windows have ``frames``; short ones and those of a queue are as long as they are.
+    """
+    if kind == "queue":
+        parts = QUEUE[rng.choice(len(QUEUE), p=[share for _, share in QUEUE])][0]
+        frames = sum(parts)
+        windows = data.batch(rng, total // frames, frames, from_start=float(parts[0] == 0))
+        return *windows, queue_levels(rng, total // frames, parts)
+    from_start = FROM_START
+    if kind == "short":
+        frames, from_start = data.latents.shape[1], 1.0
+    windows = data.batch(rng, total // frames, frames, from_start)
+    return *windows, equal_levels(rng, total // frames, frames, high_noise)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -284,28 +303,19 @@ def main() -> None:
         _, frames, batch = next(stage for stage in options.schedule if step < stage[0])
         rng = np.random.default_rng([options.seed, 2, step])
         kind = str(rng.choice(list(options.mix), p=list(options.mix.values())))
-        tokens, from_start = frames * batch, FROM_START
-        if kind == "short":
-            frames, from_start = data[kind].latents.shape[1], 1.0
-        elif kind == "queue":
-            parts = QUEUE[rng.choice(len(QUEUE), p=[share for _, share in QUEUE])][0]
-            frames, from_start = sum(parts), float(parts[0] == 0)
-        batch = tokens // frames
-        clean, weights, captions = data[kind].batch(rng, batch, frames, from_start)
-        if kind == "queue":
-            levels = queue_levels(rng, batch, parts)
-        else:
-            levels = equal_levels(rng, batch, frames, options.high_noise)
+        clean, weights, captions, levels = draw(kind, data[kind], rng, frames, frames * batch, options.high_noise)
         sigma = torch.from_numpy(levels).float().to(device)
         generator = torch.Generator(device).manual_seed(step)
         noise = torch.randn(clean.shape, generator=generator, device=device)
         weights = weights / weights.mean().clamp_min(1e-6)  # windows of four frames may have nothing to learn from
-        mine = (whole[rank::ranks] for whole in (clean, noise, sigma, weights, captions))
-        clean, noise, sigma, weights, captions = mine
+        of_rank = (whole[rank::ranks] for whole in (clean, noise, sigma, weights, captions))
+        clean, noise, sigma, weights, captions = of_rank
         level = sigma[:, None, :, None, None]
         times = 1000 * sigma[:, 0]
         if kind == "queue":  # a time for each token
-            times = (1000 * sigma).repeat_interleave(clean.shape[-2] * clean.shape[-1] // 4, dim=1)
+            times = (1000 * sigma).repeat_interleave(
+                clean[0, 0, 0].numel() // math.prod(model.config.patch_size), dim=1
+            )
         with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
             embeds, processor.bias = text(captions)
             velocity = model((1 - level) * clean + level * noise, times, embeds, return_dict=False)[0]
