@@ -26,11 +26,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler
+from learner import Text, make_transformer
 from meter.quality_report import student
 from meter.scene_metrics import counts_right, counts_wrong, track
 from quality import MODEL, load_pipe
 from scenes import COLOURS, HELD_OUT, MAX_OBJECTS, SIZE, Scene, held_out, sample_scene, vocabulary
-from train_transformer import Text, make_transformer
 
 from dualparal.decoding.frames import to_uint8
 from dualparal.models.wan.tiny import make_tokenizer

@@ -18,9 +18,10 @@ from pathlib import Path
 import checkpoint
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from learner import PADDED, TRANSFORMER, Text, make_transformer
 from make_latents import LATENTS
 from scenes import vocabulary
-from train_transformer import PADDED, SHIFT, TRANSFORMER, Data, Text, make_transformer
+from train_transformer import SHIFT, Data
 from train_vae import make_vae
 
 from dualparal.models.wan.tiny import make_tokenizer

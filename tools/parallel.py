@@ -41,3 +41,12 @@ def any_rank(said: bool) -> bool:
     votes = torch.tensor(float(said))
     dist.all_reduce(votes)
     return bool(votes > 0)
+
+
+def fewest(number: int) -> int:
+    """The smallest of the ranks' numbers."""
+    if not dist.is_initialized():
+        return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
+    return int(numbers)

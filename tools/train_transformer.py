@@ -18,41 +18,20 @@ with --seed + 1 and --frames 29), on windows as a queue of blocks shows them, wh
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
-import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint
 import numpy as np
 import parallel
 import torch
-import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
+from learner import Learner, Scale
 from make_latents import scene_of
-from muon import Float32Muon
-from scenes import JUDGES, held_out, vocabulary
-from torch import nn
+from scenes import JUDGES, held_out
 from train_vae import stages
-from transformers import UMT5Config, UMT5EncoderModel
 
-from dualparal.models.wan.tiny import make_tokenizer
-
-TEXT_DIM, TEXT_TOKENS = 64, 32  # tokens of the longest caption, with room
-PADDED = 512  # what diffusers' WanPipeline pads a prompt to, with zeros
-TRANSFORMER = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 3,
-    "attention_head_dim": 64,
-    "in_channels": 12,
-    "out_channels": 12,
-    "text_dim": TEXT_DIM,
-    "freq_dim": 64,
-    "ffn_dim": 640,
-    "num_layers": 8,
-}
 DROP_CAPTION = 0.1
 FROM_START = 0.5  # share of whole windows that begin where their video does
 FIRST = 4  # latent frames until a video's are all alike
@@ -64,91 +43,34 @@ SHIFT = 2.0  # of the noise levels that are trained
 QUEUE = (((4, 8, 0), 0.5), ((4, 8, 4), 0.35), ((0, 8, 4), 0.15))
 GAPS = 0.1, 0.5  # share of all steps that a block is ahead of the next one
 SHIFTS = 2.0, 6.0  # of the samplers that a queue may run with
-LAST = 0.05  # share of the steps that a block has left when its features are last taken
 EMA = 0.999
+LAST = 0.05  # share of the steps that a block has left when its features are last taken
 
 
-class PaddedCrossAttention:
-    """diffusers' WanAttnProcessor for cross-attention to a padded text, at the cost of the words alone.
+@dataclass(frozen=True)
+class Windows:
+    """What a step learns from: latents [n, channels, frames, height, width] and what is known of them.
 
-    All padding tokens are zeros and so have one key: softmax over n words and PADDED - n of them is softmax over n
-    words and one of them whose score is log(PADDED - n) higher. ``bias`` [batch, 1, 1, TEXT_TOKENS + 1] says so.
+    ``weights`` [n, 1, frames, 1, 1]: what their loss counts. ``sigma`` [n, frames]: noise levels.
     """
 
-    bias: torch.Tensor
+    clean: torch.Tensor
+    weights: torch.Tensor
+    captions: list[str]
+    sigma: torch.Tensor
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):  # type: ignore[no-untyped-def]
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        bias = self.bias.to(query.dtype)
-        out = F.scaled_dot_product_attention(query, key.to(query.dtype), value, attn_mask=bias)
-        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+    def of_rank(self, rank: int, ranks: int) -> Windows:
+        share = slice(rank, None, ranks)
+        return Windows(self.clean[share], self.weights[share], self.captions[share], self.sigma[share])
 
+    def noisy(self, noise: torch.Tensor) -> torch.Tensor:
+        level = self.sigma[:, None, :, None, None]
+        return (1 - level) * self.clean + level * noise
 
-class Text(nn.Module):
-    """Captions to padded embeddings and the bias of ``PaddedCrossAttention``."""
-
-    def __init__(self, tokenizer) -> None:  # type: ignore[no-untyped-def]
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.encoder = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=len(tokenizer),
-                d_model=TEXT_DIM,
-                d_kv=16,
-                d_ff=128,
-                num_layers=2,
-                num_heads=4,
-                relative_attention_num_buckets=16,
-                relative_attention_max_distance=32,
-                dropout_rate=0.0,
-            )
-        )
-
-    def forward(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.encoder.device
-        tokens = self.tokenizer(
-            captions, padding="max_length", max_length=TEXT_TOKENS + 1, truncation=True, return_tensors="pt"
-        ).to(device)
-        mask = tokens.attention_mask
-        mask[:, TEXT_TOKENS:] = 0  # the last one stands for all of the padding
-        embeds = self.encoder(tokens.input_ids, mask).last_hidden_state * mask[..., None]
-        bias = torch.where(mask.bool(), 0.0, -math.inf)
-        bias[:, -1] = torch.log(PADDED - mask.sum(1))
-        return embeds, bias[:, None, None]
-
-
-def make_transformer() -> tuple[WanTransformer3DModel, PaddedCrossAttention]:
-    model = WanTransformer3DModel(**TRANSFORMER)
-    processor = PaddedCrossAttention()
-    for block in model.blocks:
-        block.attn2.set_processor(processor)
-    nn.init.zeros_(model.proj_out.weight)
-    return model, processor
-
-
-def make_optimizers(model: nn.Module, text: nn.Module) -> list[torch.optim.Optimizer]:
-    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in [*model.parameters(), *text.parameters()] if id(p) not in chosen]
-    return [
-        Float32Muon(matrices, lr=0.02, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
-Scale = tuple[torch.Tensor, torch.Tensor]
-
-
-def load_weights(folder: Path, trained: nn.ModuleDict) -> Scale:
-    """Takes the weights of a pipeline in diffusers' layout. Returns mean and deviation of its latents' channels."""
-    state = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).state_dict()
-    trained["transformer"].load_state_dict(state)
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    trained["text"].encoder.load_state_dict(encoder.state_dict())
-    config = json.loads((folder / "vae/config.json").read_text())
-    return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    def loss(self, learner: Learner, noise: torch.Tensor) -> torch.Tensor:
+        """Flow matching's: the mean square of what the velocity is off."""
+        velocity = learner.velocity(self.noisy(noise), self.sigma, self.captions)
+        return (self.weights * (velocity - (noise - self.clean)).square()).mean()
 
 
 class Data:
@@ -238,23 +160,22 @@ def queue_levels(rng: np.random.Generator, size: int, parts: tuple[int, int, int
     return shifted(times, rng.uniform(*SHIFTS, size=(size, 1)))
 
 
-def draw(
-    kind: str, data: Data, rng: np.random.Generator, frames: int, total: int, high_noise: float
-) -> tuple[torch.Tensor, torch.Tensor, list[str], np.ndarray]:
-    """A step's windows of a kind, ``total`` latent frames in all: as ``Data.batch``, and noise levels [size, frames].
+def draw(kind: str, data: Data, rng: np.random.Generator, frames: int, total: int, high_noise: float) -> Windows:
+    """A step's windows of a kind, ``total`` latent frames in all.
 
     Whole windows have ``frames``; short ones and those of a queue are as long as they are.
     """
+    from_start = FROM_START
     if kind == "queue":
         parts = QUEUE[rng.choice(len(QUEUE), p=[share for _, share in QUEUE])][0]
-        frames = sum(parts)
-        windows = data.batch(rng, total // frames, frames, from_start=float(parts[0] == 0))
-        return *windows, queue_levels(rng, total // frames, parts)
-    from_start = FROM_START
-    if kind == "short":
+        frames, from_start = sum(parts), float(parts[0] == 0)
+    elif kind == "short":
         frames, from_start = data.latents.shape[1], 1.0
-    windows = data.batch(rng, total // frames, frames, from_start)
-    return *windows, equal_levels(rng, total // frames, frames, high_noise)
+    size = total // frames
+    clean, weights, captions = data.batch(rng, size, frames, from_start)
+    levels = queue_levels(rng, size, parts) if kind == "queue" else equal_levels(rng, size, frames, high_noise)
+    weights = weights / weights.mean().clamp_min(1e-6)  # windows of four frames may have nothing to learn from
+    return Windows(clean, weights, captions, torch.from_numpy(levels).float().to(clean.device))
 
 
 def main() -> None:
@@ -275,62 +196,27 @@ def main() -> None:
     torch.manual_seed(options.seed)
     rank, ranks = parallel.start()
     device = torch.device(options.device)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = make_tokenizer(folder, vocabulary())
-    model, processor = make_transformer()
-    text = Text(tokenizer)
-    trained = nn.ModuleDict({"transformer": model, "text": text}).to(device)
-    scale = None if options.start is None else load_weights(options.start, trained)
-    data = {"whole": Data(options.out / "latents", options.seed, device, scale)}
+    learner = Learner(options.start, device, bfloat16=not options.float32)
+    data = {"whole": Data(options.out / "latents", options.seed, device, learner.scale)}
     data["queue"] = data["whole"]
     if "short" in options.mix:
-        data["short"] = Data(options.out / "short", options.seed + 1, device, scale)
-    average = copy.deepcopy(trained)
-    optimizers = make_optimizers(model, text)
+        data["short"] = Data(options.out / "short", options.seed + 1, device, learner.scale)
     steps = options.schedule[-1][0]
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     path = options.out / "transformer.safetensors"
-    state = {"trained": trained, "average": average}
-    start = checkpoint.load(path, state, optimizers)
+    start = learner.load(path)
     log = (options.out / "transformer.jsonl").open("a")
     began, losses = time.perf_counter(), {kind: [] for kind in options.mix}
     for step in range(start, steps):
         share = step / steps
         warm, decay = min((step + 1) / 200, 1.0), min(1.0, max(0.0, 1 - share) / 0.4)  # trapezoid
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = options.rate * rate * warm * decay
         _, frames, batch = next(stage for stage in options.schedule if step < stage[0])
         rng = np.random.default_rng([options.seed, 2, step])
         kind = str(rng.choice(list(options.mix), p=list(options.mix.values())))
-        clean, weights, captions, levels = draw(kind, data[kind], rng, frames, frames * batch, options.high_noise)
-        sigma = torch.from_numpy(levels).float().to(device)
+        windows = draw(kind, data[kind], rng, frames, frames * batch, options.high_noise)
         generator = torch.Generator(device).manual_seed(step)
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        weights = weights / weights.mean().clamp_min(1e-6)  # windows of four frames may have nothing to learn from
-        of_rank = (whole[rank::ranks] for whole in (clean, noise, sigma, weights, captions))
-        clean, noise, sigma, weights, captions = of_rank
-        level = sigma[:, None, :, None, None]
-        times = 1000 * sigma[:, 0]
-        if kind == "queue":  # a time for each token
-            times = (1000 * sigma).repeat_interleave(
-                clean[0, 0, 0].numel() // math.prod(model.config.patch_size), dim=1
-            )
-        with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
-            embeds, processor.bias = text(captions)
-            velocity = model((1 - level) * clean + level * noise, times, embeds, return_dict=False)[0]
-        loss = (weights * (velocity.float() - (noise - clean)).square()).mean()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        parallel.average_gradients(trained.parameters())
-        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        with torch.no_grad():
-            keep = min(EMA, (step + 1) / (step + 10))
-            for mine, new in zip(average.parameters(), trained.parameters(), strict=True):
-                mine.lerp_(new, 1 - keep)
+        noise = torch.randn(windows.clean.shape, generator=generator, device=device)
+        loss = windows.of_rank(rank, ranks).loss(learner, noise[rank::ranks])
+        learner.learn(loss, options.rate * warm * decay, min(EMA, (step + 1) / (step + 10)))
         losses[kind].append(loss.item())
         last = step + 1 == steps or parallel.any_rank(time.perf_counter() - began > 60 * options.minutes)
         if rank == 0 and ((step + 1) % 100 == 0 or last):
@@ -338,7 +224,7 @@ def main() -> None:
             print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), file=log, flush=True)
             losses = {kind: [] for kind in options.mix}
         if rank == 0 and ((step + 1) % 500 == 0 or last):
-            checkpoint.save(path, step + 1, state, optimizers)
+            learner.save(path, step + 1)
         if last:
             break
 

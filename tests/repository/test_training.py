@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import export_model
+import learner
 import make_latents
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def small() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         for config, changes in (
             (train_vae.CONFIG, {"base_dim": 8, "decoder_base_dim": 8}),
-            (train_transformer.TRANSFORMER, {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 128}),
+            (learner.TRANSFORMER, {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 128}),
         ):
             for name, value in changes.items():
                 patch.setitem(config, name, value)
