@@ -138,8 +138,7 @@ class Learner:
         for block in self.average["transformer"].blocks:
             block.attn2.set_processor(self.processor)
         self.optimizers = make_optimizers(transformer, text)
-        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.rates = [group["lr"] for group in self.groups]
+        self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         self.device, self.bfloat16 = device, bfloat16
 
     @property
@@ -169,8 +168,9 @@ class Learner:
             return net["transformer"](noisy, times, embeds, return_dict=False)[0].float()
 
     def learn(self, loss: torch.Tensor, rate: float, keep: float) -> None:
-        """One step down ``loss``, averaged over ranks, at ``rate`` of all learning rates, ``keep`` of the average kept."""
-        for group, full in zip(self.groups, self.rates, strict=True):
+        """One step down ``loss``, averaged over ranks, at ``rate`` of all learning rates; ``keep``: of the average."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]  # others once loaded
+        for group, full in zip(groups, self.rates, strict=True):
             group["lr"] = rate * full
         for optimizer in self.optimizers:
             optimizer.zero_grad()

@@ -51,7 +51,7 @@ PASSES = 4  # over a round's clips, with other noise
 LAYOUT = 0.85, 0.6  # noise levels: three in four are above the one, the others above the other
 TRUTH = 0.5  # what the windows of truth weigh that are learnt beside clips, half as many
 OTHERS = ("queue", "queue", "queue", "whole", "whole")  # steps of a round on the truth alone
-EMA = 0.99
+EMA = 0.95
 HIGH_NOISE = 0.65  # of the truth, as in the training before
 WARM, COOL = 2, 0.3  # rounds until the rate is full; share of them all in which it falls to nothing
 
@@ -72,6 +72,11 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
     return np.clip(2 * (rewards - rewards.mean(axis=1, keepdims=True)), -1, 1)
 
 
+def target(old: torch.Tensor, true: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """The velocity that is learnt: ``old``'s, moved towards ``true``, the clip's, by its advantage, or away."""
+    return old + advantage * (true - old)
+
+
 @torch.no_grad()
 def make(learner: Learner, captions: list[str], shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Clips [captions, *shape] of the average of the weights."""
@@ -88,11 +93,11 @@ def make(learner: Learner, captions: list[str], shape: tuple[int, ...], generato
 class Judge:
     """Says in what share of a clip's frames the objects are as many as its scene has, by colour."""
 
-    def __init__(self, folder: Path, learner: Learner) -> None:
-        self.vae: Any = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).to(learner.device).eval()
-        assert learner.scale is not None
-        self.mean, self.std = (numbers.to(learner.device).view(1, -1, 1, 1, 1) for numbers in learner.scale)
-        self.bfloat16 = learner.bfloat16
+    def __init__(self, folder: Path, device: torch.device, *, bfloat16: bool = True) -> None:
+        self.vae: Any = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
+        scale = self.vae.config.latents_mean, self.vae.config.latents_std
+        self.mean, self.std = (torch.tensor(numbers, device=device).view(1, -1, 1, 1, 1) for numbers in scale)
+        self.bfloat16 = bfloat16
 
     @torch.no_grad()
     def __call__(self, clips: torch.Tensor, scenes: list[Scene]) -> np.ndarray:
@@ -146,7 +151,7 @@ class Round:
         with torch.no_grad():
             old = learner.velocity(noisy, sigma, captions, average=True)
         advantage = self.advantages[index].view(-1, 1, 1, 1, 1)
-        wanted = old + advantage * (noise - clean - old)
+        wanted = target(old, noise - clean, advantage)
         return (learner.velocity(noisy, sigma, captions) - wanted).square().mean()
 
 
@@ -174,7 +179,7 @@ def main() -> None:
     rank, _ = parallel.start()
     device = torch.device(options.device)
     learner = Learner(options.start, device, bfloat16=not options.float32)
-    judge = Judge(options.start / "vae", learner)
+    judge = Judge(options.start / "vae", device, bfloat16=not options.float32)
     data = {
         "whole": Data(options.data / "latents", options.seed, device, learner.scale),
         "short": Data(options.data / "short", options.seed + 1, device, learner.scale),

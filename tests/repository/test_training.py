@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,12 @@ import pytest
 import scenes
 import torch
 import train_decoder
+import train_reward
 import train_transformer
 import train_vae
 from safetensors.torch import load_file
+
+import dualparal
 
 FOUR_STEPS = ("--schedule", "4:2x4")
 
@@ -93,34 +97,12 @@ def test_a_stopped_run_goes_on_where_it_was(trained: Path, tmp_path: Path) -> No
 
 
 def test_the_export_is_a_pipeline(trained: Path, tmp_path: Path) -> None:
-    import dualparal
-
     run(export_model, "--out", trained, "--model", tmp_path / "model")
     engine = dualparal.Engine.from_pretrained(tmp_path / "model", frames_per_block=2, context_frames=1, device="cpu")
     frames = engine(
         "a red circle on a dark background", height=64, width=64, num_frames=17, num_inference_steps=2
     ).frames
     assert np.asarray(frames).shape[-4:] == (17, 64, 64, 3)
-
-
-def test_finished_weights_learn_on(trained: Path, tmp_path: Path) -> None:
-    run(export_model, "--out", trained, "--model", tmp_path / "model")
-    out = start(tmp_path / "more", trained)
-    vae = tmp_path / "model/vae"
-    run(make_latents, "--out", out, "--vae", vae, "--latents", "short", "--frames", 29, "--clips", 16, "--seed", 1)
-    with pytest.MonkeyPatch.context() as patch:  # all videos here have nine latent frames
-        patch.setattr(train_transformer, "QUEUE", (((2, 4, 0), 0.5), ((2, 4, 2), 0.25), ((0, 4, 2), 0.25)))
-        more = ("--start", tmp_path / "model", "--mix", "whole:1,short:1,queue:2", "--high-noise", 0.7)
-        run(train_transformer, "--out", out, "--schedule", "16:4x8", *more)
-    first, new = load_file(trained / "transformer.safetensors"), load_file(out / "transformer.safetensors")
-    name = "trained/transformer.blocks.0.ffn.net.2.weight"
-    change = (first[name.replace("trained", "average", 1)] - new[name]).norm() / new[name].norm()
-    assert 0 < change < 0.2  # sixteen steps away from what was exported
-    run(export_model, "--out", out, "--model", tmp_path / "model", "--vae", vae)  # in the place of what it began with
-    exported = load_file(tmp_path / "model/transformer/diffusion_pytorch_model.safetensors")
-    assert exported["blocks.0.ffn.net.2.weight"].equal(new[name.replace("trained", "average", 1)].half())
-    (row,) = rows(out / "transformer.jsonl")
-    assert row["step"] == 16 and all(0 < row[kind] < 3 for kind in ("whole", "short", "queue"))
 
 
 @pytest.mark.parametrize(("parts", "_share"), train_transformer.QUEUE)
@@ -147,6 +129,119 @@ def test_a_mixture_has_kinds_that_exist() -> None:
     assert train_transformer.mixture("whole:1,queue:3") == {"whole": 0.25, "queue": 0.75}
     with pytest.raises(argparse.ArgumentTypeError, match="long:1: kinds are whole, short and queue"):
         train_transformer.mixture("long:1")
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with model/, and with latents/ and short/."""
+    out = start(tmp_path_factory.mktemp("exported") / "all", trained)
+    run(export_model, "--out", trained, "--model", out / "model")
+    vae = out / "model/vae"
+    run(make_latents, "--out", out, "--vae", vae, "--latents", "short", "--frames", 29, "--clips", 16, "--seed", 1)
+    return out
+
+
+@pytest.fixture
+def short_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All videos here have nine latent frames."""
+    monkeypatch.setattr(train_transformer, "QUEUE", (((2, 4, 0), 0.5), ((2, 4, 2), 0.25), ((0, 4, 2), 0.25)))
+
+
+@pytest.fixture
+def short_rounds(short_queue: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LENGTHS": ((8, 0.5), (4, 0.5)), "FRAMES": 96, "BATCH": 48, "GROUP": 4, "STEPS": 3}.items():
+        monkeypatch.setattr(train_reward, name, value)
+
+
+def reward(exported: Path, out: Path, *arguments: object) -> dict[str, torch.Tensor]:
+    """What a run from finished weights leaves."""
+    run(train_reward, "--out", out, "--start", exported / "model", "--data", exported, *arguments)
+    return load_file(out / "transformer.safetensors")
+
+
+def test_finished_weights_learn_on(trained: Path, exported: Path, tmp_path: Path, short_queue: None) -> None:
+    out, model = tmp_path / "more", tmp_path / "model"
+    shutil.copytree(exported / "model", model)
+    out.mkdir()
+    for kind in ("latents", "short"):
+        (out / kind).symlink_to(exported / kind)
+    more = ("--start", model, "--mix", "whole:1,short:1,queue:2", "--high-noise", 0.7)
+    run(train_transformer, "--out", out, "--schedule", "16:4x8", *more)
+    first, new = load_file(trained / "transformer.safetensors"), load_file(out / "transformer.safetensors")
+    name = "trained/transformer.blocks.0.ffn.net.2.weight"
+    change = (first[name.replace("trained", "average", 1)] - new[name]).norm() / new[name].norm()
+    assert 0 < change < 0.2  # sixteen steps away from what was exported
+    run(export_model, "--out", out, "--model", model, "--vae", model / "vae")  # in the place of what it began with
+    weights = load_file(model / "transformer/diffusion_pytorch_model.safetensors")
+    assert weights["blocks.0.ffn.net.2.weight"].equal(new[name.replace("trained", "average", 1)].half())
+    (row,) = rows(out / "transformer.jsonl")
+    assert row["step"] == 16 and all(0 < row[kind] < 3 for kind in ("whole", "short", "queue"))
+
+
+def test_what_is_rewarded_becomes_more(
+    exported: Path, tmp_path: Path, short_rounds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_reward, "TRUTH", 0.0)
+    monkeypatch.setattr(train_reward, "OTHERS", ())
+    levels = {}
+    for name, sign in (("bright", 1), ("dark", -1)):
+        seen = []
+
+        def judge(_: train_reward.Judge, clips: torch.Tensor, of: list[scenes.Scene]) -> np.ndarray:
+            assert len(clips) == len(of)
+            level = clips[:, 0].mean((1, 2, 3))
+            seen.append(level.mean().item())  # noqa: B023
+            return (0.5 + 5 * sign * (level - 0.2)).clamp(0, 1).double().numpy()  # noqa: B023
+
+        monkeypatch.setattr(train_reward.Judge, "__call__", judge)
+        reward(exported, tmp_path / name, "--rounds", 6, "--rate", 1.0)
+        levels[name] = seen
+    first, last = (levels["bright"][place] - levels["dark"][place] for place in (0, -1))
+    assert first == 0 and last > 0.05, levels
+
+
+def test_rewarded_training_goes_on_where_it_was(exported: Path, tmp_path: Path, short_rounds: None) -> None:
+    straight, stopped = (
+        [reward(exported, tmp_path / name, "--rounds", 2, "--minutes", minutes) for minutes in stops][-1]
+        for name, stops in (("straight", [9]), ("stopped", [0, 0]))
+    )
+    assert [row["round"] for row in rows(tmp_path / "stopped/reward.jsonl")] == [1, 2]
+    assert int(stopped["step"]) == 2 and all(straight[name].equal(stopped[name]) for name in straight)
+
+
+def test_what_a_velocity_learns_is_the_papers_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    old, true, *tried = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    for advantage in torch.tensor([-1.0, -0.3, 0.0, 0.6, 1.0]):
+        share = (1 + advantage) / 2
+        wanted = train_reward.target(old, true, advantage)
+        apart = [
+            (velocity - wanted).square().sum()
+            - share * (velocity - true).square().sum()
+            - (1 - share) * (2 * old - velocity - true).square().sum()
+            for velocity in tried
+        ]
+        assert all(torch.isclose(one, apart[0]) for one in apart)  # the same but for a constant
+
+
+def test_advantages_are_within_a_caption() -> None:
+    rewards = np.array([[1.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 0.2]])
+    found = train_reward.advantages(rewards)
+    assert np.allclose(found, [[1, 1, -1, -1], [0, 0, 0, 0], [0.4, 0.4, 0.4, -1]])
+
+
+def test_a_judge_counts_what_is_there() -> None:
+    shipped = Path(dualparal.__file__).with_name("moving_shapes")
+    judge = train_reward.Judge(shipped / "vae", torch.device("cpu"), bfloat16=False)
+    shown = [make_latents.scene_of(7, index) for index in range(4)]
+    pixels = np.stack([scenes.video(scene, 29, rng) for scene, rng in shown]).transpose(0, 4, 1, 2, 3)
+    with torch.no_grad():
+        latents = judge.vae.encode(torch.from_numpy(pixels).float() / 127.5 - 1).latent_dist.mean
+    latents = (latents - judge.mean) / judge.std
+    told = [scene for scene, _ in shown]
+    assert judge(latents, told).min() > 0.9
+    assert len({tuple(scene.groups()) for scene in told}) == 4
+    assert judge(latents, told[1:] + told[:1]).max() < 0.1
 
 
 def test_a_slimmer_decoder_learns_what_latents_show(trained: Path, tmp_path: Path) -> None:
