@@ -51,7 +51,7 @@ PASSES = 4  # over a round's clips, with other noise
 LAYOUT = 0.85, 0.6  # noise levels: three in four are above the one, the others above the other
 TRUTH = 0.5  # what the windows of truth weigh that are learnt beside clips, half as many
 OTHERS = ("queue", "queue", "queue", "whole", "whole")  # steps of a round on the truth alone
-EMA = 0.95
+EMA = 0.85
 HIGH_NOISE = 0.65  # of the truth, as in the training before
 WARM, COOL = 2, 0.3  # rounds until the rate is full; share of them all in which it falls to nothing
 
