@@ -53,7 +53,7 @@ TRUTH = 0.5  # what the windows of truth weigh that are learnt beside clips, hal
 OTHERS = ("queue", "queue", "queue", "whole", "whole")  # steps of a round on the truth alone
 EMA = 0.85
 HIGH_NOISE = 0.65  # of the truth, as in the training before
-WARM, COOL = 2, 0.3  # rounds until the rate is full; share of them all in which it falls to nothing
+WARM = 2  # rounds until the rate is full
 
 
 def new_scenes(rng: np.random.Generator, number: int) -> list[Scene]:
@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.25, help="factor of all learning rates")
+    parser.add_argument("--cool", type=float, default=0.3, help="share of the rounds in which the rate falls to nothing")
     parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -196,7 +197,7 @@ def main() -> None:
         clips = Round(learner, judge, data["short"], rng, frames)
         made = time.perf_counter()
         plan: list[Any] = [*clips.batches(rng), *OTHERS]
-        rate = options.rate * min(1.0, (number + 1) / WARM, (1 - number / options.rounds) / COOL)
+        rate = options.rate * min(1.0, (number + 1) / WARM, (1 - number / options.rounds) / options.cool)
         losses: dict[str, list[float]] = {"clips": [], "truth": []}
         for place in shared.permutation(len(plan)):
             now = plan[place]
