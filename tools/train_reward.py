@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.25, help="factor of all learning rates")
-    parser.add_argument("--cool", type=float, default=0.3, help="share of the rounds in which the rate falls to nothing")
+    parser.add_argument("--cool", type=float, default=0.3, help="share of the rounds in which the rate falls to 0")
     parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
