@@ -60,6 +60,7 @@ class Variant:
     max_blocks_in_flight: int | None = None  # K
     context_version: str = "matching"
     refresh_every: int | None = None  # R
+    anchor_frames: int = 0  # a
     reuse: str = "off"  # a preset, or fields
     forced: bool = False  # the first block is the truth, encoded: what the others do once the layout is right
 
@@ -77,10 +78,18 @@ class Variant:
         return [layout.start(block) for block in range(1, layout.num_blocks)]
 
 
-# The sampler with fresh noise at its best, and the model's own with the same shift and guidance.
+# The sampler with fresh noise at its best, without guidance, and the model's own with the same shift and guidance.
 FRESH = {
     "lcm": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 3.0},
+    "lcm g1": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 1.0},
     "shift 5": {"flow_shift": 5.0, "guidance_scale": 3.0},
+}
+AROUND = {
+    "": {},
+    " C2": {"context_frames": 2},
+    " C8": {"context_frames": 8},
+    " a4": {"anchor_frames": 4},
+    " prior": {"context": "prior"},
 }
 VARIANTS = {
     variant.name: variant
@@ -108,8 +117,11 @@ VARIANTS = {
         *(Variant(f"{p} {name}", context=p, **kind) for p in POLICIES for name, kind in FRESH.items()),  # type: ignore[arg-type]
         *(Variant(f"whole {name}", frames_per_block=None, context_frames=0, **kind) for name, kind in FRESH.items()),  # type: ignore[arg-type]
         *(
-            Variant(f"cached K5 newest {name}", max_blocks_in_flight=5, context_version="newest", **kind)  # type: ignore[arg-type]
+            Variant(
+                f"cached K5 newest {name}{more}", max_blocks_in_flight=5, context_version="newest", **kind, **change
+            )  # type: ignore[arg-type]
             for name, kind in FRESH.items()
+            for more, change in AROUND.items()
         ),
         Variant("whole euler", frames_per_block=None, context_frames=0, sampler="euler"),
     ]
@@ -236,7 +248,7 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
     engine = Engine.from_pretrained(
         model, frames_per_block=block, context_frames=variant.context_frames, context=variant.context, device="cpu",
         max_blocks_in_flight=variant.max_blocks_in_flight, context_version=variant.context_version,
-        refresh_every=variant.refresh_every, reuse=variant.reuse,
+        refresh_every=variant.refresh_every, reuse=variant.reuse, anchor_frames=variant.anchor_frames,
     )  # fmt: skip
     if variant.sampler == "unipc":
         engine.scheduler = UniPCMultistepScheduler.from_config(engine.scheduler.config, flow_shift=variant.flow_shift)
