@@ -84,13 +84,14 @@ FRESH = {
     "lcm g1": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 1.0},
     "shift 5": {"flow_shift": 5.0, "guidance_scale": 3.0},
 }
-AROUND = {
-    "": {},
-    " C2": {"context_frames": 2},
-    " C8": {"context_frames": 8},
-    " a4": {"anchor_frames": 4},
-    " prior": {"context": "prior"},
-}
+LIMITED = {"max_blocks_in_flight": 5, "context_version": "newest"}
+AROUND = (
+    ("cached", "", {}),
+    ("prior", "", {}),
+    ("cached", " C2", {"context_frames": 2}),
+    ("cached", " C8", {"context_frames": 8}),
+    ("cached", " a4", {"anchor_frames": 4}),
+)  # the limited queue with fresh noise, and what may be changed of it
 VARIANTS = {
     variant.name: variant
     for variant in [
@@ -117,11 +118,9 @@ VARIANTS = {
         *(Variant(f"{p} {name}", context=p, **kind) for p in POLICIES for name, kind in FRESH.items()),  # type: ignore[arg-type]
         *(Variant(f"whole {name}", frames_per_block=None, context_frames=0, **kind) for name, kind in FRESH.items()),  # type: ignore[arg-type]
         *(
-            Variant(
-                f"cached K5 newest {name}{more}", max_blocks_in_flight=5, context_version="newest", **kind, **change
-            )  # type: ignore[arg-type]
+            Variant(f"{policy} K5 newest {name}{more}", context=policy, **LIMITED, **kind, **change)  # type: ignore[arg-type]
             for name, kind in FRESH.items()
-            for more, change in AROUND.items()
+            for policy, more, change in AROUND
         ),
         Variant("whole euler", frames_per_block=None, context_frames=0, sampler="euler"),
     ]

@@ -12,6 +12,7 @@ training.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,9 @@ def main() -> None:
     for part in (vae, transformer, text.encoder):
         part.half()
     pipe.save_pretrained(options.model, safe_serialization=True)
+    config = options.model / "vae/config.json"  # diffusers notes where an autoencoder came from
+    kept = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+    config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
     shutil.copy(CARD, options.model / "README.md")
     size = sum(file.stat().st_size for file in options.model.rglob("*") if file.is_file())
     print(f"{options.model}: {size / 1e6:.1f} MB")

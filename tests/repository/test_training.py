@@ -174,6 +174,7 @@ def test_finished_weights_learn_on(trained: Path, exported: Path, tmp_path: Path
     run(export_model, "--out", out, "--model", model, "--vae", model / "vae")  # in the place of what it began with
     weights = load_file(model / "transformer/diffusion_pytorch_model.safetensors")
     assert weights["blocks.0.ffn.net.2.weight"].equal(new[name.replace("trained", "average", 1)].half())
+    assert (model / "vae/config.json").read_text() == (exported / "model/vae/config.json").read_text()
     (row,) = rows(out / "transformer.jsonl")
     assert row["step"] == 16 and all(0 < row[kind] < 3 for kind in ("whole", "short", "queue"))
 
