@@ -82,6 +82,7 @@ class Variant:
 FRESH = {
     "lcm": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 3.0},
     "lcm g1": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 1.0},
+    "lcm g1.5": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 1.5},
     "shift 5": {"flow_shift": 5.0, "guidance_scale": 3.0},
 }
 LIMITED = {"max_blocks_in_flight": 5, "context_version": "newest"}
