@@ -113,7 +113,7 @@ class Round:
     """Clips of a round, their captions and their advantages.
 
     Args:
-        number: of the round.
+        data: whose latents are as large as the clips.
         frames: latent frames of a clip.
     """
 
