@@ -1,6 +1,7 @@
 """Trains finished weights on clips of their own, towards those that show what their captions ask for.
 
-    torchrun --nproc-per-node=2 -- tools/train_reward.py --out build/reward --data build/more --threads 1
+    torchrun --nproc-per-node=2 -- tools/train_reward.py --out build/reward --data build/more --threads 1 \
+        --start dualparal/moving_shapes
 
 DiffusionNFT (arXiv 2509.16117) with beta = 1. In every round the average of the weights makes clips of new captions,
 GROUP of each and without guidance; the tracker of bench/meter says in what share of their frames the objects are as
@@ -35,6 +36,8 @@ from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler
 from learner import Learner
 from scenes import JUDGES, Scene, held_out, sample_scene
 from train_transformer import Data, Windows, draw
+
+from dualparal.decoding.frames import to_uint8
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
@@ -77,13 +80,19 @@ def target(old: torch.Tensor, true: torch.Tensor, advantage: torch.Tensor) -> to
     return old + advantage * (true - old)
 
 
+def noise_of(clips: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """As large as ``clips``."""
+    generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
+    return torch.randn(clips.shape, generator=generator).to(clips.device)
+
+
 @torch.no_grad()
 def make(learner: Learner, captions: list[str], shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Clips [captions, *shape] of the average of the weights."""
     scheduler: Any = FlowMatchLCMScheduler(shift=FLOW_SHIFT)
     scheduler.set_timesteps(STEPS)
     clips = torch.randn(len(captions), *shape, generator=generator, device=learner.device)
-    for now, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+    for now, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
         levels = sigma.to(clips.device).expand(len(clips), shape[1])
         velocity = learner.velocity(clips, levels, captions, average=True)
         clips = scheduler.step(velocity, now, clips, generator=generator, return_dict=False)[0]
@@ -105,7 +114,7 @@ class Judge:
         clips = clips[:, :, first : first + LOOKED_AT]
         with torch.autocast(clips.device.type, torch.bfloat16, enabled=self.bfloat16):
             pixels = self.vae.decode(clips * self.std + self.mean, return_dict=False)[0].float()
-        videos = (127.5 * (pixels.clamp(-1, 1) + 1)).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+        videos = (to_uint8(clip.transpose(0, 1)) for clip in pixels)
         return np.array([counts_right(track(video), scene).mean() for video, scene in zip(videos, scenes, strict=True)])
 
 
@@ -120,15 +129,15 @@ class Round:
     def __init__(self, learner: Learner, judge: Judge, data: Data, rng: np.random.Generator, frames: int) -> None:
         self.frames = frames
         groups = FRAMES // (GROUP * frames)
-        self.scenes = [scene for scene in new_scenes(rng, groups) for _ in range(GROUP)]
-        self.captions = [scene.caption(rng) for scene in self.scenes]
+        scenes = [scene for scene in new_scenes(rng, groups) for _ in range(GROUP)]
+        self.captions = [scene.caption(rng) for scene in scenes]
         generator = torch.Generator(learner.device).manual_seed(int(rng.integers(1 << 40)))
         channels, _, *size = data.latents.shape[2], frames, *data.latents.shape[3:]
         batch = BATCH // frames
         parts = [slice(first, first + batch) for first in range(0, len(self.captions), batch)]
         made = [make(learner, self.captions[part], (channels, frames, *size), generator) for part in parts]
         self.clips = torch.cat(made)
-        rewards = [judge(clips, self.scenes[part]) for clips, part in zip(made, parts, strict=True)]
+        rewards = [judge(clips, scenes[part]) for clips, part in zip(made, parts, strict=True)]
         self.rewards = np.concatenate(rewards).reshape(groups, GROUP)
         self.advantages = torch.from_numpy(advantages(self.rewards).ravel()).float().to(learner.device)
 
@@ -145,8 +154,7 @@ class Round:
         low = np.where(rng.random((len(index), 1)) < 0.75, *LAYOUT)
         sigma = torch.from_numpy(low + (1 - low) * u).float().to(self.clips.device).expand(-1, self.frames)
         clean, captions = self.clips[index], [self.captions[number] for number in index]
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(int(rng.integers(1 << 40))))
-        noise = noise.to(clean.device)
+        noise = noise_of(clean, rng)
         noisy = Windows(clean, torch.ones(()), captions, sigma).noisy(noise)
         with torch.no_grad():
             old = learner.velocity(noisy, sigma, captions, average=True)
@@ -158,8 +166,7 @@ class Round:
 def truth(data: dict[str, Data], kind: str, rng: np.random.Generator, total: int, learner: Learner) -> torch.Tensor:
     """Loss of windows of the truth, ``total`` latent frames in all."""
     windows = draw(kind, data[kind], rng, LENGTHS[-1][0], total, HIGH_NOISE)
-    noise = torch.randn(windows.clean.shape, generator=torch.Generator().manual_seed(int(rng.integers(1 << 40))))
-    return windows.loss(learner, noise.to(windows.clean.device))
+    return windows.loss(learner, noise_of(windows.clean, rng))
 
 
 def main() -> None:
@@ -194,41 +201,29 @@ def main() -> None:
         shared = np.random.default_rng([options.seed, 3, number])
         rng = np.random.default_rng([options.seed, 4, number, rank])
         frames = int(shared.choice([length for length, _ in LENGTHS], p=[share for _, share in LENGTHS]))
+        round_began = time.perf_counter()
         clips = Round(learner, judge, data["short"], rng, frames)
-        made = time.perf_counter()
+        making = time.perf_counter() - round_began
         plan: list[Any] = [*clips.batches(rng), *OTHERS]
         rate = options.rate * min(1.0, (number + 1) / WARM, (1 - number / options.rounds) / options.cool)
         losses: dict[str, list[float]] = {"clips": [], "truth": []}
         for place in shared.permutation(len(plan)):
             now = plan[place]
             if isinstance(now, str):
-                loss = truth(data, now, rng, BATCH, learner)
+                loss = of_truth = truth(data, now, rng, BATCH, learner)
             else:
                 of_clips = clips.loss(learner, rng, now)
+                of_truth = truth(data, "short" if frames == LENGTHS[0][0] else "whole", rng, BATCH // 3, learner)
+                loss = of_clips + TRUTH * of_truth
                 losses["clips"].append(of_clips.item())
-                kind = "short" if frames == LENGTHS[0][0] else "whole"
-                loss = truth(data, kind, rng, BATCH // 3, learner)
-            losses["truth"].append(loss.item())
-            if not isinstance(now, str):
-                loss = of_clips + TRUTH * loss
+            losses["truth"].append(of_truth.item())
             learner.learn(loss, rate, EMA)
-        last = number + 1 == options.rounds or parallel.any_rank(time.perf_counter() - began > 60 * options.minutes)
+        seconds = time.perf_counter() - began
+        last = number + 1 == options.rounds or parallel.any_rank(seconds > 60 * options.minutes)
         if rank == 0:
-            print(
-                json.dumps(
-                    {
-                        "round": number + 1,
-                        "frames": frames,
-                        "reward": float(clips.rewards.mean()),
-                        "steps": len(plan),
-                        **{name: float(np.mean(seen)) for name, seen in losses.items() if seen},
-                        "making": round(made - began, 1),
-                        "seconds": round(time.perf_counter() - began, 1),
-                    }
-                ),
-                file=log,
-                flush=True,
-            )
+            row = {"round": number + 1, "frames": frames, "reward": float(clips.rewards.mean()), "steps": len(plan)}
+            row |= {name: float(np.mean(seen)) for name, seen in losses.items() if seen}
+            print(json.dumps(row | {"making": round(making, 1), "seconds": round(seconds, 1)}), file=log, flush=True)
         if rank == 0 and ((number + 1) % 5 == 0 or last):
             learner.save(path, number + 1)
         if last:

@@ -43,8 +43,8 @@ SHIFT = 2.0  # of the noise levels that are trained
 QUEUE = (((4, 8, 0), 0.5), ((4, 8, 4), 0.35), ((0, 8, 4), 0.15))
 GAPS = 0.1, 0.5  # share of all steps that a block is ahead of the next one
 SHIFTS = 2.0, 6.0  # of the samplers that a queue may run with
-EMA = 0.999
 LAST = 0.05  # share of the steps that a block has left when its features are last taken
+EMA = 0.999
 
 
 @dataclass(frozen=True)
