@@ -60,7 +60,6 @@ class Variant:
     max_blocks_in_flight: int | None = None  # K
     context_version: str = "matching"
     refresh_every: int | None = None  # R
-    anchor_frames: int = 0  # a
     reuse: str = "off"  # a preset, or fields
     forced: bool = False  # the first block is the truth, encoded: what the others do once the layout is right
 
@@ -78,21 +77,13 @@ class Variant:
         return [layout.start(block) for block in range(1, layout.num_blocks)]
 
 
-# The sampler with fresh noise at its best, without guidance, and the model's own with the same shift and guidance.
+# The sampler with fresh noise at its best, with less guidance (1: none), and the model's own with the same shift.
 FRESH = {
     "lcm": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 3.0},
     "lcm g1": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 1.0},
     "lcm g1.5": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 1.5},
     "shift 5": {"flow_shift": 5.0, "guidance_scale": 3.0},
 }
-LIMITED = {"max_blocks_in_flight": 5, "context_version": "newest"}
-AROUND = (
-    ("cached", "", {}),
-    ("prior", "", {}),
-    ("cached", " C2", {"context_frames": 2}),
-    ("cached", " C8", {"context_frames": 8}),
-    ("cached", " a4", {"anchor_frames": 4}),
-)  # the limited queue with fresh noise, and what may be changed of it
 VARIANTS = {
     variant.name: variant
     for variant in [
@@ -119,9 +110,8 @@ VARIANTS = {
         *(Variant(f"{p} {name}", context=p, **kind) for p in POLICIES for name, kind in FRESH.items()),  # type: ignore[arg-type]
         *(Variant(f"whole {name}", frames_per_block=None, context_frames=0, **kind) for name, kind in FRESH.items()),  # type: ignore[arg-type]
         *(
-            Variant(f"{policy} K5 newest {name}{more}", context=policy, **LIMITED, **kind, **change)  # type: ignore[arg-type]
+            Variant(f"cached K5 newest {name}", max_blocks_in_flight=5, context_version="newest", **kind)  # type: ignore[arg-type]
             for name, kind in FRESH.items()
-            for policy, more, change in AROUND
         ),
         Variant("whole euler", frames_per_block=None, context_frames=0, sampler="euler"),
     ]
@@ -248,7 +238,7 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
     engine = Engine.from_pretrained(
         model, frames_per_block=block, context_frames=variant.context_frames, context=variant.context, device="cpu",
         max_blocks_in_flight=variant.max_blocks_in_flight, context_version=variant.context_version,
-        refresh_every=variant.refresh_every, reuse=variant.reuse, anchor_frames=variant.anchor_frames,
+        refresh_every=variant.refresh_every, reuse=variant.reuse,
     )  # fmt: skip
     if variant.sampler == "unipc":
         engine.scheduler = UniPCMultistepScheduler.from_config(engine.scheduler.config, flow_shift=variant.flow_shift)
