@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import sys
@@ -40,6 +41,7 @@ from dualparal.schedule.layout import Layout
 
 MODEL = str(Path(dualparal.__file__).with_name("moving_shapes"))
 TRAINED = 16  # latent frames of a training clip
+BEFORE = ", before"  # behind the name of a variant that other weights made
 POLICIES = ("paper", "cached", "prior")
 
 
@@ -414,49 +416,62 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--seeds", type=int, help="videos per caption")
     parser.add_argument("--guidance-scale", type=float, help="instead of the variants' own")
     parser.add_argument("--against", metavar="NAME", help="print how the others differ from this one, by caption")
+    parser.add_argument(
+        "--before", metavar="DIR", help="folder of the weights that make the row of --against, instead of --model"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--cache", type=Path, default=Path("build/quality"))
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw curves and filmstrips there, and the table")
     parser.add_argument("--record", action="store_true", help="append rows to bench/results/quality.csv")
     options = parser.parse_args(arguments)
     parts = plan(options)
+    if options.before and not options.against:
+        parser.error(f"--before {options.before} makes what --against NAME says: give that too")
+    known = VARIANTS if options.before else set.intersection(*(set(part.names) for part in parts))
+    if options.against and options.against not in known:
+        parser.error(f"--against {options.against}: use one of {', '.join(map(repr, known))}")
     start_worker()
 
     def variant(name: str) -> Variant:
         found = VARIANTS[name]
         return found if options.guidance_scale is None else replace(found, guidance_scale=options.guidance_scale)
 
-    jobs = [
-        Job(variant(name), part.latents, prompt, seed)
-        for part in parts
-        for prompt in range(part.prompts)
-        for name in part.names
-        for seed in range(part.seeds)
-    ]
+    def jobs_of(part: Part, names: tuple[str, ...]) -> list[Job]:
+        numbers = itertools.product(range(part.prompts), names, range(part.seeds))
+        return [Job(variant(name), part.latents, prompt, seed) for prompt, name, seed in numbers]
+
+    def make(model: str, jobs: list[Job], suffix: str = "") -> dict[tuple[int, str], dict[tuple[int, int], Any]]:
+        found: dict[tuple[int, str], dict[tuple[int, int], Any]] = {}
+        done = run_all(model, options.cache, jobs, options.workers)
+        for job, result in progress(done, "videos", len(jobs), console=console):
+            found.setdefault((job.latents, job.variant.name + suffix), {})[job.prompt, job.seed] = result
+        return found
+
     console = Console()
     console.width = max(console.width, 220)  # the table; a narrow terminal breaks its lines
-    done = run_all(options.model, options.cache, jobs, options.workers)
-    videos: dict[tuple[int, str], dict[tuple[int, int], dict[str, np.ndarray]]] = {
-        (part.latents, name): {} for part in parts for name in part.names
-    }
-    for job, result in progress(done, "videos", len(jobs), console=console):
-        videos[job.latents, job.variant.name][job.prompt, job.seed] = result
+    jobs = [job for part in parts for job in jobs_of(part, part.names)]
+    videos, base, more = make(options.model, jobs), options.against, ()
+    if options.before:
+        again = [job for part in parts for job in jobs_of(part, (options.against,))]
+        base = options.against + BEFORE
+        videos |= make(options.before, again, BEFORE)
+        more = (base,)
     truth = reference(options.cache, max(part.prompts for part in parts))
     rows = [
         {"latents": part.latents, "variant": name, "prompts": part.prompts, "seeds": part.seeds}
         | quality_report.summarise(videos[part.latents, name], truth, videos.get((part.latents, "vae")))
         for part in parts
-        for name in part.names
+        for name in (*part.names, *more)
     ]
     console.print(quality_report.table(rows))
     for (latents, name), found in videos.items() if options.against else ():
-        told = quality_report.differences(found, videos[latents, options.against])
+        told = quality_report.differences(found, videos[latents, base])
         text = ", ".join(
             f"{figure} {v:.2f} ({low:.2f} to {high:.2f})"
             + (" FINDING" if quality_report.is_finding(found, low, high, ratio=figure in quality_report.RATIOS) else "")
             for figure, (v, low, high) in told.items()
         )
-        console.print(f"{latents} {name} against {options.against}: {text}")
+        console.print(f"{latents} {name} against {base}: {text}")
     if options.figures:
         quality_report.draw(options.figures, videos, rows, jobs[0].scene().caption())
     if options.record:

@@ -304,8 +304,10 @@ def test_the_command_goes_on_where_it_stopped(
     assert all(word in out for word in ("truth", "vae", "T4"))
     monkeypatch.setattr(quality, "make_latents", lambda *_: pytest.fail("made again"))
     monkeypatch.setattr(scene_metrics, "measure", lambda *_: pytest.fail("measured again"))
-    again = quality.main(arguments)
-    assert str(again) == str(rows)
+    again = quality.main([*arguments, "--against", "cached T4", "--before", model])
+    assert str(again[:4]) == str(rows)
+    assert again[4]["variant"] == "cached T4, before" and str(again[4] | {"variant": "cached T4"}) == str(rows[2])
+    assert "cached forced against cached T4, before" in capsys.readouterr().out
 
 
 def test_a_forced_video_begins_with_the_truth(model: str) -> None:
@@ -319,6 +321,9 @@ def test_a_forced_video_begins_with_the_truth(model: str) -> None:
 def test_unknown_variants_are_named(model: str) -> None:
     with pytest.raises(SystemExit, match="no variant 'nonsense'"):
         quality.main(["--model", model, "--variants", "nonsense"])
+    for wrong in (["--before", model], ["--against", "nonsense", "--before", model], ["--against", "cached T4"]):
+        with pytest.raises(SystemExit, match="2"):
+            quality.main(["--model", model, "--variants", "cached", *wrong])
 
 
 def test_differences_are_taken_by_caption() -> None:
