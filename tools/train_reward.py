@@ -4,15 +4,16 @@
         --start dualparal/moving_shapes
 
 DiffusionNFT (arXiv 2509.16117) with beta = 1. In every round the average of the weights makes clips of new captions,
-GROUP of each and without guidance; the tracker of bench/meter says in what share of their frames the objects are as
-many as asked for, and a clip's advantage a is twice by how much it is better than its group, in -1 to 1. Then, of the
-noisy clip, the velocity learns
+GROUP of each and without guidance: of one block or two at once, or of four as in a queue. The tracker of bench/meter
+says in what share of its frames the objects are as many as asked for, and a block's advantage a is twice by how much
+it is better than those of its group, in -1 to 1. In a queue only blocks are compared that come after one which ended
+right: what they are judged by is whether they hold it. Then, of the noisy block, the velocity learns
 
     old + a (noise - clip - old),        old: what the average says,
 
 which is flow matching where a = 1, as far away from the clip where a = -1, and nothing where a = 0. In terms of the
-paper, whose r is (1 + a) / 2, this is its loss without what does not depend on the weights. Groups whose clips are all
-alike teach nothing and are left out. Beside the clips windows of the truth are learnt (--data, the folder that
+paper, whose r is (1 + a) / 2, this is its loss without what does not depend on the weights. Groups whose blocks are
+all alike teach nothing and are left out. Beside the clips windows of the truth are learnt (--data, the folder that
 tools/train_transformer.py reads), so that motion, shapes and what a queue shows stay.
 
 Every rank makes and learns clips of its own. A round is a function of --seed, its number and the rank. The captions of
@@ -22,6 +23,7 @@ Every rank makes and learns clips of its own. A round is a function of --seed, i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -32,10 +34,11 @@ from typing import Any
 import numpy as np
 import parallel
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler
+from diffusers import AutoencoderKLWan
 from learner import Learner
+from sampler import BLOCK, CONTEXT, at_once, queue
 from scenes import JUDGES, Scene, held_out, sample_scene
-from train_transformer import Data, Windows, draw
+from train_transformer import Data, Windows, draw, queue_levels
 
 from dualparal.decoding.frames import to_uint8
 
@@ -43,17 +46,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 from meter.scene_metrics import counts_right, track
 
-LENGTHS = ((8, 0.7), (16, 0.3))  # latent frames of a round's clips, and how often: a first block, and two
-FRAMES = 768  # latent frames that a rank makes in a round
-GROUP = 6  # clips of a caption
+WHOLE = 2 * BLOCK  # latent frames of the longest clip that is made at once
+LENGTHS = {BLOCK: 0.3, WHOLE: 0.3, 4 * BLOCK: 0.4}  # latent frames of a round's clips, and how often
+FRAMES = {BLOCK: 768, WHOLE: 768, 4 * BLOCK: 512}  # latent frames that a rank makes in a round
+GROUPS = {BLOCK: 6, WHOLE: 6, 4 * BLOCK: 4}  # clips of a caption
 BATCH = 192  # latent frames that are made, judged or learnt at once
 ALONE = 0.35  # share of the scenes of one object that are made: they are right early
-STEPS, FLOW_SHIFT = 16, 5.0  # of the sampler with fresh noise at every step
-LOOKED_AT = 6  # latent frames of a clip that are decoded: past its start, in its middle
-PASSES = 4  # over a round's clips, with other noise
+ENDED_RIGHT = 0.75  # share of the frames of a block's last CONTEXT latents
+PASSES = {BLOCK: 4, WHOLE: 4, 4 * BLOCK: 8}  # over a round's blocks, with other noise; a queue has few that teach
 LAYOUT = 0.85, 0.6  # noise levels: three in four are above the one, the others above the other
+LATE, EARLY = 0.3, 0.4  # of a block in a queue: share of the steps left at the end, share of batches without a next
 TRUTH = 0.5  # what the windows of truth weigh that are learnt beside clips, half as many
-OTHERS = ("queue", "queue", "queue", "whole", "whole")  # steps of a round on the truth alone
+OTHERS = ("queue", "queue", "queue", "queue", "whole", "whole")  # steps of a round on the truth alone
 EMA = 0.85
 HIGH_NOISE = 0.65  # of the truth, as in the training before
 WARM = 2  # rounds until the rate is full
@@ -70,9 +74,11 @@ def new_scenes(rng: np.random.Generator, number: int) -> list[Scene]:
     return found
 
 
-def advantages(rewards: np.ndarray) -> np.ndarray:
-    """Of groups of clips [groups, GROUP] with rewards in 0 to 1."""
-    return np.clip(2 * (rewards - rewards.mean(axis=1, keepdims=True)), -1, 1)
+def advantages(rewards: np.ndarray, compared: np.ndarray) -> np.ndarray:
+    """Of the blocks of clips [groups, clips, blocks] with rewards in 0 to 1: 0 for those that are not compared."""
+    number = compared.sum(axis=1, keepdims=True)
+    mean = (rewards * compared).sum(axis=1, keepdims=True) / np.maximum(number, 1)
+    return np.where(compared, np.clip(2 * (rewards - mean), -1, 1), 0.0)
 
 
 def target(old: torch.Tensor, true: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
@@ -86,21 +92,8 @@ def noise_of(clips: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return torch.randn(clips.shape, generator=generator).to(clips.device)
 
 
-@torch.no_grad()
-def make(learner: Learner, captions: list[str], shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Clips [captions, *shape] of the average of the weights."""
-    scheduler: Any = FlowMatchLCMScheduler(shift=FLOW_SHIFT)
-    scheduler.set_timesteps(STEPS)
-    clips = torch.randn(len(captions), *shape, generator=generator, device=learner.device)
-    for now, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
-        levels = sigma.to(clips.device).expand(len(clips), shape[1])
-        velocity = learner.velocity(clips, levels, captions, average=True)
-        clips = scheduler.step(velocity, now, clips, generator=generator, return_dict=False)[0]
-    return clips
-
-
 class Judge:
-    """Says in what share of a clip's frames the objects are as many as its scene has, by colour."""
+    """Says where in a clip the objects are as many as its scene has, by colour."""
 
     def __init__(self, folder: Path, device: torch.device, *, bfloat16: bool = True) -> None:
         self.vae: Any = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
@@ -110,16 +103,16 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, clips: torch.Tensor, scenes: list[Scene]) -> np.ndarray:
-        first = max(0, clips.shape[2] // 2 - LOOKED_AT // 3)
-        clips = clips[:, :, first : first + LOOKED_AT]
+        """[clips, latent frames]: share of the frames, every second one is looked at, that are right."""
         with torch.autocast(clips.device.type, torch.bfloat16, enabled=self.bfloat16):
             pixels = self.vae.decode(clips * self.std + self.mean, return_dict=False)[0].float()
-        videos = (to_uint8(clip.transpose(0, 1)) for clip in pixels)
-        return np.array([counts_right(track(video), scene).mean() for video, scene in zip(videos, scenes, strict=True)])
+        videos = (to_uint8(clip.transpose(0, 1)[::2]) for clip in pixels)
+        right = [counts_right(track(video), scene) for video, scene in zip(videos, scenes, strict=True)]
+        return np.array([[frames[0], *frames[1:].reshape(-1, 2).mean(axis=1)] for frames in right])
 
 
 class Round:
-    """Clips of a round, their captions and their advantages.
+    """Clips of a round, their captions and the advantages of their blocks: of the whole of one that is made at once.
 
     Args:
         data: whose latents are as large as the clips.
@@ -127,45 +120,73 @@ class Round:
     """
 
     def __init__(self, learner: Learner, judge: Judge, data: Data, rng: np.random.Generator, frames: int) -> None:
-        self.frames = frames
-        groups = FRAMES // (GROUP * frames)
-        scenes = [scene for scene in new_scenes(rng, groups) for _ in range(GROUP)]
+        self.block = frames if frames <= WHOLE else BLOCK
+        group = GROUPS[frames]
+        groups = FRAMES[frames] // (group * frames)
+        scenes = [scene for scene in new_scenes(rng, groups) for _ in range(group)]
         self.captions = [scene.caption(rng) for scene in scenes]
         generator = torch.Generator(learner.device).manual_seed(int(rng.integers(1 << 40)))
-        channels, _, *size = data.latents.shape[2], frames, *data.latents.shape[3:]
-        batch = BATCH // frames
+        channels, *size = data.latents.shape[2:]
+        batch = max(1, BATCH // frames)
         parts = [slice(first, first + batch) for first in range(0, len(self.captions), batch)]
+        make = at_once if frames <= WHOLE else queue
         made = [make(learner, self.captions[part], (channels, frames, *size), generator) for part in parts]
         self.clips = torch.cat(made)
-        rewards = [judge(clips, scenes[part]) for clips, part in zip(made, parts, strict=True)]
-        self.rewards = np.concatenate(rewards).reshape(groups, GROUP)
-        self.advantages = torch.from_numpy(advantages(self.rewards).ravel()).float().to(learner.device)
+        right = np.concatenate([judge(clips, scenes[part]) for clips, part in zip(made, parts, strict=True)])
+        right = right.reshape(groups, group, frames // self.block, self.block)
+        self.rewards = right.mean(axis=3)
+        compared = np.ones(self.rewards.shape, bool)
+        compared[:, :, 1:] = right[:, :, :-1, -CONTEXT:].mean(axis=3) >= ENDED_RIGHT
+        self.held = float(self.rewards[:, :, 1:][compared[:, :, 1:]].mean()) if compared[:, :, 1:].any() else None
+        self.advantages = advantages(self.rewards, compared).reshape(len(self.clips), -1)
 
-    def batches(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """Numbers of clips that teach, two thirds of BATCH at a time, PASSES over them all; as many on every rank."""
-        size = 2 * BATCH // (3 * self.frames)
-        teach = np.flatnonzero(self.advantages.abs().cpu().numpy() > 0.02)
-        number = parallel.fewest(len(teach) // size)
-        return [part for _ in range(PASSES) for part in rng.permutation(teach)[: number * size].reshape(number, size)]
+    def batches(self, rng: np.random.Generator) -> list[tuple[tuple[int, int, int], np.ndarray]]:
+        """Latent frames before a block, of it and behind it, and numbers [n, 2] of clips and blocks that teach.
 
-    def loss(self, learner: Learner, rng: np.random.Generator, index: np.ndarray) -> torch.Tensor:
-        """Of the clips of these numbers."""
-        u = rng.random((len(index), 1))
-        low = np.where(rng.random((len(index), 1)) < 0.75, *LAYOUT)
-        sigma = torch.from_numpy(low + (1 - low) * u).float().to(self.clips.device).expand(-1, self.frames)
-        clean, captions = self.clips[index], [self.captions[number] for number in index]
+        Two thirds of BATCH at a time, PASSES over them all; as many on every rank.
+        """
+        teach = np.argwhere(abs(self.advantages) > 0.02)
+        place, last = teach[:, 1], self.advantages.shape[1] - 1
+        found = []
+        for before, behind in itertools.product((0, CONTEXT), (0, CONTEXT)):
+            left = teach[((place > 0) == (before > 0)) & ((place < last) == (behind > 0))]
+            left = np.concatenate([rng.permutation(left) for _ in range(PASSES[self.clips.shape[2]])])
+            while True:
+                parts = before, self.block, 0 if rng.random() < EARLY else behind
+                size = 2 * BATCH // (3 * sum(parts))
+                if len(left) < size:
+                    break
+                found.append((parts, left[:size]))
+                left = left[size:]
+        return [found[number] for number in rng.permutation(len(found))[: parallel.fewest(len(found))]]
+
+    def loss(
+        self, learner: Learner, rng: np.random.Generator, parts: tuple[int, int, int], blocks: np.ndarray
+    ) -> torch.Tensor:
+        """Of some ``batches``."""
+        clips, places = blocks.T
+        first, frames = places * self.block - parts[0], sum(parts)
+        clean = torch.stack([self.clips[clip, :, at : at + frames] for clip, at in zip(clips, first, strict=True)])
+        if self.clips.shape[2] > self.block:
+            levels = queue_levels(rng, len(blocks), parts, LATE)
+        else:
+            low = np.where(rng.random((len(blocks), 1)) < 0.75, *LAYOUT)
+            levels = (low + (1 - low) * rng.random((len(blocks), 1))).repeat(frames, axis=1)
+        sigma = torch.from_numpy(levels).float().to(clean.device)
+        captions = [self.captions[clip] for clip in clips]
         noise = noise_of(clean, rng)
         noisy = Windows(clean, torch.ones(()), captions, sigma).noisy(noise)
         with torch.no_grad():
             old = learner.velocity(noisy, sigma, captions, average=True)
-        advantage = self.advantages[index].view(-1, 1, 1, 1, 1)
-        wanted = target(old, noise - clean, advantage)
-        return (learner.velocity(noisy, sigma, captions) - wanted).square().mean()
+        advantage = torch.from_numpy(self.advantages[clips, places]).float().to(clean.device)
+        wanted = target(old, noise - clean, advantage.view(-1, 1, 1, 1, 1))
+        off = learner.velocity(noisy, sigma, captions) - wanted
+        return off[:, :, parts[0] : parts[0] + self.block].square().mean()
 
 
 def truth(data: dict[str, Data], kind: str, rng: np.random.Generator, total: int, learner: Learner) -> torch.Tensor:
     """Loss of windows of the truth, ``total`` latent frames in all."""
-    windows = draw(kind, data[kind], rng, LENGTHS[-1][0], total, HIGH_NOISE)
+    windows = draw(kind, data[kind], rng, WHOLE, total, HIGH_NOISE)
     return windows.loss(learner, noise_of(windows.clean, rng))
 
 
@@ -200,10 +221,11 @@ def main() -> None:
     for number in range(start, options.rounds):
         shared = np.random.default_rng([options.seed, 3, number])
         rng = np.random.default_rng([options.seed, 4, number, rank])
-        frames = int(shared.choice([length for length, _ in LENGTHS], p=[share for _, share in LENGTHS]))
+        frames = int(shared.choice(list(LENGTHS), p=list(LENGTHS.values())))
         round_began = time.perf_counter()
         clips = Round(learner, judge, data["short"], rng, frames)
         making = time.perf_counter() - round_began
+        beside = "short" if frames == BLOCK else "whole" if frames == WHOLE else "queue"
         plan: list[Any] = [*clips.batches(rng), *OTHERS]
         rate = options.rate * min(1.0, (number + 1) / WARM, (1 - number / options.rounds) / options.cool)
         losses: dict[str, list[float]] = {"clips": [], "truth": []}
@@ -212,8 +234,8 @@ def main() -> None:
             if isinstance(now, str):
                 loss = of_truth = truth(data, now, rng, BATCH, learner)
             else:
-                of_clips = clips.loss(learner, rng, now)
-                of_truth = truth(data, "short" if frames == LENGTHS[0][0] else "whole", rng, BATCH // 3, learner)
+                of_clips = clips.loss(learner, rng, *now)
+                of_truth = truth(data, beside, rng, BATCH // 3, learner)
                 loss = of_clips + TRUTH * of_truth
                 losses["clips"].append(of_clips.item())
             losses["truth"].append(of_truth.item())
@@ -221,7 +243,8 @@ def main() -> None:
         seconds = time.perf_counter() - began
         last = number + 1 == options.rounds or parallel.any_rank(seconds > 60 * options.minutes)
         if rank == 0:
-            row = {"round": number + 1, "frames": frames, "reward": float(clips.rewards.mean()), "steps": len(plan)}
+            row = {"round": number + 1, "frames": frames, "reward": float(clips.rewards[:, :, 0].mean())}
+            row |= {"held": clips.held, "steps": len(plan)}
             row |= {name: float(np.mean(seen)) for name, seen in losses.items() if seen}
             print(json.dumps(row | {"making": round(making, 1), "seconds": round(seconds, 1)}), file=log, flush=True)
         if rank == 0 and ((number + 1) % 5 == 0 or last):

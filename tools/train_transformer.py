@@ -12,7 +12,8 @@ rest; what is kept is the exponential average of the weights. Every batch is a f
 
 trains finished weights further: on short clips too, as long as the first block of a video (of the folder short/, made
 with --seed + 1 and --frames 29), on windows as a queue of blocks shows them, whose blocks have noise of their own
-(``queue_levels``), and with more of the high noise at which the layout of a picture is decided.
+(``queue_levels``), and with more of the high noise at which the layout of a picture is decided. With --guidance G they
+learn what they themselves said with that guidance when they started (arXiv 2210.03142), and need none any more.
 """
 
 from __future__ import annotations
@@ -67,10 +68,17 @@ class Windows:
         level = self.sigma[:, None, :, None, None]
         return (1 - level) * self.clean + level * noise
 
-    def loss(self, learner: Learner, noise: torch.Tensor) -> torch.Tensor:
-        """Flow matching's: the mean square of what the velocity is off."""
+    def loss(self, learner: Learner, noise: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean square of what the velocity is off from ``wanted``, or, as in flow matching, from the clip's."""
         velocity = learner.velocity(self.noisy(noise), self.sigma, self.captions)
-        return (self.weights * (velocity - (noise - self.clean)).square()).mean()
+        return (self.weights * (velocity - (noise - self.clean if wanted is None else wanted)).square()).mean()
+
+    @torch.no_grad()
+    def guided(self, teacher: Learner, noise: torch.Tensor, guidance: float) -> torch.Tensor:
+        """The velocity that ``teacher`` says with classifier-free guidance; where a caption is empty, without."""
+        noisy = self.noisy(noise)
+        plain = teacher.velocity(noisy, self.sigma, [""] * len(self.captions))
+        return plain + guidance * (teacher.velocity(noisy, self.sigma, self.captions) - plain)
 
 
 class Data:
@@ -148,14 +156,15 @@ def equal_levels(rng: np.random.Generator, size: int, frames: int, high_noise: f
     return np.where(high, HIGH + (1 - HIGH) * u, shifted(u, SHIFT)).repeat(frames, axis=1)
 
 
-def queue_levels(rng: np.random.Generator, size: int, parts: tuple[int, int, int]) -> np.ndarray:
+def queue_levels(rng: np.random.Generator, size: int, parts: tuple[int, int, int], least: float = LAST) -> np.ndarray:
     """Noise levels [size, frames] of windows of a queue: the block before is ahead by a gap, the one behind is late.
 
-    A block that is the newest is in its first steps, before the next one enters; any other is behind them.
+    A block that is the newest is in its first steps, before the next one enters; any other is behind them, with
+    ``least`` or more of its steps left.
     """
     gap = rng.uniform(*GAPS, size=size)
     own = rng.random(size)
-    own = LAST + (1 - gap - LAST) * own if parts[2] else 1 - gap * own
+    own = least + (1 - gap - least) * own if parts[2] else 1 - gap * own
     times = np.stack([np.maximum(own - gap, LAST), own, own + gap], axis=1).repeat(parts, axis=1)
     return shifted(times, rng.uniform(*SHIFTS, size=(size, 1)))
 
@@ -186,17 +195,21 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="folder of finished weights, in diffusers' layout")
     parser.add_argument("--mix", type=mixture, default=mixture("whole:1"), help="shares of steps by kind of window")
     parser.add_argument("--high-noise", type=float, default=0.0, help="share of samples above HIGH, but in a queue")
+    parser.add_argument("--guidance", type=float, help="learn what --start says with it, instead of the clips")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of all learning rates")
     parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on another time")
     options = parser.parse_args()
+    if options.guidance is not None and options.start is None:
+        parser.error(f"--guidance {options.guidance:g} needs --start: weights that say something")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     rank, ranks = parallel.start()
     device = torch.device(options.device)
     learner = Learner(options.start, device, bfloat16=not options.float32)
+    teacher = None if options.guidance is None else Learner(options.start, device, bfloat16=not options.float32)
     data = {"whole": Data(options.out / "latents", options.seed, device, learner.scale)}
     data["queue"] = data["whole"]
     if "short" in options.mix:
@@ -215,7 +228,9 @@ def main() -> None:
         windows = draw(kind, data[kind], rng, frames, frames * batch, options.high_noise)
         generator = torch.Generator(device).manual_seed(step)
         noise = torch.randn(windows.clean.shape, generator=generator, device=device)
-        loss = windows.of_rank(rank, ranks).loss(learner, noise[rank::ranks])
+        windows, noise = windows.of_rank(rank, ranks), noise[rank::ranks]
+        wanted = None if teacher is None else windows.guided(teacher, noise, options.guidance)
+        loss = windows.loss(learner, noise, wanted)
         learner.learn(loss, options.rate * warm * decay, min(EMA, (step + 1) / (step + 10)))
         losses[kind].append(loss.item())
         last = step + 1 == steps or parallel.any_rank(time.perf_counter() - began > 60 * options.minutes)

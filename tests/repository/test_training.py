@@ -16,12 +16,14 @@ import learner
 import make_latents
 import numpy as np
 import pytest
+import sampler
 import scenes
 import torch
 import train_decoder
 import train_reward
 import train_transformer
 import train_vae
+from diffusers import FlowMatchLCMScheduler
 from safetensors.torch import load_file
 
 import dualparal
@@ -149,8 +151,16 @@ def short_queue(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short_rounds(short_queue: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"LENGTHS": ((8, 0.5), (4, 0.5)), "FRAMES": 96, "BATCH": 48, "GROUP": 4, "STEPS": 3}.items():
-        monkeypatch.setattr(train_reward, name, value)
+    """Clips of a block of four latents, of two blocks, and a queue of three."""
+    sizes = {"BLOCK": 4, "CONTEXT": 2}
+    rounds = {"WHOLE": 8, "LENGTHS": {4: 0.3, 8: 0.2, 12: 0.5}, "FRAMES": dict.fromkeys((4, 8, 12), 96), "BATCH": 48}
+    rounds |= {"GROUPS": {4: 4, 8: 4, 12: 2}, "PASSES": {4: 4, 8: 4, 12: 8}}
+    for module, values in (
+        (train_reward, sizes | rounds),
+        (sampler, sizes | {"STEPS": 3, "QUEUE_STEPS": 3, "QUEUE_GAP": 1}),
+    ):
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
 
 
 def reward(exported: Path, out: Path, *arguments: object) -> dict[str, torch.Tensor]:
@@ -179,6 +189,28 @@ def test_finished_weights_learn_on(trained: Path, exported: Path, tmp_path: Path
     assert row["step"] == 16 and all(0 < row[kind] < 3 for kind in ("whole", "short", "queue"))
 
 
+def test_guidance_is_learnt(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, cpu = start(tmp_path / "guided", exported), torch.device("cpu")
+    with pytest.raises(SystemExit):
+        run(train_transformer, "--out", out, "--guidance", 3)
+    assert "--guidance 3 needs --start" in capsys.readouterr().err
+    run(train_transformer, "--out", out, "--start", exported / "model", "--guidance", 3, "--schedule", "60:4x8")
+    teacher, learnt = (learner.Learner(exported / "model", cpu, bfloat16=False) for _ in range(2))
+    learnt.load(out / "transformer.safetensors")
+    data = train_transformer.Data(exported / "latents", 0, cpu, teacher.scale)
+    windows = train_transformer.draw("whole", data, np.random.default_rng(3), 4, 64, 0.7)
+    windows.captions[:2] = ["", ""]
+    noise = torch.randn(windows.clean.shape, generator=torch.Generator().manual_seed(3))
+    noisy, named = windows.noisy(noise), [bool(caption) for caption in windows.captions]
+    guided, plain = windows.guided(teacher, noise, 3.0), windows.guided(teacher, noise, 0.0)
+    said = teacher.velocity(noisy, windows.sigma, windows.captions)
+    assert torch.allclose(guided[named], (3 * said - 2 * plain)[named], atol=1e-5)
+    assert torch.allclose(guided[[not name for name in named]], said[[not name for name in named]], atol=1e-5)
+    with torch.no_grad():
+        before, after = windows.loss(teacher, noise, guided), windows.loss(learnt, noise, guided)
+    assert after < 0.8 * before
+
+
 def test_what_is_rewarded_becomes_more(
     exported: Path, tmp_path: Path, short_rounds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +222,7 @@ def test_what_is_rewarded_becomes_more(
 
         def judge(_: train_reward.Judge, clips: torch.Tensor, of: list[scenes.Scene]) -> np.ndarray:
             assert len(clips) == len(of)
-            level = clips[:, 0].mean((1, 2, 3))
+            level = clips[:, 0].mean((2, 3))
             seen.append(level.mean().item())  # noqa: B023
             return (0.5 + 5 * sign * (level - 0.2)).clamp(0, 1).double().numpy()  # noqa: B023
 
@@ -210,6 +242,58 @@ def test_rewarded_training_goes_on_where_it_was(exported: Path, tmp_path: Path, 
     assert int(stopped["step"]) == 2 and all(straight[name].equal(stopped[name]) for name in straight)
 
 
+class Watched:
+    """A model that says something of what it sees, and remembers it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, captions: list[str], *, average: bool) -> torch.Tensor:
+        assert average and len(captions) == len(noisy) and sigma.shape == noisy[:, 0, :, 0, 0].shape
+        self.seen.append((noisy, sigma))
+        return 0.3 * noisy + noisy.mean(dim=2, keepdim=True)
+
+
+def test_clips_at_once_are_made_as_by_diffusers() -> None:
+    found = sampler.at_once(Watched(), ["a"] * 2, (3, 8, 4, 4), torch.Generator().manual_seed(1))
+    scheduler = FlowMatchLCMScheduler(shift=sampler.FLOW_SHIFT)
+    scheduler.set_timesteps(sampler.STEPS)
+    generator, model = torch.Generator().manual_seed(1), Watched()
+    clips = torch.randn(2, 3, 8, 4, 4, generator=generator)
+    for now in scheduler.timesteps:
+        velocity = model.velocity(clips, (now / 1000).expand(2, 8), ["a"] * 2, average=True)
+        clips = scheduler.step(velocity, now, clips, generator=generator, return_dict=False)[0]
+    assert torch.allclose(found, clips, atol=1e-5)
+
+
+def test_blocks_of_a_made_queue_see_neighbours_a_gap_apart() -> None:
+    model, gap, steps, context = Watched(), sampler.QUEUE_GAP, sampler.QUEUE_STEPS, sampler.CONTEXT
+    clips = sampler.queue(model, ["a"], (3, 3 * sampler.BLOCK, 4, 4), torch.Generator().manual_seed(1))
+    assert clips.shape[2] == 3 * sampler.BLOCK and len(model.seen) == 3 * steps
+    levels = sampler.noise_levels(steps).tolist()
+    shown = iter(model.seen)
+    own: dict[tuple[int, int], torch.Tensor] = {}
+    for iteration in range(steps + 2 * gap):
+        for block in (2, 1, 0):
+            step = iteration - gap * block
+            if not 0 <= step < steps:
+                continue
+            window, sigma = next(shown)
+            before, behind = context * (block > 0), context * (block < 2 and step >= gap)
+            if before:
+                seen = min(step + gap - 1, steps - 1)
+                assert sigma[0, 0] == pytest.approx(levels[seen])
+                assert window[:, :, :before].equal(own[block - 1, seen][:, :, -context:])
+            if behind:
+                assert sigma[0, -1] == pytest.approx(levels[step - gap])
+                assert window[:, :, -behind:].equal(own[block + 1, step - gap][:, :, :context])
+            assert sigma[0, before] == pytest.approx(levels[step])
+            own[block, step] = window[:, :, before : before + sampler.BLOCK]
+            assert window.shape[2] == before + sampler.BLOCK + behind
+
+
 def test_what_a_velocity_learns_is_the_papers_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     old, true, *tried = torch.randn(6, 5, generator=generator, dtype=torch.float64)
@@ -226,9 +310,12 @@ def test_what_a_velocity_learns_is_the_papers_loss() -> None:
 
 
 def test_advantages_are_within_a_caption() -> None:
-    rewards = np.array([[1.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 0.2]])
-    found = train_reward.advantages(rewards)
-    assert np.allclose(found, [[1, 1, -1, -1], [0, 0, 0, 0], [0.4, 0.4, 0.4, -1]])
+    rewards = np.array([[1.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 0.2]])[..., None]
+    found = train_reward.advantages(rewards, np.ones((3, 4, 1), bool))
+    assert np.allclose(found[..., 0], [[1, 1, -1, -1], [0, 0, 0, 0], [0.4, 0.4, 0.4, -1]])
+    some = np.array([[True, False, True, False], [False] * 4, [True] * 4])[..., None]
+    found = train_reward.advantages(rewards, some)
+    assert np.allclose(found[..., 0], [[1, 0, -1, 0], [0, 0, 0, 0], [0.4, 0.4, 0.4, -1]])
 
 
 def test_a_judge_counts_what_is_there() -> None:
@@ -240,9 +327,12 @@ def test_a_judge_counts_what_is_there() -> None:
         latents = judge.vae.encode(torch.from_numpy(pixels).float() / 127.5 - 1).latent_dist.mean
     latents = (latents - judge.mean) / judge.std
     told = [scene for scene, _ in shown]
-    assert judge(latents, told).min() > 0.9
+    assert judge(latents, told).shape == (4, 8) and judge(latents, told).mean(axis=1).min() > 0.9
     assert len({tuple(scene.groups()) for scene in told}) == 4
-    assert judge(latents, told[1:] + told[:1]).max() < 0.1
+    assert judge(latents, told[1:] + told[:1]).mean(axis=1).max() < 0.1
+    turned = torch.cat([latents[:, :, :4], latents[[1, 2, 3, 0]][:, :, 4:]], dim=2)  # other objects from then on
+    right = judge(turned, told)
+    assert right[:, :4].mean() > 0.9 and right[:, 5:].mean() < 0.1
 
 
 def test_a_slimmer_decoder_learns_what_latents_show(trained: Path, tmp_path: Path) -> None:
