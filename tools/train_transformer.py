@@ -13,7 +13,8 @@ rest; what is kept is the exponential average of the weights. Every batch is a f
 trains finished weights further: on short clips too, as long as the first block of a video (of the folder short/, made
 with --seed + 1 and --frames 29), on windows as a queue of blocks shows them, whose blocks have noise of their own
 (``queue_levels``), and with more of the high noise at which the layout of a picture is decided. With --guidance G they
-learn what they themselves said with that guidance when they started (arXiv 2210.03142), and need none any more.
+learn what they themselves said with that guidance when they started (arXiv 2210.03142), and need none any more; with
+--going-on DIR, what other weights say where a window begins with the end of a block before.
 """
 
 from __future__ import annotations
@@ -52,17 +53,19 @@ EMA = 0.999
 class Windows:
     """What a step learns from: latents [n, channels, frames, height, width] and what is known of them.
 
-    ``weights`` [n, 1, frames, 1, 1]: what their loss counts. ``sigma`` [n, frames]: noise levels.
+    ``weights`` [n, 1, frames, 1, 1]: what their loss counts. ``sigma`` [n, frames]: noise levels. ``goes_on``: whether
+    they begin with the end of a block before.
     """
 
     clean: torch.Tensor
     weights: torch.Tensor
     captions: list[str]
     sigma: torch.Tensor
+    goes_on: bool = False
 
     def of_rank(self, rank: int, ranks: int) -> Windows:
         share = slice(rank, None, ranks)
-        return Windows(self.clean[share], self.weights[share], self.captions[share], self.sigma[share])
+        return Windows(self.clean[share], self.weights[share], self.captions[share], self.sigma[share], self.goes_on)
 
     def noisy(self, noise: torch.Tensor) -> torch.Tensor:
         level = self.sigma[:, None, :, None, None]
@@ -77,8 +80,11 @@ class Windows:
     def guided(self, teacher: Learner, noise: torch.Tensor, guidance: float) -> torch.Tensor:
         """The velocity that ``teacher`` says with classifier-free guidance; where a caption is empty, without."""
         noisy = self.noisy(noise)
+        said = teacher.velocity(noisy, self.sigma, self.captions)
+        if guidance == 1:
+            return said
         plain = teacher.velocity(noisy, self.sigma, [""] * len(self.captions))
-        return plain + guidance * (teacher.velocity(noisy, self.sigma, self.captions) - plain)
+        return plain + guidance * (said - plain)
 
 
 class Data:
@@ -174,7 +180,7 @@ def draw(kind: str, data: Data, rng: np.random.Generator, frames: int, total: in
 
     Whole windows have ``frames``; short ones and those of a queue are as long as they are.
     """
-    from_start = FROM_START
+    from_start, parts = FROM_START, (0, frames, 0)
     if kind == "queue":
         parts = QUEUE[rng.choice(len(QUEUE), p=[share for _, share in QUEUE])][0]
         frames, from_start = sum(parts), float(parts[0] == 0)
@@ -184,7 +190,7 @@ def draw(kind: str, data: Data, rng: np.random.Generator, frames: int, total: in
     clean, weights, captions = data.batch(rng, size, frames, from_start)
     levels = queue_levels(rng, size, parts) if kind == "queue" else equal_levels(rng, size, frames, high_noise)
     weights = weights / weights.mean().clamp_min(1e-6)  # windows of four frames may have nothing to learn from
-    return Windows(clean, weights, captions, torch.from_numpy(levels).float().to(clean.device))
+    return Windows(clean, weights, captions, torch.from_numpy(levels).float().to(clean.device), parts[0] > 0)
 
 
 def main() -> None:
@@ -196,6 +202,7 @@ def main() -> None:
     parser.add_argument("--mix", type=mixture, default=mixture("whole:1"), help="shares of steps by kind of window")
     parser.add_argument("--high-noise", type=float, default=0.0, help="share of samples above HIGH, but in a queue")
     parser.add_argument("--guidance", type=float, help="learn what --start says with it, instead of the clips")
+    parser.add_argument("--going-on", type=Path, help="weights to learn from where a block goes on, not from --start")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of all learning rates")
     parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -204,12 +211,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.guidance is not None and options.start is None:
         parser.error(f"--guidance {options.guidance:g} needs --start: weights that say something")
+    if options.going_on and options.guidance is None:
+        parser.error(f"--going-on {options.going_on} needs --guidance: with which they are asked, 1 for none")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     rank, ranks = parallel.start()
     device = torch.device(options.device)
     learner = Learner(options.start, device, bfloat16=not options.float32)
-    teacher = None if options.guidance is None else Learner(options.start, device, bfloat16=not options.float32)
+    teachers = [
+        None if options.guidance is None else Learner(folder, device, bfloat16=not options.float32)
+        for folder in (options.start, options.going_on or options.start)
+    ]
     data = {"whole": Data(options.out / "latents", options.seed, device, learner.scale)}
     data["queue"] = data["whole"]
     if "short" in options.mix:
@@ -229,6 +241,7 @@ def main() -> None:
         generator = torch.Generator(device).manual_seed(step)
         noise = torch.randn(windows.clean.shape, generator=generator, device=device)
         windows, noise = windows.of_rank(rank, ranks), noise[rank::ranks]
+        teacher = teachers[windows.goes_on]
         wanted = None if teacher is None else windows.guided(teacher, noise, options.guidance)
         loss = windows.loss(learner, noise, wanted)
         learner.learn(loss, options.rate * warm * decay, min(EMA, (step + 1) / (step + 10)))

@@ -24,7 +24,7 @@ import train_reward
 import train_transformer
 import train_vae
 from diffusers import FlowMatchLCMScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dualparal
 
@@ -209,6 +209,37 @@ def test_guidance_is_learnt(exported: Path, tmp_path: Path, capsys: pytest.Captu
     with torch.no_grad():
         before, after = windows.loss(teacher, noise, guided), windows.loss(learnt, noise, guided)
     assert after < 0.8 * before
+
+
+def test_where_a_block_goes_on_other_weights_may_teach(
+    exported: Path, tmp_path: Path, short_queue: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = start(tmp_path / "two", exported), tmp_path / "other"
+    with pytest.raises(SystemExit):
+        run(train_transformer, "--out", out, "--start", exported / "model", "--going-on", other)
+    shutil.copytree(exported / "model", other)
+    path = other / "transformer/diffusion_pytorch_model.safetensors"
+    save_file(
+        load_file(path) | {"proj_out.bias": torch.full_like(load_file(path)["proj_out.bias"], 7.0)},
+        path,
+        {"format": "pt"},
+    )
+    guided, seen = train_transformer.Windows.guided, set()
+
+    def watched(
+        windows: train_transformer.Windows, teacher: learner.Learner, noise: torch.Tensor, guidance: float
+    ) -> torch.Tensor:
+        said = guided(windows, teacher, noise, guidance)
+        again = teacher.velocity(windows.noisy(noise), windows.sigma, windows.captions)
+        assert torch.allclose(said, again, atol=1e-4)  # guidance 1
+        frames = windows.sigma[0].tolist()
+        seen.add((frames[0] < frames[2], bool((teacher.weights["transformer"].proj_out.bias == 7).all())))
+        return said
+
+    monkeypatch.setattr(train_transformer.Windows, "guided", watched)
+    flags = ("--guidance", 1, "--mix", "queue:2,whole:1", "--schedule", "12:4x8")
+    run(train_transformer, "--out", out, "--start", exported / "model", "--going-on", other, *flags)
+    assert seen == {(True, True), (False, False)}
 
 
 def test_what_is_rewarded_becomes_more(
