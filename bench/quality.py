@@ -465,6 +465,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     ]
     console.print(quality_report.table(rows))
     for (latents, name), found in videos.items() if options.against else ():
+        if name == base:
+            continue
         told = quality_report.differences(found, videos[latents, base])
         text = ", ".join(
             f"{figure} {v:.2f} ({low:.2f} to {high:.2f})"
