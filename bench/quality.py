@@ -429,7 +429,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         parser.error(f"--before {options.before} makes what --against NAME says: give that too")
     known = VARIANTS if options.before else set.intersection(*(set(part.names) for part in parts))
     if options.against and options.against not in known:
-        parser.error(f"--against {options.against}: use one of {', '.join(map(repr, known))}")
+        parser.error(f"--against {options.against}: use one of {', '.join(map(repr, sorted(known)))}")
     start_worker()
 
     def variant(name: str) -> Variant:
