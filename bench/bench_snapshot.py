@@ -31,7 +31,7 @@ from dualparal.config.blocks import BlockConfig
 from dualparal.config.engine import EngineConfig
 from dualparal.config.video import VideoConfig
 from dualparal.engine.engine import Engine
-from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
+from dualparal.models.registry import BUILT_IN
 from dualparal.models.wan.sizes import MODELS
 from dualparal.planning.workload import Workload
 from dualparal.sampling.state import BlockState
@@ -68,8 +68,7 @@ def feature_bytes(work: Workload) -> int:
 def share(repeats: int) -> float:
     """Seconds of runs with snapshots over those without, less 1: the shortest of each."""
     engine = Engine.from_pretrained(BUILT_IN, device="cpu", refresh_every=10)
-    side = BUILT_IN_SIZE[0]
-    call = {"height": side, "width": side, "num_frames": 637, "num_inference_steps": 20, "output_type": "uint8"}
+    call = {"num_frames": 637, "num_inference_steps": 20, "output_type": "uint8"}
     best = {True: float("inf"), False: float("inf")}
     for _ in range(repeats):
         for kept in (False, True):

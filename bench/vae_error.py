@@ -17,7 +17,7 @@ from harness.record import commit
 
 from dualparal.decoding.frames import to_uint8
 from dualparal.models.base import Decoder
-from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
+from dualparal.models.registry import BUILT_IN
 from dualparal.models.wan.light_decoder import LightDecoder, LightFile
 from dualparal.models.wan.light_sizes import LightSizes
 from dualparal.models.wan.vae import StreamingDecoder
@@ -47,11 +47,8 @@ def trained(frames: int, steps: int, model: str = BUILT_IN) -> Sample:
     """The VAE of a model, the package's or one in a directory, and two videos of the model."""
     from dualparal.engine.engine import Engine
 
-    height, width = BUILT_IN_SIZE
     engine = Engine.from_pretrained(model, device="cpu", frames_per_block=4, context_frames=2)
-    latents = engine(
-        PROMPTS, height=height, width=width, num_frames=frames, num_inference_steps=steps, output_type="latent"
-    ).frames
+    latents = engine(PROMPTS, num_frames=frames, num_inference_steps=steps, output_type="latent").frames
     return Sample(
         f"the package's VAE, trained, on latents of its model, {frames} frames, {steps} steps", engine.vae(), latents
     )

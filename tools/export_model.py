@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--model", type=Path, required=True, help="folder to write; what is there is replaced")
     parser.add_argument("--vae", type=Path, help="folder in diffusers' layout")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="what callers take who name none; 1: none")
     options = parser.parse_args()
     if options.vae is None:
         data = Data(options.out / "latents", 0, torch.device("cpu"))
@@ -79,6 +80,9 @@ def main() -> None:
     config = options.model / "vae/config.json"  # diffusers notes where an autoencoder came from
     kept = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
     config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+    defaults = {"height": 8 * LATENTS[-2], "width": 8 * LATENTS[-1], "num_inference_steps": 20}
+    defaults |= {"guidance_scale": options.guidance_scale}
+    (options.model / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n")
     shutil.copy(CARD, options.model / "README.md")
     size = sum(file.stat().st_size for file in options.model.rglob("*") if file.is_file())
     print(f"{options.model}: {size / 1e6:.1f} MB")

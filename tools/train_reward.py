@@ -1,7 +1,7 @@
 """Trains finished weights on clips of their own, towards those that show what their captions ask for.
 
     torchrun --nproc-per-node=2 -- tools/train_reward.py --out build/reward --data build/more --threads 1 \
-        --start dualparal/moving_shapes
+        --start build/learnt --teacher dualparal/moving_shapes --guidance 3
 
 DiffusionNFT (arXiv 2509.16117) with beta = 1. In every round the average of the weights makes clips of new captions,
 GROUP of each and without guidance: of one block or two at once, or of four as in a queue. The tracker of bench/meter
@@ -13,8 +13,9 @@ right: what they are judged by is whether they hold it. Then, of the noisy block
 
 which is flow matching where a = 1, as far away from the clip where a = -1, and nothing where a = 0. In terms of the
 paper, whose r is (1 + a) / 2, this is its loss without what does not depend on the weights. Groups whose blocks are
-all alike teach nothing and are left out. Beside the clips windows of the truth are learnt (--data, the folder that
-tools/train_transformer.py reads), so that motion, shapes and what a queue shows stay.
+all alike teach nothing and are left out. So that motion, shapes and what a queue shows stay, of true clips (--data,
+the folder that tools/train_transformer.py reads) the velocity learns beside what --teacher says with --guidance. Flow
+matching of these clips would teach what weights say without guidance, which holds little.
 
 Every rank makes and learns clips of its own. A round is a function of --seed, its number and the rank. The captions of
 ``scenes.held_out`` are not among those made.
@@ -56,10 +57,10 @@ ENDED_RIGHT = 0.75  # share of the frames of a block's last CONTEXT latents
 PASSES = {BLOCK: 4, WHOLE: 4, 4 * BLOCK: 8}  # over a round's blocks, with other noise; a queue has few that teach
 LAYOUT = 0.85, 0.6  # noise levels: three in four are above the one, the others above the other
 LATE, EARLY = 0.3, 0.4  # of a block in a queue: share of the steps left at the end, share of batches without a next
-TRUTH = 0.5  # what the windows of truth weigh that are learnt beside clips, half as many
-OTHERS = ("queue", "queue", "queue", "queue", "whole", "whole")  # steps of a round on the truth alone
+KEPT = 0.5  # what the teacher's windows weigh that are learnt beside clips, half as many
+OTHERS = ("queue", "queue", "queue", "queue", "whole", "whole")  # steps of a round on the teacher's windows alone
 EMA = 0.85
-HIGH_NOISE = 0.65  # of the truth, as in the training before
+HIGH_NOISE = 0.65  # of the teacher's windows, as in the training before
 WARM = 2  # rounds until the rate is full
 
 
@@ -184,10 +185,17 @@ class Round:
         return off[:, :, parts[0] : parts[0] + self.block].square().mean()
 
 
-def truth(data: dict[str, Data], kind: str, rng: np.random.Generator, total: int, learner: Learner) -> torch.Tensor:
-    """Loss of windows of the truth, ``total`` latent frames in all."""
-    windows = draw(kind, data[kind], rng, WHOLE, total, HIGH_NOISE)
-    return windows.loss(learner, noise_of(windows.clean, rng))
+class Kept:
+    """What is kept of a teacher: its velocity in windows of true clips, with classifier-free guidance."""
+
+    def __init__(self, teacher: Learner, guidance: float, data: dict[str, Data]) -> None:
+        self.teacher, self.guidance, self.data = teacher, guidance, data
+
+    def loss(self, learner: Learner, kind: str, rng: np.random.Generator, total: int) -> torch.Tensor:
+        """Of windows of a kind, ``total`` latent frames in all."""
+        windows = draw(kind, self.data[kind], rng, WHOLE, total, HIGH_NOISE)
+        noise = noise_of(windows.clean, rng)
+        return windows.loss(learner, noise, windows.guided(self.teacher, noise, self.guidance))
 
 
 def main() -> None:
@@ -195,6 +203,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, required=True, help="folder of finished weights, in diffusers' layout")
     parser.add_argument("--data", type=Path, required=True, help="folder with latents/ and short/")
+    parser.add_argument("--teacher", type=Path, help="weights of which is kept what they say; default: --start's")
+    parser.add_argument("--guidance", type=float, default=1.0, help="with which they are asked; 1: none")
     parser.add_argument("--rounds", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.25, help="factor of all learning rates")
@@ -214,6 +224,8 @@ def main() -> None:
         "short": Data(options.data / "short", options.seed + 1, device, learner.scale),
     }
     data["queue"] = data["whole"]
+    teacher = Learner(options.teacher or options.start, device, bfloat16=not options.float32)
+    kept = Kept(teacher, options.guidance, data)
     options.out.mkdir(parents=True, exist_ok=True)
     path, log = options.out / "transformer.safetensors", (options.out / "reward.jsonl").open("a")
     began = time.perf_counter()
@@ -228,17 +240,17 @@ def main() -> None:
         beside = "short" if frames == BLOCK else "whole" if frames == WHOLE else "queue"
         plan: list[Any] = [*clips.batches(rng), *OTHERS]
         rate = options.rate * min(1.0, (number + 1) / WARM, (1 - number / options.rounds) / options.cool)
-        losses: dict[str, list[float]] = {"clips": [], "truth": []}
+        losses: dict[str, list[float]] = {"clips": [], "kept": []}
         for place in shared.permutation(len(plan)):
             now = plan[place]
             if isinstance(now, str):
-                loss = of_truth = truth(data, now, rng, BATCH, learner)
+                loss = of_kept = kept.loss(learner, now, rng, BATCH)
             else:
                 of_clips = clips.loss(learner, rng, *now)
-                of_truth = truth(data, beside, rng, BATCH // 3, learner)
-                loss = of_clips + TRUTH * of_truth
+                of_kept = kept.loss(learner, beside, rng, BATCH // 3)
+                loss = of_clips + KEPT * of_kept
                 losses["clips"].append(of_clips.item())
-            losses["truth"].append(of_truth.item())
+            losses["kept"].append(of_kept.item())
             learner.learn(loss, rate, EMA)
         seconds = time.perf_counter() - began
         last = number + 1 == options.rounds or parallel.any_rank(seconds > 60 * options.minutes)

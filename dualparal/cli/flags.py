@@ -30,14 +30,15 @@ class VideoFlags:
     num_frames: Annotated[
         int, typer.Option(help="Length in frames: 1, 5, 9 ... (4k + 1); exactly that many are made.")
     ] = 81
-    height: Annotated[int | None, typer.Option(help="Pixels. Default 480 (64 for the model of the package).")] = None
-    width: Annotated[int | None, typer.Option(help="Pixels. Default 832 (64 for the model of the package).")] = None
+    height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own, or 480.")] = None
+    width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own, or 832.")] = None
     num_inference_steps: Annotated[
         int | None,
         typer.Option(
             "--steps",
             "--num-inference-steps",
-            help="Denoising steps of every block. Default: as many as --timesteps or --sigmas names, or 50.",
+            help="Denoising steps of every block. Default: as many as --timesteps or --sigmas names, or the model's "
+            "own, or 50.",
             show_default=False,
         ),
     ] = None
@@ -49,7 +50,12 @@ class VideoFlags:
         str | None,
         typer.Option(help="The same as noise levels before the sampler's shift, such as 1.0,0.9,0.6."),
     ] = None
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1: none, half the work.")] = 5.0
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance; 1: none, half the work. Default: the model's own, or 5.", show_default=False
+        ),
+    ] = None
     guidance_scale_2: Annotated[
         float | None,
         typer.Option(help="The same for the second transformer of Wan2.2. Default: as the first."),

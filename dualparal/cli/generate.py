@@ -39,7 +39,7 @@ from dualparal.config.video import VideoConfig
 from dualparal.io.locks import Locks
 from dualparal.launch.blame import Limits
 from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
-from dualparal.models.registry import default_size
+from dualparal.models.defaults import video_defaults
 from dualparal.schedule.policies import POLICIES
 
 GROUPS = (
@@ -266,15 +266,16 @@ def _prompts(texts: list[str], later: list[str], num_frames: int) -> list[dict[i
 def _video(flags: VideoFlags, model: str, output_type: str, clip: Path | None) -> VideoConfig:
     """The request of the flags; the default size is that of the clip that it goes on from, or the model's. Raises
     ValueError."""
-    height, width = default_size(model)
+    height, width = flags.height, flags.width
     if clip is not None:
         from dualparal.io.clips import probe_clip  # and with it numpy
 
         found = probe_clip(clip)
-        height, width = found.height, found.width
+        height, width = height or found.height, width or found.width
     return VideoConfig.of(
-        height=height if flags.height is None else flags.height,
-        width=width if flags.width is None else flags.width,
+        video_defaults(model),
+        height=height,
+        width=width,
         num_frames=flags.num_frames,
         num_inference_steps=flags.num_inference_steps,
         guidance_scale=flags.guidance_scale,

@@ -21,8 +21,10 @@ from dualparal.planning.devices import BY_MEMORY, Device
 from dualparal.planning.plan import NoPlan, Plan
 
 
-def _size(text: str) -> tuple[int, int]:
-    """Height and width in pixels of "WIDTHxHEIGHT". Raises ValueError."""
+def _size(text: str | None) -> tuple[int, int] | tuple[None, None]:
+    """Height and width in pixels of "WIDTHxHEIGHT"; None: not given. Raises ValueError."""
+    if text is None:
+        return None, None
     width, cross, height = text.lower().partition("x")
     if not cross or not width.isdecimal() or not height.isdecimal():
         raise ValueError(f"--size {text!r}: use WIDTHxHEIGHT in pixels, such as 832x480")
@@ -61,13 +63,16 @@ class PlanFlags:
         typer.Option(help="FILE, weights in the transformer's place, as in 'generate'.", show_default=False),
     ] = None
     num_frames: Annotated[int, typer.Option(help="Length in frames: 1, 5, 9 ... (4k + 1).")] = 1025
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "832x480"
+    size: Annotated[
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT in pixels. Default: the model's own, or 832x480.", show_default=False),
+    ] = None
     num_inference_steps: Annotated[
         int | None,
         typer.Option(
             "--steps",
             "--num-inference-steps",
-            help="Denoising steps. Default: as many as --timesteps or --sigmas names, or 50.",
+            help="Denoising steps. Default: as many as --timesteps or --sigmas names, or the model's own, or 50.",
             show_default=False,
         ),
     ] = None
@@ -75,7 +80,10 @@ class PlanFlags:
         str | None, typer.Option(help="The steps one by one, as in 'generate'; here their number counts.")
     ] = None
     sigmas: Annotated[str | None, typer.Option(help="The same as noise levels.")] = None
-    guidance_scale: Annotated[float, typer.Option(help="1: no guidance, half the work.")] = 5.0
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="1: no guidance, half the work. Default: the model's own, or 5.", show_default=False),
+    ] = None
     vae_dtype: Annotated[
         str, typer.Option(help="Of the VAE: float32, bfloat16, float16, or auto, as in 'generate'.")
     ] = AUTO

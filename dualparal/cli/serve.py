@@ -15,7 +15,8 @@ from dualparal.config.blocks import BlockConfig
 from dualparal.config.engine import EngineConfig
 from dualparal.config.reuse import Reuse
 from dualparal.launch.exit_codes import RANK_FAILED, STORAGE
-from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
+from dualparal.models.defaults import video_defaults
+from dualparal.models.registry import BUILT_IN
 from dualparal.schedule.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -49,12 +50,16 @@ class ServeFlags:
     ] = None
     out_dir: Annotated[Path, typer.Option(help="Folder of videos, snapshots and the queue.")] = Path("videos")
     fps: Annotated[int, typer.Option(help="Frames per second.")] = 16
-    size: Annotated[str | None, typer.Option(help="Default WIDTHxHEIGHT of a video.")] = None
+    size: Annotated[str | None, typer.Option(help="Default WIDTHxHEIGHT of a video. The model's own, or 832x480.")] = (
+        None
+    )
     seconds: Annotated[float, typer.Option(help="Default length of a video.")] = 4.0
     num_inference_steps: Annotated[
-        int | None, typer.Option("--steps", help="Default steps. 50 (20 for the model of the package).")
+        int | None, typer.Option("--steps", help="Default steps. The model's own, or 50.", show_default=False)
     ] = None
-    guidance_scale: Annotated[float, typer.Option(help="Default guidance.")] = 5.0
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Default guidance. The model's own, or 5.", show_default=False)
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,9 @@ def serve(call: typer.Context, flags: ServeFlags, limits: ServeLimits, blocks: B
         raise ValueError(f"serve needs {', '.join(missing)}: pip install 'dualparal[server]'")
     from dualparal.server.settings import Settings
 
-    small = flags.model == BUILT_IN
-    steps = flags.num_inference_steps or (20 if small else 50)
-    height, width = BUILT_IN_SIZE if small else (480, 832)
+    default = video_defaults(flags.model)
+    steps = flags.num_inference_steps or default.num_inference_steps
+    height, width = default.height, default.width
     if flags.size is not None:
         across, cross, up = flags.size.lower().partition("x")
         if not (cross and across.isdecimal() and up.isdecimal()):
@@ -101,7 +106,7 @@ def serve(call: typer.Context, flags: ServeFlags, limits: ServeLimits, blocks: B
         fps=flags.fps,
         seconds=flags.seconds,
         steps=steps,
-        guidance_scale=flags.guidance_scale,
+        guidance_scale=default.guidance_scale if flags.guidance_scale is None else flags.guidance_scale,
         **asdict(limits),
     )
     _serve(settings)

@@ -18,6 +18,7 @@ MAX_SIDE = 16384
 MAX_GUIDANCE = 1_000_000
 MAX_TIMESTEP = 1e9  # a sampler has its own limit besides
 MAX_FRAMES = 100_000_000
+OF_MODEL = ("height", "width", "num_inference_steps", "guidance_scale")  # a model may bring its own
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,23 @@ class VideoConfig:
     continues: bool = False
 
     @classmethod
-    def of(cls, *, num_inference_steps: int | None = None, **fields: Any) -> VideoConfig:
+    def of(cls, defaults: VideoConfig | None = None, **fields: Any) -> VideoConfig:
         """The request of some fields, where a list of steps may say how many there are.
 
         Args:
-            num_inference_steps: None: the length of ``timesteps`` or ``sigmas``, or the default.
-            fields: the others.
+            defaults: whose height, width, steps and guidance_scale are taken where a field is None or left out; None:
+                those of the class.
+            fields: num_inference_steps of None is first the length of ``timesteps`` or ``sigmas``.
 
         Raises:
             ValueError: as the class raises it.
         """
-        if num_inference_steps is None:
+        if fields.get("num_inference_steps") is None:
             lists = [tuple(fields[name]) for name in ("timesteps", "sigmas") if _is_list(fields.get(name))]
-            num_inference_steps = len(lists[0]) if lists else cls.num_inference_steps
-        found = {"num_inference_steps": num_inference_steps, **fields}
+            fields["num_inference_steps"] = len(lists[0]) if lists else None
+        default = defaults or cls()
+        own = {name: getattr(default, name) for name in OF_MODEL if fields.get(name) is None}
+        found = {**fields, **own}
         scales = "guidance_scale", "guidance_scale_2"
         return cls(**{name: _plain(value, real=name in scales) for name, value in found.items()})
 

@@ -144,7 +144,7 @@ class Engine:
         width: int | None = None,
         num_frames: int | None = 81,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         guidance_scale_2: float | None = None,
         num_videos_per_prompt: int | None = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -176,9 +176,9 @@ class Engine:
                 ``prompt_embeds``): as many independent videos, whose units take turns; ``chunk.video`` says whose it
                 is, and each has the bits that it has alone. ``negative_prompt``, ``seed``, ``generator`` may then be
                 lists, and ``latents`` and embeddings have a row for each.
-            height, width: None: those that the model was trained for.
+            height, width, guidance_scale: None: those that the model brings (``video_defaults``), else diffusers'.
             num_frames: None for an endless video; stop by closing the iterator or calling ``interrupt``.
-            num_inference_steps: None: the length of a list of steps, or 50.
+            num_inference_steps: None: the length of a list of steps, or what the model brings, else 50.
             timesteps, sigmas: the steps one by one, as diffusers' ``retrieve_timesteps`` takes them; at most one of
                 them, and of a sampler that has it.
             seed: of the noise (default 0), in video v of several seed + v; or give a ``generator``, from which one is
@@ -211,10 +211,10 @@ class Engine:
         """
         check_unused(attention_kwargs)
         callback = callback_of(callback_on_step_end, callback_on_step_end_tensor_inputs, self)
-        default = self.source.default_size
         config = VideoConfig.of(
-            height=default[0] if height is None else height,
-            width=default[1] if width is None else width,
+            self.source.defaults,
+            height=height,
+            width=width,
             num_frames=num_frames,
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dualparal.engine.engine import Engine as LocalEngine
+from dualparal.models.defaults import FILE as DEFAULTS
 from dualparal.workers.engine import Engine, WorkerEngine
 
 _KEPT = "_dualparal"  # the attribute of a pipeline that is switched over
@@ -90,6 +91,9 @@ def enable(pipeline: Any, *, gpus: int | None = None, model: str | Path | None =
             if model is None:
                 model = copied = Path(tempfile.mkdtemp(prefix="dualparal-"))
                 pipeline.save_pretrained(copied)
+                name = getattr(pipeline, "name_or_path", None)
+                if name and (own := Path(name) / DEFAULTS).is_file():  # diffusers does not save it
+                    shutil.copy(own, copied)
             engine = Engine.from_pretrained(model, gpus=gpus, **options)
         except BaseException:
             if copied is not None:

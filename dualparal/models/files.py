@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.config.lora import Lora
 from dualparal.config.transformer_file import TransformerFile
+from dualparal.config.video import VideoConfig
 from dualparal.models.base import ModelSpec, Slice
+from dualparal.models.defaults import video_defaults
 from dualparal.models.family import Component, Family, resolve
 from dualparal.models.headers import elements
 from dualparal.models.heap import give_back
@@ -23,7 +25,7 @@ from dualparal.models.json_files import ModelError, read_config, read_json
 from dualparal.models.linear import placed
 from dualparal.models.loading import one_at_a_time
 from dualparal.models.lora import LoraFile
-from dualparal.models.registry import default_size, family_in
+from dualparal.models.registry import family_in
 from dualparal.models.sizes import ModelSizes
 from dualparal.models.transformer_header import TransformerHeader, by_expert, expert_of
 from dualparal.models.weights import WeightFiles, channels_last, check_part, check_tensors
@@ -139,9 +141,9 @@ class ModelFiles:
         ]
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of a video for which none were asked."""
-        return default_size(self.path)
+    def defaults(self) -> VideoConfig:
+        """A request as the model has it where nothing was asked for. Raises ModelError."""
+        return video_defaults(self.path)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def folder_of(model: str | Path, transformers: Sequence[TransformerFile] = ()) -
             "diffusers format or a name that 'dualparal models' lists as the model, and the file with --transformer "
             "(transformers=[...])"
         )
-    if exists or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if exists or not _is_hub_id(name):
         raise ModelError(
             f"model {shorten(name)} is not a directory in diffusers format, nor a hub id such as "
             f"'Wan-AI/Wan2.1-T2V-1.3B-Diffusers', nor {BUILT_IN!r}, which ships with this package, nor a name that "
@@ -63,3 +64,23 @@ def folder_of(model: str | Path, transformers: Sequence[TransformerFile] = ()) -
             f"model {name!r} is no directory here and could not be had from the hub ({reason}); download it where "
             "there is a network, and give its folder"
         ) from None
+
+
+def hub_file(model: str, name: str) -> Path | None:
+    """A file of a model that is named by a hub id which no family knows, downloaded alone; None: there is none.
+
+    None as well where the hub cannot be reached: whoever needs the model's other files says so.
+    """
+    if not _is_hub_id(model) or Path(model).exists() or hub_id_of(model) is not None:
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    with contextlib.suppress(HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return Path(hf_hub_download(model, name))
+    return None
+
+
+def _is_hub_id(name: str) -> bool:
+    """True for "owner/name", and not for what can only be a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
+from dualparal.config.video import VideoConfig
 from dualparal.models.base import ModelSpec, Slice
+from dualparal.models.defaults import video_defaults
 from dualparal.models.family import Family
 from dualparal.models.files import EXPERTS
 from dualparal.models.json_files import ModelError
 from dualparal.models.linear import placed
 from dualparal.models.loading import one_at_a_time
-from dualparal.models.registry import default_size, family_of, supported_pipelines
+from dualparal.models.registry import family_of, supported_pipelines
 
 _ALIGNMENT = 64  # bytes, as torch's own allocations on a CPU
 
@@ -48,9 +50,10 @@ class LoadedPipeline:
             raise ModelError(str(error)) from None
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of a video for which none were asked."""
-        return default_size(getattr(self.pipeline, "name_or_path", None) or "")
+    def defaults(self) -> VideoConfig:
+        """A request as the folder has it that it was loaded from, where nothing was asked for. Raises ModelError."""
+        name = getattr(self.pipeline, "name_or_path", None)
+        return video_defaults(name) if name else VideoConfig()
 
     @property
     def fingerprint(self) -> str:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 BUILT_IN = "moving-shapes"  # the trained model that ships with the package
 BUILT_IN_FOLDER = Path(__file__).parents[1] / "moving_shapes"
-BUILT_IN_SIZE = (64, 64)  # height and width of its videos, pixels
-_SIZE = (480, 832)  # of all others, as diffusers' pipelines have it
 _VACE, _ANIMATE = "video from control signals (VACE)", "a character in another's motion"
 
 _SKYREELS = "SkyReels-V2, another model of Wan's architecture"
@@ -242,13 +240,3 @@ def _with_files(
     if headers and len(headers) < sizes.experts:  # nothing is known of how the other is stored
         headers.append(replace(headers[0], entries={}))
     return family.sizes_with(sizes, headers)
-
-
-def default_size(model: str | Path) -> tuple[int, int]:
-    """Height and width in pixels of a model's videos, where none were asked for.
-
-    Args:
-        model: as the user named it, or its folder.
-    """
-    name = str(model)
-    return BUILT_IN_SIZE if name == BUILT_IN or Path(name).absolute() == BUILT_IN_FOLDER.absolute() else _SIZE

@@ -10,6 +10,7 @@ import torch
 from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.config.lora import Lora
 from dualparal.config.transformer_file import TransformerFile
+from dualparal.config.video import VideoConfig
 from dualparal.models.base import ModelSpec, Slice
 from dualparal.models.family import Family
 from dualparal.models.files import ModelFiles
@@ -30,8 +31,8 @@ class ModelSource(Protocol):
         ...
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of a video for which none were asked."""
+    def defaults(self) -> VideoConfig:
+        """A request as the model has it where nothing was asked for. Raises ModelError."""
         ...
 
     @property

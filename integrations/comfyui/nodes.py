@@ -122,7 +122,8 @@ class Generate:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """The inputs, as ComfyUI asks for them."""
-        pixels = {"default": 64, "min": 16, "max": 16384, "step": 16}
+        own = {"default": 0, "min": 0, "tooltip": "0: the model's own"}
+        pixels = {**own, "max": 16384, "step": 16}
         return {
             "required": {
                 "model": ("DUALPARAL_MODEL",),
@@ -131,8 +132,8 @@ class Generate:
                 "width": ("INT", pixels),
                 "height": ("INT", pixels),
                 "num_frames": ("INT", {"default": 81, "min": 1, "max": 100_000_000}),
-                "steps": ("INT", {"default": 20, "min": 1, "max": 10_000}),
-                "guidance_scale": ("FLOAT", {"default": 4.0, "min": 0.0, "max": 100.0, "step": 0.1}),
+                "steps": ("INT", {**own, "max": 10_000}),
+                "guidance_scale": ("FLOAT", {**own, "default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1}),
             },
             "optional": {"continue_from": ("IMAGE",)},
@@ -153,6 +154,7 @@ class Generate:
 
         throw_exception_if_processing_interrupted()
         engine = _engine(model)
+        call |= {name: call[name] or None for name in ("width", "height", "guidance_scale")}  # 0: the model's own
         bar = None
 
         def watch(*_: Any) -> dict[str, Any]:
@@ -163,7 +165,12 @@ class Generate:
         with tempfile.TemporaryDirectory(prefix="dualparal-") as folder:
             clip = None if continue_from is None else _write_clip(continue_from, Path(folder) / "clip")
             stream = engine.stream(
-                prompt, num_inference_steps=steps, video=clip, callback_on_step_end=watch, output_type="np", **call
+                prompt,
+                num_inference_steps=steps or None,
+                video=clip,
+                callback_on_step_end=watch,
+                output_type="np",
+                **call,
             )
             try:
                 for chunk in stream:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from diffusers.callbacks import PipelineCallback
 from diffusers.modular_pipelines import WanBlocks
 
 import dualparal
-from dualparal.models.registry import BUILT_IN, BUILT_IN_SIZE
+from dualparal.models.registry import BUILT_IN
 from engine_calls import embeds
 
 Build = Callable[..., Any]
@@ -95,7 +97,7 @@ def test_numbers_of_numpy_and_videos_per_prompt(engine: Build) -> None:
 def test_size_is_the_models_where_none_is_asked_for() -> None:
     built = dualparal.Engine.from_pretrained(BUILT_IN, device="cpu")
     (chunk,) = built.stream(**embeds(built), num_frames=1, num_inference_steps=1, output_type="uint8")
-    assert chunk.frames.shape == (1, *BUILT_IN_SIZE, 3)
+    assert chunk.frames.shape == (1, 64, 64, 3)
     assert stock_size() == (480, 832)
 
 
@@ -182,6 +184,22 @@ def test_a_pipeline_that_makes_long_video_until_it_is_switched_back(
     assert type(pipe) is diffusers.WanPipeline and not list(tmp_path.iterdir())
     assert pipe(**texts, **SIZE, num_frames=5).frames.shape == (1, 5, 32, 32, 3)
     dualparal.disable(pipe)  # again: nothing
+
+
+def test_a_pipeline_keeps_what_its_folder_brings(wan21: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model = shutil.copytree(wan21, tmp_path / "model")
+    own = {"height": 32, "width": 48, "num_inference_steps": 2, "guidance_scale": 1.0}
+    (model / "generation_config.json").write_text(json.dumps(own))
+    texts = {"prompt_embeds": torch.zeros(1, 6, 32)}  # without guidance one is enough
+    found = []
+    for gpus in (None, 2):
+        pipe = stock(model)
+        with dualparal.enable(pipe, gpus=gpus, **BLOCKS):
+            found.append(pipe(**texts, num_frames=5, seed=4).frames)
+    built = dualparal.Engine.from_pretrained(wan21, device="cpu", **BLOCKS)
+    wanted = built(**texts, **own, num_frames=5, seed=4).frames
+    assert all(np.array_equal(frames, wanted) for frames in found)
 
 
 def test_an_interrupt_of_the_pipeline_ends_the_video(engine: Build, wan21: Path) -> None:

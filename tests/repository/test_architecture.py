@@ -47,7 +47,7 @@ NEVER = {  # beside what lies above: by whom, and what
     "reference": ("dualparal.distributed", "dualparal.runtime", "dualparal.schedule(?!.layout)"),
     "checkpoint": ("dualparal.models",),
     "decoding": ("dualparal.runtime",),
-    r"models\.(family|registry|sizes|headers|transformer_header|\w+\.sizes)": TORCH,
+    r"models\.(family|registry|folder|defaults|sizes|headers|transformer_header|\w+\.sizes)": TORCH,
     "schedule": TORCH,
     "launch": (*TORCH, "dualparal.schedule"),
     "config": TORCH,

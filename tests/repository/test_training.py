@@ -245,7 +245,7 @@ def test_where_a_block_goes_on_other_weights_may_teach(
 def test_what_is_rewarded_becomes_more(
     exported: Path, tmp_path: Path, short_rounds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_reward, "TRUTH", 0.0)
+    monkeypatch.setattr(train_reward, "KEPT", 0.0)
     monkeypatch.setattr(train_reward, "OTHERS", ())
     levels = {}
     for name, sign in (("bright", 1), ("dark", -1)):
