@@ -264,6 +264,31 @@ def test_what_is_rewarded_becomes_more(
     assert first == 0 and last > 0.05, levels
 
 
+def test_rounds_keep_what_a_teacher_says(
+    exported: Path, tmp_path: Path, short_rounds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        train_reward.Judge, "__call__", lambda _, clips, of: np.ones((len(clips), clips.shape[2]))
+    )  # all alike: no clip teaches
+    teacher, out, cpu = shutil.copytree(exported / "model", tmp_path / "teacher"), tmp_path / "out", torch.device("cpu")
+    path = teacher / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"proj_out.bias": weights["proj_out.bias"] + 0.1}, path, {"format": "pt"})
+    flags = ("--rounds", 6, "--rate", 1.0, "--teacher", teacher, "--guidance", 2)
+    reward(exported, out, *flags)
+    assert all("clips" not in row and row["kept"] > 0 for row in rows(out / "reward.jsonl"))
+    before, after, said = (learner.Learner(folder, cpu, bfloat16=False) for folder in
+                           (exported / "model", exported / "model", teacher))  # fmt: skip
+    after.load(out / "transformer.safetensors")
+    data = train_transformer.Data(exported / "latents", 0, cpu, said.scale)
+    windows = train_transformer.draw("queue", data, np.random.default_rng(3), 4, 96, 0.7)
+    noise = torch.randn(windows.clean.shape, generator=torch.Generator().manual_seed(3))
+    wanted = windows.guided(said, noise, 2.0)
+    with torch.no_grad():
+        losses = [windows.loss(each, noise, wanted).item() for each in (before, after)]
+    assert losses[1] < 0.7 * losses[0], losses
+
+
 def test_rewarded_training_goes_on_where_it_was(exported: Path, tmp_path: Path, short_rounds: None) -> None:
     straight, stopped = (
         [reward(exported, tmp_path / name, "--rounds", 2, "--minutes", minutes) for minutes in stops][-1]
