@@ -15,8 +15,7 @@ NEWEST ?=
 
 demo: .venv/.installed
 	mkdir -p demo
-	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 --steps 20 \
-		--sampler lcm --flow-shift 5 --guidance-scale 3 --max-blocks-in-flight 6 --context-version newest \
+	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 --max-blocks-in-flight 6 --context-version newest \
 		--out demo/video.mp4 --device cpu --stages 2 --overwrite
 
 test: .venv/.installed-dev

@@ -4,7 +4,7 @@
     python bench/composition.py --latents 4 --prompts 40 --samplers 20:2 20:5 50:5 20:5:3:lcm
     python bench/composition.py --encoder
 
-Whole clips in one batch by the model's own sampler (UniPC), or by the one that takes fresh noise at every step (lcm),
+Whole clips in one batch by UniPC, or by the sampler that takes fresh noise at every step (lcm),
 of the captions and with the measures of bench/quality.py.
 Each sampler (STEPS:SHIFT, STEPS:SHIFT:GUIDANCE, or that and :lcm) starts from the same noise; differences from the
 first are paired by caption, with 95 % intervals of Student's t. --encoder: how well a linear probe reads how many
@@ -64,7 +64,9 @@ class Model:
         if fresh:
             scheduler: Any = FlowMatchLCMScheduler(shift=shift)
         else:
-            scheduler = UniPCMultistepScheduler.from_config(self.pipe.scheduler.config, flow_shift=shift)
+            scheduler = UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+            )
         scheduler.set_timesteps(int(steps))
         noise = {"generator": generator} if fresh else {}
         side, channels = SIZE // 8, self.transformer.config.in_channels

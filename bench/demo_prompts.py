@@ -1,7 +1,7 @@
 """Does the demo show what it is asked for? ``make demo``'s command with five prompts: frames with the right objects.
 
     python bench/demo_prompts.py --seeds 3
-    python bench/demo_prompts.py -- --model build/rewarded --height 64 --width 64
+    python bench/demo_prompts.py -- --model build/rewarded
 
 The command is read from the Makefile, and writes PNG files, so that the frames are what the decoder gave. An object too
 many, too few or in another colour makes a frame wrong (``counts_right`` of meter/scene_metrics.py). CPU, ten seconds a

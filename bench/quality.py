@@ -37,6 +37,7 @@ from scenes import HELD_OUT, SIZE, Scene, held_out, video
 
 import dualparal
 from dualparal.config.blocks import BlockConfig
+from dualparal.models.defaults import video_defaults
 from dualparal.schedule.layout import Layout
 
 MODEL = str(Path(dualparal.__file__).with_name("moving_shapes"))
@@ -56,9 +57,9 @@ class Variant:
     context_frames: int = 4  # C
     steps: int = 20  # T
     noise: str = "pool"  # of the paper; or "independent" from frame to frame, or "shared": every block's the same
-    sampler: str = "unipc"  # the model's own; or "euler"; or "lcm", which takes fresh noise at every step
-    flow_shift: float = 2.0  # the model's own; 5: more steps at high noise, where a layout is decided
-    guidance_scale: float = 4.0
+    sampler: str | None = None  # None: the model's own; unipc, euler or lcm, which takes fresh noise at every step
+    flow_shift: float = 2.0  # of another sampler; 5: more steps at high noise, where a layout is decided
+    guidance_scale: float | None = None  # None: the model's own
     max_blocks_in_flight: int | None = None  # K
     context_version: str = "matching"
     refresh_every: int | None = None  # R
@@ -79,12 +80,13 @@ class Variant:
         return [layout.start(block) for block in range(1, layout.num_blocks)]
 
 
-# The sampler with fresh noise at its best, with less guidance (1: none), and the model's own with the same shift.
-FRESH = {
+# Fresh noise at every step with guidance, as weights need it that have not learnt it, with less (1: none), and UniPC.
+SAMPLERS = {
     "lcm": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 3.0},
     "lcm g1": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 1.0},
     "lcm g1.5": {"sampler": "lcm", "flow_shift": 5.0, "guidance_scale": 1.5},
-    "shift 5": {"flow_shift": 5.0, "guidance_scale": 3.0},
+    "unipc": {"sampler": "unipc", "guidance_scale": 4.0},
+    "shift 5": {"sampler": "unipc", "flow_shift": 5.0, "guidance_scale": 3.0},
 }
 VARIANTS = {
     variant.name: variant
@@ -109,11 +111,11 @@ VARIANTS = {
         *(Variant(f"whole T{t}", frames_per_block=None, context_frames=0, steps=t) for t in (4, 8, 50)),
         *(Variant(f"cached {name}", reuse=name) for name in ("mild", "strong")),
         *(Variant(f"cached T50 {name}", steps=50, reuse=name) for name in ("mild", "strong")),
-        *(Variant(f"{p} {name}", context=p, **kind) for p in POLICIES for name, kind in FRESH.items()),  # type: ignore[arg-type]
-        *(Variant(f"whole {name}", frames_per_block=None, context_frames=0, **kind) for name, kind in FRESH.items()),  # type: ignore[arg-type]
+        *(Variant(f"{p} {name}", context=p, **kind) for p in POLICIES for name, kind in SAMPLERS.items()),  # type: ignore[arg-type]
+        *(Variant(f"whole {name}", frames_per_block=None, context_frames=0, **kind) for name, kind in SAMPLERS.items()),  # type: ignore[arg-type]
         *(
             Variant(f"cached K5 newest {name}", max_blocks_in_flight=5, context_version="newest", **kind)  # type: ignore[arg-type]
-            for name, kind in FRESH.items()
+            for name, kind in SAMPLERS.items()
         ),
         Variant("whole euler", frames_per_block=None, context_frames=0, sampler="euler"),
     ]
@@ -227,10 +229,12 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
     side = SIZE // pipe.vae_scale_factor_spatial
     if variant.method == "vae":
         return encode(pipe.vae, job.truth())
+    own = video_defaults(model).guidance_scale
+    guidance = own if variant.guidance_scale is None else variant.guidance_scale
     if variant.method == "fifo":
         return fifo.generate(
             pipe, caption, size=(side, side), num_latents=job.latents, steps=variant.steps,
-            guidance_scale=variant.guidance_scale, seed=job.seed,
+            guidance_scale=guidance, seed=job.seed,
         )  # fmt: skip
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
 
@@ -243,8 +247,10 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
         refresh_every=variant.refresh_every, reuse=variant.reuse,
     )  # fmt: skip
     if variant.sampler == "unipc":
-        engine.scheduler = UniPCMultistepScheduler.from_config(engine.scheduler.config, flow_shift=variant.flow_shift)
-    else:
+        engine.scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=variant.flow_shift
+        )
+    elif variant.sampler is not None:
         flow_match = {"euler": FlowMatchEulerDiscreteScheduler, "lcm": FlowMatchLCMScheduler}[variant.sampler]
         engine.scheduler = flow_match(shift=variant.flow_shift)
     noise = None
@@ -257,7 +263,7 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
     clip = encode(pipe.vae, job.truth()[: 4 * known - 3]) if known else None
     made: torch.Tensor = engine(
         caption, height=SIZE, width=SIZE, num_frames=4 * (job.latents - known) - (0 if known else 3),
-        num_inference_steps=variant.steps, guidance_scale=variant.guidance_scale, seed=job.seed, latents=noise,
+        num_inference_steps=variant.steps, guidance_scale=guidance, seed=job.seed, latents=noise,
         video=clip, output_type="latent",
     ).frames  # fmt: skip
     return made if clip is None else torch.cat([clip, made], dim=2)
@@ -285,9 +291,9 @@ def decode(vae: Any, latents: torch.Tensor) -> np.ndarray:
 
 @lru_cache(1)
 def fingerprint(model: str) -> str:
-    """Of the weights: of every safetensors file its place, its size, and its first and last megabyte."""
+    """Of weights and configs: of every file its place, its size, and its first and last megabyte."""
     digest = hashlib.sha256()
-    for path in sorted(Path(model).rglob("*.safetensors")):
+    for path in sorted(path for ending in ("safetensors", "json") for path in Path(model).rglob(f"*.{ending}")):
         with path.open("rb") as file:
             digest.update(f"{path.relative_to(model)} {path.stat().st_size}".encode() + file.read(1 << 20))
             file.seek(max(0, path.stat().st_size - (1 << 20)))

@@ -28,7 +28,6 @@ frames = engine(
     width=64,
     num_frames=options.num_frames,
     num_inference_steps=options.steps,
-    guidance_scale=4.0,
     generator=torch.Generator().manual_seed(7),
 ).frames
 print(f"frames {frames.shape}: videos, frames, height, width, colours; from {frames.min():.2f} to {frames.max():.2f}")

@@ -25,7 +25,7 @@ engine = dualparal.Engine.from_pretrained(**model, stages=1)
 output = open_output(options.out, fps=16)
 keep = dualparal.Checkpoint(options.kept, every=2)  # in iterations; without it, 2 % of the time
 receipts = {}  # of what is on disk: whoever goes on looks whether it still is
-for chunk in engine.stream(prompt, **call, guidance_scale=4.0, output_type="uint8", checkpoint=keep):
+for chunk in engine.stream(prompt, **call, output_type="uint8", checkpoint=keep):
     receipts[chunk.block] = output.write(chunk.block, chunk.frames)
     if chunk.block == 2:
         break  # a crash would do as well

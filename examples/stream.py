@@ -26,7 +26,6 @@ for chunk in engine.stream(
     width=64,
     num_frames=options.num_frames,
     num_inference_steps=options.steps,
-    guidance_scale=4.0,
     output_type="uint8",  # frames [F, H, W, 3]; others are "np", "pt", "pil" and "latent"
     seed=7,
 ):

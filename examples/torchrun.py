@@ -26,7 +26,6 @@ chunks = engine.stream(
     width=64,
     num_frames=options.num_frames,
     num_inference_steps=options.steps,
-    guidance_scale=4.0,
     output_type="uint8",
 )
 output = open_output(options.out, fps=16) if dist.get_rank() == 0 else None

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import checkpoint
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel
 from learner import PADDED, TRANSFORMER, Text, make_transformer
 from make_latents import LATENTS
+from sampler import FLOW_SHIFT
 from scenes import vocabulary
-from train_transformer import SHIFT, Data
+from train_transformer import Data
 from train_vae import make_vae
 
 from dualparal.models.wan.tiny import make_tokenizer
@@ -68,11 +69,12 @@ def main() -> None:
     transformer = WanTransformer3DModel(**TRANSFORMER)
     transformer.load_state_dict(trained.state_dict())
     check(transformer, text)
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=SHIFT
-    )
     pipe = WanPipeline(
-        tokenizer=tokenizer, text_encoder=text.encoder, transformer=transformer, vae=vae, scheduler=scheduler
+        tokenizer=tokenizer,
+        text_encoder=text.encoder,
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchLCMScheduler(shift=FLOW_SHIFT),
     )
     for part in (vae, transformer, text.encoder):
         part.half()
