@@ -271,7 +271,8 @@ def _video(flags: VideoFlags, model: str, output_type: str, clip: Path | None) -
         from dualparal.io.clips import probe_clip  # and with it numpy
 
         found = probe_clip(clip)
-        height, width = height or found.height, width or found.width
+        height = found.height if height is None else height
+        width = found.width if width is None else width
     return VideoConfig.of(
         video_defaults(model),
         height=height,

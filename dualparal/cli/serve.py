@@ -85,7 +85,7 @@ def serve(call: typer.Context, flags: ServeFlags, limits: ServeLimits, blocks: B
     from dualparal.server.settings import Settings
 
     default = video_defaults(flags.model)
-    steps = flags.num_inference_steps or default.num_inference_steps
+    steps = default.num_inference_steps if flags.num_inference_steps is None else flags.num_inference_steps
     height, width = default.height, default.width
     if flags.size is not None:
         across, cross, up = flags.size.lower().partition("x")
