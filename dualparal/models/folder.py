@@ -73,11 +73,11 @@ def hub_file(model: str, name: str) -> Path | None:
     """
     if not _is_hub_id(model) or Path(model).exists() or hub_id_of(model) is not None:
         return None
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download  # which, unlike hf_hub_download, does not try again for 23 s
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     with contextlib.suppress(HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        return Path(hf_hub_download(model, name))
+        return Path(snapshot_download(model, allow_patterns=[name])) / name
     return None
 
 

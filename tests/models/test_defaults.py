@@ -73,19 +73,19 @@ def test_what_no_video_can_have_is_refused_with_its_file(model: Path, text: str,
 
 
 def test_of_a_hub_id_the_one_file_is_downloaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, list[str]]] = []
 
-    def download(repo: str, name: str) -> str:
-        asked.append((repo, name))
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
         if repo == "nobody/none":
             raise LocalEntryNotFoundError("no network")
-        return str(model / name)
+        return str(model)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert own(video_defaults("someone/else")) == OWN
     for name in ("nobody/none", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "./someone", "a" * 5000, "a/b/c"):
         assert video_defaults(name) == VideoConfig()
-    assert asked == [(repo, "generation_config.json") for repo in ("someone/else", "nobody/none")]
+    assert asked == [(repo, ["generation_config.json"]) for repo in ("someone/else", "nobody/none")]
 
 
 def test_every_caller_takes_them(engine: Callable[..., Any], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
