@@ -63,6 +63,7 @@ class Variant:
     max_blocks_in_flight: int | None = None  # K
     context_version: str = "matching"
     refresh_every: int | None = None  # R
+    anchor_frames: int = 0  # of block 0, that all others see
     reuse: str = "off"  # a preset, or fields
     forced: bool = False  # the first block is the truth, encoded: what the others do once the layout is right
 
@@ -88,6 +89,7 @@ SAMPLERS = {
     "unipc": {"sampler": "unipc", "guidance_scale": 4.0},
     "shift 5": {"sampler": "unipc", "flow_shift": 5.0, "guidance_scale": 3.0},
 }
+CHANGED = {"C2": {"context_frames": 2}, "C8": {"context_frames": 8}, "A4": {"anchor_frames": 4}}
 VARIANTS = {
     variant.name: variant
     for variant in [
@@ -107,6 +109,10 @@ VARIANTS = {
         *(Variant(f"{p} euler", context=p, sampler="euler") for p in POLICIES),
         *(Variant(f"{p} K{k}", context=p, max_blocks_in_flight=k) for p in POLICIES for k in (5, 10)),
         *(Variant(f"cached K{k} newest", max_blocks_in_flight=k, context_version="newest") for k in (5, 10)),
+        *(
+            Variant(f"cached K5 newest {name}", max_blocks_in_flight=5, context_version="newest", **more)  # type: ignore[arg-type]
+            for name, more in CHANGED.items()
+        ),
         *(Variant(f"{p} R{r}", context=p, refresh_every=r) for p in ("cached", "prior") for r in (2, 5, 10)),
         *(Variant(f"whole T{t}", frames_per_block=None, context_frames=0, steps=t) for t in (4, 8, 50)),
         *(Variant(f"cached {name}", reuse=name) for name in ("mild", "strong")),
@@ -244,7 +250,7 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
     engine = Engine.from_pretrained(
         model, frames_per_block=block, context_frames=variant.context_frames, context=variant.context, device="cpu",
         max_blocks_in_flight=variant.max_blocks_in_flight, context_version=variant.context_version,
-        refresh_every=variant.refresh_every, reuse=variant.reuse,
+        refresh_every=variant.refresh_every, reuse=variant.reuse, anchor_frames=variant.anchor_frames,
     )  # fmt: skip
     if variant.sampler == "unipc":
         engine.scheduler = UniPCMultistepScheduler(
