@@ -1,10 +1,10 @@
 """Trains finished weights on clips of their own, towards those that show what their captions ask for.
 
     torchrun --nproc-per-node=2 -- tools/train_reward.py --out build/reward --data build/more --threads 1 \
-        --start build/learnt --teacher dualparal/moving_shapes --guidance 3
+        --start build/learnt --teacher build/guided --guidance 3
 
-DiffusionNFT (arXiv 2509.16117) with beta = 1. In every round the average of the weights makes clips of new captions,
-GROUP of each and without guidance: of one block or two at once, or of four as in a queue. The tracker of bench/meter
+DiffusionNFT (arXiv 2509.16117) with beta = 1. In every round the average of the weights makes clips of new captions, a
+group of each and without guidance: of one block or two at once, or of four as in a queue. The tracker of bench/meter
 says in what share of its frames the objects are as many as asked for, and a block's advantage a is twice by how much
 it is better than those of its group, in -1 to 1. In a queue only blocks are compared that come after one which ended
 right: what they are judged by is whether they hold it. Then, of the noisy block, the velocity learns
@@ -29,6 +29,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from meter.scene_metrics import counts_right, track
 
 WHOLE = 2 * BLOCK  # latent frames of the longest clip that is made at once
-LENGTHS = {BLOCK: 0.3, WHOLE: 0.3, 4 * BLOCK: 0.4}  # latent frames of a round's clips, and how often
-FRAMES = {BLOCK: 768, WHOLE: 768, 4 * BLOCK: 512}  # latent frames that a rank makes in a round
-GROUPS = {BLOCK: 6, WHOLE: 6, 4 * BLOCK: 4}  # clips of a caption
 BATCH = 192  # latent frames that are made, judged or learnt at once
 ALONE = 0.35  # share of the scenes of one object that are made: they are right early
 ENDED_RIGHT = 0.75  # share of the frames of a block's last CONTEXT latents
-PASSES = {BLOCK: 4, WHOLE: 4, 4 * BLOCK: 8}  # over a round's blocks, with other noise; a queue has few that teach
 LAYOUT = 0.85, 0.6  # noise levels: three in four are above the one, the others above the other
 LATE, EARLY = 0.3, 0.4  # of a block in a queue: share of the steps left at the end, share of batches without a next
 KEPT = 0.5  # what the teacher's windows weigh that are learnt beside clips, half as many
@@ -62,6 +59,31 @@ OTHERS = ("queue", "queue", "queue", "queue", "whole", "whole")  # steps of a ro
 EMA = 0.85
 HIGH_NOISE = 0.65  # of the teacher's windows, as in the training before
 WARM = 2  # rounds until the rate is full
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What a round makes and learns from.
+
+    Attributes:
+        share: of the rounds.
+        made: latent frames that a rank makes in a round.
+        group: clips of a caption.
+        passes: over a round's blocks, with other noise.
+    """
+
+    share: float
+    made: int
+    group: int
+    passes: int
+
+
+# By latent frames of a clip. A queue has few blocks that teach.
+CLIPS = {
+    BLOCK: Clips(0.3, made=768, group=6, passes=4),
+    WHOLE: Clips(0.3, made=768, group=6, passes=4),
+    4 * BLOCK: Clips(0.4, made=512, group=4, passes=8),
+}
 
 
 def new_scenes(rng: np.random.Generator, number: int) -> list[Scene]:
@@ -122,8 +144,9 @@ class Round:
 
     def __init__(self, learner: Learner, judge: Judge, data: Data, rng: np.random.Generator, frames: int) -> None:
         self.block = frames if frames <= WHOLE else BLOCK
-        group = GROUPS[frames]
-        groups = FRAMES[frames] // (group * frames)
+        self.kind = CLIPS[frames]
+        group = self.kind.group
+        groups = self.kind.made // (group * frames)
         scenes = [scene for scene in new_scenes(rng, groups) for _ in range(group)]
         self.captions = [scene.caption(rng) for scene in scenes]
         generator = torch.Generator(learner.device).manual_seed(int(rng.integers(1 << 40)))
@@ -144,14 +167,14 @@ class Round:
     def batches(self, rng: np.random.Generator) -> list[tuple[tuple[int, int, int], np.ndarray]]:
         """Latent frames before a block, of it and behind it, and numbers [n, 2] of clips and blocks that teach.
 
-        Two thirds of BATCH at a time, PASSES over them all; as many on every rank.
+        Two thirds of BATCH at a time, several passes over them all; as many on every rank.
         """
         teach = np.argwhere(abs(self.advantages) > 0.02)
         place, last = teach[:, 1], self.advantages.shape[1] - 1
         found = []
         for before, behind in itertools.product((0, CONTEXT), (0, CONTEXT)):
             left = teach[((place > 0) == (before > 0)) & ((place < last) == (behind > 0))]
-            left = np.concatenate([rng.permutation(left) for _ in range(PASSES[self.clips.shape[2]])])
+            left = np.concatenate([rng.permutation(left) for _ in range(self.kind.passes)])
             while True:
                 parts = before, self.block, 0 if rng.random() < EARLY else behind
                 size = 2 * BATCH // (3 * sum(parts))
@@ -233,7 +256,7 @@ def main() -> None:
     for number in range(start, options.rounds):
         shared = np.random.default_rng([options.seed, 3, number])
         rng = np.random.default_rng([options.seed, 4, number, rank])
-        frames = int(shared.choice(list(LENGTHS), p=list(LENGTHS.values())))
+        frames = int(shared.choice(list(CLIPS), p=[kind.share for kind in CLIPS.values()]))
         round_began = time.perf_counter()
         clips = Round(learner, judge, data["short"], rng, frames)
         making = time.perf_counter() - round_began

@@ -218,10 +218,11 @@ def main() -> None:
     rank, ranks = parallel.start()
     device = torch.device(options.device)
     learner = Learner(options.start, device, bfloat16=not options.float32)
-    teachers = [
-        None if options.guidance is None else Learner(folder, device, bfloat16=not options.float32)
-        for folder in (options.start, options.going_on or options.start)
-    ]
+    teacher = going_on = None
+    if options.guidance is not None:
+        teacher = going_on = Learner(options.start, device, bfloat16=not options.float32)
+    if options.going_on:
+        going_on = Learner(options.going_on, device, bfloat16=not options.float32)
     data = {"whole": Data(options.out / "latents", options.seed, device, learner.scale)}
     data["queue"] = data["whole"]
     if "short" in options.mix:
@@ -241,8 +242,8 @@ def main() -> None:
         generator = torch.Generator(device).manual_seed(step)
         noise = torch.randn(windows.clean.shape, generator=generator, device=device)
         windows, noise = windows.of_rank(rank, ranks), noise[rank::ranks]
-        teacher = teachers[windows.goes_on]
-        wanted = None if teacher is None else windows.guided(teacher, noise, options.guidance)
+        asked = going_on if windows.goes_on else teacher
+        wanted = None if asked is None else windows.guided(asked, noise, options.guidance)
         loss = windows.loss(learner, noise, wanted)
         learner.learn(loss, options.rate * warm * decay, min(EMA, (step + 1) / (step + 10)))
         losses[kind].append(loss.item())

@@ -99,11 +99,12 @@ def test_a_stopped_run_goes_on_where_it_was(trained: Path, tmp_path: Path) -> No
 
 
 def test_the_export_is_a_pipeline(trained: Path, tmp_path: Path) -> None:
-    run(export_model, "--out", trained, "--model", tmp_path / "model")
+    run(export_model, "--out", trained, "--model", tmp_path / "model", "--guidance-scale", 1)
     engine = dualparal.Engine.from_pretrained(tmp_path / "model", frames_per_block=2, context_frames=1, device="cpu")
-    frames = engine(
-        "a red circle on a dark background", height=64, width=64, num_frames=17, num_inference_steps=2
-    ).frames
+    shipped = dualparal.Engine.from_pretrained("moving-shapes", device="cpu")
+    assert engine.source.defaults == shipped.source.defaults and engine.source.defaults.guidance_scale == 1
+    assert engine.scheduler.config == shipped.scheduler.config
+    frames = engine("a red circle on a dark background", num_frames=17, num_inference_steps=2).frames
     assert np.asarray(frames).shape[-4:] == (17, 64, 64, 3)
 
 
@@ -153,8 +154,8 @@ def short_queue(monkeypatch: pytest.MonkeyPatch) -> None:
 def short_rounds(short_queue: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips of a block of four latents, of two blocks, and a queue of three."""
     sizes = {"BLOCK": 4, "CONTEXT": 2}
-    rounds = {"WHOLE": 8, "LENGTHS": {4: 0.3, 8: 0.2, 12: 0.5}, "FRAMES": dict.fromkeys((4, 8, 12), 96), "BATCH": 48}
-    rounds |= {"GROUPS": {4: 4, 8: 4, 12: 2}, "PASSES": {4: 4, 8: 4, 12: 8}}
+    kinds = {4: (0.3, 96, 4, 4), 8: (0.2, 96, 4, 4), 12: (0.5, 96, 2, 8)}
+    rounds = {"WHOLE": 8, "BATCH": 48, "CLIPS": {frames: train_reward.Clips(*kind) for frames, kind in kinds.items()}}
     for module, values in (
         (train_reward, sizes | rounds),
         (sampler, sizes | {"STEPS": 3, "QUEUE_STEPS": 3, "QUEUE_GAP": 1}),
