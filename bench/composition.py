@@ -6,9 +6,10 @@
 
 Whole clips in one batch by UniPC, or by the sampler that takes fresh noise at every step (lcm),
 of the captions and with the measures of bench/quality.py.
-Each sampler (STEPS:SHIFT, STEPS:SHIFT:GUIDANCE, or that and :lcm) starts from the same noise; differences from the
-first are paired by caption, with 95 % intervals of Student's t. --encoder: how well a linear probe reads how many
-objects of a colour are asked for from the embedding of the colour's word, on captions that it was not fitted to.
+Each sampler (STEPS:SHIFT, with :GUIDANCE unless it is the model's own, with :lcm) starts from the same noise;
+differences from the first are paired by caption, with 95 % intervals of Student's t. --encoder: how well a linear probe
+reads how many objects of a colour are asked for from the embedding of the colour's word, on captions that it was not
+fitted to.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from quality import MODEL, load_pipe
 from scenes import COLOURS, HELD_OUT, MAX_OBJECTS, SIZE, Scene, held_out, sample_scene, vocabulary
 
 from dualparal.decoding.frames import to_uint8
+from dualparal.models.defaults import video_defaults
 from dualparal.models.wan.tiny import make_tokenizer
 from dualparal.models.wan.vae import StreamingDecoder
 
@@ -45,6 +47,7 @@ class Model:
 
     def __init__(self, folder: str) -> None:
         self.pipe: Any = load_pipe(folder)
+        self.guidance = video_defaults(folder).guidance_scale
         self.transformer, self.processor = make_transformer()
         self.transformer.load_state_dict(self.pipe.transformer.state_dict())
         with tempfile.TemporaryDirectory() as place:
@@ -57,9 +60,9 @@ class Model:
 
     @torch.inference_mode()
     def sample(self, captions: list[str], latents: int, sampler: str, seed: int) -> torch.Tensor:
-        """Clips [captions, channels, latents, h, w] by ``sampler``: STEPS:SHIFT[:GUIDANCE[:lcm]]."""
+        """Clips [captions, channels, latents, h, w] by ``sampler``: STEPS:SHIFT[:GUIDANCE][:lcm]."""
         numbers, fresh, _ = sampler.partition(":lcm")
-        steps, shift, guidance = (*map(float, numbers.split(":")), 4.0)[:3]
+        steps, shift, guidance = (*map(float, numbers.split(":")), self.guidance)[:3]
         generator = torch.Generator().manual_seed(seed)
         if fresh:
             scheduler: Any = FlowMatchLCMScheduler(shift=shift)
@@ -119,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--latents", type=int, nargs="+", default=[4], help="frames of the clips")
-    parser.add_argument("--samplers", nargs="+", default=["20:2"], help="STEPS:SHIFT[:GUIDANCE[:lcm]]")
+    parser.add_argument("--samplers", nargs="+", default=["20:5:lcm"], help="STEPS:SHIFT[:GUIDANCE][:lcm]")
     parser.add_argument("--prompts", type=int, default=40, help="captions, two at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder", action="store_true", help="probe the text encoder, make no clip")

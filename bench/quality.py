@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import sys
 import time
@@ -481,7 +482,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             continue
         told = quality_report.differences(found, videos[latents, base])
         text = ", ".join(
-            f"{figure} {v:.2f} ({low:.2f} to {high:.2f})"
+            f"{figure} {v:.2f}"
+            + ("" if math.isnan(low) else f" ({low:.2f} to {high:.2f})")  # all captions agree
             + (" FINDING" if quality_report.is_finding(found, low, high, ratio=figure in quality_report.RATIOS) else "")
             for figure, (v, low, high) in told.items()
         )
