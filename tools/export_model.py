@@ -22,12 +22,13 @@ from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler, WanPipeline, WanT
 from learner import PADDED, TRANSFORMER, Text, make_transformer
 from make_latents import LATENTS
 from sampler import FLOW_SHIFT
-from scenes import vocabulary
+from scenes import SIZE, vocabulary
 from train_transformer import Data
 from train_vae import make_vae
 
 from dualparal.models.wan.tiny import make_tokenizer
 
+STEPS = 20  # that callers take who name none
 CARD = Path(__file__).with_name("model_card.md")
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--model", type=Path, required=True, help="folder to write; what is there is replaced")
     parser.add_argument("--vae", type=Path, help="folder in diffusers' layout")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="what callers take who name none; 1: none")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="what callers take who name none; 1: none")
     options = parser.parse_args()
     if options.vae is None:
         data = Data(options.out / "latents", 0, torch.device("cpu"))
@@ -82,8 +83,12 @@ def main() -> None:
     config = options.model / "vae/config.json"  # diffusers notes where an autoencoder came from
     kept = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
     config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
-    defaults = {"height": 8 * LATENTS[-2], "width": 8 * LATENTS[-1], "num_inference_steps": 20}
-    defaults |= {"guidance_scale": options.guidance_scale}
+    defaults = {
+        "height": SIZE,
+        "width": SIZE,
+        "num_inference_steps": STEPS,
+        "guidance_scale": options.guidance_scale,
+    }
     (options.model / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n")
     shutil.copy(CARD, options.model / "README.md")
     size = sum(file.stat().st_size for file in options.model.rglob("*") if file.is_file())

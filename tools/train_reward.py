@@ -1,6 +1,6 @@
 """Trains finished weights on clips of their own, towards those that show what their captions ask for.
 
-    torchrun --nproc-per-node=2 -- tools/train_reward.py --out build/reward --data build/more --threads 1 \
+    torchrun --nproc-per-node=2 -- tools/train_reward.py --out build/reward --data build/last --threads 1 \
         --start build/learnt --teacher build/guided --guidance 3
 
 DiffusionNFT (arXiv 2509.16117) with beta = 1. In every round the average of the weights makes clips of new captions, a

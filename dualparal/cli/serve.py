@@ -50,9 +50,10 @@ class ServeFlags:
     ] = None
     out_dir: Annotated[Path, typer.Option(help="Folder of videos, snapshots and the queue.")] = Path("videos")
     fps: Annotated[int, typer.Option(help="Frames per second.")] = 16
-    size: Annotated[str | None, typer.Option(help="Default WIDTHxHEIGHT of a video. The model's own, or 832x480.")] = (
-        None
-    )
+    size: Annotated[
+        str | None,
+        typer.Option(help="Default WIDTHxHEIGHT of a video. The model's own, or 832x480.", show_default=False),
+    ] = None
     seconds: Annotated[float, typer.Option(help="Default length of a video.")] = 4.0
     num_inference_steps: Annotated[
         int | None, typer.Option("--steps", help="Default steps. The model's own, or 50.", show_default=False)
