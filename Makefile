@@ -15,7 +15,7 @@ NEWEST ?=
 
 demo: .venv/.installed
 	mkdir -p demo
-	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 --max-blocks-in-flight 6 --context-version newest \
+	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 \
 		--out demo/video.mp4 --device cpu --stages 2 --overwrite
 
 test: .venv/.installed-dev

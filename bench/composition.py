@@ -34,7 +34,7 @@ from quality import MODEL, load_pipe
 from scenes import COLOURS, HELD_OUT, MAX_OBJECTS, SIZE, Scene, held_out, sample_scene, vocabulary
 
 from dualparal.decoding.frames import to_uint8
-from dualparal.models.defaults import video_defaults
+from dualparal.models.defaults import model_defaults
 from dualparal.models.wan.tiny import make_tokenizer
 from dualparal.models.wan.vae import StreamingDecoder
 
@@ -47,7 +47,7 @@ class Model:
 
     def __init__(self, folder: str) -> None:
         self.pipe: Any = load_pipe(folder)
-        self.guidance = video_defaults(folder).guidance_scale
+        self.guidance = model_defaults(folder).video.guidance_scale
         self.transformer, self.processor = make_transformer()
         self.transformer.load_state_dict(self.pipe.transformer.state_dict())
         with tempfile.TemporaryDirectory() as place:

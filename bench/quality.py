@@ -38,7 +38,7 @@ from scenes import HELD_OUT, SIZE, Scene, held_out, video
 
 import dualparal
 from dualparal.config.blocks import BlockConfig
-from dualparal.models.defaults import video_defaults
+from dualparal.models.defaults import model_defaults
 from dualparal.schedule.layout import Layout
 
 MODEL = str(Path(dualparal.__file__).with_name("moving_shapes"))
@@ -236,7 +236,7 @@ def make_latents(model: str, job: Job) -> torch.Tensor:
     side = SIZE // pipe.vae_scale_factor_spatial
     if variant.method == "vae":
         return encode(pipe.vae, job.truth())
-    own = video_defaults(model).guidance_scale
+    own = model_defaults(model).video.guidance_scale
     guidance = own if variant.guidance_scale is None else variant.guidance_scale
     if variant.method == "fifo":
         return fifo.generate(

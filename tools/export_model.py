@@ -29,6 +29,7 @@ from train_vae import make_vae
 from dualparal.models.wan.tiny import make_tokenizer
 
 STEPS = 20  # that callers take who name none
+BLOCKS_IN_FLIGHT = 5  # a predecessor is a fifth of the steps ahead: within train_transformer.GAPS
 CARD = Path(__file__).with_name("model_card.md")
 
 
@@ -88,6 +89,8 @@ def main() -> None:
         "width": SIZE,
         "num_inference_steps": STEPS,
         "guidance_scale": options.guidance_scale,
+        "max_blocks_in_flight": BLOCKS_IN_FLIGHT,
+        "context_version": "newest",
     }
     (options.model / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n")
     shutil.copy(CARD, options.model / "README.md")

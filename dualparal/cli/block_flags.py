@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import typer
 
@@ -33,16 +33,19 @@ class BlockFlags:
     max_blocks_in_flight: Annotated[
         int | None,
         typer.Option(
-            help="Blocks under way at once: fewer give the first frames earlier. Default: one per step.",
+            help="Blocks under way at once: fewer give the first frames earlier. Default: the model's own, or one per "
+            "step.",
             show_default=False,
         ),
     ] = None
     context_version: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="matching or newest: which features of the block before cached reads, with a limit as above."
+            help="matching or newest: which features of the block before cached reads, with a limit as above. Default: "
+            "the model's own, or matching.",
+            show_default=False,
         ),
-    ] = "matching"
+    ] = None
     refresh_every: Annotated[
         int | None,
         typer.Option(
@@ -57,3 +60,7 @@ class BlockFlags:
     anchor_weight: Annotated[
         float, typer.Option(help="Added to the logits of these frames: above 0 they are attended to more, below less.")
     ] = 0.0
+
+    def given(self) -> dict[str, Any]:
+        """Fields of ``BlockConfig``: all but those that were left to the model."""
+        return {name: value for name, value in asdict(self).items() if value is not None}

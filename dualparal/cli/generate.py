@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -39,8 +39,8 @@ from dualparal.config.video import VideoConfig
 from dualparal.io.locks import Locks
 from dualparal.launch.blame import Limits
 from dualparal.launch.heartbeat import Heartbeat, on_stop_signals
-from dualparal.models.defaults import video_defaults
-from dualparal.schedule.policies import POLICIES
+from dualparal.models.defaults import model_defaults
+from dualparal.schedule.policies import with_refreshes
 
 GROUPS = (
     PromptFlags,
@@ -143,6 +143,10 @@ def _asked_for(
         if job.resume:
             return job, ""
     if place.plan is not None and not supervised:
+        if place.layers_per_stage is not None or blocks.max_blocks_in_flight is not None:
+            raise ValueError(
+                f"--plan {place.plan} with --layers-per-stage or --max-blocks-in-flight: that is what it chooses"
+            )
         given = place.stages is not None or place.decode_gpus > 0 or place.decode_in_place
         search = place.gpus is not None and not given
         job = _planned(job, place.plan, search, search_places=search and place.sequence_parallel == 1)
@@ -174,9 +178,13 @@ def _job(
     if split and place.gpus is None and stages is None and "RANK" not in os.environ:
         stages = len(split)
     places = place.sequence_parallel
+    own = model_defaults(model.model)
     stages = count_stages(place.gpus, stages, place.device, place.decode_gpus, places)
-    request = _video(video, model.model, "latent" if out is None else "uint8", prompts.continue_from)
+    request = _video(video, own.video, "latent" if out is None else "uint8", prompts.continue_from)
     skipped = Reuse.of(reuse.reuse)
+    cut = BlockConfig.of(own.blocks, **blocks.given())
+    if output.checkpoint is not None:
+        cut = with_refreshes(cut, len(skipped.runs(request.num_inference_steps)))
     return Job(
         prompts=_prompts(texts, prompts.prompt_at or [], video.num_frames),
         negative_prompt=prompts.negative_prompt,
@@ -185,7 +193,7 @@ def _job(
         continue_from=prompts.continue_from,
         video=request,
         engine=EngineConfig(
-            blocks=_blocks(blocks, output.checkpoint, len(skipped.runs(request.num_inference_steps))),
+            blocks=cut,
             stages=stages,
             layers_per_stage=split,
             transformers=model.transformers,
@@ -263,9 +271,9 @@ def _prompts(texts: list[str], later: list[str], num_frames: int) -> list[dict[i
     return [prompts, *({0: text} for text in texts[1:])]
 
 
-def _video(flags: VideoFlags, model: str, output_type: str, clip: Path | None) -> VideoConfig:
-    """The request of the flags; the default size is that of the clip that it goes on from, or the model's. Raises
-    ValueError."""
+def _video(flags: VideoFlags, own: VideoConfig, output_type: str, clip: Path | None) -> VideoConfig:
+    """The request of the flags; the default size is that of the clip that it goes on from, or the model's ``own``.
+    Raises ValueError."""
     height, width = flags.height, flags.width
     if clip is not None:
         from dualparal.io.clips import probe_clip  # and with it numpy
@@ -274,7 +282,7 @@ def _video(flags: VideoFlags, model: str, output_type: str, clip: Path | None) -
         height = found.height if height is None else height
         width = found.width if width is None else width
     return VideoConfig.of(
-        video_defaults(model),
+        own,
         height=height,
         width=width,
         num_frames=flags.num_frames,
@@ -287,15 +295,6 @@ def _video(flags: VideoFlags, model: str, output_type: str, clip: Path | None) -
         sigmas=parse_steps("--sigmas", flags.sigmas),
         continues=clip is not None,
     )
-
-
-def _blocks(flags: BlockFlags, checkpoint: Path | None, steps: int) -> BlockConfig:
-    """The blocks of the flags, with the refreshes that snapshots need where features outlive an iteration."""
-    found = BlockConfig(**asdict(flags))
-    stateless = POLICIES[found.context].is_stateless or found.context_frames == 0
-    if found.refresh_every is not None or checkpoint is None or stateless:
-        return found
-    return replace(found, refresh_every=max(1, steps // 2))
 
 
 def _planned(job: Job, mode: str, search_decoders: bool, search_places: bool) -> Job:
@@ -323,8 +322,6 @@ def _planned(job: Job, mode: str, search_decoders: bool, search_places: bool) ->
             "--plan auto in a run of several processes: it starts its own with --gpus; or give --layers-per-stage and "
             "--max-blocks-in-flight as 'dualparal plan' says"
         )
-    if engine.layers_per_stage is not None or engine.blocks.max_blocks_in_flight is not None:
-        raise ValueError("--plan auto with --layers-per-stage or --max-blocks-in-flight: that is what it chooses")
     dtype = engine.dtype or ("float32" if engine.device == "cpu" else "bfloat16")
     vae_dtype = choose_vae_dtype(engine.vae_dtype, on_card=engine.device != "cpu")
     sizes = resolve_model(job.model, transformers=engine.transformers).sizes

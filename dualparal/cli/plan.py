@@ -118,7 +118,7 @@ def plan(
     call: typer.Context, flags: PlanFlags, blocks: BlockFlags, eight_bit: EightBitFlags, reuse: ReuseFlags
 ) -> None:
     """Says what a video will cost on some cards, before weights are downloaded. A prediction."""
-    options = {**asdict(flags), **asdict(blocks), **eight_bit.options(), **asdict(reuse)}
+    options = {**asdict(flags), **blocks.given(), **eight_bit.options(), **asdict(reuse)}
     height, width = _size(options.pop("size"))
     options["transformers"] = options.pop("transformer")
     options |= {name: parse_steps(f"--{name}", options[name]) for name in ("timesteps", "sigmas")}

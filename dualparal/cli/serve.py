@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,9 +15,9 @@ from dualparal.config.blocks import BlockConfig
 from dualparal.config.engine import EngineConfig
 from dualparal.config.reuse import Reuse
 from dualparal.launch.exit_codes import RANK_FAILED, STORAGE
-from dualparal.models.defaults import video_defaults
+from dualparal.models.defaults import model_defaults
 from dualparal.models.registry import BUILT_IN
-from dualparal.schedule.policies import POLICIES
+from dualparal.schedule.policies import with_refreshes
 
 if TYPE_CHECKING:
     from dualparal.server.settings import Settings
@@ -85,7 +85,8 @@ def serve(call: typer.Context, flags: ServeFlags, limits: ServeLimits, blocks: B
         raise ValueError(f"serve needs {', '.join(missing)}: pip install 'dualparal[server]'")
     from dualparal.server.settings import Settings
 
-    default = video_defaults(flags.model)
+    own = model_defaults(flags.model)
+    default = own.video
     steps = default.num_inference_steps if flags.num_inference_steps is None else flags.num_inference_steps
     height, width = default.height, default.width
     if flags.size is not None:
@@ -96,7 +97,14 @@ def serve(call: typer.Context, flags: ServeFlags, limits: ServeLimits, blocks: B
     settings = Settings(
         model=flags.model,
         gpus=flags.gpus,
-        engine=_engine(flags, blocks, reuse, steps),
+        engine=EngineConfig(
+            blocks=with_refreshes(BlockConfig.of(own.blocks, **blocks.given()), steps),
+            device=flags.device,
+            dtype=flags.dtype,
+            decode_ranks=flags.decode_gpus,
+            sequence_parallel=flags.sequence_parallel,
+            reuse=Reuse.of(reuse.reuse),
+        ),
         folder=flags.out_dir,
         host=flags.host,
         port=flags.port,
@@ -129,19 +137,3 @@ def _serve(settings: Settings) -> None:
         raise typer.Exit(RANK_FAILED) from None
     if not ended_well:
         raise typer.Exit(STORAGE)
-
-
-def _engine(flags: ServeFlags, blocks: BlockFlags, reuse: ReuseFlags, steps: int) -> EngineConfig:
-    """The options of the engine; where features outlive an iteration, with the refreshes that snapshots need."""
-    found = BlockConfig(**asdict(blocks))
-    stateless = POLICIES[found.context].is_stateless or found.context_frames == 0
-    if found.refresh_every is None and not stateless:
-        found = replace(found, refresh_every=max(1, steps // 2))
-    return EngineConfig(
-        blocks=found,
-        device=flags.device,
-        dtype=flags.dtype,
-        decode_ranks=flags.decode_gpus,
-        sequence_parallel=flags.sequence_parallel,
-        reuse=Reuse.of(reuse.reuse),
-    )

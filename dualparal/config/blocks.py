@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 ContextPolicy = Literal["cached", "prior", "paper"]
 ContextVersion = Literal["matching", "newest"]
@@ -12,6 +12,7 @@ CONTEXT_POLICIES: tuple[str, ...] = get_args(ContextPolicy)
 CONTEXT_VERSIONS: tuple[str, ...] = get_args(ContextVersion)
 DEFAULT_VERSION: ContextVersion = "matching"
 VERSIONED_POLICIES: tuple[str, ...] = ("cached",)  # those with a choice of versions
+OF_MODEL = ("max_blocks_in_flight", "context_version")  # a model may bring its own
 MAX_STEPS = 10_000
 MAX_WEIGHT = 100  # of logits: e ** 100 is all there is
 
@@ -92,6 +93,22 @@ class BlockConfig:
             )
         if weight and not self.anchor_frames:
             raise ValueError(f"anchor_weight={weight} with anchor_frames=0: there is no anchor; give anchor_frames too")
+
+    @classmethod
+    def of(cls, own: BlockConfig | None = None, **fields: Any) -> BlockConfig:
+        """The blocks of some fields.
+
+        Args:
+            own: whose max_blocks_in_flight and, with a policy that has a choice, context_version are taken where
+                ``fields`` lacks them; None: those of the class.
+
+        Raises:
+            ValueError: as the class raises it.
+        """
+        if own is not None:
+            names = OF_MODEL if fields.get("context", cls.context) in VERSIONED_POLICIES else OF_MODEL[:1]
+            fields = {**{name: getattr(own, name) for name in names}, **fields}
+        return cls(**fields)
 
     def gap(self, num_steps: int) -> int:
         """Iterations between the entries of two blocks, and steps between neighbours: 1 to ``num_steps``."""

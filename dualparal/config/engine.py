@@ -171,10 +171,11 @@ class EngineConfig:
         return self.text_encoder_device == "cpu" and self.device != "cpu"
 
     @classmethod
-    def of(cls, **options: Any) -> EngineConfig:
+    def of(cls, own: BlockConfig | None = None, /, **options: Any) -> EngineConfig:
         """The config of flat options, as ``Engine.from_pretrained`` takes them.
 
         Args:
+            own: blocks as a model brings them (``BlockConfig.of``).
             options: fields of this class and of ``BlockConfig`` (frames_per_block, context_frames, context, ...).
                 Dtypes and ``device`` may be torch's own objects, ``attention_8bit`` and ``linear_8bit`` names of
                 modes, ``reuse`` a text (``Reuse.of``), ``layers_per_stage`` any sequence, ``loras`` and
@@ -196,7 +197,7 @@ class EngineConfig:
         if blocks and "blocks" in found:
             raise ValueError(f"blocks and {', '.join(blocks)} were both given; say it in one place")
         if "blocks" not in found:
-            found["blocks"] = BlockConfig(**blocks)
+            found["blocks"] = BlockConfig.of(own, **blocks)
         mode = found.get("attention_8bit", OFF)
         found["attention_8bit"] = mode if isinstance(mode, EightBitPolicy) else EightBitPolicy(mode)
         mode = found.get("linear_8bit", LINEAR_OFF)

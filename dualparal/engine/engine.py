@@ -31,6 +31,7 @@ from dualparal.engine.resume import check_restartable, decode_again, requests_of
 from dualparal.engine.run import Run
 from dualparal.engine.setup import Setup
 from dualparal.kernels.backend import current
+from dualparal.models.defaults import model_defaults
 from dualparal.models.source import ModelSource
 from dualparal.trace.stats import RunStats
 from dualparal.trace.timeline import check_name
@@ -93,7 +94,7 @@ class Engine:
         """
         if config is not None and options:
             raise ValueError(f"config and {', '.join(options)} were both given; say it in one place")
-        return cls(Setup.of(model, config or EngineConfig.of(**options)), report)
+        return cls(Setup.of(model, config or EngineConfig.of(model_defaults(model).blocks, **options)), report)
 
     @property
     def source(self) -> ModelSource:
@@ -176,7 +177,7 @@ class Engine:
                 ``prompt_embeds``): as many independent videos, whose units take turns; ``chunk.video`` says whose it
                 is, and each has the bits that it has alone. ``negative_prompt``, ``seed``, ``generator`` may then be
                 lists, and ``latents`` and embeddings have a row for each.
-            height, width, guidance_scale: None: those that the model brings (``video_defaults``), else diffusers'.
+            height, width, guidance_scale: None: those that the model brings (``models.defaults``), else diffusers'.
             num_frames: None for an endless video; stop by closing the iterator or calling ``interrupt``.
             num_inference_steps: None: the length of a list of steps, or what the model brings, else 50.
             timesteps, sigmas: the steps one by one, as diffusers' ``retrieve_timesteps`` takes them; at most one of

@@ -17,7 +17,7 @@ from dualparal.config.lora import Lora
 from dualparal.config.transformer_file import TransformerFile
 from dualparal.config.video import VideoConfig
 from dualparal.models.base import ModelSpec, Slice
-from dualparal.models.defaults import video_defaults
+from dualparal.models.defaults import model_defaults
 from dualparal.models.family import Component, Family, resolve
 from dualparal.models.headers import elements
 from dualparal.models.heap import give_back
@@ -143,7 +143,7 @@ class ModelFiles:
     @property
     def defaults(self) -> VideoConfig:
         """A request as the model has it where nothing was asked for. Raises ModelError."""
-        return video_defaults(self.path)
+        return model_defaults(self.path).video
 
     @cached_property
     def fingerprint(self) -> str:

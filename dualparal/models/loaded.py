@@ -10,7 +10,7 @@ import torch
 from dualparal.config.eight_bit import LINEAR_OFF, LinearPolicy
 from dualparal.config.video import VideoConfig
 from dualparal.models.base import ModelSpec, Slice
-from dualparal.models.defaults import video_defaults
+from dualparal.models.defaults import model_defaults
 from dualparal.models.family import Family
 from dualparal.models.files import EXPERTS
 from dualparal.models.json_files import ModelError
@@ -52,8 +52,7 @@ class LoadedPipeline:
     @property
     def defaults(self) -> VideoConfig:
         """A request as the folder has it that it was loaded from, where nothing was asked for. Raises ModelError."""
-        name = getattr(self.pipeline, "name_or_path", None)
-        return video_defaults(name) if name else VideoConfig()
+        return model_defaults(self.pipeline).video
 
     @property
     def fingerprint(self) -> str:

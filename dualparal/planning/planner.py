@@ -13,7 +13,7 @@ from typing import Any
 from dualparal.config.engine import EngineConfig
 from dualparal.config.units import GIB
 from dualparal.config.video import VideoConfig
-from dualparal.models.defaults import video_defaults
+from dualparal.models.defaults import model_defaults
 from dualparal.models.registry import model_sizes
 from dualparal.planning.devices import Device, links, parse_gpus
 from dualparal.planning.plan import Cards, NoPlan, Plan
@@ -47,10 +47,10 @@ def plan(
         options: fields of ``VideoConfig`` (num_frames, by default 1025, None for an endless video, height, width,
             num_inference_steps, timesteps ...; size, steps and guidance are by default the model's), and of
             ``EngineConfig`` and ``BlockConfig`` (frames_per_block, context, dtype ...). Blocks and context are kept,
-            unless nothing fits; without ``max_blocks_in_flight`` there is no limit, or where that does not fit the
-            largest that does (for memory with "newest" features, which take fewer slots). Without ``decode_ranks`` and
-            ``decode_in_place`` the fastest way to decode is searched, and without ``sequence_parallel`` the fastest
-            number of cards a stage.
+            unless nothing fits; without ``max_blocks_in_flight`` it is the model's own, or else there is no limit, or
+            where that does not fit the largest that does (for memory with "newest" features, which take fewer slots).
+            Without ``decode_ranks`` and ``decode_in_place`` the fastest way to decode is searched, and without
+            ``sequence_parallel`` the fastest number of cards a stage.
 
     Raises:
         NoPlan: it cannot be done; says why, and what can.
@@ -59,9 +59,10 @@ def plan(
     names = {item.name for item in fields(VideoConfig)} & set(options)
     asked = {"num_frames": 1025, **{name: options.pop(name) for name in names}}
     places = "sequence_parallel" not in options
-    config = EngineConfig.of(**options)
+    own = model_defaults(model)
+    config = EngineConfig.of(own.blocks, **options)
     sizes = model_sizes(model, config.transformers)
-    work = Workload(sizes, VideoConfig.of(video_defaults(model), **asked), config)
+    work = Workload(sizes, VideoConfig.of(own.video, **asked), config)
     search = not {"decode_ranks", "decode_in_place"} & set(options)
     groups = parse_gpus(gpus, extra_devices) if isinstance(gpus, str) else [list(group) for group in gpus]
     return plan_for(

@@ -8,10 +8,10 @@ layout, the planner, the engine and the command line ask the policy and compare 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
-from dualparal.config.blocks import CONTEXT_VERSIONS, DEFAULT_VERSION, VERSIONED_POLICIES
+from dualparal.config.blocks import CONTEXT_VERSIONS, DEFAULT_VERSION, VERSIONED_POLICIES, BlockConfig
 from dualparal.schedule.actions import Unit
 
 
@@ -188,3 +188,12 @@ class Paper(Policy):
 
 # In the order in which the planner prefers them.
 POLICIES: Mapping[str, Policy] = {policy.name: policy for policy in (Cached(), Prior(), Paper())}
+
+
+def with_refreshes(blocks: BlockConfig, num_steps: int) -> BlockConfig:
+    """Blocks with the refreshes that snapshots need where features outlive an iteration: unless given, every half of
+    ``num_steps``."""
+    stateless = POLICIES[blocks.context].is_stateless or blocks.context_frames == 0
+    if blocks.refresh_every is not None or stateless:
+        return blocks
+    return replace(blocks, refresh_every=max(1, num_steps // 2))

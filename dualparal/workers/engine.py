@@ -25,6 +25,7 @@ from dualparal.engine.engine import Engine as LocalEngine
 from dualparal.engine.inputs import Prompt, callback_of, split_videos
 from dualparal.engine.result import EngineOutput, whole_videos
 from dualparal.launch.supervisor import Kept
+from dualparal.models.defaults import model_defaults
 from dualparal.models.source import resolve_model
 from dualparal.trace.stats import RunStats
 from dualparal.workers.content import (
@@ -94,7 +95,7 @@ class Engine(LocalEngine):
             raise ValueError(f"config and {', '.join(options)} were both given; say it in one place")
         if report is not None:
             raise ValueError(f"report with gpus={gpus!r}: the ranks' supervisor has their reports; leave one out")
-        return WorkerEngine(model, config or EngineConfig.of(**options), gpus)
+        return WorkerEngine(model, config or EngineConfig.of(model_defaults(model).blocks, **options), gpus)
 
 
 class WorkerEngine:
