@@ -405,7 +405,7 @@ def test_generate_takes_its_plan_from_here(tmp_path: Path) -> None:
     command += ["--device", "cpu", "--stages", "2", "--latents-out", str(tmp_path / "l.safetensors"), "--plan"]
     done = subprocess.run([*command, "auto"], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    assert "plan: cached, B=8, C=4, layers " in done.stderr and (tmp_path / "l.safetensors").exists()
+    assert "plan: cached, B=8, C=4, K=5, layers " in done.stderr and (tmp_path / "l.safetensors").exists()
     for more, words in ((["best"], "use auto"), (["auto", "--layers-per-stage", "1,3"], "that is what it chooses")):
         refused = CliRunner().invoke(app, [*command[3:], *more])
         assert isinstance(refused.exception, ValueError) and words in str(refused.exception)
