@@ -15,7 +15,7 @@ NEWEST ?=
 
 demo: .venv/.installed
 	mkdir -p demo
-	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 \
+	$(BIN)/dualparal generate --prompt "$(PROMPT)" --num-frames 257 --anchor-frames 4 \
 		--out demo/video.mp4 --device cpu --stages 2 --overwrite
 
 test: .venv/.installed-dev

@@ -13,10 +13,9 @@ right: what they are judged by is whether they hold it. Then, of the noisy block
 
 which is flow matching where a = 1, as far away from the clip where a = -1, and nothing where a = 0. In terms of the
 paper, whose r is (1 + a) / 2, this is its loss without what does not depend on the weights. Groups whose blocks are
-all alike teach nothing and are left out. So that motion and shapes stay, true clips are learnt beside (--data, the
-folder that tools/train_transformer.py reads), by flow matching; but where a block goes on from one before, what
---teacher says of them with --guidance: there the truth would teach what weights say without guidance, which holds
-little, and elsewhere the teacher its own wrong layouts.
+all alike teach nothing and are left out. So that motion, shapes and what a queue shows stay, of true clips (--data,
+the folder that tools/train_transformer.py reads) the velocity learns beside what --teacher says with --guidance. Flow
+matching of these clips would teach what weights say without guidance, which holds little.
 
 Every rank makes and learns clips of its own. A round is a function of --seed, its number and the rank. The captions of
 ``scenes.held_out`` are not among those made.
@@ -55,10 +54,10 @@ ALONE = 0.35  # share of the scenes of one object that are made: they are right 
 ENDED_RIGHT = 0.75  # share of the frames of a block's last CONTEXT latents
 LAYOUT = 0.85, 0.6  # noise levels: three in four are above the one, the others above the other
 LATE, EARLY = 0.3, 0.4  # of a block in a queue: share of the steps left at the end, share of batches without a next
-KEPT = 0.5  # what windows of true clips weigh that are learnt beside those made, half as many
-OTHERS = ("queue", "queue", "queue", "queue", "whole", "whole")  # steps of a round on true clips alone
+KEPT = 0.5  # what the teacher's windows weigh that are learnt beside clips, half as many
+OTHERS = ("queue", "queue", "queue", "queue", "whole", "whole")  # steps of a round on the teacher's windows alone
 EMA = 0.85
-HIGH_NOISE = 0.65  # of windows of true clips, as in the training before
+HIGH_NOISE = 0.65  # of the teacher's windows, as in the training before
 WARM = 2  # rounds until the rate is full
 
 
@@ -210,7 +209,7 @@ class Round:
 
 
 class Kept:
-    """What is kept: the truth of clips, and of a teacher how a block goes on from the one before, with guidance."""
+    """What is kept of a teacher: its velocity in windows of true clips, with classifier-free guidance."""
 
     def __init__(self, teacher: Learner, guidance: float, data: dict[str, Data]) -> None:
         self.teacher, self.guidance, self.data = teacher, guidance, data
@@ -219,8 +218,7 @@ class Kept:
         """Of windows of a kind, ``total`` latent frames in all."""
         windows = draw(kind, self.data[kind], rng, WHOLE, total, HIGH_NOISE)
         noise = noise_of(windows.clean, rng)
-        wanted = windows.guided(self.teacher, noise, self.guidance) if windows.goes_on else None
-        return windows.loss(learner, noise, wanted)
+        return windows.loss(learner, noise, windows.guided(self.teacher, noise, self.guidance))
 
 
 def main() -> None:
@@ -228,7 +226,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, required=True, help="folder of finished weights, in diffusers' layout")
     parser.add_argument("--data", type=Path, required=True, help="folder with latents/ and short/")
-    parser.add_argument("--teacher", type=Path, help="weights that say how a block goes on; default: --start's")
+    parser.add_argument("--teacher", type=Path, help="weights of which is kept what they say; default: --start's")
     parser.add_argument("--guidance", type=float, default=1.0, help="with which they are asked; 1: none")
     parser.add_argument("--rounds", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
