@@ -90,7 +90,12 @@ SAMPLERS = {
     "unipc": {"sampler": "unipc", "guidance_scale": 4.0},
     "shift 5": {"sampler": "unipc", "flow_shift": 5.0, "guidance_scale": 3.0},
 }
-CHANGED = {"C2": {"context_frames": 2}, "C8": {"context_frames": 8}, "A4": {"anchor_frames": 4}}
+CHANGED = {
+    "C2": {"context_frames": 2},
+    "C8": {"context_frames": 8},
+    "A4": {"anchor_frames": 4},
+    "A4 C8": {"anchor_frames": 4, "context_frames": 8},
+}
 VARIANTS = {
     variant.name: variant
     for variant in [

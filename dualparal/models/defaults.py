@@ -18,7 +18,7 @@ FILE = "generation_config.json"  # beside model_index.json; transformers has one
 
 @dataclass(frozen=True)
 class Defaults:
-    """What is taken where the user says nothing.
+    """A request and blocks of one who says nothing.
 
     Attributes:
         video: with height, width, steps and guidance as the model has them.
@@ -31,7 +31,7 @@ class Defaults:
 
 
 def model_defaults(model: str | Path | Any) -> Defaults:
-    """What a model brings in ``generation_config.json`` of its folder.
+    """Defaults that a model brings, in ``generation_config.json`` of its folder.
 
     What the file does not have is as in ``WanPipeline.__call__`` (diffusers) and in ``BlockConfig``, and all of it
     where there is no file. Other names in it are left alone.
