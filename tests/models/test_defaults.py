@@ -119,7 +119,7 @@ def test_every_caller_takes_them(engine: Callable[..., Any], model: Path, monkey
     dualparal.Engine.from_pretrained(model, gpus=2)
     work = plan(str(model), "1x24GB", num_frames=5, context_frames=1).work
     assert own(work.video) == OWN and work.blocks == replace(blocks, context_frames=1)
-    monkeypatch.setattr("dualparal.cli.generate._run_job", lambda job, *_: found.append(job.engine) or 0)
+    monkeypatch.setattr("dualparal.cli.generate._run_job", lambda job, *_: found.append(job) or 0)
     for flags in ([], ["--checkpoint", "kept"], ["--plan", "auto"]):
         monkeypatch.setattr(sys, "argv", ["dualparal", "generate", "--model", str(model), "--prompt", "a cat", *flags])
         with pytest.raises(SystemExit):
@@ -128,6 +128,8 @@ def test_every_caller_takes_them(engine: Callable[..., Any], model: Path, monkey
     serve.serve(None, serve.ServeFlags(str(model)), serve.ServeLimits(), serve.BlockFlags(), serve.ReuseFlags())  # type: ignore[arg-type]
     settings = found[-1]
     assert (settings.height, settings.width, settings.steps, settings.guidance_scale) == tuple(OWN.values())
-    workers, plain, kept, planned, served = *found[:-1], settings.engine
-    assert workers.blocks == plain.blocks == planned.blocks == blocks
-    assert kept.blocks == served.blocks == replace(blocks, refresh_every=1)
+    workers, *jobs, _ = found
+    assert all(own(job.video) == OWN for job in jobs)
+    plain, kept, planned = (job.engine.blocks for job in jobs)
+    assert workers.blocks == plain == planned == blocks
+    assert kept == settings.engine.blocks == replace(blocks, refresh_every=1)
