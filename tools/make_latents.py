@@ -20,6 +20,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from train_vae import make_vae
 
+from dualparal.models.wan.cpu_ops import CpuOps
+
 FRAMES = 81  # 21 latent frames, as Wan
 LATENTS = (21, 12, 8, 8)  # of one clip: frames, channels, height, width
 PER_FILE = 16
@@ -65,7 +67,7 @@ def main() -> None:
             made = (scene_of(options.seed, index) for index in range(first, first + BATCH))
             clips = np.stack([scenes.video(scene, options.frames, rng) for scene, rng in made])
             video = torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
+            with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32), CpuOps():
                 found.append(vae.encode(video).latent_dist.mean.transpose(1, 2).half().cpu())
         with path.with_suffix(".part").open("wb") as file:
             np.save(file, torch.cat(found).numpy())

@@ -43,6 +43,7 @@ from scenes import JUDGES, Scene, held_out, sample_scene
 from train_transformer import Data, Windows, draw, queue_levels
 
 from dualparal.decoding.frames import to_uint8
+from dualparal.models.wan.cpu_ops import CpuOps
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
@@ -127,7 +128,7 @@ class Judge:
     @torch.no_grad()
     def __call__(self, clips: torch.Tensor, scenes: list[Scene]) -> np.ndarray:
         """[clips, latent frames]: share of the frames, every second one is looked at, that are right."""
-        with torch.autocast(clips.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(clips.device.type, torch.bfloat16, enabled=self.bfloat16), CpuOps():
             pixels = self.vae.decode(clips * self.std + self.mean, return_dict=False)[0].float()
         videos = (to_uint8(clip.transpose(0, 1)[::2]) for clip in pixels)
         right = [counts_right(track(video), scene) for video, scene in zip(videos, scenes, strict=True)]

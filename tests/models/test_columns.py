@@ -9,7 +9,8 @@ from diffusers import AutoencoderKLWan
 from torch.profiler import ProfilerActivity, profile
 
 from dualparal.models.wan import columns
-from dualparal.models.wan.columns import Columns, by_columns, is_slow
+from dualparal.models.wan.columns import by_columns, is_slow
+from dualparal.models.wan.cpu_ops import CpuOps
 from dualparal.models.wan.vae import StreamingDecoder
 
 PLAIN = ((1, 1, 1), (0, 0, 0), (1, 1, 1), 1)
@@ -40,7 +41,7 @@ def test_the_bits_are_those_of_torch(
         assert is_slow(x, weight, bias, *PLAIN) == (outputs >= 12 or threads == 1)
         for given in (x, x.transpose(3, 4)):  # as it is, and as a view of another
             wanted = F.conv3d(given, weight, bias)
-            with Columns():
+            with CpuOps():
                 assert torch.equal(F.conv3d(given, weight, bias, *PLAIN), wanted)
             assert outputs < 12 or torch.equal(by_columns(given, weight, bias), wanted)
     finally:
@@ -72,7 +73,7 @@ def test_only_what_torch_is_slow_at() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert not is_slow(x, weight, bias, *PLAIN)
     assert not is_slow(x, weight, bias, *PLAIN)  # with a gradient
-    with Columns():
+    with CpuOps():
         assert F.conv3d(x, weight.requires_grad_(), bias).requires_grad
 
 

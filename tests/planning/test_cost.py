@@ -115,7 +115,7 @@ def test_the_decoder_is_counted_as_it_is(base_dim: int, blocks: int, residual: b
 
 
 def test_the_residual_decoder_holds_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dualparal.models.wan.vae.Columns", nullcontext)  # the CPU's own way to convolve
+    monkeypatch.setattr("dualparal.models.wan.vae.CpuOps", nullcontext)  # the CPU's own way to convolve
     vae, shape = vae_of(8, 1, True)
     decoder, latents = StreamingDecoder(vae), torch.zeros(1, 48, 1, 2, 3)
     with LiveBytes() as live:

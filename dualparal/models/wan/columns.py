@@ -8,31 +8,14 @@ product of matrices adds along the windows and a piece holds whole windows. Wan'
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 _SLOW: Any = torch._C._ConvBackend.Slow3d  # type: ignore[attr-defined]
 PIECE = 1 << 20  # bytes of windows at a time; half of it and twice as much are as fast with caches of 2 MiB and more
 _FEW = 12  # outputs; products of fewer rows add in another order now and then over several threads (measured, MKL)
 _PLAIN = ((1, 1, 1), (0, 0, 0), (1, 1, 1), 1)  # stride, padding, dilation, groups: a causal convolution pads by itself
-
-
-class Columns(TorchFunctionMode):
-    """A context in which this thread's convolutions that torch would do by ``slow_conv3d`` are done by ``by_columns``.
-
-    Those of one unpadded float32 video on the CPU, without a gradient and without autocast; all others are torch's.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.conv3d and not kwargs and len(args) == 7 and is_slow(*args):
-            return by_columns(*args[:3])
-        return func(*args, **(kwargs or {}))
 
 
 def is_slow(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *options: Any) -> bool:

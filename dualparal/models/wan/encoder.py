@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dualparal.models.wan.convolutions import STEADY
+from dualparal.models.wan.cpu_ops import CpuOps
 from dualparal.models.wan.vae import check_vae, latent_scale
 
 
@@ -72,7 +73,7 @@ class StreamingEncoder:
         mean, reciprocal_std = latent_scale(vae, torch.float32)
         sizes = [1] * self._first + [step] * (len(frames) // step)
         found = []
-        with STEADY:
+        with STEADY, CpuOps():
             for part in frames.split(sizes):
                 pixels = part.to(vae.device, vae.dtype).transpose(0, 1).unsqueeze(0).contiguous()
                 if vae.config.patch_size is not None:

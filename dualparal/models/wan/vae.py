@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from dualparal.models.base import RowExchange
-from dualparal.models.wan.columns import Columns
 from dualparal.models.wan.convolutions import STEADY
+from dualparal.models.wan.cpu_ops import CpuOps
 from dualparal.models.wan.pushed import check_pushed
 from dualparal.models.wan.rows import OverRows
 
@@ -101,7 +101,7 @@ class StreamingDecoder:
         if self._scale is None or self._scale[0].device != self._vae.device or self._scale[0].dtype != self._vae.dtype:
             self._scale = latent_scale(self._vae)
         self._torn = True
-        with STEADY, Columns():
+        with STEADY, CpuOps():
             frames = [self._decode_one(latent) for latent in latents.split(1, dim=2)]
         self._torn = False
         return torch.cat(frames)
