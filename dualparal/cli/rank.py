@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,8 +187,7 @@ def _write(job: Job, engine: Engine, heartbeat: Heartbeat, display: Display | No
         _take(chunks, results, display, heartbeat)
     except BaseException:
         # The parent of supervised ranks wants to hear of it at once, and ends them then: blocks stay as they are.
-        if not heartbeat.supervised:
-            results.close_after_failure()
+        results.close_after_failure(join=not heartbeat.supervised)
         raise
     if results.written:
         heartbeat.phase("write")
@@ -222,13 +222,17 @@ def _report(heartbeat: Heartbeat, display: Display | None) -> Callable[..., None
 
 def _take(chunks: Iterator[Chunk], results: Results, display: Display | None, heartbeat: Heartbeat) -> None:
     """Takes all chunks into the results, and tells how far the run is."""
+
+    def tell(chunk: Chunk) -> None:
+        report = asdict(chunk.progress)
+        heartbeat.message(progress=report, **({"committed": chunk.block} if results.written else {}))
+        if display is not None:
+            display.update(report)
+
     with nullcontext() if display is None else display:
         for chunk in chunks:
-            results.take(chunk)
-            report = asdict(chunk.progress)
-            heartbeat.message(progress=report, **({"committed": chunk.block} if results.written else {}))
-            if display is not None:
-                display.update(report)
+            results.take(chunk, partial(tell, chunk))
+        results.settle()
 
 
 def _stop_on_signals(engine: Any, heartbeat: Heartbeat, leading: bool) -> list[int]:

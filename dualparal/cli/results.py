@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from dualparal.checkpoint import snapshot
 from dualparal.cli.job import Job
 from dualparal.decoding.chunks import Chunk
+from dualparal.decoding.worker import Worker
 from dualparal.io.latents import write_latents
 from dualparal.io.output import OutputError, open_output, remove_blocks
 from dualparal.io.receipts import Receipt
@@ -26,7 +28,7 @@ DecodeAgain = Callable[[Path, Sequence[int], int], Iterator[tuple[int, Any]]]  #
 
 
 class Results:
-    """The files of a job, on the rank that leads.
+    """The files of a job, on the rank that leads. Blocks are written beside the run, one at a time.
 
     With a checkpoint every instant of the end can be gone on from. It comes in this order: a snapshot says that all
     blocks are finished (the engine's); segments that are missing, latents and videos are made; a snapshot says that
@@ -38,6 +40,8 @@ class Results:
         self._job = job
         self._latents: list[list[torch.Tensor]] = [[] for _ in job.prompts]  # without a checkpoint, which has them
         self._receipts = [dict(each) for each in job.receipts or [{} for _ in job.prompts]]
+        self._writer = Worker("dualparal-writer")
+        self._writing: Future[None] | None = None
         known = self._receipts if job.resume else [None for _ in job.prompts]
         self._outputs: list[Output] = [
             open_output(out, job.fps, receipts) for out, receipts in zip(job.outs, known, strict=bool(job.outs))
@@ -50,17 +54,39 @@ class Results:
                     output.missing,
                 )
 
-    def take(self, chunk: Chunk) -> None:
-        """Writes a block's frames, and keeps its latents if they are wanted. Raises OSError."""
+    def take(self, chunk: Chunk, tell: Callable[[], None]) -> None:
+        """Has a block's frames written, once those of the one before are, and keeps its latents if they are wanted.
+
+        Args:
+            tell: called when they are on disk, by the thread that writes.
+
+        Raises:
+            OSError, ValueError: the one before could not be written.
+        """
+        self.settle()
+        if self._job.latents_out is not None and self._job.checkpoint is None:
+            self._latents[chunk.video].append(chunk.latents.cpu())
+        self._writing = self._writer.submit(self._write, chunk, tell)
+
+    def _write(self, chunk: Chunk, tell: Callable[[], None]) -> None:
         receipt = Receipt(chunk.latents.shape[2], "")
         if self._outputs:
             receipt = self._outputs[chunk.video].write(chunk.block, chunk.frames)
         self._receipts[chunk.video][chunk.block] = receipt
-        if self._job.latents_out is not None and self._job.checkpoint is None:
-            self._latents[chunk.video].append(chunk.latents.cpu())
+        tell()
+
+    def settle(self) -> None:
+        """Waits until the block that was taken last is on disk. Raises OSError, ValueError: it could not be written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def receipts(self, end: int) -> list[list[Receipt]]:
-        """The receipts of each video's blocks before ``end``, for a snapshot."""
+        """The receipts of each video's blocks before ``end``, for a snapshot, which so comes after their frames.
+
+        Raises OSError, ValueError: the last one could not be written.
+        """
+        self.settle()
         return [[video[block] for block in range(end)] for video in self._receipts]
 
     @property
@@ -83,6 +109,8 @@ class Results:
             SnapshotError: latents that are needed are damaged.
         """
         job, names = self._job, [str(out) for out in self._job.outs]
+        self.settle()
+        self._writer.shutdown()
         if job.checkpoint is not None and not complete:
             self._join()
             return names
@@ -96,13 +124,21 @@ class Results:
         self._tidy()
         return names
 
-    def close_after_failure(self) -> None:
-        """Joins what is finished. Errors become warnings: a failure must not be hidden by another one."""
-        for output in self._outputs:
+    def close_after_failure(self, join: bool) -> None:
+        """Waits for the last block, and joins what is finished if asked to.
+
+        Errors become warnings: a failure must not be hidden by another one.
+        """
+        try:
+            self.settle()
+        except (OSError, ValueError) as error:
+            logger.warning("the last block was not written: %s", error)
+        for output in self._outputs if join else ():
             try:
                 output.close()
             except (OSError, ValueError) as error:
                 logger.warning("%s: finished blocks were not joined: %s", output.path, error)
+        self._writer.shutdown()
 
     def _make_missing(self, folder: Path, decode_again: DecodeAgain) -> None:
         """Makes the files again that an earlier run has made and that are not there. Raises as ``close``."""

@@ -52,11 +52,11 @@ def runs(wan21: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
             if name != "foreign":
                 assert generate_here(folder / name, *VIDEO, *job, "--model", wan21).code == 0
 
-            def broken(self: Results, chunk: Any) -> None:
+            def broken(self: Results, chunk: Any, tell: Any) -> None:
                 time.sleep(0.05)  # the thread that writes keeps up
                 if chunk.block == 3:
                     raise Died(5, "the test's")
-                take(self, chunk)
+                take(self, chunk, tell)
 
             patch.setattr(Results, "take", broken)
             started = generate_here(folder / f"broken-{name}", *VIDEO, *job, *KEPT, "--model", wan21)
@@ -266,12 +266,12 @@ def test_the_same_command_begins_goes_on_and_knows_that_it_is_done(
 ) -> None:
     run, take, taken = tmp_path / "run", Results.take, []
 
-    def dies(self: Results, chunk: Any) -> None:
+    def dies(self: Results, chunk: Any, tell: Any) -> None:
         time.sleep(0.05)
         taken.append(chunk.block)
         if taken == [0, 1, 2]:
             raise Died(5, "the test's")
-        take(self, chunk)
+        take(self, chunk, tell)
 
     monkeypatch.setattr(Results, "take", dies)
     same = [*VIDEO, "--out", "a.mp4", "--latents-out", "a.safetensors", *AGAIN, "--model", wan21]
