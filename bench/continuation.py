@@ -30,21 +30,13 @@ from meter.scene_metrics import measure, seam_energy
 from scenes import SIZE
 
 from dualparal import Engine
-from dualparal.decoding.frames import to_uint8
 from dualparal.io.clips import last_frames
 from dualparal.io.video import SegmentWriter
 from dualparal.models.wan.encoder import StreamingEncoder
-from dualparal.models.wan.vae import StreamingDecoder
 
 KINDS = ("uncut", "encoding", "latents", "file")
 NEAR = 6  # latent frames behind the cut that are decoded for the seam
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)  # Student's t, 97.5 %, from one degree on
-
-
-@torch.inference_mode()
-def decoded(vae: Any, latents: torch.Tensor) -> np.ndarray:
-    with torch.autocast("cpu", torch.bfloat16):  # as quality.decode
-        return to_uint8(StreamingDecoder(vae).push(latents))
 
 
 @torch.inference_mode()
@@ -64,7 +56,7 @@ def figures(context: str, prompt: int, frames: int, new: int) -> dict[str, float
     call = {"height": SIZE, "width": SIZE, "num_inference_steps": 20, "guidance_scale": 4.0, "output_type": "latent"}
     uncut = engine(scene.caption(), num_frames=frames, seed=0, **call).frames
     cut = variant.layout(10**6).start(4)
-    begun = decoded(pipe.vae, uncut[:, :, :cut])
+    begun = quality.decode(pipe.vae, uncut[:, :, :cut])
     with tempfile.TemporaryDirectory() as folder:
         path = SegmentWriter(Path(folder), 16).write(0, begun)
         of_file = last_frames(path, len(begun))
@@ -80,7 +72,9 @@ def figures(context: str, prompt: int, frames: int, new: int) -> dict[str, float
     found = {}
     for kind, latents in behind.items():
         from_file = kind in ("encoding", "file")
-        made = decoded(pipe.vae, torch.cat([encoded if from_file else uncut[:, :, :cut], latents[:, :, : new // 4]], 2))
+        made = quality.decode(
+            pipe.vae, torch.cat([encoded if from_file else uncut[:, :, :cut], latents[:, :, : new // 4]], 2)
+        )
         whole = np.concatenate([of_file if from_file else begun, made[len(begun) :]])
         found[kind] = seam_energy(whole[: 4 * (cut + NEAR) - 3], [cut])
         found[f"{kind} count"] = measure(made[len(begun) :], scene, [])[0]["right"]
