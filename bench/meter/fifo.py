@@ -33,10 +33,12 @@ def generate(
     half = WINDOW // 2
     if steps % half or steps < WINDOW:
         raise ValueError(f"steps={steps}: the queue is cut into half windows of {half}; use a multiple, from {WINDOW}")
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)
+    config = pipe.scheduler.config
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.get("flow_shift", config.get("shift")))
     scheduler.set_timesteps(steps)
     sigmas = scheduler.sigmas  # [T + 1], from 1 to 0
-    positive, negative = pipe.encode_prompt(prompt, do_classifier_free_guidance=True, device="cpu")
+    is_guided = guidance_scale > 1
+    positive, negative = pipe.encode_prompt(prompt, do_classifier_free_guidance=is_guided, device="cpu")
     generator = torch.Generator().manual_seed(seed)
     channels = pipe.transformer.config.in_channels
 
@@ -49,10 +51,10 @@ def generate(
         tokens = (size[0] // p) * (size[1] // q)
         times = (1000 * levels).repeat_interleave(tokens, dim=1)
         found = []
-        for embeds in (positive, negative):
+        for embeds in (positive, negative) if is_guided else (positive,):
             text = embeds.expand(len(windows), -1, -1)
             found.append(pipe.transformer(windows, times, text, return_dict=False)[0])
-        return found[1] + guidance_scale * (found[0] - found[1])
+        return found[-1] + guidance_scale * (found[0] - found[-1])
 
     clip = noise(WINDOW)
     for now, after in pairwise(sigmas):

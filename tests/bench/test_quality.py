@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import quality
 import torch
+from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler
 from meter import fifo, persistence, quality_report, scene_classifier, scene_metrics
 from scenes import COLOURS, Scene, Thing, render, sample_scene, trajectories, video
 
@@ -251,21 +253,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny", layers=2, vae_dim=2))
 
 
-def test_fifo_takes_every_frame_through_all_levels(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "scheduler, guidance",
+    [(UniPCMultistepScheduler(flow_shift=2.0), 2.0), (FlowMatchLCMScheduler(shift=5.0), 1.0)],  # the package's last
+)
+def test_fifo_takes_every_frame_through_all_levels(
+    model: str, monkeypatch: pytest.MonkeyPatch, scheduler: Any, guidance: float
+) -> None:
     """A model that knows the clean frame, and believes the level it is told, ends on it only if levels are right."""
     pipe = quality.load_pipe(model)
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
     clean = torch.linspace(-1, 1, 16).view(1, 16, 1, 1, 1)  # one value per channel
+    calls = []
 
     def velocity(
         hidden: torch.Tensor, times: torch.Tensor, text: torch.Tensor, return_dict: bool
     ) -> tuple[torch.Tensor]:
         level = times.view(len(hidden), -1, 16)[:, :, 0].view(len(hidden), 1, -1, 1, 1) / 1000
         assert level.shape[2] == fifo.WINDOW
+        calls.append(level)
         return ((hidden - clean) / level.clamp_min(1e-9),)
 
     monkeypatch.setattr(pipe.transformer, "forward", velocity)
-    made = fifo.generate(pipe, "a", size=(8, 8), num_latents=6, steps=16, guidance_scale=2.0, seed=0)
+    made = fifo.generate(pipe, "a", size=(8, 8), num_latents=6, steps=16, guidance_scale=guidance, seed=0)
     assert made.shape == (1, 16, 6, 8, 8)
+    assert len(calls) == (1 + (guidance > 1)) * (16 + 6)  # the clip's steps, then one for each frame
     assert (made - clean).abs().max() < 1e-3
     with pytest.raises(ValueError, match="half windows"):
         fifo.generate(pipe, "a", size=(8, 8), num_latents=6, steps=20, guidance_scale=2.0, seed=0)
