@@ -160,7 +160,7 @@ PRESETS = {
             6,
             1,
         ),
-        Part(20 * TRAINED, ("truth", "vae", "paper", "cached", "prior"), 1, 1),
+        Part(20 * TRAINED, ("truth", "vae", "paper", "cached", "prior", "cached K5 newest A4"), 1, 1),
     ),
     # What a finding takes. Hours of a core.
     "findings": (
