@@ -418,6 +418,7 @@ SIZES = [
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("heads", "ffn", "layers", "side", "blocks", "steps", "count"), SIZES)
 def test_predicted_memory_is_what_ranks_use(
     tmp_path: Path, constant: list[int], heads: int, ffn: int, layers: int, side: int, blocks: BlockConfig,
