@@ -1,6 +1,6 @@
 """How good are long videos? Makes many of the same captions with several methods and measures them against the truth.
 
-    python bench/quality.py --preset full --workers 2 --figures docs --record
+    python bench/quality.py --preset full --workers 2 --figures build/figures --record
     python bench/quality.py --model DIR --variants cached prior "paper C8" --latents 80 --prompts 4 --seeds 2
 
 What is measured is defined in meter/: scene_metrics.py (one video), scene_classifier.py (features), quality_report.py

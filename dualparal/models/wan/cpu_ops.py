@@ -14,7 +14,7 @@ from dualparal.models.wan import columns, norms
 class CpuOps(TorchFunctionMode):
     """A context in which this thread's small convolutions are ``columns``', and its norms over channels ``norms``'.
 
-    Those of float32 on the CPU, without a gradient and without autocast; all others are torch's.
+    Those of float32 on the CPU that need no gradient, each where its module says so; all others are torch's.
     """
 
     def __torch_function__(
