@@ -186,7 +186,7 @@ def _write(job: Job, engine: Engine, heartbeat: Heartbeat, display: Display | No
     try:
         _take(chunks, results, display, heartbeat)
     except BaseException:
-        # The parent of supervised ranks wants to hear of it at once, and ends them then: blocks stay as they are.
+        # The parent of supervised ranks wants to hear of it soon, and ends them then: blocks stay as they are.
         results.close_after_failure(join=not heartbeat.supervised)
         raise
     if results.written:

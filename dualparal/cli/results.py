@@ -131,7 +131,7 @@ class Results:
         """
         try:
             self.settle()
-        except (OSError, ValueError) as error:
+        except Exception as error:
             logger.warning("the last block was not written: %s", error)
         for output in self._outputs if join else ():
             try:

@@ -1,7 +1,7 @@
 """Lengths of channels on the CPU, with torch's own bits in a tenth of its time.
 
 torch's norm over channels that are not next to each other in memory takes some 100 ns for every point of the picture
-(AVX2, torch 2.13), a third of the decoder of the model in the box. It adds squares channel by channel, in float32 and
+(AVX2, torch 2.13), 30 % of the decoder of the model in the box. It adds squares channel by channel, in float32 and
 with no fused multiply-add, and takes a root that is correctly rounded. So do whole tensors here, a channel at a time.
 """
 
@@ -46,6 +46,6 @@ def lengths(x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def is_exact() -> bool:
-    """True where ``lengths`` has the bits of this processor's torch, as it has wherever it was tried."""
+    """True where ``lengths`` has the bits of this processor's torch, as torch 2.13's with AVX2 and without."""
     x = torch.randn(1, 32, FEW, generator=torch.Generator().manual_seed(0))
     return torch.equal(lengths(x), torch.linalg.vector_norm(x, 2, 1, keepdim=True))
