@@ -119,6 +119,10 @@ VARIANTS = {
             Variant(f"cached K5 newest {name}", max_blocks_in_flight=5, context_version="newest", **more)  # type: ignore[arg-type]
             for name, more in CHANGED.items()
         ),
+        *(  # K blocks under way: neighbours are 20 / K steps apart
+            Variant(f"cached K{k} newest A4", max_blocks_in_flight=k, context_version="newest", anchor_frames=4)
+            for k in (2, 3, 4, 10)
+        ),
         *(Variant(f"{p} R{r}", context=p, refresh_every=r) for p in ("cached", "prior") for r in (2, 5, 10)),
         *(Variant(f"whole T{t}", frames_per_block=None, context_frames=0, steps=t) for t in (4, 8, 50)),
         *(Variant(f"cached {name}", reuse=name) for name in ("mild", "strong")),

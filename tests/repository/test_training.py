@@ -20,6 +20,7 @@ import sampler
 import scenes
 import torch
 import train_decoder
+import train_lora
 import train_reward
 import train_transformer
 import train_vae
@@ -207,6 +208,10 @@ def test_guidance_is_learnt(exported: Path, tmp_path: Path, capsys: pytest.Captu
     said = teacher.velocity(noisy, windows.sigma, windows.captions)
     assert torch.allclose(guided[named], (3 * said - 2 * plain)[named], atol=1e-5)
     assert torch.allclose(guided[[not name for name in named]], said[[not name for name in named]], atol=1e-5)
+    of_clips = windows.guided(teacher, noise, 3.0, 0.85)
+    high = (windows.sigma > 0.85)[:, None, :, None, None].expand_as(noise)
+    assert torch.allclose(of_clips[~high], guided[~high], atol=1e-5) and 0.3 < high.float().mean() < 0.95
+    assert torch.allclose(of_clips[high], (noise - windows.clean + 3 * said - said - 2 * plain)[high], atol=1e-4)
     with torch.no_grad():
         before, after = windows.loss(teacher, noise, guided), windows.loss(learnt, noise, guided)
     assert after < 0.8 * before
@@ -241,6 +246,32 @@ def test_where_a_block_goes_on_other_weights_may_teach(
     flags = ("--guidance", 1, "--mix", "queue:2,whole:1", "--schedule", "12:4x8")
     run(train_transformer, "--out", out, "--start", exported / "model", "--going-on", other, *flags)
     assert seen == {(True, True), (False, False)}
+
+
+def test_a_lora_learns_a_queue(
+    exported: Path, tmp_path: Path, short_queue: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_lora, "WHOLE", 4)
+    monkeypatch.setattr(train_lora, "TOTAL", 48)
+    model, out, cpu = exported / "model", tmp_path / "lora", torch.device("cpu")
+    run(train_lora, "--out", out, "--model", model, "--data", exported, "--rank", 4, "--steps", 40)
+    before, after = (learner.Learner(folder, cpu, bfloat16=False) for folder in (model, out / "merged"))
+    data = train_transformer.Data(exported / "latents", 0, cpu, before.scale)
+    windows = train_transformer.draw("queue", data, np.random.default_rng(3), 4, 96, 0.7)
+    noise = torch.randn(windows.clean.shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        losses = [windows.loss(each, noise).item() for each in (before, after)]
+    assert losses[1] < 0.98 * losses[0], losses
+
+    def latents(folder: Path, *loras: Path) -> torch.Tensor:
+        engine = dualparal.Engine.from_pretrained(
+            folder, loras=loras, frames_per_block=2, context_frames=1, device="cpu"
+        )
+        made: torch.Tensor = engine("a red circle", num_frames=17, num_inference_steps=2, output_type="latent").frames
+        return made
+
+    plain, merged, added = latents(model), latents(out / "merged"), latents(model, out / "lora.safetensors")
+    assert (added - merged).norm() < 0.05 * (added - plain).norm()  # merged weights are rounded to 16 bits
 
 
 def test_what_is_rewarded_becomes_more(
@@ -284,7 +315,7 @@ def test_rounds_keep_what_a_teacher_says(
     data = train_transformer.Data(exported / "latents", 0, cpu, said.scale)
     windows = train_transformer.draw("queue", data, np.random.default_rng(3), 4, 96, 0.7)
     noise = torch.randn(windows.clean.shape, generator=torch.Generator().manual_seed(3))
-    wanted = windows.guided(said, noise, 2.0)
+    wanted = windows.guided(said, noise, 2.0, train_transformer.HIGH)
     with torch.no_grad():
         losses = [windows.loss(each, noise, wanted).item() for each in (before, after)]
     assert losses[1] < 0.7 * losses[0], losses
