@@ -106,8 +106,10 @@ class BlockConfig:
             ValueError: as the class raises it.
         """
         if own is not None:
-            names = OF_MODEL if fields.get("context", cls.context) in VERSIONED_POLICIES else OF_MODEL[:1]
-            fields = {**{name: getattr(own, name) for name in names}, **fields}
+            own_fields = {name: getattr(own, name) for name in OF_MODEL}
+            if fields.get("context", cls.context) not in VERSIONED_POLICIES:
+                del own_fields["context_version"]
+            fields = own_fields | fields
         return cls(**fields)
 
     def gap(self, num_steps: int) -> int:
