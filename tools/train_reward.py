@@ -40,7 +40,7 @@ from diffusers import AutoencoderKLWan
 from learner import Learner
 from sampler import BLOCK, CONTEXT, at_once, queue
 from scenes import JUDGES, Scene, held_out, sample_scene
-from train_transformer import HIGH, Data, Windows, draw, queue_levels
+from train_transformer import Data, Windows, draw, queue_levels
 
 from dualparal.decoding.frames import to_uint8
 from dualparal.models.wan.cpu_ops import CpuOps
@@ -219,7 +219,7 @@ class Kept:
         """Of windows of a kind, ``total`` latent frames in all."""
         windows = draw(kind, self.data[kind], rng, WHOLE, total, HIGH_NOISE)
         noise = noise_of(windows.clean, rng)
-        return windows.loss(learner, noise, windows.guided(self.teacher, noise, self.guidance, HIGH))
+        return windows.loss(learner, noise, windows.guided(self.teacher, noise, self.guidance))
 
 
 def main() -> None:

@@ -77,20 +77,14 @@ class Windows:
         return (self.weights * (velocity - (noise - self.clean if wanted is None else wanted)).square()).mean()
 
     @torch.no_grad()
-    def guided(self, teacher: Learner, noise: torch.Tensor, guidance: float, clips_above: float = 1.0) -> torch.Tensor:
-        """The velocity that ``teacher`` says with classifier-free guidance; where a caption is empty, without.
-
-        At noise levels above ``clips_above`` the clips' own is in the place of what it says to the caption, and its
-        guidance is added alone (arXiv 2502.12154): so layouts are the clips', and not those that it takes for right.
-        """
+    def guided(self, teacher: Learner, noise: torch.Tensor, guidance: float) -> torch.Tensor:
+        """The velocity that ``teacher`` says with classifier-free guidance; where a caption is empty, without."""
         noisy = self.noisy(noise)
         said = teacher.velocity(noisy, self.sigma, self.captions)
-        of_clips = (self.sigma > clips_above)[:, None, :, None, None]
-        base = torch.where(of_clips, noise - self.clean, said)
         if guidance == 1:
-            return base
+            return said
         plain = teacher.velocity(noisy, self.sigma, [""] * len(self.captions))
-        return base + (guidance - 1) * (said - plain)
+        return plain + guidance * (said - plain)
 
 
 class Data:
