@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import time
 from pathlib import Path
 
+import checkpoint
 import numpy as np
 import parallel
 import torch
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on another time")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rank, ranks = parallel.start()
@@ -96,8 +99,10 @@ def main() -> None:
     data = Data(options.data / "latents", options.seed, device, learner.scale)
     options.out.mkdir(parents=True, exist_ok=True)
     log = (options.out / "lora.jsonl").open("a")
+    path, state = options.out / "state.safetensors", {"lora": nn.ModuleList(adapters.values())}
+    start = checkpoint.load(path, state, [optimizer])
     began, losses = time.perf_counter(), {kind: [] for kind in MIX}
-    for step in range(options.steps):
+    for step in range(start, options.steps):
         rng = np.random.default_rng([options.seed, 5, step])
         kind = str(rng.choice(list(MIX), p=list(MIX.values())))
         windows = draw(kind, data, rng, WHOLE, TOTAL, high_noise=0.5)
@@ -113,10 +118,15 @@ def main() -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         losses[kind].append(loss.item())
-        if rank == 0 and ((step + 1) % 50 == 0 or step + 1 == options.steps):
+        last = step + 1 == options.steps or parallel.any_rank(time.perf_counter() - began > 60 * options.minutes)
+        if rank == 0 and ((step + 1) % 50 == 0 or last):
             row = {"step": step + 1} | {kind: float(np.mean(seen)) for kind, seen in losses.items() if seen}
             print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), file=log, flush=True)
             losses = {kind: [] for kind in MIX}
+        if rank == 0 and ((step + 1) % 100 == 0 or last):
+            checkpoint.save(path, step + 1, state, [optimizer])
+        if last:
+            break
     if rank == 0:
         save_file(in_diffusers_layout(adapters), options.out / "lora.safetensors", {"format": "pt"})
         merge(options.model, adapters, options.out / "merged")

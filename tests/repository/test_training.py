@@ -250,7 +250,10 @@ def test_a_lora_learns_a_queue(
     monkeypatch.setattr(train_lora, "WHOLE", 4)
     monkeypatch.setattr(train_lora, "TOTAL", 48)
     model, out, cpu = exported / "model", tmp_path / "lora", torch.device("cpu")
-    run(train_lora, "--out", out, "--model", model, "--data", exported, "--rank", 4, "--steps", 40)
+    for minutes in (0, 9):  # one step, and the rest
+        flags = ("--rank", 4, "--steps", 40, "--minutes", minutes)
+        run(train_lora, "--out", out, "--model", model, "--data", exported, *flags)
+    assert [row["step"] for row in rows(out / "lora.jsonl")] == [1, 40]
     before, after = (learner.Learner(folder, cpu, bfloat16=False) for folder in (model, out / "merged"))
     data = train_transformer.Data(exported / "latents", 0, cpu, before.scale)
     windows = train_transformer.draw("queue", data, np.random.default_rng(3), 4, 96, 0.7)
