@@ -57,6 +57,7 @@ def test_sanitizers_find_nothing_in_random_calls(sanitized):
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.sampled(2)  # each source for two or three cards, and each card
 @pytest.mark.parametrize("arch", ["80", "89", "90a", "100a", "120a"])
 @pytest.mark.parametrize(  # the kernel for Hopper: test_kernels_attention_hopper.py
     "source", sorted(path for path in CSRC.glob("*.cu") if "hopper" not in path.stem), ids=lambda path: path.stem

@@ -19,6 +19,7 @@ from dualparal.engine.engine import Engine
 from dualparal.io.video import SegmentWriter
 from dualparal.launch.blame import Limits
 from dualparal.launch.supervisor import Result, supervise
+from pairwise import pairwise
 from places import WORKERS
 
 WORKER = WORKERS / "engine_rank.py"
@@ -72,9 +73,7 @@ def test_ranks_give_the_bits_of_one_process(tmp_path: Path, wan21: Path, wan22: 
     """One set of processes for all: they import for seconds."""
     cases = [
         case(model, policy, guidance)
-        for model in (wan21, wan22)
-        for policy in ("cached", "prior", "paper")
-        for guidance in (1.0, 5.0)
+        for model, policy, guidance in pairwise([wan21, wan22], ["cached", "prior", "paper"], [1.0, 5.0])
     ]
     cases += [
         case(wan21, shape=(2, 1, 1, 29)),  # T < N

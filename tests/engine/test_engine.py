@@ -60,6 +60,7 @@ LIMITED = {  # name: T, K, latent frames, depth; blocks of 2
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "guidance, shape, version", pairwise([1.0, 5.0], LIMITED, ["matching", "newest", "prior", "paper"])
 )
@@ -96,6 +97,7 @@ REFRESHED = {  # name: R, T, K, latent frames; blocks of 2
 }
 
 
+@pytest.mark.sampled(3)  # each shape, and each policy
 @pytest.mark.parametrize("version", ["matching", "newest", "prior", "paper"])
 @pytest.mark.parametrize("shape", REFRESHED)
 def test_refreshes_equal_reference(engine: Build, wan22: Path, version: str, shape: str) -> None:

@@ -31,6 +31,7 @@ CASES = {  # name: options, T, guidance
 }  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 def test_engine_equals_reference_with_steps_that_are_not_run(engine: Build, wan22: Path, case: str) -> None:
     options, steps, guidance = CASES[case]

@@ -1,4 +1,4 @@
-"""Ranks from a plain script and from a notebook: torchrun's bits, and nothing that a killed kernel leaves."""
+"""Ranks from a plain script and from a notebook: the bits of one process, and nothing that a killed kernel leaves."""
 
 from __future__ import annotations
 
@@ -64,19 +64,15 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert left == [] and (set(SHM.iterdir()) if SHM.is_dir() else set()) <= before
 
 
-def test_a_script_without_torchrun_has_the_bits_of_torchrun_and_of_one_process(
+def test_a_script_without_torchrun_has_the_bits_of_one_process(
     wan21: Path, clean: Path, tmp_path: Path, expected: str
 ) -> None:
+    """And so those of torchrun: test_cli.py."""
     script = tmp_path / "script.py"
-    text = SCRIPT.format(model=str(wan21))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for launcher, program, temporary in ([], text, clean), (torchrun, text.replace(" gpus=2,", ""), tmp_path):
-        script.write_text(program)
-        env = {**os.environ, "TMPDIR": str(temporary)}  # torchrun leaves a folder of its own
-        command = [sys.executable, *launcher, str(script)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == expected
+    script.write_text(SCRIPT.format(model=str(wan21)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected
 
 
 def test_a_notebook_has_the_same_bits_and_a_killed_kernel_leaves_nothing(

@@ -559,6 +559,7 @@ def sample():
                 yield pytest.param(arch, case, id=f"{arch} {case.name}")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("arch, case", list(sample()) if find_spec("triton") else [])
 def test_machine_code(arch, case):
     """Nothing spills, and on Hopper the tensor cores work on while the next product is asked for."""

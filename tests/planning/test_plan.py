@@ -41,6 +41,7 @@ def test_it_needs_no_torch_and_no_gpu_and_answers_in_seconds() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "context, gpus, model",
     pairwise(

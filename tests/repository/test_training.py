@@ -155,7 +155,7 @@ def short_queue(monkeypatch: pytest.MonkeyPatch) -> None:
 def short_rounds(short_queue: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips of a block of four latents, of two blocks, and a queue of three."""
     sizes = {"BLOCK": 4, "CONTEXT": 2}
-    kinds = {4: (0.3, 96, 4, 4), 8: (0.2, 96, 4, 4), 12: (0.5, 96, 2, 8)}
+    kinds = {4: (0.3, 48, 4, 4), 8: (0.2, 64, 4, 4), 12: (0.5, 48, 2, 6)}
     rounds = {"WHOLE": 8, "BATCH": 48, "CLIPS": {frames: train_reward.Clips(*kind) for frames, kind in kinds.items()}}
     for module, values in (
         (train_reward, sizes | rounds),
@@ -289,7 +289,7 @@ def test_what_is_rewarded_becomes_more(
             return (0.5 + 5 * sign * (level - 0.2)).clamp(0, 1).double().numpy()  # noqa: B023
 
         monkeypatch.setattr(train_reward.Judge, "__call__", judge)
-        reward(exported, tmp_path / name, "--rounds", 6, "--rate", 1.0)
+        reward(exported, tmp_path / name, "--rounds", 4, "--rate", 1.0)
         levels[name] = seen
     first, last = (levels["bright"][place] - levels["dark"][place] for place in (0, -1))
     assert first == 0 and last > 0.05, levels
