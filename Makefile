@@ -11,7 +11,7 @@ PROMPT ?= two red circles and a blue square drifting left on a dark background
 # More requirements of `make test-newest`, such as NEWEST=torch==2.13.0 where another torch is not to be had.
 NEWEST ?=
 
-.PHONY: demo test quick test-newest clean
+.PHONY: demo test types most-tests quick test-newest clean
 
 demo: .venv/.installed
 	mkdir -p demo
@@ -21,9 +21,15 @@ demo: .venv/.installed
 test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pytest -m 'not alone' --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(MAKE) --no-print-directory --jobs=2 types most-tests
 	$(BIN)/pytest -m alone
+
+# At once: mypy takes a minute of one core, and tests wait for each other now and then.
+types: .venv/.installed-dev
+	$(BIN)/mypy
+
+most-tests: .venv/.installed-dev
+	$(BIN)/pytest -m 'not alone' --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 quick: .venv/.installed-dev
 	$(BIN)/ruff check .
