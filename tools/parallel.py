@@ -6,11 +6,22 @@ the order of sums and, in the autoencoder, the noise of the posterior.
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+
+
+def add_flags(parser: argparse.ArgumentParser, *, stops: bool = False) -> None:
+    """--float32, --device and --threads, of every command that may train on cards; ``stops``: and --minutes."""
+    parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    if stops:
+        parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on another time")
 
 
 def start() -> tuple[int, int]:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -233,10 +232,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.25, help="factor of all learning rates")
     parser.add_argument("--cool", type=float, default=0.3, help="share of the rounds in which the rate falls to 0")
-    parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on another time")
+    parallel.add_flags(parser, stops=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rank, _ = parallel.start()

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,10 +203,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="learn what --start says with it, instead of the clips")
     parser.add_argument("--going-on", type=Path, help="weights to learn from where a block goes on, not from --start")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of all learning rates")
-    parser.add_argument("--float32", action="store_true", help="for processors that have no bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on another time")
+    parallel.add_flags(parser, stops=True)
     options = parser.parse_args()
     if options.guidance is not None and options.start is None:
         parser.error(f"--guidance {options.guidance:g} needs --start: weights that say something")
