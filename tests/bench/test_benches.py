@@ -93,7 +93,11 @@ DEMO = """demo:
 """
 
 
-def test_the_demo_of_two_checkouts(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
+def test_the_demo_of_two_checkouts(
+    bench: Callable[..., ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAKEFLAGS", " -j2 --jobserver-auth=3,4")  # as `make test` leaves it
+
     def checkout(name: str, first: float, rest: float, code: int = 0) -> Path:
         (tmp_path / name / ".venv" / "bin").mkdir(parents=True)
         (tmp_path / name / ".venv" / "bin" / "dualparal").touch()
