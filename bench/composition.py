@@ -2,14 +2,14 @@
 
     python bench/composition.py --latents 1 2 4 --prompts 40
     python bench/composition.py --latents 4 --prompts 40 --samplers 20:2 20:5 50:5 20:5:3:lcm
+    python bench/composition.py --latents 8 16 --model dualparal/moving_shapes build/more
     python bench/composition.py --encoder
 
-Whole clips in one batch by UniPC, or by the sampler that takes fresh noise at every step (lcm),
-of the captions and with the measures of bench/quality.py.
-Each sampler (STEPS:SHIFT, with :GUIDANCE unless it is the model's own, with :lcm) starts from the same noise;
-differences from the first are paired by caption, with 95 % intervals of Student's t. --encoder: how well a linear probe
-reads how many objects of a colour are asked for from the embedding of the colour's word, on captions that it was not
-fitted to.
+Whole clips in one batch by UniPC, or by the sampler that takes fresh noise at every step (lcm), of the captions and
+with the measures of bench/quality.py. Each sampler (STEPS:SHIFT, with :GUIDANCE unless it is the model's own, with
+:lcm) of each model starts from the same noise; differences from the first row are paired by caption, with 95 %
+intervals of Student's t. --encoder: how well a linear probe reads how many objects of a colour are asked for from the
+embedding of the colour's word, on captions that it was not fitted to.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class Model:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--model", nargs="+", default=[MODEL], help="folders of the model in the box or of its kind")
     parser.add_argument("--latents", type=int, nargs="+", default=[4], help="frames of the clips")
     parser.add_argument("--samplers", nargs="+", default=["20:5:lcm"], help="STEPS:SHIFT[:GUIDANCE][:lcm]")
     parser.add_argument("--prompts", type=int, default=40, help="captions, two at least")
@@ -128,15 +129,16 @@ def main() -> None:
     parser.add_argument("--encoder", action="store_true", help="probe the text encoder, make no clip")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = Model(options.model)
+    models = {folder: Model(folder) for folder in options.model}
     if options.encoder:
-        print("count of a colour read {:.1%}, by always saying the most common {:.1%}".format(*model.probe()))
+        for model in models.values():
+            print("count of a colour read {:.1%}, by always saying the most common {:.1%}".format(*model.probe()))
         return
     scenes = [held_out(prompt) for prompt in range(options.prompts)]
     numbers = np.array([len(scene.things) for scene in scenes])
     for latents in options.latents:
         first = None
-        for sampler in options.samplers:
+        for (folder, model), sampler in product(models.items(), options.samplers):
             began = time.process_time()
             clips = model.sample([scene.caption() for scene in scenes], latents, sampler, options.seed)
             seconds = time.process_time() - began
@@ -148,8 +150,9 @@ def main() -> None:
                 for name, mean, change, wide in zip(COLUMNS, rows.mean(0), (rows - first).mean(0), half, strict=True)
             ]
             parts = [f"{rows[numbers == k, 0].mean():.0f}" for k in range(1, MAX_OBJECTS + 1) if (numbers == k).any()]
-            print(f"{latents} latents, {sampler}: {', '.join(said)}; right by number {'/'.join(parts)}", end="; ")
-            print(f"{seconds:.0f} core s", flush=True)
+            whose = f"{folder}, " if len(models) > 1 else ""
+            print(f"{whose}{latents} latents, {sampler}: {', '.join(said)}", end="; ")
+            print(f"right by number {'/'.join(parts)}; {seconds:.0f} core s", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -138,6 +140,24 @@ def test_the_pipeline_bench_and_its_curves(bench: Callable[..., ModuleType], tmp
     assert min(picture.shape[:2]) > 500 and (picture < 100).any()
     with pytest.raises(SystemExit):
         bench("bench_pipeline", "--only", "nothing")
+
+
+def test_composition_of_models_and_samplers(
+    bench: Callable[..., ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from quality import MODEL
+
+    other = shutil.copytree(MODEL, tmp_path / "other")
+    flags = ("--model", str(MODEL), str(other), "--latents", "2", "--prompts", "3", "--samplers")
+    bench("composition", *flags, "2:5:lcm", "1:5")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in said] == [
+        f"{model}, 2 latents, {sampler}" for model in (MODEL, other) for sampler in ("2:5:lcm", "1:5")
+    ]
+    first, fewer, again, _ = [re.findall(r"(\d+) \(([+-][\d.]+) \+- ([\d.]+)\)", line) for line in said]
+    assert first == again and first != fewer and {part[1:] for part in again} == {("+0.0", "0.0")}  # paired with itself
+    for parts in (first, fewer):
+        assert len(parts) == 4 and sum(int(share) for share, *_ in parts) == pytest.approx(100, abs=2)
 
 
 def test_end_to_end_compares_the_stock_pipeline(bench: Callable[..., ModuleType], tmp_path: Path) -> None:
