@@ -78,8 +78,10 @@ class Model:
         clips = torch.randn(shape, generator=generator)
         wanted, nothing = self.text(captions), self.text([""] * len(captions))
         for now in scheduler.timesteps:
-            plain = self.velocity(clips, now, nothing)
-            velocity = plain + guidance * (self.velocity(clips, now, wanted) - plain)
+            velocity = self.velocity(clips, now, wanted)
+            if guidance != 1:
+                plain = self.velocity(clips, now, nothing)
+                velocity = plain + guidance * (velocity - plain)
             clips = scheduler.step(velocity, now, clips, **noise, return_dict=False)[0]
         return clips
 
