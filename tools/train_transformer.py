@@ -13,9 +13,8 @@ rest; what is kept is the exponential average of the weights. Every batch is a f
 trains finished weights further: on short clips too, as long as the first block of a video (of the folder short/, made
 with --seed + 1 and --frames 29), on windows as a queue of blocks shows them, whose blocks have noise of their own
 (``queue_levels``), and with more of the high noise at which the layout of a picture is decided. With --guidance G they
-learn what they themselves said with that guidance when they started (arXiv 2210.03142), and need none any more, or what
-the weights of --teacher DIR say; with --going-on DIR, what other weights say where a window begins with the end of a
-block before.
+learn what they themselves said with that guidance when they started (arXiv 2210.03142), and need none any more; with
+--going-on DIR, what other weights say where a window begins with the end of a block before.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from train_vae import stages
 DROP_CAPTION = 0.1
 FROM_START = 0.5  # share of whole windows that begin where their video does
 FIRST = 4  # latent frames until a video's are all alike
-ALONE = 0.35  # how often clips of one object are drawn, beside others: they are right early
 SCHEDULE = "1000:4x96,1800:8x48,3900:16x48"  # first what a scene looks like, then how it moves
 HIGH = 0.85  # noise level above which a layout is decided
 SHIFT = 2.0  # of the noise levels that are trained
@@ -112,8 +110,6 @@ class Data:
         kept = [index for index, scene in enumerate(scenes) if scene.caption() not in judges]
         self.scenes = [scenes[index] for index in kept]
         self.latents = ((raw[kept].float() - self.mean.view(shape)) / self.std.view(shape)).half()
-        often = np.array([ALONE if len(scene.things) == 1 else 1.0 for scene in self.scenes])
-        self.often = often / often.sum()
 
     def batch(
         self, rng: np.random.Generator, size: int, frames: int, from_start: float
@@ -126,7 +122,7 @@ class Data:
         caches fill. That a frame is among them a model can only tell from there being little on its left. So those at
         the beginning of a window that starts later are seen, and not learnt from: weights [size, 1, frames, 1, 1].
         """
-        index = rng.choice(len(self.latents), size=size, p=self.often)
+        index = rng.integers(len(self.latents), size=size)
         latest = self.latents.shape[1] - frames
         start = rng.integers(min(1, latest) if from_start == 0 else 0, latest + 1, size=size)
         start = np.where(rng.random(size) < from_start, 0, start)
@@ -204,17 +200,15 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="folder of finished weights, in diffusers' layout")
     parser.add_argument("--mix", type=mixture, default=mixture("whole:1"), help="shares of steps by kind of window")
     parser.add_argument("--high-noise", type=float, default=0.0, help="share of samples above HIGH, but in a queue")
-    parser.add_argument("--guidance", type=float, help="learn what --teacher says with it, instead of the clips")
-    parser.add_argument("--teacher", type=Path, help="weights to learn from with --guidance; default: --start's")
-    parser.add_argument("--going-on", type=Path, help="weights to learn from where a block goes on")
+    parser.add_argument("--guidance", type=float, help="learn what --start says with it, instead of the clips")
+    parser.add_argument("--going-on", type=Path, help="weights to learn from where a block goes on, not from --start")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of all learning rates")
     parallel.add_flags(parser, stops=True)
     options = parser.parse_args()
     if options.guidance is not None and options.start is None:
         parser.error(f"--guidance {options.guidance:g} needs --start: weights that say something")
-    for name, folder in (("--teacher", options.teacher), ("--going-on", options.going_on)):
-        if folder and options.guidance is None:
-            parser.error(f"{name} {folder} needs --guidance: with which it is asked, 1 for none")
+    if options.going_on and options.guidance is None:
+        parser.error(f"--going-on {options.going_on} needs --guidance: with which they are asked, 1 for none")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     rank, ranks = parallel.start()
@@ -222,7 +216,7 @@ def main() -> None:
     learner = Learner(options.start, device, bfloat16=not options.float32)
     teacher = going_on = None
     if options.guidance is not None:
-        teacher = going_on = Learner(options.teacher or options.start, device, bfloat16=not options.float32)
+        teacher = going_on = Learner(options.start, device, bfloat16=not options.float32)
     if options.going_on:
         going_on = Learner(options.going_on, device, bfloat16=not options.float32)
     data = {"whole": Data(options.out / "latents", options.seed, device, learner.scale)}
