@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import add_weights
 import export_model
 import learner
 import make_latents
@@ -49,7 +48,7 @@ def small() -> Iterator[pytest.MonkeyPatch]:
 
 def run(module: ModuleType, *arguments: object) -> None:
     """What ``python tools/<module>.py`` does, in this process: a new one imports for many seconds."""
-    if module not in (export_model, add_weights):
+    if module is not export_model:
         arguments += ("--float32",)  # many processors take a hundred times as long in bfloat16
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
@@ -243,31 +242,6 @@ def test_where_a_block_goes_on_other_weights_may_teach(
     flags = ("--guidance", 1, "--mix", "queue:2,whole:1", "--schedule", "12:4x8")
     run(train_transformer, "--out", out, "--start", exported / "model", "--going-on", other, *flags)
     assert seen == {(True, True), (False, False)}
-
-
-def test_differences_of_weights_add_up(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start, changed, out = exported / "model", tmp_path / "changed", tmp_path / "out"
-    shutil.copytree(start, changed)
-    for file in add_weights.FILES:
-        weights = load_file(changed / file)
-        save_file({name: tensor + 1 for name, tensor in weights.items()}, changed / file, {"format": "pt"})
-    run(add_weights, "--model", out, f"{start}=1", f"{changed}=0.5", f"{start}=-0.5")
-    for file in add_weights.FILES:
-        before, after = load_file(start / file), load_file(out / file)
-        assert before.keys() == after.keys()
-        for name, tensor in after.items():
-            assert tensor.dtype == before[name].dtype
-            assert torch.allclose(tensor.float(), before[name].float() + 0.5, atol=2e-3), name
-    assert (out / "generation_config.json").read_bytes() == (start / "generation_config.json").read_bytes()
-    for shares, said in (
-        ([f"{start}=1", f"{changed}=1"], "add up to 2"),
-        ([f"{out}=0.5", f"{start}=0.5"], "use another folder"),
-        ([f"{tmp_path}=1"], "DIR a model's folder"),
-        ([f"{start}=much"], "much"),
-    ):
-        with pytest.raises(SystemExit):
-            run(add_weights, "--model", out, *shares)
-        assert said in capsys.readouterr().err
 
 
 def test_a_lora_learns_a_queue(
