@@ -1,7 +1,7 @@
 """Whether the model in the box shows what its captions ask for, by length, sampler and guidance, apart from any block.
 
-    python bench/composition.py --latents 1 2 4 --prompts 40
-    python bench/composition.py --latents 4 --prompts 40 --samplers 20:2 20:5 50:5 20:5:3:lcm
+    python bench/composition.py --latents 8 16
+    python bench/composition.py --latents 4 --samplers 20:2 20:5 50:5 20:5:3:lcm
     python bench/composition.py --latents 8 16 --model dualparal/moving_shapes build/more
     python bench/composition.py --encoder
 
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=[MODEL], help="folders of the model in the box or of its kind")
     parser.add_argument("--latents", type=int, nargs="+", default=[4], help="frames of the clips")
     parser.add_argument("--samplers", nargs="+", default=["20:5:lcm"], help="STEPS:SHIFT[:GUIDANCE][:lcm]")
-    parser.add_argument("--prompts", type=int, default=40, help="captions, two at least")
+    parser.add_argument("--prompts", type=int, default=120, help="captions: 40 leave +-12 points")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder", action="store_true", help="probe the text encoder, make no clip")
     options = parser.parse_args()
