@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=[MODEL], help="folders of the model in the box or of its kind")
     parser.add_argument("--latents", type=int, nargs="+", default=[4], help="frames of the clips")
     parser.add_argument("--samplers", nargs="+", default=["20:5:lcm"], help="STEPS:SHIFT[:GUIDANCE][:lcm]")
-    parser.add_argument("--prompts", type=int, default=120, help="captions: 40 leave +-12 points")
+    parser.add_argument("--prompts", type=int, default=120, help="captions, two at least; 40 leave +-12 points")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder", action="store_true", help="probe the text encoder, make no clip")
     options = parser.parse_args()
