@@ -76,10 +76,10 @@ class Model:
         side, channels = SIZE // 8, self.transformer.config.in_channels
         shape = len(captions), channels, latents, side, side
         clips = torch.randn(shape, generator=generator)
-        wanted, nothing = self.text(captions), self.text([""] * len(captions))
+        wanted, nothing = self.text(captions), self.text([""] * len(captions)) if guidance != 1 else None
         for now in scheduler.timesteps:
             velocity = self.velocity(clips, now, wanted)
-            if guidance != 1:
+            if nothing is not None:
                 plain = self.velocity(clips, now, nothing)
                 velocity = plain + guidance * (velocity - plain)
             clips = scheduler.step(velocity, now, clips, **noise, return_dict=False)[0]

@@ -143,18 +143,26 @@ def test_the_pipeline_bench_and_its_curves(bench: Callable[..., ModuleType], tmp
 
 
 def test_composition_of_models_and_samplers(
-    bench: Callable[..., ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: Callable[..., ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    import composition
     from quality import MODEL
 
+    velocity, asked = composition.Model.velocity, []
+    monkeypatch.setattr(composition.Model, "velocity", lambda *given: asked.append(given) or velocity(*given))
     other = shutil.copytree(MODEL, tmp_path / "other")
     flags = ("--model", str(MODEL), str(other), "--latents", "2", "--prompts", "3", "--samplers")
-    bench("composition", *flags, "2:5:lcm", "1:5")
+    samplers = ("2:5:lcm", "1:5", "1:5:3")
+    bench("composition", *flags, *samplers)
+    assert len(asked) == 2 * (2 + 1 + 2)  # without guidance the empty caption is not asked
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in said] == [
-        f"{model}, 2 latents, {sampler}" for model in (MODEL, other) for sampler in ("2:5:lcm", "1:5")
+        f"{model}, 2 latents, {sampler}" for model in (MODEL, other) for sampler in samplers
     ]
-    first, fewer, again, _ = [re.findall(r"(\d+) \(([+-][\d.]+) \+- ([\d.]+)\)", line) for line in said]
+    first, fewer, _, again, *_ = [re.findall(r"(\d+) \(([+-][\d.]+) \+- ([\d.]+)\)", line) for line in said]
     assert first == again and first != fewer and {part[1:] for part in again} == {("+0.0", "0.0")}  # paired with itself
     for parts in (first, fewer):
         assert len(parts) == 4 and sum(int(share) for share, *_ in parts) == pytest.approx(100, abs=2)
